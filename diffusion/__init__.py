@@ -1,0 +1,1 @@
+"""Diffusion: step kernels, one branch sampler, model adapters, image rewards."""

@@ -1,0 +1,1 @@
+"""Model adapters: what differs between diffusion model families, behind one interface."""

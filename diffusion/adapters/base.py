@@ -1,0 +1,46 @@
+"""What a model family must offer: six functions. Everything else in diffusion/ is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.rollout import Prompt
+
+Cond = dict[str, Tensor]  # every entry has one row per prompt
+
+
+class Level(NamedTuple):
+    """A noise level: x = a x0 + s eps, and the time `t` that the network is told."""
+
+    a: float
+    s: float
+    t: float
+
+
+class Adapter(Protocol):
+    """N live nodes, B prompts, D any latent shape. `own` (N,) is the prompt of each node."""
+
+    model: nn.Module
+
+    def encode(self, prompts: Sequence[Prompt]) -> Cond:
+        """Conditioning, B rows, computed once and reused by all nodes and all updates."""
+
+    def schedule(self, num_steps: int) -> list[Level]:
+        """T+1 levels from pure noise to clean."""
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """One initial latent (*D), float32, on the CPU so that it does not depend on the device."""
+
+    def predict(self, model: nn.Module, x: Tensor, level: Level, cond: Cond, own: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps), each (N, *D) float32, guidance inside; one batched call; gradients flow."""
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures (N, C, H, W) float32 in [0, 1]."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the model with save_pretrained."""

@@ -1,0 +1,260 @@
+"""A diffusion model as a Policy: rollouts by the branch sampler, log-probs by replaying the recorded course."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.adapters.base import Adapter, Cond
+from diffusion.kernels import gaussian_kl, log_prob
+from diffusion.sampler import Forest, prompt_generator, sample_forest, sample_ode, transition
+from diffusion.schedule import Course, Sampling, plan_course, record
+from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
+from mmrl.tree import INTERNAL, UNFINISHED, StepTree
+
+
+class DiffusionPolicy:
+    """Steps are denoising transitions, one action each.
+
+    Args:
+        adapter: the model family.
+        sampling: how to sample; see `Sampling`.
+        max_batch: most latents per network call, in rollout and update. The update visits the states of a depth in
+            the rollout's order and chunks, so both passes see the same batches and the first ratio is exactly 1.
+    """
+
+    options_of = Sampling  # what `build` takes besides its own arguments
+
+    def __init__(self, adapter: Adapter, sampling: Sampling, max_batch: int = 256) -> None:
+        if max_batch < 1:
+            raise ValueError(f"policy.max_batch={max_batch}: at least 1")
+        self.adapter, self.sampling, self.max_batch = adapter, sampling, max_batch
+        self.model: nn.Module = adapter.model
+        self._reference: nn.Module | None = None
+
+    @classmethod
+    def build(
+        cls,
+        model: str = "digits",
+        max_batch: int = 256,
+        guidance_scale: float = 1.0,
+        lora_rank: int = 0,
+        **sampling: Any,
+    ) -> DiffusionPolicy:
+        """From a recipe's `policy:` section.
+
+        Args:
+            model: "digits" (the built-in base, made on first use) or a folder with transformer/ and scheduler/.
+            lora_rank: 0 trains all weights; above 0 trains LoRA on the attention projections, and the reference for
+                the KL is the model with the adapter off, so that no second copy is kept.
+            sampling: fields of `Sampling`.
+
+        Raises:
+            ValueError: the folder holds no such model.
+        """
+        from diffusion.adapters.dit import DiTAdapter
+
+        if model == "digits":
+            from diffusion.tasks.digits_base import digits_base
+
+            folder = digits_base().folder
+        else:
+            folder = Path(model)
+            if not (folder / "transformer" / "config.json").exists():
+                raise ValueError(f"policy.model={model!r}: no transformer/config.json there; give a saved DiT folder")
+        policy = cls(DiTAdapter.from_pretrained(folder, guidance_scale), Sampling(**sampling), max_batch)
+        if lora_rank:
+            policy.add_lora(lora_rank)
+        return policy
+
+    def add_lora(self, rank: int) -> None:
+        """Freeze the model and train LoRA of this rank on its attention projections."""
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets)
+        self.model = get_peft_model(self.model, config).eval()  # type: ignore[arg-type]
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    @property
+    def _bare(self) -> nn.Module:
+        """Without the DDP wrapper, whose forward synchronises buffers: ranks make unequal numbers of rollout calls."""
+        inner = getattr(self.model, "module", self.model)
+        return inner if isinstance(inner, nn.Module) else self.model
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _predict(
+        self, model: nn.Module, course: Course, cond: Cond, x: Tensor, i: int, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        parts = [
+            self.adapter.predict(model, a.to(self._device), course.levels[i], cond, b.to(self._device))
+            for a, b in zip(x.split(self.max_batch), own.split(self.max_batch), strict=True)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    @contextmanager
+    def _reference_model(self) -> Iterator[nn.Module]:
+        """The model before training: the adapter switched off, or a frozen copy."""
+        bare = self._bare
+        off = getattr(bare, "disable_adapter", None)
+        if self._reference is None and off is None:
+            raise RuntimeError("call freeze_reference() before training starts; the KL needs the initial weights")
+        with off() if off is not None else nullcontext(), torch.no_grad():
+            yield bare if off is not None else self._reference  # type: ignore[misc]
+
+    def freeze_reference(self) -> None:
+        """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
+        if not hasattr(self._bare, "disable_adapter"):
+            self._reference = copy.deepcopy(self._bare).requires_grad_(False)
+
+    # ---- Policy -----------------------------------------------------------------------------------------------
+
+    def course(self, plan: BranchPlan, iteration: int = 0) -> Course:
+        """The steps a rollout will take; ValueError when the plan does not fit."""
+        return plan_course(self.sampling, plan, self.adapter.schedule(self.sampling.steps), iteration)
+
+    def forecast(self, plan: BranchPlan) -> Forecast:
+        """Cost of one prompt; trained states are the states before noisy steps."""
+        course = self.course(plan)
+        noisy = [i for i, n in enumerate(course.noisy) if n]
+        return plan.forecast(len(course), trained_depths=noisy, full_steps=self.sampling.steps)
+
+    @torch.no_grad()
+    def rollout(self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0) -> Rollout:
+        """Sample a tree per prompt; all leaves of a prompt start from one initial latent."""
+        course, cond = self.course(plan, iteration), self.adapter.encode(prompts)
+        generators = [prompt_generator(p.id, seed, iteration) for p in prompts]
+        init = torch.stack([self.adapter.init(g) for g in generators]).to(self._device)
+
+        def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
+            return self._predict(self._bare, course, cond, x, i, own)
+
+        forest = sample_forest(predict, init, plan, self.sampling, course, generators)
+        about = record(self.sampling, course) | {"seed": seed, "iteration": iteration}
+        payload = {"init": init.to(getattr(torch, self.sampling.storage)).cpu()}
+        return Rollout(
+            list(prompts),
+            _as_tree(forest, len(course)),
+            Actions(forest.logp, ~forest.logp.isnan(), {"latent": forest.latent}),
+            payload | {f"cond_{k}": v.cpu() for k, v in cond.items()},
+            {"calls": forest.calls, "leaves": plan.leaves * len(prompts)},
+            about,
+        )
+
+    def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
+        """Steps of one depth at a time, siblings together, at most `max_batch` parent states each."""
+        tree = rollout.tree
+        if whole_prompts:
+            return [steps[tree.group[steps] == g] for g in tree.group[steps].unique()]
+        parts = []
+        for depth in tree.depth[steps].unique():
+            level = steps[tree.depth[steps] == depth]
+            state = torch.unique(tree.sib[level], return_inverse=True)[1]
+            parts += [level[state // self.max_batch == j] for j in range(int(state.max()) // self.max_batch + 1)]
+        return parts
+
+    def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
+        """Log-densities of the noisy transitions among `steps`, one network row per distinct parent state.
+
+        With `reference`, `kl` is the closed Gaussian form against the initial model.
+        """
+        trained = steps[rollout.actions.trainable[steps]]
+        outs = [
+            self._log_probs_at(rollout, trained[rollout.tree.depth[trained] == d], int(d), reference)
+            for d in rollout.tree.depth[trained].unique()
+        ]
+        kl = torch.cat([o.kl for o in outs if o.kl is not None]) if reference else None
+        return ActionLogProbs(torch.cat([o.index for o in outs]), torch.cat([o.logp for o in outs]), kl)
+
+    def _log_probs_at(self, rollout: Rollout, steps: Tensor, depth: int, reference: bool) -> ActionLogProbs:
+        sampling, course = self._replay(rollout)
+        x, own, inverse = _parent_states(rollout, steps)
+        x, cond = x.float().to(self._device), _cond(rollout)
+        model = self.model if torch.is_grad_enabled() else self._bare
+        step = transition(sampling, course, depth, x, *self._predict(model, course, cond, x, depth, own))
+        chosen = rollout.actions.payload["latent"][steps].float().to(self._device)
+        inverse = inverse.to(self._device)
+        logp = log_prob(chosen, step.mean[inverse], step.std, sampling.reduce)
+        if not reference:
+            return ActionLogProbs(steps, logp)
+        with self._reference_model() as model:
+            ref = transition(sampling, course, depth, x, *self._predict(model, course, cond, x, depth, own))
+        return ActionLogProbs(steps, logp, gaussian_kl(step.mean, ref.mean, step.std, sampling.reduce)[inverse])
+
+    def samples(self, rollout: Rollout) -> list[Sample]:
+        """Decoded leaves."""
+        leaves = rollout.tree.is_leaf.nonzero().flatten()
+        pictures = self.describe(rollout, leaves)
+        owner = rollout.tree.group[leaves].tolist()
+        return [Sample(rollout.prompts[g], p, s) for g, p, s in zip(owner, pictures, leaves.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
+        """One ODE sample per prompt; row i starts from noise that depends on (seed, i) alone."""
+        levels = self.adapter.schedule(self.sampling.steps)
+        course = Course(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
+        cond = self.adapter.encode(prompts)
+        init = torch.stack([self.adapter.init(prompt_generator(str(i), seed, -1)) for i in range(len(prompts))])
+
+        def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
+            return self._predict(self._bare, course, cond, x, i, own)
+
+        pictures = self._decode(sample_ode(predict, init.to(self._device), self.sampling, course))
+        return [Sample(p, picture, i) for i, (p, picture) in enumerate(zip(prompts, pictures, strict=True))]
+
+    @torch.no_grad()
+    def describe(self, rollout: Rollout, steps: Tensor) -> list[Tensor]:
+        """(C, H, W) pictures in [0, 1]: a leaf's latent decoded, an inner step's clean estimate decoded."""
+        _, course = self._replay(rollout)
+        x = rollout.actions.payload["latent"][steps].float()
+        depth, own = rollout.tree.depth[steps], rollout.tree.group[steps]
+        for d in depth.unique():
+            if int(d) + 1 < len(course):
+                at = depth == d
+                x[at] = self._predict(self._bare, course, _cond(rollout), x[at], int(d) + 1, own[at])[0].cpu()
+        return list(self._decode(x))
+
+    def save(self, folder: Path) -> None:
+        """The model in diffusers' (or, with LoRA, PEFT's) format."""
+        self.adapter.save(self._bare, Path(folder))
+
+    def _decode(self, x: Tensor) -> Tensor:
+        return torch.cat([self.adapter.decode(part.to(self._device)).cpu() for part in x.split(self.max_batch)])
+
+    def _replay(self, rollout: Rollout) -> tuple[Sampling, Course]:
+        return Sampling(**rollout.about["sampling"]), Course.from_record(rollout.about["course"])
+
+
+def _as_tree(forest: Forest, num_steps: int) -> StepTree:
+    """Every transition a step; a leaf counts as unfinished until a reward is written into it."""
+    status = torch.where(forest.depth == num_steps - 1, UNFINISHED, INTERNAL)
+    outcome = torch.full((len(status),), torch.nan)
+    return StepTree(forest.parent, forest.group, status, outcome, logp=forest.logp)
+
+
+def _cond(rollout: Rollout) -> Cond:
+    return {k.removeprefix("cond_"): v for k, v in rollout.prompt_payload.items() if k.startswith("cond_")}
+
+
+def _parent_states(rollout: Rollout, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct states before `steps`: latents (U, *D), prompt of each (U,), and the state of each step (S,)."""
+    tree = rollout.tree
+    _, inverse = torch.unique(tree.sib[steps], return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(steps)).scatter_reduce_(
+        0, inverse, torch.arange(len(steps)), "amin"
+    )
+    parent, own = tree.parent[steps[first]], tree.group[steps[first]]
+    latent, init = rollout.actions.payload["latent"], rollout.prompt_payload["init"]
+    if bool((parent < 0).any()):  # all steps of a call share their depth
+        return init[own], own, inverse
+    return latent[parent], own, inverse

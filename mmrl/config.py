@@ -1,0 +1,197 @@
+"""A run is one YAML file. Each section is a typed model; unknown keys are refused with the nearest valid name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from mmrl.components import explain
+
+
+class ConfigError(ValueError):
+    """The recipe cannot be used; the message says which key, which value and what would do."""
+
+
+class Section(BaseModel):
+    """A closed section: every key is known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Component(BaseModel):
+    """An open section: `name` picks the component, every other key is one of its options, checked when it is made."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but the name."""
+        return dict(self.model_extra or {})
+
+
+class RewardConfig(Component):
+    """One outcome reward."""
+
+    weight: float = 1.0
+
+
+class CreditConfig(Component):
+    """Estimator by name with its options; transforms before it; the clip after it."""
+
+    name: str = "branch_depth"
+    transforms: list[str | dict[str, Any]] = Field(default_factory=list)
+    counting: Literal["node", "leaf"] = "node"
+    clip: PositiveFloat | None = 5.0  # advantages are clamped to +-clip (every public diffusion trainer: 5)
+
+
+class PruneConfig(Section):
+    """Which steps get no gradient; the rollout and its rewards are untouched (BranchGRPO)."""
+
+    width: Literal["none", "top", "extreme"] = "none"
+    keep: float = Field(0.5, gt=0, le=1)  # share of leaves kept by `extreme`
+    depth_first: PositiveInt | None = None  # drop steps at this depth and beyond ...
+    depth_stop: NonNegativeInt = 0  # ... sliding down to this one
+    depth_every: PositiveInt = 30  # ... by one step every so many iterations
+    until: float = Field(1.0, ge=0, le=1)  # share of iterations during which pruning is on
+
+
+class LossConfig(Section):
+    """The policy loss."""
+
+    ratio: Literal["action", "step", "trajectory"] = "action"
+    clip_low: PositiveFloat = 1e-3
+    clip_high: PositiveFloat = 1e-3
+    dual_clip: float | None = Field(None, gt=1)
+    kl: float = Field(0.0, ge=0)  # weight of the divergence from the initial model
+    kl_form: Literal["exact", "k1", "k2", "k3"] = "exact"
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "step-mean"] = (
+        "token-mean"
+    )
+    max_len: PositiveInt | None = None  # for `constant`
+    drop_zero_spread: bool = False  # leave groups with equal rewards out of the denominator as well
+    recompute_old_logp: bool = False  # one extra pass; for engines whose log-probs differ from the trainer's
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    warmup: NonNegativeInt = 0  # iterations of linear warm-up
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    updates_per_rollout: PositiveInt = 1
+    ema: float | None = Field(None, gt=0, lt=1)  # decay; evaluation and the saved model use the average
+
+
+class RunConfig(Section):
+    """How long, where, how often."""
+
+    output: Path = Path("runs/run")
+    iterations: PositiveInt = 50
+    prompts_per_iteration: PositiveInt = 8  # over all processes
+    seed: int = 0
+    eval_every: PositiveInt = 5
+    checkpoint_every: PositiveInt = 10
+    keep_checkpoints: PositiveInt = 2
+    resume: bool = False  # continue from the newest checkpoint in `output`; starts anew when there is none
+    max_unscored: float = Field(0.2, ge=0, le=1)  # share of samples without reward at which the run stops
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    cpu: bool = False  # stay on the CPU even where there is a GPU
+    threads: PositiveInt = 1  # per process on CPU: with several, spinning OpenMP threads fight for the cores
+    processes: PositiveInt | None = None  # stop with an error when the launcher started another number
+    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])  # accelerate trackers
+    report: bool = True  # write report.html at the end
+
+
+class Config(Section):
+    """The whole recipe."""
+
+    trainer: Literal["branch_grpo"] = "branch_grpo"
+    task: Component
+    policy: Component
+    plan: dict[int, int]
+    rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
+    credit: CreditConfig = Field(default_factory=CreditConfig)
+    prune: PruneConfig = Field(default_factory=PruneConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    def dump(self) -> str:
+        """YAML of every value, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply `key.path=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: no such file, no YAML mapping, an unknown or ill-typed key.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"no recipe at {path}; recipes lie under configs/")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of sections ({', '.join(Config.model_fields)})")
+    for item in overrides:
+        _override(tree, item)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """Validate a mapping of sections; see `load_config`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        unknown = [_unknown_key(e) for e in error.errors() if e["type"] == "extra_forbidden"]
+        if unknown:
+            raise ConfigError(f"{where}: " + "\n".join(unknown)) from None
+        raise ConfigError(f"{where}: {explain(error)}") from None
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise ConfigError(f"override {item!r} must be key.path=value, such as optim.lr=1e-4")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[int(part)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {item!r}: {part} is a value, not a section")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is no valid YAML ({error})") from error
+    if isinstance(node, list):
+        node[int(last)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _unknown_key(error: Any) -> str:
+    *parents, key = error["loc"]
+    model: Any = Config
+    for part in parents:
+        model = model.model_fields[part].annotation
+    near = get_close_matches(str(key), model.model_fields, 1, cutoff=0.5)
+    hint = f" (did you mean {'.'.join([*map(str, parents), near[0]])}?)" if near else ""
+    path = ".".join(map(str, error["loc"]))
+    return f"unknown key {path}={error['input']!r}{hint}; known: {', '.join(model.model_fields)}"

@@ -1,0 +1,62 @@
+"""Which steps get a gradient. Selection never touches the rollout, its rewards or its advantages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmrl.tree import StepTree
+
+Width = Literal["none", "top", "extreme"]
+
+
+def prune_depths(tree: StepTree, first: int, stop: int, every: int, iteration: int) -> Tensor:
+    """(N,) bool, True = keep: drops steps at depth >= a border that starts at `first` and moves down.
+
+    The border falls by one every `every` iterations until it reaches `stop` (BranchGRPO: 15, 9 = last split, 30).
+    """
+    border = first - min(iteration // every, first - stop)
+    return tree.depth < border
+
+
+def prune_width(tree: StepTree, how: Width, last_split: int, keep: float = 0.5) -> Tensor:
+    """(N,) bool, True = keep: below the last split only the paths of selected leaves are trained, tree by tree.
+
+    top: the best child of every fork at the last split (BranchGRPO "parent top-1"). extreme: the best and the worst
+    leaves of each prompt, `keep` of them in all, half and half. Ties go to the earlier leaf. Steps at or above the
+    last split are always kept: they are shared decisions.
+    """
+    if how == "none":
+        return torch.ones(len(tree), dtype=torch.bool)
+    leaves = tree.is_finished.nonzero().flatten()
+    if how == "top":
+        fork = tree.sib[_ancestor_at(tree, leaves, last_split)]
+        chosen = leaves[_rank_in(fork, -tree.outcome[leaves]) == 0]
+    else:
+        group, r = tree.group[leaves], tree.outcome[leaves]
+        half = (torch.bincount(group)[group] * keep / 2).round().clamp(min=1)
+        chosen = leaves[(_rank_in(group, -r) < half) | (_rank_in(group, r) < half)]
+    marked = torch.zeros(len(tree), dtype=torch.float64)
+    marked[chosen] = 1
+    return (tree.accumulate(marked) > 0) | (tree.depth <= last_split)
+
+
+def _ancestor_at(tree: StepTree, nodes: Tensor, depth: int) -> Tensor:
+    """The ancestor-or-self at `depth` of each node; nodes above it stay."""
+    at = nodes
+    while bool((tree.depth[at] > depth).any()):
+        at = torch.where(tree.depth[at] > depth, tree.parent[at], at)
+    return at
+
+
+def _rank_in(sets: Tensor, x: Tensor) -> Tensor:
+    """0 for the smallest x of each set, 1 for the next; stable."""
+    by_x = torch.argsort(x, stable=True)
+    order = by_x[torch.argsort(sets[by_x], stable=True)]
+    size = torch.bincount(sets)
+    start = (size.cumsum(0) - size)[sets[order]]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - start
+    return rank

@@ -1,0 +1,120 @@
+"""Policy losses per action, and the weights that aggregate them.
+
+An aggregation is a weight per action, made once for a whole rollout (`action_weights`), and one global denominator.
+A micro-batch adds the weighted sum of its actions divided by that denominator, so accumulation, packing and the
+number of processes cannot change the objective.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mmrl.tree import StepTree
+from mmrl.tree_ops import path_sum
+
+Ratio = Literal["action", "step", "trajectory"]
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "step-mean"]
+KlForm = Literal["exact", "k1", "k2", "k3"]
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, adv: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """(A,) PPO loss max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), rho = exp(clamp(log_ratio, -20, 20)).
+
+    With `dual_clip` c, negative advantages are bounded: min(loss, -A c). c must exceed 1.
+    """
+    ratio = log_ratio.clamp(-20, 20).exp()
+    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high))
+    if dual_clip is None:
+        return loss
+    if dual_clip <= 1:
+        raise ValueError(f"dual_clip={dual_clip} must be above 1")
+    return torch.where(adv < 0, torch.minimum(loss, -adv * dual_clip), loss)
+
+
+def pooled_log_ratio(log_ratio: Tensor, segment: Tensor) -> Tensor:
+    """(A,) every entry replaced by the mean of its segment, gradient through each entry's own value.
+
+    The GSPO form: exp of it is one ratio per segment (a step, a trajectory). The gradient of one entry's loss reaches
+    only that entry's log-prob, as in the published token form.
+
+    Args:
+        log_ratio: (A,). segment: (A,) int >= 0, dense or not.
+    """
+    _, inverse = torch.unique(segment, return_inverse=True)
+    inverse = inverse.to(log_ratio.device)
+    total = log_ratio.new_zeros(int(inverse.max()) + 1 if inverse.numel() else 0)
+    count = total.index_add(0, inverse, torch.ones_like(log_ratio))
+    mean = total.index_add(0, inverse, log_ratio.detach()) / count.clamp(min=1)
+    return mean[inverse] + log_ratio - log_ratio.detach()
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, form: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
+    """(A,) estimate of KL(policy || reference) from one sample, d = logp - ref_logp.
+
+    k1 = d: unbiased, may be negative; its expected gradient is 0 on-policy, so use it as a reward penalty, not as a
+    loss. k2 = d^2/2: its gradient is that of KL(policy || reference). k3 = exp(-d) - 1 + d >= 0; clamped to 10.
+    """
+    d = logp - ref_logp
+    if form == "k1":
+        return d
+    if form == "k2":
+        return d**2 / 2
+    if form == "k3":
+        return torch.clamp(torch.exp((-d).clamp(-20, 20)) - 1 + d, max=10.0)
+    raise ValueError(f"KL form {form!r} is none of k1, k2, k3")
+
+
+def action_weights(
+    tree: StepTree,
+    owner: Tensor,
+    mask: Tensor,
+    aggregation: Aggregation,
+    count: Tensor,
+    max_len: int | None = None,
+) -> tuple[Tensor, float]:
+    """Weights w (T,) float64 and the denominator such that the aggregated loss is sum(w * loss) / denominator.
+
+    Rows are root-to-leaf paths (finished leaves); an action shared by m of them counts `count` times: m with leaf
+    counting, 1 with node counting.
+
+    token-mean: every action alike. seq-mean-token-mean: mean over the actions of a row, then over rows.
+    seq-mean-token-sum: sum over a row, mean over rows. constant: sum / (rows * max_len) (Dr. GRPO).
+    step-mean: mean inside each step, then over steps. Rows or steps whose actions are all masked leave the denominator.
+
+    Args:
+        owner: (T,) int, step of each action, -1 = none. mask: (T,) bool, actions in the loss.
+        count: (N,) float, how often each step counts (`StepAdvantage.weight`).
+        max_len: only for `constant`, the longest row allowed.
+
+    Raises:
+        ValueError: unknown aggregation, or `constant` without max_len.
+    """
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation {aggregation!r} is none of {', '.join(get_args(Aggregation))}")
+    mask = mask & (owner >= 0)
+    step = owner.clamp(min=0)
+    mask = mask & (count[step] > 0)
+    per_step = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, step, mask.double())  # actions in the loss
+    if aggregation == "step-mean":
+        steps = (per_step > 0).double() * count
+        return torch.where(mask, (count / per_step.clamp(min=1))[step], 0.0), float(steps.sum())
+    if aggregation == "token-mean":
+        w = torch.where(mask, count[step], 0.0)
+        return w, float(w.sum())
+    if aggregation == "seq-mean-token-mean":
+        length = path_sum(tree, per_step)
+        inverse = torch.where(tree.is_finished & (length > 0), 1 / length.clamp(min=1), 0.0)
+        share = tree.accumulate(inverse) * count / tree.m.clamp(min=1)  # sum over the rows through the step
+        w = torch.where(mask, share[step], 0.0)
+        return w, float(w.sum())
+    rows = float((tree.is_finished & (path_sum(tree, per_step) > 0)).sum())
+    if aggregation == "constant":
+        if max_len is None:
+            raise ValueError("aggregation 'constant' divides by rows * max_len: set loss.max_len")
+        rows *= max_len
+    return torch.where(mask, count[step], 0.0), rows

@@ -1,0 +1,280 @@
+"""The nouns of a rollout: Prompt, Sample, BranchPlan, Actions, Rollout, and the protocols that meet around them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmrl.tree import StepTree
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a rollout starts from. `inputs` and `reference` are JSON values (media are paths below a media root)."""
+
+    id: str
+    inputs: Mapping[str, Any]
+    reference: Any = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded leaf: what a reward sees. `output` is a picture, a text or a video; `step` its leaf in the tree."""
+
+    prompt: Prompt
+    output: Any
+    step: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan will cost, per prompt, before anything runs."""
+
+    leaves: int
+    steps: int  # nodes of the tree: unique transitions
+    calls: int  # network calls: unique states that are expanded; siblings share their parent's
+    trained_states: int  # unique states whose step has a density and enters the update
+    independent_calls: int  # the same leaves as independent rollouts
+
+    def __str__(self) -> str:
+        saved = 1 - self.calls / self.independent_calls
+        return (
+            f"{self.leaves} leaves, {self.steps} steps, {self.calls} network calls ({saved:.1%} fewer than "
+            f"independent), {self.trained_states} trained states per prompt"
+        )
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """How many children a live step gets at each depth; depths that are not named get one.
+
+    `{0: 8}` is GRPO with a group of 8; `{0: 2, 3: 2, 6: 2, 9: 2}` is BranchGRPO with 16 leaves. The same object
+    serves every modality: depth is a denoising step, a reasoning step or a turn.
+
+    Raises:
+        ValueError: a negative depth, a factor below 1, more leaves than `max_leaves`.
+    """
+
+    factors: Mapping[int, int]
+    max_leaves: int = 1024
+
+    def __post_init__(self) -> None:
+        for depth, factor in self.factors.items():
+            if depth < 0:
+                raise ValueError(f"plan: depth {depth} is negative; depths count from 0, the first step")
+            if factor < 1:
+                raise ValueError(f"plan: depth {depth} has factor {factor}; a live step needs at least 1 child")
+        if self.leaves > self.max_leaves:
+            raise ValueError(
+                f"plan {dict(self.factors)} makes {self.leaves} leaves per prompt, more than {self.max_leaves}; "
+                "drop a split or lower a factor"
+            )
+
+    @property
+    def leaves(self) -> int:
+        """Leaves per prompt."""
+        return math.prod(self.factors.values())
+
+    @property
+    def splits(self) -> list[int]:
+        """Depths at which a step gets more than one child, ascending."""
+        return sorted(d for d, k in self.factors.items() if k > 1)
+
+    def factor(self, depth: int) -> int:
+        """Children of a live step at `depth`."""
+        return self.factors.get(depth, 1)
+
+    def width(self, depth: int) -> int:
+        """Live states before the step at `depth`."""
+        return math.prod(k for d, k in self.factors.items() if d < depth)
+
+    def check(self, num_steps: int) -> None:
+        """Raises ValueError when a depth lies beyond the last of `num_steps` steps."""
+        beyond = [d for d in self.factors if d >= num_steps]
+        if beyond:
+            raise ValueError(
+                f"plan: depth {beyond[0]} lies beyond the last step; {num_steps} steps have depths 0..{num_steps - 1}"
+            )
+
+    def forecast(
+        self, num_steps: int, *, trained_depths: Sequence[int] | None = None, full_steps: int | None = None
+    ) -> Forecast:
+        """Exact cost of one prompt over `num_steps` steps.
+
+        calls = sum over steps i of width(i), steps = sum of width(i + 1), trained states = sum of width(i) over
+        `trained_depths` (default all). `full_steps` is what an independent rollout would take.
+        """
+        self.check(num_steps)
+        widths = [self.width(i) for i in range(num_steps + 1)]
+        trained = range(num_steps) if trained_depths is None else trained_depths
+        return Forecast(
+            self.leaves,
+            steps=sum(widths[1:]),
+            calls=sum(widths[:-1]),
+            trained_states=sum(widths[i] for i in trained),
+            independent_calls=self.leaves * (full_steps or num_steps),
+        )
+
+
+@dataclass(frozen=True)
+class Actions:
+    """T actions: what the policy has a density for. A step owns the run `tok_start:tok_end`.
+
+    logp: (T,) float32, log-probability under the behaviour policy, NaN where there is no density (an ODE step).
+    trainable: (T,) bool, enters the loss. Implies a finite `logp`.
+    payload: name -> (T, ...), what the policy needs to recompute `logp` (token ids, latents).
+    """
+
+    logp: Tensor
+    trainable: Tensor
+    payload: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bad = self.trainable & ~self.logp.isfinite()
+        if bool(bad.any()):
+            raise ValueError(f"action {int(bad.nonzero()[0])} is trainable but its logp is not finite")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One forest with everything needed to reward, replay and train on it.
+
+    prompts: G prompts with distinct ids. tree: N steps. actions: T actions.
+    prompt_payload: name -> (G, ...), what the policy needs once per prompt (initial latent, prompt tokens).
+    counts: what the rollout cost, summed over prompts: `calls` (network rows), `leaves`.
+    about: JSON values that identify how it was made (seed, iteration, schedule, log-prob reduction).
+    """
+
+    prompts: Sequence[Prompt]
+    tree: StepTree
+    actions: Actions
+    prompt_payload: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_prompts(self.prompts)
+        if self.tree.num_groups != len(self.prompts):
+            raise ValueError(f"the tree has {self.tree.num_groups} groups for {len(self.prompts)} prompts")
+        self.tree.step_of_action(self.actions.logp.numel())
+
+    def with_tree(self, tree: StepTree) -> Rollout:
+        """The same rollout with rewards or values written into its tree."""
+        return replace(self, tree=tree)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write tree, actions and prompts as safetensors and JSON; returns the folder."""
+        folder = Path(folder)
+        self.tree.save(folder)
+        tensors = {"logp": self.actions.logp, "trainable": self.actions.trainable}
+        tensors |= {f"action.{k}": v for k, v in self.actions.payload.items()}
+        tensors |= {f"prompt.{k}": v for k, v in self.prompt_payload.items()}
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "actions.safetensors")
+        prompts = [{"id": p.id, "inputs": dict(p.inputs), "reference": p.reference} for p in self.prompts]
+        record = {"format": 1, "prompts": prompts, "counts": dict(self.counts), "about": dict(self.about)}
+        (folder / "rollout.json").write_text(json.dumps(record, indent=1) + "\n")
+        return folder
+
+    @staticmethod
+    def load(folder: str | Path) -> Rollout:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no rollout there, or a cut file.
+        """
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / "rollout.json").read_text())
+            tensors = load_file(folder / "actions.safetensors")
+        except Exception as error:
+            raise ValueError(f"{folder} holds no readable rollout ({error}); write it with rollout.save()") from error
+        parts: dict[str, dict[str, Tensor]] = {"action": {}, "prompt": {}}
+        for name, tensor in tensors.items():
+            kind, _, key = name.partition(".")
+            if key:
+                parts[kind][key] = tensor
+        return Rollout(
+            [Prompt(**p) for p in record["prompts"]],
+            StepTree.load(folder),
+            Actions(tensors["logp"], tensors["trainable"], parts["action"]),
+            parts["prompt"],
+            record["counts"],
+            record["about"],
+        )
+
+
+@dataclass(frozen=True)
+class ActionLogProbs:
+    """Recomputed densities of some actions of a rollout, all (A,) float32, differentiable where marked.
+
+    index: (A,) int, positions in the rollout's actions.
+    logp: log-probability under the current policy (differentiable).
+    kl: exact divergence from the reference per action (differentiable), when the policy knows a closed form.
+    ref_logp: log-probability under the reference.
+    entropy: entropy of the action distribution (differentiable).
+    """
+
+    index: Tensor
+    logp: Tensor
+    kl: Tensor | None = None
+    ref_logp: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Policy(Protocol):
+    """What a modality offers to the trainers. It owns batching, since only it knows what a prefix costs."""
+
+    model: torch.nn.Module  # what is optimised; the loop replaces it by its wrapped form
+
+    def forecast(self, plan: BranchPlan) -> Forecast:
+        """Cost of one prompt under `plan`; raises ValueError when the plan does not fit this policy."""
+
+    def rollout(self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0) -> Rollout:
+        """Sample a forest, every prefix computed once. Depends on (seed, iteration, prompt id) alone."""
+
+    def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
+        """Split `steps` (S,) into parts that fit in memory; steps that share a forward stay together."""
+
+    def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
+        """Differentiable densities of the trainable actions of `steps`; with `reference`, also kl or ref_logp."""
+
+    def samples(self, rollout: Rollout) -> list[Sample]:
+        """The decoded leaves, in node order."""
+
+    def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
+        """One sample per prompt for evaluation, without exploration noise. Prompt ids may repeat."""
+
+    def describe(self, rollout: Rollout, steps: Tensor) -> list[Any]:
+        """What a person would look at for each step: a picture or a text."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model in its ecosystem's own format."""
+
+
+class OutcomeReward(Protocol):
+    """Samples -> one number per sample, None where it cannot be scored."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]: ...
+
+
+class StepReward(Protocol):
+    """Rollout -> (N,) one number per step, NaN where it has no opinion."""
+
+    def __call__(self, rollout: Rollout) -> Tensor: ...
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError when two prompts share an id: their samples would be normalised as one group."""
+    seen: set[str] = set()
+    for i, p in enumerate(prompts):
+        if p.id in seen:
+            raise ValueError(f"prompt {i}: id {p.id!r} occurs twice; ids name groups, make them unique")
+        seen.add(p.id)

@@ -1,0 +1,115 @@
+"""Operators on a StepTree: lift, backup, togo, returns, path sums.
+
+Everything is vectorised: one pass per depth level, or pointer doubling where no step has two children, so that a
+chain of 20,000 steps costs 15 passes. All results are float64 and 0 on invalid nodes (no finished leaf below).
+A prompt's result never depends on another prompt, not even in the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mmrl.tree import StepTree
+
+Backup = Literal["leaf_mean", "leaf_max", "child_mean", "edge_softmax", "path_prob"]
+
+
+def leaf_sum(tree: StepTree, x: Tensor) -> Tensor:
+    """(N,) sum of the leaf quantity `x` (N,) over the finished leaves under each node."""
+    return tree.accumulate(torch.where(tree.is_finished, x.double(), 0.0))
+
+
+def lift(tree: StepTree, x: Tensor) -> Tensor:
+    """(N,) mean of the leaf quantity `x` (N,) over the finished leaves under each node."""
+    return leaf_sum(tree, x) / tree.m.clamp(min=1)
+
+
+def togo(tree: StepTree, x: Tensor, gamma: float = 1.0) -> Tensor:
+    """(N,) togo(n) = x(n) + gamma * sum over children c of m(c)/m(n) * togo(c); the suffix sum on a chain."""
+    m = tree.m.double()
+    share = torch.where(tree.parent >= 0, m / m[tree.parent.clamp(min=0)].clamp(min=1), 0.0)
+    return tree.accumulate(torch.where(tree.valid, x.double(), 0.0), gamma * share)
+
+
+def returns(tree: StepTree, gamma: float = 1.0) -> Tensor:
+    """(N,) discounted return of step rewards (NaN reads 0) plus the outcome at finished leaves."""
+    outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
+    return togo(tree, tree.step_reward.nan_to_num(nan=0.0) + outcome, gamma)
+
+
+def path_sum(tree: StepTree, x: Tensor) -> Tensor:
+    """(N,) sum of `x` (N,) over the path from the first step to n, n included. Integer or float."""
+    p, total = tree.parent, x
+    while bool((p >= 0).any()):
+        above = p.clamp(min=0)
+        total = total + torch.where(p >= 0, total[above], torch.zeros_like(total))
+        p = torch.where(p >= 0, p[above], -1)
+    return total
+
+
+def backup(tree: StepTree, how: Backup = "leaf_mean") -> Tensor:
+    """(N,) value of every node from the outcomes of the finished leaves under it (methods: credit, section 2).
+
+    leaf_mean: mean over leaves. leaf_max: best leaf. child_mean: mean over active children, level by level.
+    edge_softmax: children weighted by softmax of their `logp` among siblings. path_prob: leaves weighted by
+    exp of the summed `logp` from below n. leaf_mean and child_mean differ when siblings have unequal leaf counts.
+
+    Raises:
+        ValueError: unknown name, or a weighted form on a tree whose branching steps have no `logp`.
+    """
+    if how not in get_args(Backup):
+        raise ValueError(f"backup {how!r} is none of {', '.join(get_args(Backup))}")
+    outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
+    if how == "leaf_mean":
+        return lift(tree, outcome)
+    if how in ("edge_softmax", "path_prob"):
+        _need_logp(tree, how)
+    value = torch.where(tree.is_finished, outcome, -torch.inf if how == "leaf_max" else 0.0)
+    if how == "leaf_max":
+        for level in reversed(tree.levels[1:]):
+            value.scatter_reduce_(0, tree.parent[level], value[level], "amax")
+        return torch.where(tree.valid, value, 0.0)
+    if how == "path_prob":
+        return _path_prob(tree, value)
+    score = tree.logp.nan_to_num(nan=0.0) if how == "edge_softmax" else torch.zeros_like(value)
+    weight = _sibling_softmax(tree, score)
+    return tree.accumulate(value, weight)
+
+
+def _sibling_softmax(tree: StepTree, score: Tensor) -> Tensor:
+    """(N,) softmax of `score` over the active members of each sibling set; 0 on invalid nodes."""
+    score = torch.where(tree.valid, score, -torch.inf)
+    num = int(tree.sib.max()) + 1 if len(tree) else 0
+    top = torch.full((num,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, tree.sib, score, "amax")
+    weight = torch.where(tree.valid, torch.exp(score - top[tree.sib]), 0.0)
+    total = torch.zeros(num, dtype=torch.float64).index_add_(0, tree.sib, weight)
+    return weight / total[tree.sib].clamp(min=1e-300)
+
+
+def _path_prob(tree: StepTree, value: Tensor) -> Tensor:
+    """Carry (log of the summed path weight, weighted mean) upward, one level at a time."""
+    log_weight = torch.where(tree.is_finished, 0.0, -torch.inf)
+    logp = tree.logp.nan_to_num(nan=0.0)
+    for level in reversed(tree.levels[1:]):
+        up, term = tree.parent[level], log_weight[level] + logp[level]
+        top = torch.full_like(value, -torch.inf).scatter_reduce_(0, up, term, "amax")
+        weight = torch.where(term > -torch.inf, torch.exp(term - top[up]), 0.0)
+        total = torch.zeros_like(value).index_add_(0, up, weight)
+        mean = torch.zeros_like(value).index_add_(0, up, weight * value[level]) / total.clamp(min=1e-300)
+        seen = total > 0
+        log_weight = torch.where(seen, top + total.clamp(min=1e-300).log(), log_weight)
+        value = torch.where(seen, mean, value)
+    return value
+
+
+def _need_logp(tree: StepTree, how: str) -> None:
+    siblings = torch.bincount(tree.sib)[tree.sib] > 1
+    bad = siblings & tree.valid & tree.logp.isnan()
+    if bool(bad.any()):
+        raise ValueError(
+            f"backup {how!r} needs logp on every branching step; step {int(bad.nonzero()[0])} has none. "
+            "Use leaf_mean, or record log-probs in the rollout"
+        )
