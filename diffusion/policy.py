@@ -200,11 +200,11 @@ class DiffusionPolicy:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
-        """One ODE sample per prompt; row i starts from noise that depends on (seed, i) alone."""
+        """One ODE sample per prompt, from initial noise that depends on (seed, prompt id) alone."""
         levels = self.adapter.schedule(self.sampling.steps)
         course = Course(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
         cond = self.adapter.encode(prompts)
-        init = torch.stack([self.adapter.init(prompt_generator(str(i), seed, -1)) for i in range(len(prompts))])
+        init = torch.stack([self.adapter.init(prompt_generator(p.id, seed, -1)) for p in prompts])
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
             return self._predict(self._bare, course, cond, x, i, own)

@@ -170,6 +170,21 @@ class Rollout:
         """The same rollout with rewards or values written into its tree."""
         return replace(self, tree=tree)
 
+    def select(self, prompts: Sequence[int]) -> Rollout:
+        """The rollout of some prompts, by their ascending positions; counts are dropped, they belong to the whole."""
+        keep = torch.isin(self.tree.group, torch.tensor(list(prompts)))
+        actions = torch.cat(
+            [torch.arange(int(a), int(b)) for a, b in zip(self.tree.tok_start[keep], self.tree.tok_end[keep], strict=True)]
+        )
+        parts = {k: v[actions] for k, v in self.actions.payload.items()}
+        return Rollout(
+            [self.prompts[i] for i in prompts],
+            self.tree.select(keep),
+            Actions(self.actions.logp[actions], self.actions.trainable[actions], parts),
+            {k: v[list(prompts)] for k, v in self.prompt_payload.items()},
+            about=self.about,
+        )
+
     def save(self, folder: str | Path) -> Path:
         """Write tree, actions and prompts as safetensors and JSON; returns the folder."""
         folder = Path(folder)
@@ -250,10 +265,13 @@ class Policy(Protocol):
         """The decoded leaves, in node order."""
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
-        """One sample per prompt for evaluation, without exploration noise. Prompt ids may repeat."""
+        """One sample per prompt for evaluation, without exploration noise; depends on (seed, prompt id) alone."""
 
     def describe(self, rollout: Rollout, steps: Tensor) -> list[Any]:
         """What a person would look at for each step: a picture or a text."""
+
+    def freeze_reference(self) -> None:
+        """Remember the current weights as the reference of the KL; called once, before training."""
 
     def save(self, folder: Path) -> None:
         """Write the model in its ecosystem's own format."""

@@ -113,3 +113,18 @@ def _need_logp(tree: StepTree, how: str) -> None:
             f"backup {how!r} needs logp on every branching step; step {int(bad.nonzero()[0])} has none. "
             "Use leaf_mean, or record log-probs in the rollout"
         )
+
+
+def path_pairs(tree: StepTree) -> tuple[Tensor, Tensor]:
+    """(leaf, node), each (P,) int: every finished leaf with every step on its path, itself included."""
+    at = leaf = tree.is_finished.nonzero().flatten()
+    leaves, nodes = [], []
+    while len(at):
+        leaves.append(leaf)
+        nodes.append(at)
+        up = tree.parent[at]
+        leaf, at = leaf[up >= 0], up[up >= 0]
+    if not nodes:
+        empty = torch.zeros(0, dtype=torch.long)
+        return empty, empty
+    return torch.cat(leaves), torch.cat(nodes)

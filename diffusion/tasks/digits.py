@@ -41,7 +41,7 @@ class DigitsTask:
     def __init__(self, eval_per_class: int = 20, base: DigitsBase | None = None) -> None:
         self.judge = (base or _base()).judge
         self.prompts = [Prompt(f"digit-{d}", {"label": d}) for d in range(10)]
-        self.eval_prompts = [p for p in self.prompts for _ in range(eval_per_class)]
+        self.eval_prompts = [Prompt(f"digit-{d}/{k}", {"label": d}) for d in range(10) for k in range(eval_per_class)]
 
     @torch.no_grad()
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:

@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Numbers measured on two cores: 950 steps give p(prompted class) of about .97 by the other half's classifier."""
+    """Numbers measured on two cores: 1100 steps give p(prompted class) of about .97 by the other half's classifier."""
 
-    steps: int = 950
+    steps: int = 1100
     batch: int = 128
     width: int = 96
     layers: int = 4
     heads: int = 4
     lr: float = 1e-3
     ema: float = 0.995
-    classifier_steps: int = 600
+    classifier_steps: int = 400
     seed: int = 0
     version: int = 1  # raise when the code below changes what it makes
 
@@ -136,7 +136,7 @@ def _train_classifier(data: tuple[Tensor, Tensor], recipe: Recipe, name: str) ->
         i = torch.randint(len(y), (128,))
         shift = torch.randint(-1, 2, (2,)).tolist()
         batch = torch.roll(F.pad(x[i], (1, 1, 1, 1), value=-1.0), shift, (2, 3))[:, :, 1:-1, 1:-1]
-        loss = F.cross_entropy(net(batch + 0.1 * torch.randn_like(batch)), y[i], label_smoothing=0.02)
+        loss = F.cross_entropy(net(batch + 0.1 * torch.randn_like(batch)), y[i])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

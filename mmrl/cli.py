@@ -1,0 +1,94 @@
+"""The command line. Heavy modules are imported inside the verbs, so that --help is instant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mmrl.config import Config
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
+    "Train models from rewards on steps: vision-language, diffusion, video."))  # fmt: skip
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe, such as configs/diffusion/digits_branch.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, such as optim.lr=1e-4")]
+
+DEMO = "diffusion/digits_branch.yaml"
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Run a recipe."""
+    _train(_load(recipe, overrides))
+
+
+@app.command()
+def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Check a recipe before it costs hours: forecast, one rollout, ratio = 1, rewards."""
+    config = _load(recipe, overrides)
+    from mmrl.doctor import examine
+
+    for line in examine(config):
+        typer.echo(line)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The run.output of a run")]) -> None:
+    """Write RUN/report.html: curves, samples, trees."""
+    from mmrl.report.page import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Align a small diffusion model with branch rollouts, from nothing, in a few minutes on two CPU cores."""
+    _train(_load(recipe_path(DEMO), overrides))
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe that ships with mmrl: inside the package when installed, beside it in a checkout."""
+    here = Path(__file__).parent
+    for root in (here / "configs", here.parent / "configs"):
+        if (root / name).is_file():
+            return root / name
+    raise FileNotFoundError(f"recipe {name} is missing from this installation")
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> Config:
+    from mmrl.config import load_config
+
+    return load_config(recipe, overrides or [])
+
+
+def _train(config: Config) -> None:
+    from mmrl.trainers.branch_grpo import BranchGrpo
+
+    trainer = BranchGrpo(config)
+    trainer.train()
+    if trainer.loop.is_main and config.run.report:
+        from mmrl.report.page import write_report
+
+        typer.echo(f"report: {write_report(config.run.output).resolve()}")
+
+
+def main() -> None:
+    """Entry point; errors that a user can mend print as one message, without a traceback (MMRL_DEBUG=1 shows it)."""
+    # Spinning OpenMP threads of several processes fight for the cores: several times slower on two of them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        if os.environ.get("MMRL_DEBUG"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,74 @@
+"""What a run leaves for people to look at: samples of every evaluation, and rollout trees with their pictures.
+
+Outputs are pictures, (C, H, W) tensors in [0, 1] or PIL images, kept as PNG, or texts, kept as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmrl.rollout import Rollout, Sample
+from mmrl.tree import StepTree
+
+PER_ROW = 10  # samples kept per row of the grid
+MAX_ROWS = 12
+
+
+def save_samples(samples: Sequence[Sample], rewards: Sequence[float], folder: Path) -> None:
+    """The first samples of every kind of prompt (same inputs), with their rewards, into `folder`."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
+        title = ", ".join(f"{k} {v}" for k, v in sample.prompt.inputs.items())
+        if len(rows[title]) < PER_ROW and len(rows) <= MAX_ROWS:
+            rows[title].append({"output": save_output(sample.output, folder, f"{i:04d}"), "reward": reward})
+    (folder / "samples.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def save_tree(
+    rollout: Rollout, adv: Tensor, describe: Callable[[Rollout, Tensor], list[Any]], folder: Path
+) -> None:
+    """The tree of the rollout's first prompt: rollout, advantages, and what each fork and leaf looks like."""
+    keep = rollout.tree.group == 0
+    one = rollout.select([0])
+    one = one.with_tree(one.tree.replace(tags=one.tree.tags | {"adv": adv[keep]}))
+    one.save(folder)
+    steps = shown_steps(one.tree)
+    outputs = describe(one, steps)
+    shown = {int(s): save_output(o, folder, f"step_{int(s):04d}") for s, o in zip(steps, outputs, strict=True)}
+    (folder / "outputs.json").write_text(json.dumps(shown, indent=1) + "\n")
+
+
+def shown_steps(tree: StepTree) -> Tensor:
+    """Steps worth a picture: leaves, members of a fork, and first steps. Unary runs in between are skipped."""
+    family = torch.bincount(tree.sib)[tree.sib]
+    return (tree.is_leaf | (family > 1) | (tree.parent < 0)).nonzero().flatten()
+
+
+def save_output(output: Any, folder: Path, name: str) -> dict[str, str]:
+    """{"picture": file} or {"text": ...}."""
+    if isinstance(output, str):
+        return {"text": output}
+    picture = output if isinstance(output, Image.Image) else to_image(output)
+    picture.save(folder / f"{name}.png")
+    return {"picture": f"{name}.png"}
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(C, H, W) in [0, 1], C 1 or 3, as PIL.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"a picture must be (1 or 3, H, W), got {tuple(pixels.shape)}")
+    array = (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))

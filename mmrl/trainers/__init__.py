@@ -1,0 +1,1 @@
+"""Trainers: thin loops over pure functions."""

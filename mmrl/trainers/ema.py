@@ -1,0 +1,48 @@
+"""Exponential moving average of the trained weights only: with LoRA, a few megabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """shadow = decay * shadow + (1 - decay) * weight, in float32."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.parameters = list(parameters)
+        self.shadow = [p.detach().float().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Call once after every optimizer step."""
+        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.parameters], 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the model carries the average; afterwards its own weights again, bit for bit."""
+        own = [p.detach().clone() for p in self.parameters]
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for p, v in zip(self.parameters, values, strict=True):
+            p.copy_(v)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {str(i): s for i, s in enumerate(self.shadow)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        for i, s in enumerate(self.shadow):
+            s.copy_(state[str(i)])

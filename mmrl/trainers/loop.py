@@ -1,0 +1,292 @@
+"""The loop every trainer shares: devices, optimizer, accumulation, checkpoints, resume, logs, signals.
+
+It knows nothing of rollouts or rewards. A trainer gives it an `iterate` and an `evaluate` function.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor, nn
+
+from mmrl.config import Config, ConfigError, OptimConfig
+from mmrl.trainers.ema import Ema
+from mmrl.trainers.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[[], Tensor]  # one micro-batch: forward and a scalar, already over its global denominator
+
+
+class Trainer(Protocol):
+    """What the loop drives."""
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration with its updates; metrics by name."""
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Metrics under eval/."""
+
+    def save_model(self) -> None:
+        """Write the final model."""
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint holds besides weights, optimizer and random states. Data order follows from `iteration`."""
+
+    iteration: int = 0
+    skipped_updates: int = 0
+    cpu_s: float = 0.0  # process time spent in iterations, evaluation excluded
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        for k, v in state.items():
+            setattr(self, k, v)
+
+
+class Loop:
+    """Prepared model and optimizer of one run.
+
+    Raises:
+        ConfigError: the launcher started another number of processes than `run.processes` asks for, or the run
+            folder cannot be used.
+    """
+
+    def __init__(self, config: Config, model: nn.Module) -> None:
+        run = config.run
+        on_cpu = run.cpu or not torch.cuda.is_available()
+        if on_cpu:
+            torch.set_num_threads(run.threads)
+        self.config, self.folder = config, RunFolder(run.output)
+        self.accelerator = Accelerator(
+            cpu=run.cpu,
+            mixed_precision=run.mixed_precision,
+            log_with=list(run.trackers) or None,  # type: ignore[arg-type]
+            project_dir=run.output,
+            # ranks call the bare model unequally often between updates, so buffers must not be broadcast in forward
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self._check_world()
+        set_seed(run.seed)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError("the policy has no trainable parameter")
+        o = config.optim
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.ema = Ema(self.parameters, o.ema) if o.ema else None
+        self.state = LoopState()
+        self.accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema else []))
+        self._stop = False
+
+    # ---- processes --------------------------------------------------------------------------------------------
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def world(self) -> str:
+        """World size and sharding actually in force."""
+        a = self.accelerator
+        return (
+            f"{a.num_processes} process(es), {a.distributed_type.value}, device {a.device}, "
+            f"precision {a.mixed_precision}, {torch.get_num_threads()} thread(s)"
+        )
+
+    def _check_world(self) -> None:
+        asked, got = self.config.run.processes, self.accelerator.num_processes
+        if asked is not None and asked != got:
+            raise ConfigError(
+                f"run.processes={asked} but {got} started ({self.world}); `accelerate launch --cpu` starts one process "
+                "only: use tools/launch.sh"
+            )
+        if self.config.run.prompts_per_iteration < got:
+            raise ConfigError(
+                f"run.prompts_per_iteration={self.config.run.prompts_per_iteration} is below the {got} processes; "
+                "every process needs at least one prompt"
+            )
+
+    def all_sum(self, *values: float) -> list[float]:
+        """Sum each value over all processes."""
+        t = torch.tensor(values, dtype=torch.float64, device=self._metric_device)
+        return list(self.accelerator.reduce(t, "sum").tolist())
+
+    def all_max(self, *values: float) -> list[float]:
+        """Maximum of each value over all processes."""
+        t = torch.tensor(values, dtype=torch.float64, device=self._metric_device)
+        return list(self.accelerator.gather(t[None]).amax(0).tolist())
+
+    @property
+    def _metric_device(self) -> torch.device:
+        return self.accelerator.device
+
+    # ---- one update -------------------------------------------------------------------------------------------
+
+    def update(self, losses: Sequence[Loss], idle: Loss) -> float:
+        """Backward over all micro-batches, one optimizer step; returns the gradient norm.
+
+        Every rank runs as many micro-batches as the busiest one; `idle` is a forward whose gradient is multiplied by
+        0, so that collectives stay in step even where a rank has nothing to train. A non-finite norm skips the step
+        on all ranks (they see the same reduced gradient) and is counted.
+        """
+        rounds = int(self.all_max(len(losses))[0])
+        if rounds == 0:
+            return 0.0
+        self._set_lr()
+        for j in range(rounds):
+            sync = nullcontext() if j == rounds - 1 else self.accelerator.no_sync(self.model)
+            with sync:
+                loss = losses[j]() if j < len(losses) else idle() * 0.0
+                # DDP averages over ranks; the losses are shares of one global sum
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm))
+        finite = math.isfinite(norm)
+        if not finite:
+            self.state.skipped_updates += 1
+            log.warning("iteration %d: gradient norm is %s, update skipped", self.state.iteration, norm)
+        if finite or self.config.run.mixed_precision == "fp16":  # the fp16 scaler must see overflows; it skips itself
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if finite and self.ema:
+            self.ema.update()
+        return norm
+
+    def _set_lr(self) -> None:
+        scale = lr_scale(self.config.optim, self.state.iteration, self.config.run.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optim.lr * scale
+
+    # ---- the run ----------------------------------------------------------------------------------------------
+
+    def run(self, trainer: Trainer) -> dict[str, float]:
+        """Iterate, evaluate, checkpoint until done or asked to stop; returns the last metrics."""
+        run, state = self.config.run, self.state
+        self._open()
+        with self._signals(), self._progress() as advance:
+            metrics = self._evaluate(trainer) if state.iteration == 0 else {}
+            while state.iteration < run.iterations and not self._stop_asked():
+                start, cpu = time.perf_counter(), time.process_time()
+                metrics = trainer.iterate(state.iteration)
+                state.cpu_s += time.process_time() - cpu
+                metrics |= {"time/iteration_s": time.perf_counter() - start, "time/cpu_s": state.cpu_s}
+                metrics["policy/skipped_updates"] = float(state.skipped_updates)
+                metrics["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
+                state.iteration += 1
+                done = state.iteration == run.iterations
+                self._log(state.iteration, metrics)
+                if done or state.iteration % run.eval_every == 0:
+                    metrics |= self._evaluate(trainer)
+                if done or state.iteration % run.checkpoint_every == 0:
+                    self.save()
+                advance(metrics)
+        if state.iteration < run.iterations:
+            self.save()
+            log.warning("stopped by signal after iteration %d; continue with run.resume=true", state.iteration)
+        else:
+            with self.averaged():
+                trainer.save_model()
+        self.accelerator.end_training()
+        return metrics
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The EMA weights inside the block, when there is an EMA."""
+        with self.ema.applied() if self.ema else nullcontext():
+            yield
+
+    def _open(self) -> None:
+        run = self.config.run
+        if self.is_main:
+            self.folder.open(self.config)
+        self.accelerator.wait_for_everyone()
+        found = self.folder.latest_checkpoint() if run.resume else None
+        if found is not None:
+            self.accelerator.load_state(str(found))
+        if self.is_main:
+            self.folder.truncate_metrics(self.state.iteration if found else -1)
+        self.accelerator.init_trackers("logs")
+        if self.is_main:
+            log.info("%s; %s", self.world, f"resumed from {found}" if found else "new run")
+
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+        with self.averaged(), torch.no_grad():
+            metrics = trainer.evaluate(self.state.iteration)
+        self._log(self.state.iteration, metrics)
+        return metrics
+
+    def _log(self, iteration: int, metrics: dict[str, float]) -> None:
+        if self.is_main:
+            self.folder.log(iteration, metrics)
+        self.accelerator.log(metrics, step=iteration)
+
+    def save(self) -> None:
+        """Write a checkpoint on all ranks; complete or absent, never half."""
+        self.folder.write_checkpoint(
+            self.state.iteration,
+            self.config.run.keep_checkpoints,
+            self.is_main,
+            self.accelerator.save_state,
+            self.accelerator.wait_for_everyone,
+        )
+
+    def _stop_asked(self) -> bool:
+        return self.all_max(float(self._stop))[0] > 0
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the iteration in hand, with a checkpoint."""
+
+        def ask(signum: int, frame: Any) -> None:
+            self._stop = True
+
+        old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[dict[str, float]], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, disable=not self.is_main) as bar:
+            task = bar.add_task("", total=self.config.run.iterations, completed=self.state.iteration)
+
+            def advance(metrics: dict[str, float]) -> None:
+                shown = {k: metrics[k] for k in ("reward/mean", "eval/reward", "eval/judge") if k in metrics}
+                bar.update(task, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+
+            yield advance
+
+
+def lr_scale(optim: OptimConfig, iteration: int, total: int) -> float:
+    """Factor on the learning rate, a pure function of the iteration so that resuming needs no state."""
+    if iteration < optim.warmup:
+        return (iteration + 1) / optim.warmup
+    done = (iteration - optim.warmup) / max(total - optim.warmup, 1)
+    if optim.schedule == "linear":
+        return 1 - done
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
