@@ -80,7 +80,7 @@ def flow(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 0.7) -> T
 
 
 def cps(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 0.8) -> Transition:
-    """Coefficient-preserving step (later Flow-GRPO): std = s2 sin(eta pi/2). Shrinks the marginal if used every step."""
+    """Coefficient-preserving step (later Flow-GRPO): std = s2 sin(eta pi/2). Shrinks the marginal if always used."""
     std = k.s2 * math.sin(eta * math.pi / 2)
     return Transition(k.a2 * x0 + math.sqrt(max(k.s2**2 - std**2, 0.0)) * eps, std, x0)
 

@@ -79,7 +79,7 @@ class DiffusionPolicy:
 
         targets = ["to_q", "to_k", "to_v", "to_out.0"]
         config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets)
-        self.model = get_peft_model(self.model, config).eval()  # type: ignore[arg-type]
+        self.model = get_peft_model(self.model, config).eval()
 
     # ---- forward ----------------------------------------------------------------------------------------------
 

@@ -65,7 +65,9 @@ def build(group: str, section: str, name: str, options: Mapping[str, Any]) -> An
     target = find(group, name)
     if inspect.isfunction(target) and group == "mmrl.rewards":
         if options:
-            raise ComponentError(f"{section}: {name!r} is a plain function and takes no options, got {sorted(options)}")
+            raise ComponentError(
+                f"{section}: {name!r} is a plain function and takes no options, got {sorted(options)}"
+            )
         return target
     return target(**_checked(target, section, options))
 

@@ -121,11 +121,11 @@ class Config(Section):
     policy: Component
     plan: dict[int, int]
     rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
-    credit: CreditConfig = Field(default_factory=CreditConfig)
-    prune: PruneConfig = Field(default_factory=PruneConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
+    credit: CreditConfig = CreditConfig()
+    prune: PruneConfig = PruneConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
 
     def dump(self) -> str:
         """YAML of every value, defaults included."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mmrl.config import Config
+from mmrl.rollout import Rollout
 from mmrl.trainers.branch_grpo import BranchGrpo
 
 
@@ -52,13 +53,13 @@ def _memory(trainer: BranchGrpo) -> str:
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in trainer.loop.parameters)
     need = total + trained * 4 * 3 + (total if trainer.config.loss.kl > 0 and trained * 4 >= total else 0)
-    return f"memory     {trained / 1e6:.2f} M trained parameters; {need / 2**20:.0f} MiB for weights, gradients, AdamW and reference, without activations"
+    return (
+        f"memory     {trained / 1e6:.2f} M trained parameters; {need / 2**20:.0f} MiB for weights, gradients, AdamW "
+        "and reference, without activations"
+    )
 
 
-def _ratio(trainer: BranchGrpo, rollout: object, config: Config) -> str:
-    from mmrl.rollout import Rollout
-
-    assert isinstance(rollout, Rollout)
+def _ratio(trainer: BranchGrpo, rollout: Rollout, config: Config) -> str:
     steps = torch.unique(rollout.tree.step_of_action(rollout.actions.logp.numel())[rollout.actions.trainable])
     worst = 0.0
     with torch.no_grad():

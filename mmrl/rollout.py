@@ -174,7 +174,10 @@ class Rollout:
         """The rollout of some prompts, by their ascending positions; counts are dropped, they belong to the whole."""
         keep = torch.isin(self.tree.group, torch.tensor(list(prompts)))
         actions = torch.cat(
-            [torch.arange(int(a), int(b)) for a, b in zip(self.tree.tok_start[keep], self.tree.tok_end[keep], strict=True)]
+            [
+                torch.arange(int(a), int(b))
+                for a, b in zip(self.tree.tok_start[keep], self.tree.tok_end[keep], strict=True)
+            ]
         )
         parts = {k: v[actions] for k, v in self.actions.payload.items()}
         return Rollout(
@@ -192,7 +195,9 @@ class Rollout:
         tensors = {"logp": self.actions.logp, "trainable": self.actions.trainable}
         tensors |= {f"action.{k}": v for k, v in self.actions.payload.items()}
         tensors |= {f"prompt.{k}": v for k, v in self.prompt_payload.items()}
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "actions.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "actions.safetensors"
+        )
         prompts = [{"id": p.id, "inputs": dict(p.inputs), "reference": p.reference} for p in self.prompts]
         record = {"format": 1, "prompts": prompts, "counts": dict(self.counts), "about": dict(self.about)}
         (folder / "rollout.json").write_text(json.dumps(record, indent=1) + "\n")

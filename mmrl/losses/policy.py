@@ -84,7 +84,7 @@ def action_weights(
 
     token-mean: every action alike. seq-mean-token-mean: mean over the actions of a row, then over rows.
     seq-mean-token-sum: sum over a row, mean over rows. constant: sum / (rows * max_len) (Dr. GRPO).
-    step-mean: mean inside each step, then over steps. Rows or steps whose actions are all masked leave the denominator.
+    step-mean: mean inside each step, then over steps. Rows or steps without an unmasked action leave the denominator.
 
     Args:
         owner: (T,) int, step of each action, -1 = none. mask: (T,) bool, actions in the loss.

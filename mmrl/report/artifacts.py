@@ -33,9 +33,7 @@ def save_samples(samples: Sequence[Sample], rewards: Sequence[float], folder: Pa
     (folder / "samples.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def save_tree(
-    rollout: Rollout, adv: Tensor, describe: Callable[[Rollout, Tensor], list[Any]], folder: Path
-) -> None:
+def save_tree(rollout: Rollout, adv: Tensor, describe: Callable[[Rollout, Tensor], list[Any]], folder: Path) -> None:
     """The tree of the rollout's first prompt: rollout, advantages, and what each fork and leaf looks like."""
     keep = rollout.tree.group == 0
     one = rollout.select([0])

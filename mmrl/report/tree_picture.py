@@ -87,7 +87,9 @@ def _edge(a: tuple[float, float], b: tuple[float, float], adv: float, trained: b
     colour = "var(--good)" if adv > 0 else "var(--bad)" if adv < 0 else "var(--mute)"
     style = f'stroke="{colour}" stroke-width="{1 + min(abs(adv), 2):.1f}"' if trained else 'class="ode"'
     mid = (a[0] + b[0]) / 2
-    path = f'<path d="M{a[0]:.0f} {a[1]:.0f}C{mid:.0f} {a[1]:.0f} {mid:.0f} {b[1]:.0f} {b[0]:.0f} {b[1]:.0f}" {style}/>'
+    path = (
+        f'<path d="M{a[0]:.0f} {a[1]:.0f}C{mid:.0f} {a[1]:.0f} {mid:.0f} {b[1]:.0f} {b[0]:.0f} {b[1]:.0f}" {style}/>'
+    )
     if not trained:
         return path
     return path + f'<text x="{b[0] - 6:.0f}" y="{b[1] - 6:.0f}" class="adv" fill="{colour}">{adv:+.2f}</text>'

@@ -92,7 +92,9 @@ def _as_tensor(name: str, raw: Sequence[float | None], samples: Sequence[Sample]
         try:
             number = math.nan if v is None else float(v)
         except (TypeError, ValueError) as error:
-            raise RewardError(f"reward {name!r}: sample {i} got {v!r}, which is no number; return float or None") from error
+            raise RewardError(
+                f"reward {name!r}: sample {i} got {v!r}, which is no number; return float or None"
+            ) from error
         if math.isinf(number):
             raise RewardError(f"reward {name!r}: sample {i} (prompt {samples[i].prompt.id!r}) is infinite; bound it")
         out.append(number)

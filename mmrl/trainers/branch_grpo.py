@@ -52,7 +52,9 @@ class Batch:
 class Sums:
     """Weighted sums over the micro-batches of one update, for the log."""
 
-    values: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("loss", "clip_frac", "kl", "log_ratio"), 0.0))
+    values: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("loss", "clip_frac", "kl", "log_ratio"), 0.0)
+    )
     ratio_dev: float = 0.0
 
     def add(self, weight: Tensor, **terms: Tensor) -> None:

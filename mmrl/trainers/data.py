@@ -1,4 +1,4 @@
-"""Which prompts an iteration sees: a pure function of the iteration, so that resuming skips nothing and repeats nothing."""
+"""Which prompts an iteration sees: a pure function of the iteration, so resuming needs no loader state."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Loop:
         self.accelerator = Accelerator(
             cpu=run.cpu,
             mixed_precision=run.mixed_precision,
-            log_with=list(run.trackers) or None,  # type: ignore[arg-type]
+            log_with=list(run.trackers) or None,
             project_dir=run.output,
             # ranks call the bare model unequally often between updates, so buffers must not be broadcast in forward
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -87,9 +87,7 @@ class Loop:
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter")
         o = config.optim
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.ema = Ema(self.parameters, o.ema) if o.ema else None
         self.state = LoopState()
@@ -116,8 +114,8 @@ class Loop:
         asked, got = self.config.run.processes, self.accelerator.num_processes
         if asked is not None and asked != got:
             raise ConfigError(
-                f"run.processes={asked} but {got} started ({self.world}); `accelerate launch --cpu` starts one process "
-                "only: use tools/launch.sh"
+                f"run.processes={asked} but {got} started ({self.world}); `accelerate launch --cpu` starts one "
+                "process only: use tools/launch.sh"
             )
         if self.config.run.prompts_per_iteration < got:
             raise ConfigError(
@@ -269,7 +267,13 @@ class Loop:
     def _progress(self) -> Iterator[Callable[[dict[str, float]], None]]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
         with Progress(*columns, disable=not self.is_main) as bar:
             task = bar.add_task("", total=self.config.run.iterations, completed=self.state.iteration)
 

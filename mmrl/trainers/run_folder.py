@@ -42,7 +42,9 @@ class RunFolder:
                 )
             changed = _differences(yaml.safe_load(known.read_text()), yaml.safe_load(config.dump()))
             if changed:
-                raise ConfigError(f"{self.root} was made by another recipe: {'; '.join(changed)}. Use a new run.output")
+                raise ConfigError(
+                    f"{self.root} was made by another recipe: {'; '.join(changed)}. Use a new run.output"
+                )
         self.root.mkdir(parents=True, exist_ok=True)
         known.write_text(config.dump())
         (self.root / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
@@ -94,7 +96,9 @@ class RunFolder:
 def environment() -> dict[str, Any]:
     """Versions and revision, for whoever wants to repeat the run."""
     packages = ("torch", "accelerate", "transformers", "diffusers", "peft")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
     return {
         "python": sys.version.split()[0],
         "packages": {p: version(p) for p in packages},
