@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from diffusion.adapters.base import Adapter, Cond
 from diffusion.kernels import gaussian_kl, log_prob
-from diffusion.sampler import Forest, prompt_generator, sample_forest, sample_ode, transition
+from diffusion.sampler import Forest, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, plan_course, record
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
+from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 
 
@@ -133,7 +134,7 @@ class DiffusionPolicy:
     def rollout(self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0) -> Rollout:
         """Sample a tree per prompt; all leaves of a prompt start from one initial latent."""
         course, cond = self.course(plan, iteration), self.adapter.encode(prompts)
-        generators = [prompt_generator(p.id, seed, iteration) for p in prompts]
+        generators = [named_generator(seed, iteration, p.id) for p in prompts]
         init = torch.stack([self.adapter.init(g) for g in generators]).to(self._device)
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +205,7 @@ class DiffusionPolicy:
         levels = self.adapter.schedule(self.sampling.steps)
         course = Course(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
         cond = self.adapter.encode(prompts)
-        init = torch.stack([self.adapter.init(prompt_generator(p.id, seed, -1)) for p in prompts])
+        init = torch.stack([self.adapter.init(named_generator(seed, "evaluation", p.id)) for p in prompts])
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
             return self._predict(self._bare, course, cond, x, i, own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,12 +30,6 @@ class Forest(NamedTuple):
     latent: Tensor
     logp: Tensor
     calls: int
-
-
-def prompt_generator(prompt_id: str, seed: int, iteration: int) -> torch.Generator:
-    """Noise depends on (seed, iteration, prompt id) alone: not on the batch, the rank or the device."""
-    digest = hashlib.sha256(f"{seed}/{iteration}/{prompt_id}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def transition(sampling: Sampling, course: Course, i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Transition:

@@ -94,11 +94,8 @@ class StepTree:
             raise ValueError(f"root_value has {self.root_value.numel()} entries for {self.num_groups} prompts")
         self._check_nodes()
         self.order = torch.arange(n)
-        depth = _depth(self.parent)
-        if bool((self.parent >= torch.arange(n)).any()):
-            self._sort(torch.argsort(depth, stable=True))
-            depth = depth[self.order]
-        self.__dict__["depth"] = depth
+        if bool((self.parent >= self.order).any()):
+            self._sort(torch.argsort(self.depth, stable=True))
 
     # ---- checks -----------------------------------------------------------------------------------------------
 
@@ -116,6 +113,7 @@ class StepTree:
         index = torch.arange(n)
         _refuse(((p < -1) | (p >= n)) | (p == index), p, "parent", f"must be another step in 0..{n - 1}, or -1")
         _refuse((self.status < 0) | (self.status > 2), self.status, "status", "must be 0, 1 or 2")
+        self.__dict__["depth"] = _depth(p)
         inner = p >= 0
         above = p.clamp(min=0)
         _refuse(inner & (self.group != self.group[above]), self.group, "group", "differs from its parent's group")
@@ -162,6 +160,7 @@ class StepTree:
             self.ok = self.ok[perm]
         self.tags = {k: v[perm] for k, v in self.tags.items()}
         self.order = self.order[perm]
+        self.__dict__["depth"] = self.depth[perm]
 
     def __len__(self) -> int:
         return self.parent.numel()

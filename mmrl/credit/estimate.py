@@ -74,7 +74,7 @@ def _finish(tree: StepTree, credit: Credit, counting: Counting, info: dict[str, 
         i = int((~adv.isfinite()).nonzero()[0])
         raise ValueError(f"estimator {info['estimator']!r} gave step {i} the advantage {adv[i].item()}")
     size = adv[valid].abs()
-    groups = norm(tree.outcome, torch.where(tree.is_finished, tree.group, -1), scale="none")
+    groups = norm(tree.outcome, tree.group, scale="none")
     info |= {
         "groups": tree.num_groups,
         "zero_spread_groups": int(groups.constant.sum()),

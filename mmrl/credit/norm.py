@@ -55,7 +55,7 @@ def norm(
     because rounding residue in std has made advantages thousands of times too large in practice.
 
     Args:
-        x: (N,) float; NaN entries belong to no set and give 0.
+        x: (N,) float; NaN entries (an outcome off the finished leaves) belong to no set and give 0.
         sets: (N,) int >= 0, set of each entry; negative = no set.
 
     Raises:
@@ -66,9 +66,9 @@ def norm(
     if x.shape != sets.shape:
         raise ValueError(f"x {tuple(x.shape)} and sets {tuple(sets.shape)} must have one entry per step each")
     member = ~x.isnan() & (sets >= 0)
-    sid = torch.where(member, sets, 0)
+    sid = sets.clamp(min=0)
     v = torch.where(member, x.double(), 0.0)
-    num = int(sid.max()) + 1 if sid.numel() else 0
+    num = int(sets.max()) + 1 if sets.numel() else 0
     n = _sum(member.double(), sid, num)
     mean = _sum(v, sid, num) / n.clamp(min=1)
     centred = torch.where(member, v - mean[sid], 0.0)

@@ -15,7 +15,7 @@ from mmrl.tree_ops import Backup, backup, lift
 
 def leaf_norm(tree: StepTree, scale: Scale, eps: float, ddof: int) -> Normed:
     """Outcomes normalised over the finished leaves of each prompt; 0 on every other node."""
-    return norm(tree.outcome, torch.where(tree.is_finished, tree.group, -1), scale=scale, eps=eps, ddof=ddof)
+    return norm(tree.outcome, tree.group, scale=scale, eps=eps, ddof=ddof)
 
 
 @estimator("grpo", source="DeepSeekMath; parity with verl and TRL")

@@ -324,11 +324,8 @@ class BranchGrpo:
 
 def _spread_groups(rollout: Rollout) -> Tensor:
     """(G,) bool: prompts whose finished leaves differ in reward."""
-    tree = rollout.tree
-    z = norm(tree.outcome, torch.where(tree.is_finished, tree.group, -1), scale="none")
-    spread = torch.zeros(tree.num_groups, dtype=torch.bool)
-    spread[: len(z.size)] = (z.size > 1) & ~z.constant
-    return spread
+    z = norm(rollout.tree.outcome, rollout.tree.group, scale="none")
+    return (z.size > 1) & ~z.constant
 
 
 def train(config: Config) -> dict[str, float]:

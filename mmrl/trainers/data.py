@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mmrl.rollout import Prompt
+from mmrl.seeding import named_generator
 
 
 def prompt_batch(prompts: Sequence[Prompt], size: int, iteration: int, seed: int) -> list[Prompt]:
@@ -20,6 +21,5 @@ def prompt_batch(prompts: Sequence[Prompt], size: int, iteration: int, seed: int
             f"run.prompts_per_iteration={size} but the task has {len(prompts)} prompts; lower it or add prompts"
         )
     epoch, k = divmod(iteration, len(prompts) // size)
-    generator = torch.Generator().manual_seed((seed << 32) + epoch)
-    order = torch.randperm(len(prompts), generator=generator).tolist()
+    order = torch.randperm(len(prompts), generator=named_generator(seed, "epoch", epoch)).tolist()
     return [prompts[i] for i in order[k * size : (k + 1) * size]]

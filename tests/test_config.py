@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmrl.components import ComponentError, build, find
+from mmrl.config import ConfigError, load_config, parse_config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+BASE = {"task": {"name": "digits"}, "policy": {"name": "diffusion"}, "plan": {0: 2}}
+
+
+@pytest.mark.parametrize("file", [f for f in CONFIGS if "accelerate" not in f.parts], ids=lambda f: f.stem)
+def test_every_recipe_parses(file):
+    config = load_config(file)
+    assert parse_config(yaml.safe_load(config.dump())) == config
+
+
+def test_overrides(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    config = load_config(file, ["optim.lr=3e-5", "plan={0: 16}", "policy.eta=0.5", "run.resume=true"])
+    assert config.optim.lr == 3e-5 and config.plan == {0: 16} and config.policy.options == {"eta": 0.5}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.lrr=1", r"unknown key optim.lrr=1 \(did you mean optim.lr\?\)"),
+        ("rum.seed=1", r"unknown key rum=\{'seed': 1\} \(did you mean run\?\)"),
+        ("optim.lr=fast", r"optim.lr='fast': input should be a valid number"),
+        ("optim.lr=-1", r"optim.lr=-1: input should be greater than 0"),
+        ("loss.ratio=word", r"loss.ratio='word': input should be 'action', 'step' or 'trajectory'"),
+        ("plan={a: 2}", r"plan.a"),
+        ("optim.lr", "must be key.path=value"),
+        ("plan.0.x=2", "0 is a value, not a section"),
+    ],
+)
+def test_bad_keys_name_path_value_and_nearest(tmp_path, override, message):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"plan": {"0": 2}} if "plan.0" in override else BASE))
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, [override])
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    with pytest.raises(ConfigError, match="no recipe at"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must be a mapping of sections"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="is no valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: find("mmrl.tasks", "digit"), r"has no 'digit' \(did you mean digits\?\)"),
+        (lambda: find("mmrl.tasks", "tiny:Nope"), "no attribute 'Nope'"),
+        (lambda: find("mmrl.tasks", "nowhere:x"), "No module named 'nowhere'"),
+        (
+            lambda: build("mmrl.policies", "policy", "diffusion", {"kernal": "ode"}),
+            r"unknown key policy.kernal='ode' \(did you mean kernel\?\)",
+        ),
+        (
+            lambda: build("mmrl.policies", "policy", "diffusion", {"steps": "many"}),
+            r"policy.steps='many': input should be a valid integer",
+        ),
+        (
+            lambda: build("mmrl.policies", "policy", "diffusion", {"noise": "some"}),
+            r"policy.noise='some': input should be 'split', 'all' or 'window'",
+        ),
+        (lambda: build("mmrl.rewards", "rewards.0", "tiny:brightness", {"k": 1}), "takes no options"),
+    ],
+)
+def test_components_by_name(call, message):
+    with pytest.raises(ComponentError, match=message):
+        call()

@@ -1,0 +1,340 @@
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import recipe, write_recipe
+
+from mmrl.config import ConfigError, parse_config
+from mmrl.rewards import RewardError
+from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.data import prompt_batch
+from mmrl.trainers.loop import lr_scale
+
+TESTS = Path(__file__).parent.parent
+
+
+def run(model, output, **sections):
+    """Train in this process; returns the trainer."""
+    trainer = BranchGrpo(parse_config(recipe(model, output, **sections)))
+    trainer.train()
+    return trainer
+
+
+def weights(output):
+    return load_file(output / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(output, timing=False):
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return rows if timing else [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
+
+
+def start(model, tmp_path, output, *extra, tree=None):
+    file = write_recipe(tmp_path / f"{output.name}.yaml", tree or recipe(model, output))
+    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "MMRL_DEBUG": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmrl", "train", file, *extra], env=env, stderr=subprocess.PIPE, text=True
+    )
+
+
+def assert_same_weights(a, b, **tolerance):
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], **tolerance or {"atol": 0, "rtol": 0})
+
+
+def test_reward_rises_and_the_log_tells_the_cost(tiny_model, tmp_path):
+    run(tiny_model, tmp_path / "r", run={"iterations": 30, "eval_every": 10}, loss={"kl": 0.0})
+    rows = metrics(tmp_path / "r")
+    evals = [r["eval/reward"] for r in rows if "eval/reward" in r]
+    assert evals[-1] > evals[0] + 0.1
+    train = [r for r in rows if "reward/mean" in r]
+    assert all(r["policy/ratio_dev_max"] < 1e-6 for r in train)
+    assert train[0]["rollout/calls_per_leaf"] == (1 + 2 + 2 + 4 + 4 + 4) / 4
+    assert train[0]["rollout/trained_states_per_leaf"] == 3 / 4
+    assert {"eval/judge", "eval/diversity"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("credit", ["grpo", "rloo", "dr_grpo", "tree_rpo", "branch_depth", "child_minus_parent"])
+def test_every_estimator_trains(tiny_model, tmp_path, credit):
+    before = load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")
+    run(tiny_model, tmp_path / "r", credit={"name": credit}, run={"iterations": 1})
+    after = weights(tmp_path / "r")
+    assert all(
+        not torch.equal(before[k], after[k]) for k in before if "weight" in k and "null" not in k and "label" not in k
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [{"ratio": "step"}, {"ratio": "trajectory"}, {"aggregation": "step-mean"}, {"aggregation": "seq-mean-token-mean"},
+     {"aggregation": "constant", "max_len": 6}, {"dual_clip": 3.0}, {"recompute_old_logp": True}, {"drop_zero_spread": True}],
+    ids=str,
+)  # fmt: skip
+def test_every_loss_option_runs(tiny_model, tmp_path, loss):
+    run(tiny_model, tmp_path / "r", loss=loss, run={"iterations": 1})
+    assert metrics(tmp_path / "r")[1]["policy/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"prune": {"width": "top"}, "policy": {"noise": "all"}}, {"prune": {"width": "extreme"}, "policy": {"noise": "all"}},
+     {"prune": {"depth_first": 4, "depth_stop": 2}, "policy": {"noise": "all"}}],
+    ids=str,
+)  # fmt: skip
+def test_pruning_acts_on_gradients_only(tiny_model, tmp_path, sections):
+    run(tiny_model, tmp_path / "all", policy=sections["policy"], run={"iterations": 1})
+    run(tiny_model, tmp_path / "pruned", **sections, run={"iterations": 1})
+    whole, pruned = metrics(tmp_path / "all")[1], metrics(tmp_path / "pruned")[1]
+    assert pruned["rollout/trained_states_per_leaf"] < whole["rollout/trained_states_per_leaf"]
+    for same in ("reward/mean", "reward/std", "rollout/calls_per_leaf", "credit/adv_abs_max"):
+        assert pruned[same] == whole[same]
+
+
+def test_ratio_forms_agree_where_they_must(tiny_model, tmp_path):
+    """Split-only chains {0: G} have one action each, so action, step and trajectory ratio are one number. Several
+    updates per rollout, so that the ratios leave 1."""
+    logs = []
+    for ratio in ("action", "step", "trajectory"):
+        run(tiny_model, tmp_path / ratio, plan={0: 4}, loss={"ratio": ratio, "clip_low": 1e-3, "clip_high": 1e-3},
+            optim={"updates_per_rollout": 3, "lr": 1e-3}, run={"iterations": 2})  # fmt: skip
+        logs.append(metrics(tmp_path / ratio)[1:3])
+    assert logs[0][0]["policy/clip_frac"] > 0
+    for other in logs[1:]:
+        for a, b in zip(logs[0], other, strict=True):
+            for k in ("policy/loss", "policy/grad_norm", "policy/clip_frac", "policy/log_ratio", "policy/kl"):
+                assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-7), k
+
+
+def test_accumulation_changes_nothing(tiny_model, tmp_path):
+    for name, max_batch in (("whole", 256), ("parts", 1)):
+        run(tiny_model, tmp_path / name, policy={"max_batch": max_batch}, optim={"lr": 1e-3}, run={"iterations": 2})
+    # one AdamW step divides by the gradient's own size, which amplifies rounding of tiny gradients
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"), atol=2e-4, rtol=0)
+    a, b = metrics(tmp_path / "whole")[1], metrics(tmp_path / "parts")[1]
+    assert a["policy/grad_norm"] == pytest.approx(b["policy/grad_norm"], rel=1e-4)
+
+
+def test_zero_spread_groups_teach_nothing(tiny_model, tmp_path):
+    before = load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")
+    run(tiny_model, tmp_path / "r", rewards=[{"name": "tiny:constant"}], loss={"kl": 0.0}, run={"iterations": 2})
+    assert metrics(tmp_path / "r")[1]["reward/zero_spread_frac"] == 1
+    assert_same_weights(before, weights(tmp_path / "r"))
+
+
+def test_non_finite_update_is_skipped_and_counted(tiny_model, tmp_path, caplog):
+    trainer = BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", run={"iterations": 1})))
+    before = [p.detach().clone() for p in trainer.loop.parameters]
+    bad = lambda: trainer.loop.parameters[0].sum() * float("nan")  # noqa: E731
+    with caplog.at_level(logging.WARNING):
+        trainer.loop.update([bad], bad)
+    assert trainer.loop.state.skipped_updates == 1 and "update skipped" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.loop.parameters, strict=True))
+
+
+def test_ema_is_evaluated_and_saved(tiny_model, tmp_path):
+    trainer = run(tiny_model, tmp_path / "r", optim={"ema": 0.9}, run={"iterations": 3})
+    saved = weights(tmp_path / "r")
+    own = trainer.policy.model.state_dict()
+    assert any(not torch.equal(saved[k], own[k]) for k in saved)
+
+
+def test_unscored_samples_leave_the_statistics(tiny_model, tmp_path):
+    run(tiny_model, tmp_path / "r", rewards=[{"name": "tiny:nan_for_first"}], run={"iterations": 2})
+    assert metrics(tmp_path / "r")[1]["reward/unscored_frac"] == 1 / 16
+
+
+@pytest.mark.parametrize("reward, message", [("raising", "KeyError: 'answer'"), ("wrong_length", "returned 1 values")])
+def test_broken_rewards_stop_the_run(tiny_model, tmp_path, reward, message):
+    with pytest.raises(RewardError, match=message):
+        trainer = BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", rewards=[{"name": f"tiny:{reward}"}])))
+        trainer.iterate(0)
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"plan": {9: 2}}, "depth 9 lies beyond the last step"),
+        ({"run": {"processes": 2}}, "run.processes=2 but 1 started"),
+        ({"run": {"prompts_per_iteration": 11}}, "the task has 10 prompts"),
+        ({"policy": {"model": "nowhere"}}, "no transformer/config.json there"),
+        ({"policy": {"kernal": "ode"}}, r"did you mean kernel\?"),
+        ({"loss": {"kl_form": "k3"}}, "this policy gives no reference log-probs; use exact"),
+    ],
+)
+def test_recipes_that_cannot_run(tiny_model, tmp_path, sections, message):
+    with pytest.raises(ValueError, match=message):
+        BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", **sections))).iterate(0)
+
+
+def test_a_folder_is_not_overwritten_nor_continued_with_another_recipe(tiny_model, tmp_path):
+    run(tiny_model, tmp_path / "r", run={"iterations": 1})
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(tiny_model, tmp_path / "r", run={"iterations": 1})
+    with pytest.raises(ConfigError, match="made by another recipe: optim"):
+        run(tiny_model, tmp_path / "r", run={"iterations": 1, "resume": True}, optim={"lr": 1.0})
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny_model, tmp_path):
+    extra = {"optim": {"ema": 0.9, "schedule": "cosine", "warmup": 1}}
+    run(tiny_model, tmp_path / "straight", **extra)
+    run(tiny_model, tmp_path / "broken", **extra)
+    # as after a kill in the fourth iteration: its checkpoint half written, a metrics line cut
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    (checkpoints / "000004").rename(checkpoints / ".000004.part")
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as f:
+        f.write('{"iteration": 5, "rew')
+    run(tiny_model, tmp_path / "broken", run={"resume": True}, **extra)
+    assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "broken")
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("lines", [2, 4, 6])
+def test_sigkill_and_resume(tiny_model, tmp_path, lines):
+    """Killed once `lines` metrics lines are on disk, wherever the run is then."""
+    tree = recipe(tiny_model, tmp_path / "killed", run={"iterations": 8})
+    process = start(tiny_model, tmp_path, tmp_path / "killed", tree=tree)
+    file = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while (not file.exists() or len(file.read_text().splitlines()) < lines) and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "model").exists()
+    again = start(tiny_model, tmp_path, tmp_path / "killed", "run.resume=true", tree=tree)
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    run(tiny_model, tmp_path / "straight", run={"iterations": 8})
+    assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "killed"))
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
+
+
+@pytest.mark.multiproc
+def test_sigterm_leaves_a_checkpoint(tiny_model, tmp_path):
+    tree = recipe(tiny_model, tmp_path / "r", run={"iterations": 10_000, "checkpoint_every": 10_000})
+    process = start(tiny_model, tmp_path, tmp_path / "r", tree=tree)
+    file = tmp_path / "r" / "metrics.jsonl"
+    while not file.exists() or len(file.read_text().splitlines()) < 4:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped by signal" in err
+    assert len(list((tmp_path / "r" / "checkpoints").glob("[0-9]*"))) == 1
+
+
+def test_checkpoints_rotate(tiny_model, tmp_path):
+    run(tiny_model, tmp_path / "r", run={"iterations": 4, "keep_checkpoints": 2})
+    assert sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir()) == ["000003", "000004"]
+
+
+def test_prompt_order_is_a_function_of_the_iteration():
+    from tiny import TinyTask
+
+    prompts = TinyTask().prompts
+    ids = [[p.id for p in prompt_batch(prompts, 5, i, seed=1)] for i in range(6)]
+    assert sorted(ids[0] + ids[1]) == sorted(p.id for p in prompts) == sorted(ids[2] + ids[3])
+    assert ids[0] != ids[2] and ids[3] == [p.id for p in prompt_batch(prompts, 5, 3, seed=1)]
+    assert ids[0] != [p.id for p in prompt_batch(prompts, 5, 0, seed=2)]
+
+
+def test_learning_rate_is_a_function_of_the_iteration():
+    from mmrl.config import OptimConfig
+
+    o = OptimConfig(warmup=2, schedule="linear")
+    assert [lr_scale(o, i, 6) for i in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert lr_scale(OptimConfig(schedule="cosine"), 3, 6) == pytest.approx(0.5)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def launch(model, tmp_path, name, processes, **sections):
+    """tools/launch.sh, as the docs say; sections go into the recipe."""
+    tree = recipe(model, tmp_path / name, **sections)
+    tree["run"]["processes"] = processes
+    file = write_recipe(tmp_path / f"{name}.yaml", tree)
+    env = os.environ | {"PYTHONPATH": str(TESTS), "MMRL_PYTHON": sys.executable}
+    script = TESTS.parent / "tools" / "launch.sh"
+    done = subprocess.run(
+        ["bash", script, str(processes), "train", file],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+@pytest.mark.multiproc
+def test_two_processes_equal_one(tiny_model, tmp_path):
+    err = launch(tiny_model, tmp_path, "two", 2, optim={"lr": 1e-3})
+    assert "2 process(es), MULTI_CPU" in err
+    run(tiny_model, tmp_path / "one", optim={"lr": 1e-3})
+    assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-4, rtol=0)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4), k
+
+
+@pytest.mark.multiproc
+def test_a_rank_without_spread_keeps_in_step(tiny_model, tmp_path):
+    """Prompts alternate over ranks; with two prompts of which one is constant, one rank has nothing to train."""
+    sections = {
+        "rewards": [{"name": "tiny:constant_for_even"}], "loss": {"kl": 0.0}, "optim": {"lr": 1e-3},
+        "run": {"prompts_per_iteration": 2, "iterations": 6},
+    }  # fmt: skip
+    launch(tiny_model, tmp_path, "two", 2, **sections)
+    run(tiny_model, tmp_path / "one", **sections)
+    spread = [r["reward/zero_spread_frac"] for r in metrics(tmp_path / "two") if "reward/zero_spread_frac" in r]
+    assert 0.5 in spread  # it did happen
+    assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=5e-4, rtol=0)
+
+
+@pytest.mark.multiproc
+def test_ranks_end_with_identical_weights(tiny_model, tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from mmrl.config import load_config\n"
+        "from mmrl.trainers.branch_grpo import BranchGrpo\n"
+        "t = BranchGrpo(load_config(sys.argv[1]))\n"
+        "assert t.loop.accelerator.num_processes == 2\n"
+        "def check():\n"
+        "    mine = torch.cat([p.detach().flatten() for p in t.loop.parameters])\n"
+        "    both = t.loop.accelerator.gather(mine[None])\n"
+        "    assert torch.equal(both[0], both[1])\n"
+        "    print('IDENTICAL')\n"
+        "t.save_model = check\n"
+        "t.train()\n"
+    )
+    tree = recipe(tiny_model, tmp_path / "r", run={"iterations": 2})
+    file = write_recipe(tmp_path / "r.yaml", tree)
+    (tmp_path / "check.py").write_text(code)
+    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        tmp_path / "check.py",
+        file,
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and done.stdout.count("IDENTICAL") == 2, done.stderr[-3000:]
