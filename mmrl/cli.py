@@ -49,7 +49,10 @@ def report(run: Annotated[Path, typer.Argument(help="The run.output of a run")])
 @app.command()
 def demo(overrides: Overrides = None) -> None:
     """Align a small diffusion model with branch rollouts, from nothing, in a few minutes on two CPU cores."""
-    _train(_load(recipe_path(DEMO), overrides))
+    config = _load(recipe_path(DEMO), overrides)
+    if not config.run.resume:
+        config.run.output = _unused(config.run.output)
+    _train(config)
 
 
 def recipe_path(name: str) -> Path:
@@ -59,6 +62,12 @@ def recipe_path(name: str) -> Path:
         if (root / name).is_file():
             return root / name
     raise FileNotFoundError(f"recipe {name} is missing from this installation")
+
+
+def _unused(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3 ... that does not exist: a demo can be repeated."""
+    names = (folder if i == 1 else folder.with_name(f"{folder.name}-{i}") for i in range(1, 10_000))
+    return next(f for f in names if not f.exists())
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Config:

@@ -1,0 +1,44 @@
+# Two commands do everything on a machine with Python 3.11, pip and make:
+#   make demo   installs into .venv, aligns the built-in diffusion model, prints where the report is
+#   make test   installs into .venv, then lint, types and tests
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# spinning OpenMP threads make small models several times slower on two cores
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint types check slow style clean
+
+demo: $(READY)
+	$(BIN)/mmrl demo
+
+test: $(READY) lint types check
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: $(READY)
+	$(BIN)/pytest -q
+
+slow: $(READY)
+	$(BIN)/pytest -q -m "slow and not gpu"
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
