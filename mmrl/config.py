@@ -42,12 +42,28 @@ class RewardConfig(Component):
     weight: float = 1.0
 
 
-class CreditConfig(Component):
-    """Estimator by name with its options; transforms before it; the clip after it."""
+class EstimatorConfig(Component):
+    """One estimator of a weighted sum: weight and its own options beside the name."""
 
-    name: str = "branch_depth"
+    weight: float = 1.0
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """As `mmrl.credit.compose` takes it."""
+        return {"name": self.name, "weight": self.weight, **self.options}
+
+
+class CreditConfig(Section):
+    """Transforms, then a weighted sum of estimators, then the clip. `mmrl credit --list` prints what there is."""
+
     transforms: list[str | dict[str, Any]] = Field(default_factory=list)
+    estimators: list[EstimatorConfig] = Field(
+        default_factory=lambda: [EstimatorConfig(name="branch_depth")], min_length=1
+    )
     counting: Literal["node", "leaf"] = "node"
+    step_reward_kind: Literal["reward", "value"] = "reward"  # a value scores the state and must be differenced
+    whiten: bool = False  # centre and scale the sum over the whole batch
+    allow_double_norm: bool = False
     clip: PositiveFloat | None = 5.0  # advantages are clamped to +-clip (every public diffusion trainer: 5)
 
 

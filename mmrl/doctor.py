@@ -39,7 +39,7 @@ def examine(config: Config) -> Iterator[str]:
     credit = trainer.credit(rollout)
     info = credit.info
     yield (
-        f"credit     {info['estimator']}: |advantage| mean {info['adv_abs_mean']:.3f}, max {info['adv_abs_max']:.3f}; "
+        f"credit     {', '.join(e['name'] for e in info['estimators'])}: |advantage| mean {info['adv_abs_mean']:.3f}, max {info['adv_abs_max']:.3f}; "
         f"{info['zero_spread_groups']} of {info['groups']} groups without spread"
     )
     calls = rollout.counts["calls"] / rollout.counts["leaves"]

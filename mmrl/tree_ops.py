@@ -128,3 +128,33 @@ def path_pairs(tree: StepTree) -> tuple[Tensor, Tensor]:
         empty = torch.zeros(0, dtype=torch.long)
         return empty, empty
     return torch.cat(leaves), torch.cat(nodes)
+
+
+def discounted_leaf(tree: StepTree, gamma: float, agg: Literal["mean", "max"] = "mean") -> Tensor:
+    """(N,) mean or max over the finished leaves below of gamma^(depth(leaf) - depth(n)) * outcome, gamma in (0, 1].
+
+    Raises ValueError for another gamma.
+    """
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma={gamma} must lie in (0, 1]")
+    outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
+    if agg == "mean":
+        discount = torch.full((len(tree),), gamma, dtype=torch.float64)
+        return tree.accumulate(outcome, discount) / tree.m.clamp(min=1)
+    if tree.is_chains:
+        return tree.accumulate(outcome, torch.full((len(tree),), gamma, dtype=torch.float64))
+    best = torch.where(tree.is_finished, tree.outcome, -torch.inf)
+    for level in reversed(tree.levels[1:]):
+        best.scatter_reduce_(0, tree.parent[level], gamma * best[level], "amax")
+    return torch.where(tree.valid, best, 0.0)
+
+
+def path_max(tree: StepTree, x: Tensor) -> Tensor:
+    """(N, ...) maximum of `x` over the path from the first step to n, n included, by pointer doubling."""
+    p, top = tree.parent, x
+    while bool((p >= 0).any()):
+        above = p.clamp(min=0)
+        live = (p >= 0).reshape(-1, *[1] * (x.ndim - 1))
+        top = torch.where(live, torch.maximum(top, top[above]), top)
+        p = torch.where(p >= 0, p[above], -1)
+    return top

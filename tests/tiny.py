@@ -90,7 +90,8 @@ def write_recipe(file: Path, tree: dict[str, Any]) -> Path:
 
 
 def random_forest(seed: int, groups: int = 3, steps: int = 40, unfinished: float = 0.2) -> StepTree:
-    """Ragged trees with unfinished leaves, ties among outcomes and random extras."""
+    """Ragged trees with unfinished leaves, ties among outcomes and random extras. The last step starts a second chain,
+    so that every estimator has something to compare."""
     g = torch.Generator().manual_seed(seed)
     group = torch.cat([torch.arange(groups), torch.randint(groups, (max(steps - groups, 0),), generator=g)])
     parent, last = [], [[] for _ in range(groups)]
@@ -99,6 +100,7 @@ def random_forest(seed: int, groups: int = 3, steps: int = 40, unfinished: float
         pick = int(torch.randint(-1, len(above), (1,), generator=g)) if above else -1
         parent.append(above[pick] if pick >= 0 else -1)
         above.append(i)
+    parent[-1] = -1 if steps > groups else parent[-1]
     parent_t = torch.tensor(parent)
     n = len(parent)
     has_child = torch.zeros(n, dtype=torch.bool)

@@ -10,6 +10,7 @@ and diversity there. One thread; evaluation is not timed; no KL, as published. R
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -53,7 +54,7 @@ def run(method: str, steps: int, iterations: int, prompts: int, seed: int, eval_
 def seconds_per_iteration(rows: list[dict]) -> float:
     """Median over iterations of the process time, first one left out."""
     cpu = [r["time/cpu_s"] for r in rows if "time/cpu_s" in r]
-    return statistics.median(b - a for a, b in zip(cpu, cpu[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(cpu))
 
 
 def at_target(rows: list[dict], target: float) -> tuple[float, float, float] | None:
@@ -70,7 +71,10 @@ def counted(rows: list[dict], forecast: Any) -> str:
     """Calls and trained states per leaf as logged; stops when they differ from the forecast."""
     row = next(r for r in rows if "rollout/calls_per_leaf" in r)
     calls, states = row["rollout/calls_per_leaf"], row["rollout/trained_states_per_leaf"]
-    if abs(calls - forecast.calls / forecast.leaves) > 1e-9 or states > forecast.trained_states / forecast.leaves + 1e-9:
+    if (
+        abs(calls - forecast.calls / forecast.leaves) > 1e-9
+        or states > forecast.trained_states / forecast.leaves + 1e-9
+    ):
         raise SystemExit(f"counted {calls}, {states} per leaf; forecast {forecast}")
     return f"{calls:.2f} / {states:.2f}"
 

@@ -1,4 +1,4 @@
-"""estimate(): transforms, then one estimator, then what every advantage must satisfy."""
+"""compose(): transforms, then a weighted sum of estimators, then what every advantage must satisfy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import mmrl.credit.outcome  # noqa: F401 - enters its estimators into the table
-from mmrl.credit.norm import norm
+# importing these enters their functions into the tables
+import mmrl.credit.outcome
+import mmrl.credit.steps
+import mmrl.credit.transforms  # noqa: F401
+from mmrl.credit.norm import NORM_PRESETS, AllSum, Norm, norm
+from mmrl.credit.norm import whiten as whiten_over_batch
+from mmrl.credit.rules import Kind, check_need, check_recipe, check_tree
 from mmrl.credit.table import ESTIMATORS, TRANSFORMS, Credit
 from mmrl.tree import StepTree
 
@@ -35,72 +40,127 @@ class StepAdvantage:
 
 
 def estimate(
+    tree: StepTree, name: str, transforms: Sequence[str | Mapping[str, Any]] = (), *,
+    counting: Counting = "node", **options: Any,
+) -> StepAdvantage:  # fmt: skip
+    """Advantages of all steps by one estimator; `compose` with one entry. Options are the estimator's own."""
+    return compose(tree, [{"name": name, **options}], transforms, counting=counting)
+
+
+def compose(
     tree: StepTree,
-    name: str,
+    estimators: Sequence[Mapping[str, Any]],
     transforms: Sequence[str | Mapping[str, Any]] = (),
     *,
     counting: Counting = "node",
-    **options: Any,
+    kind: Kind = "reward",
+    whiten: bool = False,
+    allow_double_norm: bool = False,
+    repeats_prefix: bool = False,
+    all_sum: AllSum | None = None,
 ) -> StepAdvantage:
-    """Advantages of all steps by the estimator `name`, after `transforms` in their order.
+    """A = sum over estimators of weight * A_k, on the transformed tree.
 
     Args:
-        tree: outcomes (and step rewards) written into it.
-        name: a row of ESTIMATORS.
-        transforms: names, or mappings {"name": ..., option: ...}.
-        options: keyword options of the estimator.
+        tree: outcomes, step rewards, values ... written into it.
+        estimators: [{"name": ..., "weight": 1.0, option: ...}]. Normalising ones also take scale, eps, ddof,
+            singleton and preset (a row of NORM_PRESETS).
+        transforms: names, or {"name": ..., option: ...}, applied in order.
+        kind, repeats_prefix: see `rules.check_recipe`.
+        whiten: centre and scale the sum over the whole batch.
+        all_sum: sums a tensor over processes, for the estimators whose statistics span the batch.
 
     Raises:
-        ValueError: unknown estimator, transform or option (with the nearest name), or a tree the estimator has no
-            meaning for.
+        ValueError: unknown name or option (with the nearest), a combination without meaning, or a tree that lacks
+            what an estimator needs.
     """
-    applied = []
-    for item in transforms:
-        spec = {"name": item} if isinstance(item, str) else dict(item)
-        applied.append(spec.copy())
-        function = _lookup(TRANSFORMS, str(spec.pop("name")), "transform").function
-        tree = function(tree, **_checked_options(function, spec))
-    row = _lookup(ESTIMATORS, name, "estimator")
-    if row.check is not None:
-        row.check(tree)
-    credit = row.function(tree, **_checked_options(row.function, options))
-    return _finish(tree, credit, counting, {"estimator": name, "transforms": applied})
+    steps = [{"name": t} if isinstance(t, str) else dict(t) for t in transforms]
+    for t in steps:
+        _lookup(TRANSFORMS, str(t.get("name")), "transform")
+    for e in estimators:
+        _lookup(ESTIMATORS, str(e.get("name")), "estimator")
+    check_recipe(steps, estimators, kind=kind, whiten=whiten, allow_double_norm=allow_double_norm,
+                 counting=counting, repeats_prefix=repeats_prefix)  # fmt: skip
+    before = tree
+    for t in steps:
+        tree = apply_transform(tree, t)
+    check_tree(tree, estimators, steps)
+    parts = [(float(e.get("weight", 1.0)), _run(tree, e, all_sum)) for e in estimators]
+    adv = torch.stack([w * c.adv for w, c in parts]).sum(0)
+    if whiten:
+        adv = whiten_over_batch(torch.where(tree.valid, adv, 0.0), tree.valid.double(), all_sum)
+    info = {"estimators": [dict(e) for e in estimators], "transforms": steps}
+    for _, c in reversed(parts):
+        info |= c.info
+    return _finish(tree, before, adv, parts[0][1].returns, counting, info)
 
 
-def _finish(tree: StepTree, credit: Credit, counting: Counting, info: dict[str, Any]) -> StepAdvantage:
+def apply_transform(tree: StepTree, spec: Mapping[str, Any]) -> StepTree:
+    """One transform by name, its needs and options checked."""
+    options = dict(spec)
+    row = _lookup(TRANSFORMS, str(options.pop("name")), "transform")
+    for need in row.needs:
+        check_need(tree, need, f"transform {row.name!r}")
+    return row.function(tree, **_checked(row.function, options))
+
+
+def _run(tree: StepTree, spec: Mapping[str, Any], all_sum: AllSum | None) -> Credit:
+    row = _lookup(ESTIMATORS, str(spec["name"]), "estimator")
+    options = {k: v for k, v in spec.items() if k not in ("name", "weight")}
+    return row.function(tree, **_checked(row.function, options, all_sum))
+
+
+def _finish(
+    tree: StepTree, before: StepTree, adv: Tensor, returns: Tensor | None, counting: Counting, info: dict[str, Any]
+) -> StepAdvantage:
     valid = tree.valid
-    adv = torch.where(valid, credit.adv, 0.0)
+    adv = torch.where(valid, adv, 0.0)
     if not bool(adv.isfinite().all()):
         i = int((~adv.isfinite()).nonzero()[0])
-        raise ValueError(f"estimator {info['estimator']!r} gave step {i} the advantage {adv[i].item()}")
+        raise ValueError(f"{[e['name'] for e in info['estimators']]} gave step {i} the advantage {adv[i].item()}")
     size = adv[valid].abs()
-    groups = norm(tree.outcome, tree.group, scale="none")
+    groups = norm(before.outcome, before.group, Norm(scale="none"))
     info |= {
         "groups": tree.num_groups,
         "zero_spread_groups": int(groups.constant.sum()),
         "valid_frac": float(valid.double().mean()) if len(tree) else 0.0,
         "adv_abs_mean": float(size.mean()) if size.numel() else 0.0,
         "adv_abs_max": float(size.max()) if size.numel() else 0.0,
-        **credit.info,
     }
-    returns = adv if credit.returns is None else torch.where(valid, credit.returns, 0.0)
     weight = tree.m.double() if counting == "leaf" else valid.double()
-    return StepAdvantage(adv, returns, valid, weight, info)
+    return StepAdvantage(adv, adv if returns is None else torch.where(valid, returns, 0.0), valid, weight, info)
 
 
-def _lookup(table: dict[str, Any], name: str, kind: str) -> Any:
+def _lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     if name in table:
         return table[name]
     near = get_close_matches(name, table, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"unknown {kind} {name!r}{hint}; known: {', '.join(table) or 'none'}")
+    raise ValueError(f"unknown {kind} {name!r}{hint}; known: {', '.join(sorted(table))}")
 
 
-def _checked_options(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    known = [p for p in inspect.signature(function).parameters if p != "tree"]
+def option_names(function: Any) -> list[str]:
+    """What a recipe may set: the function's keyword options, with the fields of `Norm` where it normalises."""
+    names = [p for p in inspect.signature(function).parameters if p not in ("tree", "how", "all_sum")]
+    return [*names, *Norm._fields, "preset"] if "how" in inspect.signature(function).parameters else names
+
+
+def _checked(function: Any, options: Mapping[str, Any], all_sum: AllSum | None = None) -> dict[str, Any]:
+    """The call's keyword arguments: options checked by name, normalisation gathered into `how`."""
+    known = option_names(function)
     for key in options:
         if key not in known:
             near = get_close_matches(key, known, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(f"{function.__name__} has no option {key!r}{hint}; it takes {', '.join(known) or 'none'}")
-    return dict(options)
+    parameters = inspect.signature(function).parameters
+    call = {k: v for k, v in options.items() if k in parameters}
+    if "how" in parameters:
+        preset = options.get("preset")
+        if preset is not None:
+            _lookup(NORM_PRESETS, preset, "norm preset")
+        fields = {k: v for k, v in options.items() if k in Norm._fields}
+        call["how"] = parameters["how"].default._replace(**NORM_PRESETS.get(str(preset), {}) | fields)
+    if all_sum is not None and "all_sum" in parameters:
+        call["all_sum"] = all_sum
+    return call

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Scale = Literal["std", "none", "loo", "bernoulli", "batch"]
+AllSum = Callable[[Tensor], Tensor]  # sums a small tensor over processes; the identity on one
 
-# (ddof, eps, singleton) as read in each codebase. `branch` also turns sets with std < 1e-6 to 0, which the
-# constant-set rule below does for every preset.
-NORM_PRESETS: dict[str, dict[str, float | str]] = {
+# (ddof, eps, singleton) as read in each codebase. BranchGRPO's hard zero below std 1e-6 is `std_floor`.
+NORM_PRESETS: dict[str, dict[str, Any]] = {
     "verl": {"ddof": 1, "eps": 1e-6, "singleton": "zero"},
     "trl": {"ddof": 1, "eps": 1e-4, "singleton": "zero"},
     "openrlhf": {"ddof": 1, "eps": 1e-9, "singleton": "zero"},
     "flow_grpo": {"ddof": 0, "eps": 1e-4, "singleton": "zero"},
-    "branch": {"ddof": 1, "eps": 1e-8, "singleton": "zero"},
+    "branch": {"ddof": 1, "eps": 1e-8, "singleton": "zero", "std_floor": 1e-6},
 }
+
+
+class Norm(NamedTuple):
+    """How to normalise: options every estimator shares. See `norm` for their meaning."""
+
+    scale: Scale = "std"
+    eps: float = 1e-6
+    ddof: int = 1
+    singleton: Literal["zero", "raw"] = "zero"
+    std_floor: float = 0.0
 
 
 class Normed(NamedTuple):
@@ -30,25 +41,21 @@ class Normed(NamedTuple):
     @property
     def info(self) -> dict[str, float]:
         """Counts of sets that carry no preference."""
-        return {"sets": float((self.size > 0).sum()), "singleton_sets": float((self.size == 1).sum()),
-                "zero_spread_sets": float(self.constant.sum())}  # fmt: skip
+        return {
+            "sets": float((self.size > 0).sum()),
+            "singleton_sets": float((self.size == 1).sum()),
+            "zero_spread_sets": float(self.constant.sum()),
+        }
 
 
 def norm(
-    x: Tensor,
-    sets: Tensor,
-    *,
-    scale: Scale = "std",
-    eps: float = 1e-6,
-    ddof: int = 1,
-    singleton: Literal["zero", "raw"] = "zero",
-    std_floor: float = 0.0,
+    x: Tensor, sets: Tensor, how: Norm = Norm(), *, weight: Tensor | None = None, all_sum: AllSum | None = None
 ) -> Normed:
     """Centre `x` inside each set and scale it.
 
     std: (x - mean)/(std + eps), std with `ddof`. none: x - mean. loo: x minus the mean of the others, which is
     n/(n-1)(x - mean). bernoulli: (x - mean)/(sqrt(mean(1-mean)) + eps). batch: centred per set, divided by the
-    std of all centred values + eps. Two passes in float64.
+    std of all centred values (over all processes) + eps. Two passes in float64.
 
     A set of one gives 0 (`singleton="raw"`: x itself, for parity with peers). A set with
     max - min <= 1e-8 * max(1, max|x|), or with std < `std_floor`, gives exactly 0: the spread is tested, not std,
@@ -57,45 +64,69 @@ def norm(
     Args:
         x: (N,) float; NaN entries (an outcome off the finished leaves) belong to no set and give 0.
         sets: (N,) int >= 0, set of each entry; negative = no set.
+        weight: (N,) how often each entry counts in n, mean and std; default once.
 
     Raises:
         ValueError: unknown scale, shapes that differ, or `bernoulli` with values outside [0, 1].
     """
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale {scale!r} is none of {', '.join(get_args(Scale))}")
+    if how.scale not in get_args(Scale):
+        raise ValueError(f"scale {how.scale!r} is none of {', '.join(get_args(Scale))}")
     if x.shape != sets.shape:
         raise ValueError(f"x {tuple(x.shape)} and sets {tuple(sets.shape)} must have one entry per step each")
     member = ~x.isnan() & (sets >= 0)
-    sid = sets.clamp(min=0)
-    v = torch.where(member, x.double(), 0.0)
+    sid, v = sets.clamp(min=0), torch.where(member, x.double(), 0.0)
     num = int(sets.max()) + 1 if sets.numel() else 0
-    n = _sum(member.double(), sid, num)
-    mean = _sum(v, sid, num) / n.clamp(min=1)
+    w = member.double() if weight is None else torch.where(member, weight.double(), 0.0)
+    size = _sum(member.double(), sid, num)
+    n = size if weight is None else _sum(w, sid, num)
+    mean = _sum(w * v, sid, num) / n.clamp(min=1)
     centred = torch.where(member, v - mean[sid], 0.0)
-    var = _sum(centred**2, sid, num) / (n - ddof).clamp(min=1)
-    constant = (n > 1) & (_is_flat(v, sid, member, num) | (var.sqrt() < std_floor))
-    if scale == "bernoulli" and bool((member & ((v < 0) | (v > 1))).any()):
-        i = int((member & ((v < 0) | (v > 1))).nonzero()[0])
-        raise ValueError(f"scale='bernoulli' needs values in [0, 1]; step {i} has {v[i].item()}: use scale='std'")
-    centred = torch.where(constant[sid], 0.0, centred)  # before `batch` pools them
-    z = centred * _factor(scale, centred, member, n, mean, var, eps)[sid]
-    alone = (n <= 1)[sid]
-    z = torch.where(alone, v if singleton == "raw" else 0.0, z)
-    return Normed(torch.where(member & ~constant[sid], z, 0.0), n.long(), constant)
+    var = _sum(w * centred**2, sid, num) / (n - how.ddof).clamp(min=1)
+    constant = (size > 1) & (_is_flat(v, sid, member, num) | (var.sqrt() < how.std_floor))
+    if how.scale == "bernoulli":
+        _check_unit(v, member)
+    centred = torch.where((constant | (size <= 1))[sid], 0.0, centred)  # before `batch` pools them
+    z = centred * _factor(how, centred, member, n, mean, var, all_sum)[sid]
+    if how.singleton == "raw":
+        z = torch.where((size <= 1)[sid], v, z)
+    return Normed(torch.where(member, z, 0.0), size.long(), constant)
 
 
-def _factor(scale: str, centred: Tensor, member: Tensor, n: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def whiten(x: Tensor, weight: Tensor, all_sum: AllSum | None = None, eps: float = 1e-8, ddof: int = 1) -> Tensor:
+    """(N,) (x - mean)/sqrt(var + eps) over everything with positive weight, over all processes; 0 elsewhere."""
+    reduce = all_sum or _same
+    count, total = reduce(torch.stack([weight.sum(), (weight * x).sum()])).unbind()
+    centred = x - total / count.clamp(min=1)
+    var = reduce((weight * centred**2).sum()[None])[0] / (count - ddof).clamp(min=1)
+    return torch.where(weight > 0, centred / (var + eps).sqrt(), 0.0)
+
+
+def _factor(
+    how: Norm, centred: Tensor, member: Tensor, n: Tensor, mean: Tensor, var: Tensor, all_sum: AllSum | None
+) -> Tensor:
     """(S,) what each set's centred values are multiplied by."""
-    if scale == "std":
-        return 1 / (var.sqrt() + eps)
-    if scale == "loo":
+    if how.scale == "std":
+        return 1 / (var.sqrt() + how.eps)
+    if how.scale == "loo":
         return n / (n - 1).clamp(min=1)
-    if scale == "bernoulli":
-        return 1 / ((mean * (1 - mean)).clamp(min=0).sqrt() + eps)
-    if scale == "batch":
-        pool = centred[member]
-        return torch.full_like(n, 1 / (float(pool.std()) + eps) if pool.numel() > 1 else 0.0)
+    if how.scale == "bernoulli":
+        return 1 / ((mean * (1 - mean)).clamp(min=0).sqrt() + how.eps)
+    if how.scale == "batch":  # the centred values have mean 0 in every set, hence over all processes too
+        pool = torch.stack([member.double().sum(), (centred[member] ** 2).sum()])
+        count, squares = (all_sum or _same)(pool).unbind()
+        return (1 / ((squares / (count - how.ddof).clamp(min=1)).sqrt() + how.eps)).expand_as(n)
     return torch.ones_like(n)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _check_unit(v: Tensor, member: Tensor) -> None:
+    bad = member & ((v < 0) | (v > 1))
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"scale='bernoulli' needs values in [0, 1]; step {i} has {v[i].item()}: use scale='std'")
 
 
 def _sum(x: Tensor, sets: Tensor, num: int) -> Tensor:

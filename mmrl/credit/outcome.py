@@ -1,4 +1,4 @@
-"""Estimators that read nothing but the outcomes of finished leaves."""
+"""Estimators that read outcomes of finished leaves, and keys, but no step rewards."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrl.credit.norm import Normed, Scale, norm
+from mmrl.credit.norm import AllSum, Norm, Normed, norm, whiten
 from mmrl.credit.table import Credit, estimator
 from mmrl.tree import StepTree
-from mmrl.tree_ops import Backup, backup, lift
+from mmrl.tree_ops import Backup, backup, discounted_leaf, leaf_sum, lift, path_sum, returns
+
+EpisodeStats = Literal["trajectory", "step"]
 
 
-def leaf_norm(tree: StepTree, scale: Scale, eps: float, ddof: int) -> Normed:
-    """Outcomes normalised over the finished leaves of each prompt; 0 on every other node."""
-    return norm(tree.outcome, tree.group, scale=scale, eps=eps, ddof=ddof)
+def episode(
+    tree: StepTree, how: Norm = Norm(), stats: EpisodeStats = "trajectory", all_sum: AllSum | None = None
+) -> Normed:
+    """Outcomes normalised over the finished leaves of each prompt; 0 on every other node.
+
+    `stats="step"` counts a trajectory once per step in mean and std, as some released code does.
+    """
+    weight = path_sum(tree, torch.ones(len(tree), dtype=torch.float64)) if stats == "step" else None
+    return norm(tree.outcome, tree.group, how, weight=weight, all_sum=all_sum)
 
 
 @estimator("grpo", source="DeepSeekMath; parity with verl and TRL")
-def grpo(tree: StepTree, *, scale: Scale = "std", eps: float = 1e-6, ddof: int = 1) -> Credit:
+def grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
     """A = lift(a), a(leaf) = (R - mean)/(std + eps) over the finished leaves of the prompt.
 
     A prompt with one finished leaf, or with equal outcomes, gets exactly 0.
     """
-    a = leaf_norm(tree, scale, eps, ddof)
+    a = episode(tree, how, all_sum=all_sum)
     return Credit(lift(tree, a.z), info=a.info)
 
 
@@ -34,24 +42,46 @@ def dr_grpo(tree: StepTree) -> Credit:
 
     Pair it with `aggregation: constant`; another length normaliser brings the length bias back.
     """
-    return grpo(tree, scale="none")
+    return grpo(tree, how=Norm(scale="none"))
 
 
 @estimator("rloo", source="Back to Basics (RLOO); parity with verl and OpenRLHF")
 def rloo(tree: StepTree) -> Credit:
     """A = lift(R - mean of the other finished leaves of the prompt). A group of one gets 0."""
-    return grpo(tree, scale="loo")
+    return grpo(tree, how=Norm(scale="loo"))
 
 
-@estimator("tree_rpo", source="TreeRPO; as defined here (structure from the paper)", fits="forks")
+@estimator("reinforce_pp_baseline", source="REINFORCE++ with baseline; parity with verl (OpenRLHF: ddof 0)")
+def reinforce_pp_baseline(
+    tree: StepTree,
+    *,
+    weight: Literal["token", "trajectory"] = "token",
+    ddof: int = 1,
+    all_sum: AllSum | None = None,
+) -> Credit:
+    """a = R - prompt mean, then one whitening over the batch: A = lift((a - mean)/sqrt(var + 1e-8)).
+
+    Mean and var weigh a trajectory by the tokens on its path (`token`: long ones count more) or once (`trajectory`).
+    The population is the batch of all processes. A batch without spread gets 0.
+    """
+    a = episode(tree, Norm(scale="none"))
+    length = path_sum(tree, tree.span.double()) if weight == "token" else torch.ones(len(tree), dtype=torch.float64)
+    w = torch.where(tree.is_finished, length, 0.0)
+    if not bool(a.z.any()) and all_sum is None:
+        return Credit(torch.zeros_like(a.z), info=a.info)
+    return Credit(lift(tree, whiten(a.z, w, all_sum, ddof=ddof)), info=a.info)
+
+
+@estimator(
+    "tree_rpo", needs=("outcome", "forks"), fits="forks", source="TreeRPO; structure from the paper, as defined here"
+)
 def tree_rpo(
     tree: StepTree,
     *,
     value: Backup = "child_mean",
-    scale: Scale = "std",
     unary: Literal["inherit", "zero"] = "inherit",
-    eps: float = 1e-6,
-    ddof: int = 1,
+    how: Norm = Norm(),
+    all_sum: AllSum | None = None,
 ) -> Credit:
     """A(n) = V(n) normalised over the siblings of n, V backed up from the leaves.
 
@@ -60,25 +90,43 @@ def tree_rpo(
     of a prompt gets 0.
     """
     v = torch.where(tree.valid, backup(tree, value), torch.nan)
-    z = norm(v, tree.sib, scale=scale, eps=eps, ddof=ddof)
+    z = norm(v, tree.sib, how, all_sum=all_sum)
     if unary == "zero":
         return Credit(z.z, info=z.info)
     only = tree.valid & (z.size[tree.sib] == 1) & (tree.parent >= 0)
     return Credit(z.z[_first_with_siblings(tree, only)], info=z.info)
 
 
+@estimator("propa", needs=("outcome", "forks"), fits="forks", source="PROPA (MCTS + GRPO); as defined here")
+def propa(tree: StepTree, *, how: Norm = Norm()) -> Credit:
+    """tree_rpo with leaf_mean over a search tree; with tags `q_sum` and `visits`, V(n) = q_sum/visits instead.
+
+    Raises ValueError when a valid step was never visited.
+    """
+    if "visits" not in tree.tags or "q_sum" not in tree.tags:
+        return tree_rpo(tree, value="leaf_mean", how=how)
+    visits = tree.tags["visits"].double()
+    if bool((tree.valid & (visits <= 0)).any()):
+        raise ValueError(f"propa: step {int((tree.valid & (visits <= 0)).nonzero()[0])} has no visits; drop it")
+    v = torch.where(tree.valid, tree.tags["q_sum"].double() / visits.clamp(min=1), torch.nan)
+    z = norm(v, tree.sib, how)
+    return Credit(
+        z.z[_first_with_siblings(tree, tree.valid & (z.size[tree.sib] == 1) & (tree.parent >= 0))], info=z.info
+    )
+
+
 @estimator(
     "branch_depth",
+    needs=("outcome", "forks"),
+    fits="denoising; elsewhere only with aligned depths",
     source="BranchGRPO; parity with the released depth-wise form",
-    fits="denoising, and other aligned depths",
 )
 def branch_depth(
     tree: StepTree,
     *,
     value: Backup = "leaf_mean",
     spread: Literal["depth", "leaf"] = "depth",
-    eps: float = 1e-8,
-    ddof: int = 1,
+    how: Norm = Norm(eps=1e-8, std_floor=1e-6),
 ) -> Credit:
     """A(n) = (V(n) - mean)/(std + eps) over all nodes of the same prompt and depth; 0 if alone or std < 1e-6.
 
@@ -89,42 +137,153 @@ def branch_depth(
     """
     v = torch.where(tree.valid, backup(tree, value), torch.nan)
     sets = tree.depth * tree.num_groups + tree.group
-    z = norm(v, sets, scale="std" if spread == "depth" else "none", eps=eps, ddof=ddof, std_floor=1e-6)
-    adv = z.z if spread == "depth" else _over_leaf_std(tree, z.z, eps, ddof)
+    z = norm(v, sets, how if spread == "depth" else how._replace(scale="none"))
+    adv = z.z if spread == "depth" else _over_leaf_std(tree, z.z, how)
     alone = (z.size[sets] == 1) & tree.valid
     return Credit(adv, info=z.info | {"singleton_nodes": float(alone.sum() / tree.valid.sum().clamp(min=1))})
 
 
-@estimator("child_minus_parent", source="as defined here", fits="forks")
-def child_minus_parent(tree: StepTree, *, eps: float = 1e-8, ddof: int = 1) -> Credit:
+@estimator("child_minus_parent", needs=("outcome", "forks"), fits="forks", source="as defined here")
+def child_minus_parent(tree: StepTree, *, how: Norm = Norm(eps=1e-8)) -> Credit:
     """A(n) = (V(n) - V(parent))/(std of the prompt's leaf outcomes + eps), V = leaf_mean; local credit of a fork.
 
     V of the virtual root is the prompt's mean outcome, so the terms telescope: along any path they sum to the
     leaf's grpo advantage. An only child gets 0. Prompts without spread get 0.
     """
-    v = backup(tree, "leaf_mean")
-    centre = lift(tree, leaf_norm(tree, "none", eps, ddof).z)  # V minus the prompt's mean, exact 0 without spread
-    above = torch.where(tree.parent >= 0, v[tree.parent.clamp(min=0)], v - centre)
-    flat = leaf_norm(tree, "none", eps, ddof)
-    step = torch.where(flat.constant[tree.group] | ~tree.valid, 0.0, v - above)
-    return Credit(_over_leaf_std(tree, step, eps, ddof), info=flat.info)
+    flat = episode(tree, Norm(scale="none"))
+    centred = lift(tree, flat.z)  # V minus the prompt's mean, exactly 0 without spread
+    above = torch.where(tree.parent >= 0, centred[tree.parent.clamp(min=0)], 0.0)
+    return Credit(_over_leaf_std(tree, centred - above, how), info=flat.info)
 
 
-def _over_leaf_std(tree: StepTree, x: Tensor, eps: float, ddof: int) -> Tensor:
-    """x divided by the std of its prompt's finished outcomes."""
-    leaves = tree.is_finished
-    group, r = tree.group[leaves], tree.outcome[leaves]
+@estimator(
+    "portool",
+    needs=("outcome", "forks"),
+    fits="forks",
+    source="PORTool; structure from the paper, constants as defined here",
+)
+def portool(
+    tree: StepTree,
+    *,
+    gamma: float = 1.0,
+    w_traj: float = 1.0,
+    w_fork: float = 1.0,
+    w_format: float = 0.0,
+    agg: Literal["mean", "max"] = "mean",
+    how: Norm = Norm(scale="none"),
+) -> Credit:
+    """A = w_traj grpo + w_fork norm over siblings of rho.
+
+    rho(n) = agg over leaves below of gamma^(depth(leaf) - depth(n)) R + w_format r(n); `max` asks whether some
+    descendant is right. NaN step rewards read 0. An only child's fork part is 0.
+    """
+    rho = discounted_leaf(tree, gamma, agg) + w_format * tree.step_reward.nan_to_num(nan=0.0)
+    fork = norm(torch.where(tree.valid, rho, torch.nan), tree.sib, how)
+    whole = grpo(tree, how=how)
+    return Credit(w_traj * whole.adv + w_fork * fork.z, info=fork.info)
+
+
+@estimator(
+    "gigpo",
+    needs=("outcome", "state_key"),
+    fits="text and GUI states, tool states; not latents",
+    source="GiGPO; parity with verl-agent",
+)
+def gigpo(
+    tree: StepTree,
+    *,
+    gamma: float = 0.95,
+    omega: float = 1.0,
+    episode_stats: EpisodeStats = "trajectory",
+    how: Norm = Norm(),
+) -> Credit:
+    """A = A_E + omega A_S. A_E: grpo. A_S: returns(gamma) normalised over the steps of a prompt with equal state_key.
+
+    Steps without key, or alone with it, get A_S = 0. info["mean_set_size"] near 1 means plain GRPO.
+    """
+    a = episode(tree, how, episode_stats)
+    anchored = tree.valid & (tree.state_key >= 0)
+    x = torch.where(anchored, returns(tree, gamma), torch.nan)
+    s = norm(x, dense_sets(tree, tree.state_key, anchored), how)
+    used = s.size[s.size > 0].double()
+    info = a.info | {"mean_set_size": float(used.mean()) if used.numel() else 0.0}
+    return Credit(lift(tree, a.z) + omega * s.z, info=info)
+
+
+@estimator(
+    "salt",
+    needs=("outcome", "edge_key"),
+    fits="text and GUI states, tool states",
+    source="SALT; averaging rule from the paper",
+)
+def salt(tree: StepTree, *, base: Literal["grpo", "rloo"] = "grpo") -> Credit:
+    """Steps of one prompt with equal edge_key share the m-weighted mean of their base advantage; others keep theirs.
+
+    A step that good and bad trajectories have in common becomes neutral, diverging steps keep credit.
+    """
+    credit = grpo(tree) if base == "grpo" else rloo(tree)
+    merged = tree.valid & (tree.edge_key >= 0)
+    sets = dense_sets(tree, tree.edge_key, merged)
+    safe = sets.clamp(min=0)
+    w = torch.where(merged, tree.m.double(), 0.0)
+    zero = torch.zeros(int(sets.max()) + 1 if len(tree) else 0, dtype=torch.float64)
+    if zero.numel() == 0:
+        return credit
+    mean = zero.index_add(0, safe, w * credit.adv) / zero.index_add(0, safe, w).clamp(min=1)
+    return Credit(torch.where(merged, mean[safe], credit.adv), info=credit.info)
+
+
+@estimator("rapo", source="Fathom-DeepResearch (RAPO); scaling as defined here")
+def rapo(tree: StepTree, *, cap: float | None = None, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
+    """A = grpo * f, f = prompts with a finished leaf / prompts with spread, over all processes, at most `cap`.
+
+    Keeps the size of the update when many prompts have no spread. Replayed rollouts need behaviour `logp`.
+    """
+    a = episode(tree, how)
+    counts = torch.tensor([float((a.size > 0).sum()), float(((a.size > 1) & ~a.constant).sum())], dtype=torch.float64)
+    finished, spread = (all_sum(counts) if all_sum else counts).tolist()
+    f = finished / max(spread, 1.0)
+    f = f if cap is None else min(f, cap)
+    return Credit(f * lift(tree, a.z), info=a.info | {"rapo_factor": f})
+
+
+def dense_sets(tree: StepTree, key: Tensor, member: Tensor) -> Tensor:
+    """(N,) dense id of (group, key) for members, -1 elsewhere. Keys may be any int64 (hashes)."""
+    dense = torch.unique(key, return_inverse=True)[1]
+    pair = tree.group * (int(dense.max()) + 1 if len(tree) else 1) + dense
+    return torch.where(member, torch.unique(pair, return_inverse=True)[1], -1)
+
+
+def _over_leaf_std(tree: StepTree, x: Tensor, how: Norm) -> Tensor:
+    """x divided by the std of its prompt's finished outcomes; 0 in prompts without spread."""
+    leaves = torch.where(tree.is_finished, tree.outcome, 0.0)
     zero = torch.zeros(tree.num_groups, dtype=torch.float64)
-    n = zero.index_add(0, group, torch.ones_like(r))
-    mean = zero.index_add(0, group, r) / n.clamp(min=1)
-    var = zero.index_add(0, group, (r - mean[group]) ** 2) / (n - ddof).clamp(min=1)
-    return x / (var.sqrt() + eps)[tree.group]
+    n = zero.index_add(0, tree.group, tree.is_finished.double())
+    mean = zero.index_add(0, tree.group, leaves) / n.clamp(min=1)
+    centred = torch.where(tree.is_finished, leaves - mean[tree.group], 0.0)
+    var = zero.index_add(0, tree.group, centred**2) / (n - how.ddof).clamp(min=1)
+    return x / (var.sqrt() + how.eps)[tree.group]
 
 
 def _first_with_siblings(tree: StepTree, only: Tensor) -> Tensor:
     """(N,) the nearest ancestor-or-self that is no only child."""
-    index = torch.arange(len(tree))
-    p = torch.where(only, tree.parent, index)
+    p = torch.where(only, tree.parent, torch.arange(len(tree)))
     while bool((p != p[p]).any()):
         p = p[p]
     return p
+
+
+def mc_value_target(tree: StepTree) -> Tensor:
+    """(N,) mean of 2R - 1 over the leaves below, unfinished leaves -1: targets for a value model, not an advantage.
+
+    R in [0, 1]; every node has a target. Parity with MASPRM.
+    Raises ValueError for outcomes outside [0, 1].
+    """
+    r = tree.outcome[tree.is_finished]
+    if bool(((r < 0) | (r > 1)).any()):
+        raise ValueError("mc_value_target needs outcomes in [0, 1]; rescale them")
+    finished = tree.replace(
+        status=torch.where(tree.is_leaf, 1, 0),
+        outcome=torch.where(tree.is_leaf, 2 * tree.outcome.nan_to_num(0.0) - 1, torch.nan),
+    )
+    return leaf_sum(finished, finished.outcome) / finished.m

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mmrl.components import build
 from mmrl.config import Config
-from mmrl.credit import StepAdvantage, estimate, norm
+from mmrl.credit import StepAdvantage, compose
+from mmrl.credit.budget import informative_groups
 from mmrl.credit.select import prune_depths, prune_width
 from mmrl.losses.policy import action_weights, clipped_surrogate, kl_estimate, pooled_log_ratio
 from mmrl.report.artifacts import save_samples, save_tree
@@ -124,9 +125,12 @@ class BranchGrpo:
         return write_outcomes(rollout, samples, scored.total), scored
 
     def credit(self, rollout: Rollout) -> StepAdvantage:
-        """Advantages per step by the configured estimator."""
+        """Advantages per step by the configured estimators."""
         c = self.config.credit
-        return estimate(rollout.tree, c.name, c.transforms, counting=c.counting, **c.options)
+        return compose(
+            rollout.tree, [e.spec for e in c.estimators], c.transforms, counting=c.counting, kind=c.step_reward_kind,
+            whiten=c.whiten, allow_double_norm=c.allow_double_norm, all_sum=self.loop.all_sum_tensor,
+        )  # fmt: skip
 
     def select(self, rollout: Rollout, credit: StepAdvantage, iteration: int) -> Batch:
         """Which steps get a gradient, with what weight. Rollout, rewards and advantages stay as they are."""
@@ -134,7 +138,7 @@ class BranchGrpo:
         owner = tree.step_of_action(rollout.actions.logp.numel())
         keep = credit.valid & self._unpruned(rollout, iteration)
         if c.loss.drop_zero_spread:
-            keep &= _spread_groups(rollout)[tree.group]
+            keep &= informative_groups(tree)[tree.group]
         mask = rollout.actions.trainable & (owner >= 0) & keep[owner.clamp(min=0)]
         weight, denominator = action_weights(tree, owner, mask, c.loss.aggregation, credit.weight, c.loss.max_len)
         adv = credit.adv if c.credit.clip is None else credit.adv.clamp(-c.credit.clip, c.credit.clip)
@@ -320,12 +324,6 @@ class BranchGrpo:
 
     def _seconds_metrics(self) -> dict[str, float]:
         return {f"time/{k}_s": v for k, v in self._seconds.items()}
-
-
-def _spread_groups(rollout: Rollout) -> Tensor:
-    """(G,) bool: prompts whose finished leaves differ in reward."""
-    z = norm(rollout.tree.outcome, rollout.tree.group, scale="none")
-    return (z.size > 1) & ~z.constant
 
 
 def train(config: Config) -> dict[str, float]:

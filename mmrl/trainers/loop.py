@@ -128,6 +128,10 @@ class Loop:
         t = torch.tensor(values, dtype=torch.float64, device=self._metric_device)
         return list(self.accelerator.reduce(t, "sum").tolist())
 
+    def all_sum_tensor(self, x: Tensor) -> Tensor:
+        """Sum a small CPU tensor over all processes."""
+        return self.accelerator.reduce(x.to(self._metric_device), "sum").cpu()
+
     def all_max(self, *values: float) -> list[float]:
         """Maximum of each value over all processes."""
         t = torch.tensor(values, dtype=torch.float64, device=self._metric_device)

@@ -65,7 +65,7 @@ def test_reward_rises_and_the_log_tells_the_cost(tiny_model, tmp_path):
 @pytest.mark.parametrize("credit", ["grpo", "rloo", "dr_grpo", "tree_rpo", "branch_depth", "child_minus_parent"])
 def test_every_estimator_trains(tiny_model, tmp_path, credit):
     before = load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")
-    run(tiny_model, tmp_path / "r", credit={"name": credit}, run={"iterations": 1})
+    run(tiny_model, tmp_path / "r", credit={"estimators": [{"name": credit}]}, run={"iterations": 1})
     after = weights(tmp_path / "r")
     assert all(
         not torch.equal(before[k], after[k]) for k in before if "weight" in k and "null" not in k and "label" not in k

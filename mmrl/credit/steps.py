@@ -1,0 +1,324 @@
+"""Estimators that read step rewards or values beside the outcome."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmrl.credit.norm import AllSum, Norm, norm, whiten
+from mmrl.credit.outcome import EpisodeStats, episode, grpo
+from mmrl.credit.table import Credit, estimator
+from mmrl.credit.transforms import fold, renorm, spark_outcome, stepsearch_reward, tp_reward, vsrm
+from mmrl.seeding import named_generator
+from mmrl.tree import StepTree
+from mmrl.tree_ops import leaf_sum, lift, togo
+
+
+def scored_steps(tree: StepTree, how: Norm, all_sum: AllSum | None = None) -> tuple[Tensor, dict[str, float]]:
+    """(N,) step rewards normalised over all scored valid steps of the prompt, each once; 0 where not scored."""
+    x = torch.where(tree.valid, tree.step_reward, torch.nan)
+    z = norm(x, tree.group, how, all_sum=all_sum)
+    return z.z, z.info
+
+
+@estimator(
+    "process_grpo", needs=("step_reward",), source="DeepSeekMath 4.1.3; intent of WebGen-Agent's cumulative form"
+)
+def process_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
+    """z = step reward normalised over all scored steps of the prompt; A = togo(z, 1).
+
+    The outcome is not used unless folded in. Unscored steps (NaN) add 0.
+    """
+    z, info = scored_steps(tree, how)
+    return Credit(togo(tree, z), info=info)
+
+
+@estimator("step_grpo", needs=("step_reward",), source="WebGen-Agent; parity")
+def step_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
+    """A = step reward normalised over all scored steps of the prompt, without accumulation."""
+    z, info = scored_steps(tree, how)
+    return Credit(z, info=info)
+
+
+@estimator("fold_grpo", needs=("outcome", "step_reward"), source="R1-VL StepGRPO as released; parity")
+def fold_grpo(
+    tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = None, how: Norm = Norm()
+) -> Credit:
+    """grpo on R' = R + step_weight * sum of the step rewards on the path; see the `fold` transform."""
+    return grpo(fold(tree, step_weight=step_weight, threshold=threshold), how=how)
+
+
+@estimator("ppr", needs=("outcome", "step_reward"), source="PPR (ReNorm); as defined here")
+def ppr(tree: StepTree, *, accumulate: bool = True, how: Norm = Norm()) -> Credit:
+    """process_grpo (or, without `accumulate`, step_grpo) on ReNorm-ed step rewards; rewards and outcomes in [0, 1]."""
+    normed = renorm(tree)
+    return process_grpo(normed, how=how) if accumulate else step_grpo(normed, how=how)
+
+
+@estimator(
+    "ui_s1",
+    needs=("outcome", "step_reward", "ok"),
+    fits="recorded trajectories with a reference",
+    source="UI-S1; parity",
+)
+def ui_s1(
+    tree: StepTree,
+    *,
+    gamma: float = 0.5,
+    w_episode: float = 1.0,
+    w_step: float = 1.0,
+    episode_stats: EpisodeStats = "trajectory",
+    how: Norm = Norm(),
+) -> Credit:
+    """A = w_episode grpo + w_step norm over (prompt, depth) of the return that breaks at steps without `ok`.
+
+    G(n) = r(n) + gamma * mean over children with ok of G, if ok(n); else G(n) = r(n).
+    """
+    assert tree.ok is not None
+    valid, m = tree.valid, tree.m.double()
+    above = tree.parent.clamp(min=0)
+    share = torch.where(tree.parent >= 0, m / m[above].clamp(min=1), 0.0)
+    r = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0), 0.0)
+    g = tree.accumulate(r, gamma * share * tree.ok.double() * tree.ok[above].double())
+    s = norm(torch.where(valid, g, torch.nan), tree.depth * tree.num_groups + tree.group, how)
+    e = episode(tree, how, episode_stats)
+    return Credit(w_episode * lift(tree, e.z) + w_step * s.z, info=e.info)
+
+
+@estimator(
+    "srgpo",
+    needs=("outcome", "step_reward"),
+    fits="step rewards on one scale across prompts",
+    source="SeeNav-Agent SRGPO; parity",
+)
+def srgpo(
+    tree: StepTree,
+    *,
+    omega: float = 0.5,
+    set_size: int = 16,
+    seed: int = 0,
+    episode_stats: EpisodeStats = "trajectory",
+    how: Norm = Norm(),
+) -> Credit:
+    """A = grpo + omega * norm of the immediate step reward over random sets of `set_size` steps across the batch.
+
+    Sets are drawn by a generator seeded with `seed`, or given as tags["set_id"]; they stay inside one process. The
+    last set may be smaller, a set of one gives 0. info["set_id"] holds the sets used.
+    """
+    scored = tree.valid & ~tree.step_reward.isnan()
+    sets = tree.tags["set_id"].long() if "set_id" in tree.tags else _random_sets(scored, set_size, seed)
+    e = episode(tree, how, episode_stats)
+    s = norm(torch.where(scored, tree.step_reward, torch.nan), sets, how)
+    return Credit(lift(tree, e.z) + omega * s.z, info=e.info | {"set_id": sets})
+
+
+def _random_sets(member: Tensor, size: int, seed: int) -> Tensor:
+    """(N,) set of each member in a random partition into sets of `size`, -1 elsewhere."""
+    index = member.nonzero().flatten()
+    rank = torch.randperm(len(index), generator=named_generator("srgpo", seed))
+    return torch.full((len(member),), -1).index_put_((index,), rank // size)
+
+
+@estimator("pav", needs=("outcome", "value", "root_value"), source="Rewarding Progress (PAV); from the paper")
+def pav(tree: StepTree, *, alpha: float = 3.0, best_of: int = 1) -> Credit:
+    """A(n) = leaf_mean V(n) - prompt mean + alpha * (V_mu(n) - V_mu(parent)), V_mu = `value` of the prover.
+
+    `best_of` K turns a base value v into the Best-of-K prover's 1 - (1 - v)^K. alpha 3 to 5 in the authors' runs.
+    A prover that is the policy itself adds nothing that the outcome does not say.
+    """
+    e = episode(tree, Norm(scale="none"))
+    mu = 1 - (1 - tree.value) ** best_of
+    root = 1 - (1 - tree.root_value) ** best_of
+    before = torch.where(tree.parent >= 0, mu[tree.parent.clamp(min=0)], root[tree.group])
+    return Credit(lift(tree, e.z) + alpha * (mu - before), info=e.info)
+
+
+@estimator(
+    "igpo",
+    needs=("outcome", "step_reward"),
+    fits="turns with a gold answer",
+    source="IGPO; from the paper, not the release",
+)
+def igpo(
+    tree: StepTree, *, pool: Literal["joint", "separate"] = "joint", gamma: float = 1.0, how: Norm = Norm()
+) -> Credit:
+    """A = togo(z, gamma); z of an inner turn is its information gain (`step_reward`), of a leaf its outcome.
+
+    `joint` normalises gains and outcomes of a prompt in one set, `separate` in two. A leaf's own step reward is
+    ignored. gain(n) = p(answer | after n) - p(answer | before n).
+    """
+    x = torch.where(tree.is_finished, tree.outcome, tree.step_reward)
+    x = torch.where(tree.valid, x, torch.nan)
+    sets = tree.group if pool == "joint" else 2 * tree.group + tree.is_leaf.long()
+    z = norm(x, sets, how)
+    return Credit(togo(tree, z.z, gamma), info=z.info)
+
+
+@estimator(
+    "capo",
+    needs=("outcome", "tags.wrong"),
+    fits="steps with a judge's verdict",
+    source="CAPO; idea from the paper, weights as defined here",
+)
+def capo(tree: StepTree, *, w_out: float = 2.0, w_proc: float = 1.0, eps: float = 1e-6, ddof: int = 1) -> Credit:
+    """Token reward w_out R - w_proc [step judged wrong], normalised over all tokens of all trajectories of the prompt.
+
+    A(n) = mean over the leaves below n. A step's tokens count once per trajectory that contains them. tags["wrong"]
+    is the judges' verdict (see `judged_wrong`).
+    """
+    w = tree.span.double()
+    wrong = torch.where(tree.valid, tree.tags["wrong"].double(), 0.0)
+    m = tree.m.double()
+    centred = episode(tree, Norm(scale="none"))
+    r = w_out * lift(tree, centred.z)  # mean centred outcome below each node
+    r2 = w_out**2 * leaf_sum(tree, centred.z**2)
+    x = r - w_proc * wrong
+    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
+    n = zero.index_add(0, tree.group, w * m)
+    mean = zero.index_add(0, tree.group, w * m * x) / n.clamp(min=1)
+    c = w_proc * wrong + mean[tree.group]
+    squares = w * (r2 - 2 * c * r * m + m * c**2)  # sum over the leaves below of (w_out R - c)^2
+    var = zero.index_add(0, tree.group, squares).clamp(min=0) / (n - ddof).clamp(min=1)
+    largest = zero.scatter_reduce(0, tree.group, x.abs(), "amax").clamp(min=1)
+    flat = var.sqrt() <= 1e-8 * largest
+    adv = (x - mean[tree.group]) / (var.sqrt() + eps)[tree.group]
+    return Credit(torch.where(flat[tree.group], 0.0, adv), info=centred.info)
+
+
+def judged_wrong(votes: Tensor, rule: Literal["intersection", "majority"] = "majority") -> Tensor:
+    """(N,) bool from the verdicts (N, K) of K critiques: wrong if all say so, or more than half do."""
+    share = votes.double().mean(1)
+    return share == 1 if rule == "intersection" else share > 0.5
+
+
+@estimator("gae", needs=("outcome", "value", "root_value"), source="Schulman et al. 2016; one decision per step")
+def gae(tree: StepTree, *, gamma: float = 1.0, lam: float = 0.95) -> Credit:
+    """delta(n) = r + [leaf] R + gamma value(n) [not finished leaf] - V_before; A = delta + gamma lam mean of children.
+
+    V_before = value(parent) or root_value; NaN r reads 0. returns = A + V_before. A leaf with tags["bootstrapped"]
+    (an unfinished one under unfinished="bootstrap") uses its own value as continuation. On a chain of tokens this is
+    token-level GAE.
+    """
+    valid, finished = tree.valid, tree.is_finished
+    cut = tree.tags.get("bootstrapped", torch.zeros(len(tree), dtype=torch.bool))
+    before = torch.where(tree.parent >= 0, tree.value[tree.parent.clamp(min=0)], tree.root_value[tree.group])
+    after = torch.where(finished & ~cut, 0.0, gamma * tree.value)
+    outcome = torch.where(finished, tree.outcome, 0.0)
+    delta = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0) + outcome + after - before, 0.0)
+    adv = togo(tree, delta, gamma * lam)
+    return Credit(adv, returns=adv + torch.where(valid, before, 0.0))
+
+
+@estimator(
+    "stepsearch",
+    needs=("outcome", "value", "root_value", "tags.similarity", "tags.documents"),
+    fits="search turns with gold texts",
+    source="StepSearch (StePPO); parity in the reward, without its double counting",
+)
+def stepsearch(tree: StepTree, *, scale: float = 0.6) -> Credit:
+    """gae (gamma = lam = 1) on step rewards scale * (information gain - redundancy)."""
+    return gae(stepsearch_reward(tree, scale=scale), gamma=1.0, lam=1.0)
+
+
+@estimator("vsrm", needs=("outcome", "value", "root_value"), fits="chains", source="VSRM; details as defined here")
+def vsrm_gae(
+    tree: StepTree,
+    *,
+    threshold: float = 0.05,
+    discount: float = 0.7,
+    window: int = 5,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+) -> Credit:
+    """gae on the step rewards of the `vsrm` transform (the next significant change of value, discounted)."""
+    return gae(vsrm(tree, threshold=threshold, discount=discount, window=window), gamma=gamma, lam=lam)
+
+
+@estimator(
+    "tp_grpo",
+    needs=("outcome", "tags.wrong"),
+    fits="steps with a judge's verdict",
+    source="TP-GRPO; table as defined here",
+)
+def tp_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
+    """step_grpo on thought rewards: not accumulated, so that a long thought earns no more than a short one."""
+    return step_grpo(tp_reward(tree), how=how)
+
+
+@estimator(
+    "spark", needs=("step_reward",), fits="steps with verdicts, no ground truth", source="SPARK; from the paper"
+)
+def spark(tree: StepTree, *, rule: Literal["mean", "all"] = "mean", how: Norm = Norm()) -> Credit:
+    """grpo on R' = mean of the step verdicts (`step_reward` in {0, 1}) over the path, or 1 if all are right.
+
+    Leaves with tags["format_ok"] false get 0. The recorded outcome is not used.
+    """
+    return grpo(spark_outcome(tree, rule=rule), how=how)
+
+
+@estimator("oprl", needs=("outcome", "tags.implicit"), source="OPRL; from the paper, alpha as defined here")
+def oprl(tree: StepTree, *, alpha: float = 1.0, how: Norm = Norm()) -> Credit:
+    """A = grpo + alpha * norm over all steps of the prompt of tags["implicit"] = beta (logp_PRM - logp_old)."""
+    e = episode(tree, how)
+    x = torch.where(tree.valid, tree.tags["implicit"].double(), torch.nan)
+    return Credit(lift(tree, e.z) + alpha * norm(x, tree.group, how).z, info=e.info)
+
+
+@estimator(
+    "prime",
+    needs=("outcome", "tags.implicit"),
+    fits="chains; tokens or steps",
+    source="PRIME; paper form (default) and code form",
+)
+def prime(
+    tree: StepTree,
+    *,
+    w_process: float = 5.0,
+    w_outcome: float = 1.0,
+    gamma: float = 1.0,
+    form: Literal["paper", "code"] = "paper",
+    whitened: bool = True,
+    all_sum: AllSum | None = None,
+) -> Credit:
+    """Leave-one-out centred process and outcome returns, added, then whitened over the batch.
+
+    tags["implicit"] = beta (log pi_prm - log pi_ref) per node; a node is a token, or a step whose tokens were summed.
+    With m_i the mean of sample i of n: paper r_t - mean of the other m_j; code r_t n/(n-1) - sum_j m_j/(n-1). Both
+    sum to the same over a sample. returns are the advantages before whitening. A prompt with one sample gets the
+    outcome part 0 and its process part uncentred by others: also 0.
+
+    Raises ValueError on branching trees.
+    """
+    _need_chains(tree, "prime")
+    valid = tree.valid
+    r = torch.where(valid, tree.tags["implicit"].double(), 0.0)
+    chain = _chain_id(tree)
+    length = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, valid.double())
+    mean = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, r) / length.clamp(min=1)
+    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
+    finished = tree.is_finished
+    n = zero.index_add(0, tree.group, finished.double())[tree.group]
+    total = zero.index_add(0, tree.group, torch.where(finished, mean[chain], 0.0))[tree.group]
+    others = (n - 1).clamp(min=1)
+    centred = r - (total - mean[chain]) / others if form == "paper" else r * n / others - total / others
+    process = torch.where(valid & (n > 1), centred, 0.0)
+    outcome = episode(tree, Norm(scale="loo"))
+    returned = w_process * togo(tree, process, gamma) + w_outcome * togo(tree, outcome.z, gamma)
+    adv = whiten(returned, valid.double(), all_sum) if whitened else returned
+    return Credit(adv, returns=returned, info=outcome.info)
+
+
+def _need_chains(tree: StepTree, name: str) -> None:
+    if not tree.is_chains:
+        i = int((tree.num_children > 1).nonzero()[0])
+        raise ValueError(f"{name} needs independent chains, but step {i} branches; use oprl, or a plan {{0: G}}")
+
+
+def _chain_id(tree: StepTree) -> Tensor:
+    """(N,) index of the first step of each chain."""
+    p = torch.where(tree.parent >= 0, tree.parent, torch.arange(len(tree)))
+    while bool((p != p[p]).any()):
+        p = p[p]
+    return p
