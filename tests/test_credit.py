@@ -4,51 +4,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import flatten, random_forest
+from tiny import flatten, random_chains, random_forest
 
-from mmrl.credit import ESTIMATORS, NORM_PRESETS, Norm, estimate, norm
+from mmrl.credit import ESTIMATORS, NORM_PRESETS, Norm, compose, estimate, norm
+from mmrl.credit.estimate import apply_transform
 from mmrl.credit.select import prune_depths, prune_width
 from mmrl.tree import StepTree
+from mmrl.tree_ops import lift, path_sum, returns, togo
 
 n = math.nan
-LIFTED = ("grpo", "dr_grpo", "rloo")
+OUTCOME_ONLY = ("grpo", "dr_grpo", "rloo", "tree_rpo", "propa", "branch_depth", "child_minus_parent", "portool", "salt",
+                "reinforce_pp_baseline", "rapo")  # fmt: skip
+# Statistics over the whole batch, by design: another prompt changes them.
+BATCH_WIDE = ("srgpo", "reinforce_pp_baseline", "rapo", "prime")
+# Defined through lift, so flattening a tree into its paths gives the same; the rest count a shared step once.
+LIFTED = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "fold_grpo", "capo", "pav", "salt")
+
+
+def forest_for(name, seed, **options):
+    """A random forest, of chains where the estimator needs them."""
+    return random_chains(seed) if name in ("prime", "vsrm") else random_forest(seed, **options)
 
 
 def close(x, want, atol=1e-6):
     torch.testing.assert_close(x, torch.tensor(want, dtype=torch.float64), atol=atol, rtol=0)
-
-
-WORKED = [
-    # name, options, T8, C7
-    ("grpo", {}, [0.288675, -0.866024, 0.866024, 0, -0.866024, 0.866024, -0.866024, 0],
-     [0.577349, 0.577349, 0.577349, -1.154699, -1.154699, 0.577349, 0.577349]),
-    ("dr_grpo", {}, [0.166667, -0.5, 0.5, 0, -0.5, 0.5, -0.5, 0], [1 / 3, 1 / 3, 1 / 3, -2 / 3, -2 / 3, 1 / 3, 1 / 3]),
-    ("rloo", {}, [0.222222, -0.666667, 0.666667, 0, -0.666667, 0.666667, -0.666667, 0], [0.5, 0.5, 0.5, -1, -1, 0.5, 0.5]),
-    ("tree_rpo", {}, [0.707105, -0.707105, 0.707105, -0.707105, -0.707106, 0.707106, -0.707105, 0],
-     [0.577349, 0.577349, 0.577349, -1.154699, -1.154699, 0.577349, 0.577349]),
-    ("tree_rpo", {"unary": "zero"}, [0.707105, -0.707105, 0.707105, -0.707105, -0.707106, 0.707106, 0, 0],
-     [0.577349, 0, 0, -1.154699, 0, 0.577349, 0]),
-    ("tree_rpo", {"scale": "none"}, [0.375, -0.375, 0.25, -0.25, -0.5, 0.5, -0.375, 0],
-     [1 / 3, 1 / 3, 1 / 3, -2 / 3, -2 / 3, 1 / 3, 1 / 3]),
-    ("tree_rpo", {"scale": "loo"}, [0.75, -0.75, 0.5, -0.5, -1, 1, -0.75, 0], [0.5, 0.5, 0.5, -1, -1, 0.5, 0.5]),
-    ("tree_rpo", {"scale": "bernoulli"}, [0.774595, -0.774595, 0.577349, -0.577349, -0.999998, 0.999998, -0.774595, 0],
-     [0.707105, 0.707105, 0.707105, -1.414211, -1.414211, 0.707105, 0.707105]),
-    ("tree_rpo", {"value": "leaf_mean", "scale": "none"}, [1 / 3, -1 / 3, 0.25, -0.25, -0.5, 0.5, -1 / 3, 0],
-     [1 / 3, 1 / 3, 1 / 3, -2 / 3, -2 / 3, 1 / 3, 1 / 3]),
-    ("tree_rpo", {"value": "leaf_mean"}, [0.707105, -0.707105, 0.707105, -0.707105, -0.707106, 0.707106, -0.707105, 0],
-     [0.577349, 0.577349, 0.577349, -1.154699, -1.154699, 0.577349, 0.577349]),
-    ("branch_depth", {}, [0.707107, -0.707107, 1, 0, -0.707107, 0.707107, -1, 0],
-     [0.577350, 0.577350, 0, -1.154701, -1.154701, 0.577350, 0.577350]),
-    ("branch_depth", {"value": "edge_softmax"},
-     [0.707107, -0.707107, 0.853067, 0.247416, -0.707107, 0.707107, -1.100483, 0],
-     [0.577350, 0.577350, 0, -1.154701, -1.154701, 0.577350, 0.577350]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, options, on_t8, on_c7", WORKED)
-def test_worked_numbers(t8, c7, name, options, on_t8, on_c7):
-    close(estimate(t8, name, **options).adv, on_t8)
-    close(estimate(c7, name, **options).adv, on_c7)
 
 
 def test_child_minus_parent_telescopes_to_grpo(t8):
@@ -120,28 +99,32 @@ def test_width_and_depth_pruning():
     assert twenty.depth[prune_depths(twenty, 15, 9, 30, 10_000)].max() == 8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), steps=st.integers(4, 60))
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_properties_on_random_forests(name, seed, steps):
-    tree = random_forest(seed, steps=steps)
+    tree = forest_for(name, seed, steps=steps)
     out = estimate(tree, name)
     assert bool(out.adv.isfinite().all()) and bool((out.adv[~out.valid] == 0).all())
+    assert bool(out.returns.isfinite().all())
+    if name in OUTCOME_ONLY:  # constant outcomes give exactly 0
+        flat = torch.where(tree.is_finished, 0.1 + 0.2 + 1e6, n)
+        assert bool((estimate(tree.replace(outcome=flat), name).adv == 0).all())
+    if name in BATCH_WIDE:
+        return
     # another prompt's rewards change nothing, not even the last bit
-    other = tree.outcome.clone()
-    other[tree.is_finished & (tree.group == 1)] += 0.37
-    again = estimate(tree.replace(outcome=other), name)
+    other, reward = tree.outcome.clone(), tree.step_reward.clone()
+    other[tree.is_finished & (tree.group == 1)] *= 0.37
+    reward[tree.group == 1] *= 0.61
+    again = estimate(tree.replace(outcome=other, step_reward=reward), name)
     assert torch.equal(again.adv[tree.group != 1], out.adv[tree.group != 1])
-    # constant outcomes give exactly 0
-    flat = torch.where(tree.is_finished, 0.1 + 0.2 + 1e6, n)
-    assert bool((estimate(tree.replace(outcome=flat), name).adv == 0).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_permuting_steps_permutes_the_result(name, seed):
-    tree = random_forest(seed)
+    tree = forest_for(name, seed)
     want = estimate(tree, name).adv
     g = torch.Generator().manual_seed(seed)
     shuffle = torch.randperm(len(tree), generator=g)
@@ -149,14 +132,17 @@ def test_permuting_steps_permutes_the_result(name, seed):
     parent = torch.where(tree.parent[shuffle] >= 0, place[tree.parent[shuffle].clamp(min=0)], -1)
     swap = torch.randperm(tree.num_groups, generator=g)
     moved = StepTree(
-        parent, swap[tree.group[shuffle]], tree.status[shuffle], tree.outcome[shuffle], logp=tree.logp[shuffle]
-    )
+        parent, swap[tree.group[shuffle]], tree.status[shuffle], tree.outcome[shuffle], logp=tree.logp[shuffle],
+        step_reward=tree.step_reward[shuffle], value=tree.value[shuffle], root_value=tree.root_value[torch.argsort(swap)],
+        state_key=tree.state_key[shuffle], edge_key=tree.edge_key[shuffle], ok=None if tree.ok is None else tree.ok[shuffle],
+        tags={k: v[shuffle] for k, v in tree.tags.items()},
+    )  # fmt: skip
     got = torch.empty_like(want)
     got[shuffle[moved.order]] = estimate(moved, name).adv
-    torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000))
 @pytest.mark.parametrize("name", LIFTED)
 def test_leaf_counting_equals_flattened_trajectories(name, seed):
@@ -167,14 +153,25 @@ def test_leaf_counting_equals_flattened_trajectories(name, seed):
     chains, source = flatten(tree)
     flat = estimate(chains, name)
     summed = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, source, flat.adv)
-    torch.testing.assert_close(whole.adv * whole.weight, summed, atol=1e-9, rtol=0)
+    torch.testing.assert_close(whole.adv * whole.weight, summed, atol=1e-7, rtol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000))
+@pytest.mark.parametrize("spec", [{"name": "gate"}, {"name": "renorm"}, {"name": "tp_reward"}], ids=str)
+def test_lifted_transforms_are_means_over_flattened_trajectories(spec, seed):
+    tree = random_forest(seed)
+    chains, source = flatten(tree)
+    copies = apply_transform(chains, spec).step_reward
+    mean = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, source, copies) / tree.m.clamp(min=1)
+    torch.testing.assert_close(apply_transform(tree, spec).step_reward, mean, atol=1e-9, rtol=0)
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_sums_that_must_vanish(seed):
     tree = random_forest(seed)
-    for name in LIFTED:
+    for name in ("grpo", "dr_grpo", "rloo"):
         adv = estimate(tree, name).adv[tree.is_finished]
         group = tree.group[tree.is_finished]
         assert float(torch.zeros(3, dtype=torch.float64).index_add_(0, group, adv).abs().max()) < 1e-9
@@ -198,15 +195,251 @@ def test_affine_rewards(seed, a, b):
         torch.testing.assert_close(estimate(moved, name).adv, estimate(tree, name).adv, atol=1e-3, rtol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_invalid_steps_might_as_well_not_exist(seed):
     tree = random_forest(seed, unfinished=0.5)
     if not bool(tree.valid.any()):
         return
     kept = tree.select(tree.valid)
-    for name in ESTIMATORS:
-        torch.testing.assert_close(estimate(kept, name).adv, estimate(tree, name).adv[tree.valid])
+    for name, row in ESTIMATORS.items():
+        if name in ("prime", "vsrm") or "forks" in row.needs and not _has_forks(kept):
+            continue
+        torch.testing.assert_close(estimate(kept, name).adv, estimate(tree, name).adv[tree.valid], atol=1e-9, rtol=1e-9)
+
+
+def _has_forks(tree):
+    first = torch.bincount(tree.group[tree.parent < 0], minlength=tree.num_groups)
+    return not tree.is_chains or int(first.max()) > 1
+
+
+# ---- guarantees of the transforms -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_guarantees_of_the_transforms(seed):
+    tree = random_forest(seed)
+    valid, leaf = tree.valid, tree.is_finished
+    r = tree.step_reward
+
+    def run(*specs):
+        out = tree
+        for s in specs:
+            out = apply_transform(out, s)
+        return out
+
+    clipped = run({"name": "clip", "eta": 0.4})
+    assert float(path_sum(clipped, clipped.step_reward).max()) <= 0  # adding steps never pays
+    inner = valid & ~tree.is_leaf
+    torch.testing.assert_close(togo(tree, run({"name": "delta"}).step_reward)[inner], r[inner])
+    both = run({"name": "clip", "eta": 0.4}, {"name": "delta"})
+    torch.testing.assert_close(togo(tree, both.step_reward)[inner], clipped.step_reward[inner])
+    shaped = run({"name": "potential"})
+    torch.testing.assert_close(estimate(shaped, "fold_grpo").adv, estimate(tree, "fold_grpo").adv, atol=1e-6, rtol=1e-6)
+    gained = path_sum(shaped, shaped.step_reward) - path_sum(tree, torch.where(valid, r, 0.0))
+    torch.testing.assert_close(gained[leaf], -tree.root_value[tree.group[leaf]])
+    progress = run({"name": "progress"})
+    torch.testing.assert_close(
+        path_sum(progress, progress.step_reward)[leaf], (tree.value - tree.root_value[tree.group])[leaf]
+    )
+    red = run({"name": "red"})
+    torch.testing.assert_close(path_sum(red, red.step_reward)[leaf], (r - tree.root_value[tree.group])[leaf])
+    failed = valid & (lift(tree, (tree.outcome >= 0.5).double()) == 0)
+    assert bool((run({"name": "gate"}).step_reward[failed] == 0).all())
+    sure = torch.where(leaf, (tree.outcome >= 0.5).double(), n)
+    renormed = apply_transform(tree.replace(outcome=sure), {"name": "renorm"})
+    success, failure = lift(tree, sure.nan_to_num(0.0)) == 1, lift(tree, sure.nan_to_num(0.0)) == 0
+    assert bool((renormed.step_reward[valid & success] >= 0).all()) and bool((renormed.step_reward[valid & failure] <= 0).all())
+    mixed = run({"name": "mix", "dense": 0.3})
+    torch.testing.assert_close(mixed.outcome[leaf], 0.7 * tree.outcome[leaf])
+    torch.testing.assert_close(mixed.step_reward[valid], 0.3 * r[valid])
+    alarm = run({"name": "alarm"})
+    low = leaf & (tree.outcome <= 0.5)
+    assert torch.equal(alarm.outcome[low], tree.outcome[low])
+    gain = run({"name": "info_gain"})
+    assert float(path_sum(gain, gain.step_reward).max()) <= 1 + 1e-9
+    again = run({"name": "redundancy"}).step_reward
+    assert 0 <= float(again.min()) and float(again.max()) <= 1
+    pruned = run({"name": "step_prune"})
+    assert bool((pruned.outcome[leaf & (tree.outcome < 0.5)] == 0).all())
+    assert torch.equal(run({"name": "blend", "phi": [0, 1, 0]}).step_reward[valid], r[valid])
+    severity = run({"name": "severity"}).step_reward
+    order = torch.argsort(tree.tags["severity"][valid])
+    assert bool((severity[valid][order].diff() <= 0).all())
+    thought = run({"name": "thoughts"}).tags["thought"]
+    assert torch.equal(tree.tags["wrong"], tree.tags["wrong"][thought])
+    page = run({"name": "mixed_grained", "page": 0.6}).outcome[leaf]
+    assert 0 <= float(page.min()) and float(page.max()) <= 1 if len(page) else True
+    filled = run({"name": "unfinished_outcome", "outcome": -1.0})
+    assert not bool((filled.status == 2).any())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_guarantees_on_chains(seed):
+    tree = random_chains(seed)
+    leaf = tree.is_finished
+    exact = apply_transform(tree, {"name": "spa", "exact": True, "beta": 0.0})
+    torch.testing.assert_close(path_sum(exact, exact.step_reward)[leaf], tree.outcome[leaf])
+    steps = apply_transform(tree, {"name": "vsrm"}).step_reward
+    d = apply_transform(tree, {"name": "progress"}).step_reward
+    strong = d.abs() > 0.05
+    assert torch.equal(steps[strong], d[strong])
+    gae = estimate(tree, "gae", gamma=1.0, lam=1.0)
+    before = torch.where(tree.parent >= 0, tree.value[tree.parent.clamp(min=0)], tree.root_value[tree.group])
+    torch.testing.assert_close((gae.adv + before)[tree.valid], returns(tree, 1.0)[tree.valid])
+    torch.testing.assert_close(gae.returns, returns(tree, 1.0))
+
+
+def test_bootstrap_continues_an_unfinished_leaf_with_its_value():
+    tree = StepTree([-1, 0], [0, 0], [0, 2], [n, n], step_reward=[0.0, 0.0], value=[0.4, 0.7], root_value=[0.5])
+    out = estimate(tree, "gae", ["bootstrap"], gamma=1.0, lam=1.0)
+    close(out.adv, [0.2, 0.3])
+    assert bool((estimate(tree, "grpo").adv == 0).all())
+
+
+# ---- combinations that mean nothing ---------------------------------------------------------------------------------
+
+SINGLE = StepTree([-1, 0], [0, 0], [0, 1], [n, 1.0])
+
+
+def bare(tree):
+    """Outcomes only."""
+    return StepTree(tree.parent, tree.group, tree.status, tree.outcome)
+
+
+@pytest.mark.parametrize(
+    "number, call, message",
+    [
+        (1, lambda t: compose(t, [{"name": "grpo"}], ["delta"]), "'grpo' reads outcomes only, so the step rewards of transform 'delta'.*append the fold"),
+        (2, lambda t: estimate(bare(t), "process_grpo"), "'process_grpo' needs step_reward, but every step is NaN"),
+        (2, lambda t: estimate(bare(t), "capo"), r"'capo' needs tags\['wrong'\]"),
+        (3, lambda t: compose(t, [{"name": "process_grpo"}], kind="value"), "'value' with 'process_grpo' sums state values.*put delta or progress"),
+        (4, lambda t: compose(t, [{"name": "gae"}], ["progress", "delta"]), "'progress' and 'delta' both difference"),
+        (4, lambda t: compose(t, [{"name": "gae"}], ["red", "progress"]), "'red' and 'progress' both difference"),
+        (5, lambda t: estimate(bare(t), "gae", ["potential"]), "transform 'potential' needs value on every step; step 0"),
+        (5, lambda t: estimate(t, "gae", [{"name": "potential", "gamma": 0.9}]), "'potential' has gamma 0.9 and estimator 'gae' 1.0"),
+        (5, lambda t: estimate(t, "gae", [{"name": "potential", "terminal": 1.0}]), "potential has no option 'terminal'"),
+        (6, lambda t: estimate(bare(t), "gigpo"), "'gigpo' needs state_key, but every step has -1"),
+        (6, lambda t: estimate(bare(t), "salt"), "'salt' needs edge_key"),
+        (6, lambda t: estimate(t.replace(ok=None), "ui_s1"), "'ui_s1' needs ok"),
+        (6, lambda t: estimate(t.replace(root_value=None), "pav"), "'pav' needs root_value.*prompt 0"),
+        (7, lambda t: estimate(t, "vsrm"), "vsrm needs chains, but step 0 branches"),
+        (7, lambda t: apply_transform(t, {"name": "spa", "exact": True}), r"spa\(exact\) needs chains"),
+        (8, lambda t: estimate(t.replace(outcome=t.outcome * 3), "grpo", scale="bernoulli"), r"'bernoulli' needs values in \[0, 1\]; step"),
+        (8, lambda t: estimate(t.replace(outcome=t.outcome * 3), "ppr"), r"renorm needs outcomes in \[0, 1\], found 3"),
+        (9, lambda t: estimate(SINGLE, "branch_depth"), "'branch_depth' compares steps of one prompt, but every prompt is a single chain"),
+        (9, lambda t: estimate(SINGLE, "tree_rpo"), "'tree_rpo' compares steps"),
+        (10, lambda t: compose(t, [{"name": "grpo"}], whiten=True), "whiten with 'grpo' .*normalises twice.*allow_double_norm"),
+        (11, lambda t: compose(t, [{"name": "grpo"}], counting="leaf", repeats_prefix=True), "counting 'leaf' with a trainer that repeats"),
+        (13, lambda t: estimate(t.replace(tags=t.tags | {"reward_source": torch.arange(8)}), "srgpo"), r"tags\['reward_source'\] has 7 values.*use step_grpo"),
+        (14, lambda t: estimate(t.replace(logp=None, tags={"off_policy": torch.ones(8)}), "rapo"), "step 0 is replayed .* no behaviour logp"),
+    ],
+)  # fmt: skip
+def test_combinations_without_meaning_name_both_and_the_fix(t8, number, call, message):
+    tree = t8.replace(tags={"contribution": torch.rand(8), "implicit": torch.rand(8)})
+    with pytest.raises(ValueError, match=message):
+        call(tree)
+
+
+def test_optimism_is_warned_of(t8):
+    with pytest.warns(UserWarning, match="optimism bias"):
+        estimate(t8.replace(outcome=t8.outcome * 0.7), "portool", agg="max")
+
+
+def test_what_is_allowed(t8):
+    compose(t8, [{"name": "grpo"}], ["delta", "fold"])
+    compose(t8, [{"name": "grpo"}, {"name": "step_grpo", "weight": 0.5}], ["delta"])
+    compose(t8, [{"name": "process_grpo"}], ["delta"], kind="value")
+    compose(t8, [{"name": "dr_grpo"}], whiten=True)
+    whitened = compose(t8, [{"name": "grpo"}], whiten=True, allow_double_norm=True).adv[t8.valid]
+    assert float(whitened.mean().abs()) < 1e-9 and float(whitened.std()) == pytest.approx(1, abs=1e-6)
+
+
+def test_composition_is_the_weighted_sum(t8):
+    both = compose(t8, [{"name": "grpo"}, {"name": "gigpo", "weight": 0.3, "gamma": 0.9}])
+    want = estimate(t8, "grpo").adv + 0.3 * estimate(t8, "gigpo", gamma=0.9).adv
+    torch.testing.assert_close(both.adv, want)
+    assert [e["name"] for e in both.info["estimators"]] == ["grpo", "gigpo"] and both.info["transforms"] == []
+
+
+def test_presets_by_name(t8):
+    ours = estimate(t8, "grpo", preset="flow_grpo").adv
+    torch.testing.assert_close(ours, estimate(t8, "grpo", ddof=0, eps=1e-4).adv)
+    with pytest.raises(ValueError, match=r"unknown norm preset 'vrl' \(did you mean verl"):
+        estimate(t8, "grpo", preset="vrl")
+
+
+def test_batch_scale_uses_one_spread_for_all_prompts():
+    tree = StepTree([-1] * 4, [0, 0, 1, 1], [1] * 4, [0.0, 1.0, 10.0, 30.0])
+    want = torch.tensor([-0.5, 0.5, -10.0, 10.0], dtype=torch.float64)
+    torch.testing.assert_close(estimate(tree, "grpo", scale="batch", eps=0.0).adv, want / want.std())
+
+
+def test_random_sets_are_seeded_and_given_back():
+    tree = random_forest(0)
+    tree = tree.replace(tags={k: v for k, v in tree.tags.items() if k != "set_id"})
+    a, b, c = (estimate(tree, "srgpo", set_size=4, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a.adv, b.adv) and not torch.equal(a.adv, c.adv)
+    sizes = torch.bincount(a.info["set_id"][a.info["set_id"] >= 0])
+    assert bool((sizes[:-1] == 4).all()) and int(sizes.sum()) == int(tree.valid.sum())
+
+
+def test_extremes_give_no_nan():
+    lone = StepTree([-1], [0], [1], [1.0], step_reward=[0.5], value=[0.5], root_value=[0.5])
+    cut = StepTree([-1, -1], [0, 0], [2, 2], [n, n], step_reward=[0.5, 0.2], value=[0.5, 0.1], root_value=[0.5])
+    deep = 5000
+    chain = StepTree(torch.arange(deep) - 1, torch.zeros(deep, dtype=torch.long), torch.arange(deep) // (deep - 1),
+                     torch.where(torch.arange(deep) == deep - 1, 1.0, n), step_reward=torch.rand(deep),
+                     value=torch.rand(deep), root_value=[0.5])  # fmt: skip
+    wide = 100_000
+    star = StepTree(torch.where(torch.arange(wide) == 0, -1, 0), torch.zeros(wide, dtype=torch.long),
+                    torch.where(torch.arange(wide) == 0, 0, 1), torch.where(torch.arange(wide) == 0, n, torch.rand(wide)),
+                    step_reward=torch.rand(wide), value=torch.rand(wide), root_value=[0.5])  # fmt: skip
+    for name in ("grpo", "rloo", "reinforce_pp_baseline", "process_grpo", "fold_grpo", "gae", "pav", "igpo", "rapo"):
+        for tree in (lone, cut, chain, star):
+            out = estimate(tree, name)
+            assert bool(out.adv.isfinite().all()), name
+        assert bool((estimate(cut, name).adv == 0).all())
+    for name in ("tree_rpo", "branch_depth", "portool", "child_minus_parent"):
+        assert bool(estimate(star, name).adv.isfinite().all())
+
+
+def test_all_processes_share_batch_statistics():
+    """Two ranks, each with half of the prompts, through all_sum, give the advantages of one process."""
+    tree = random_forest(3, groups=4, steps=60)
+    halves = [tree.select((tree.group // 2) == k) for k in (0, 1)]
+    for name, options in (("reinforce_pp_baseline", {}), ("rapo", {}), ("grpo", {"scale": "batch"})):
+        whole = estimate(tree, name, **options).adv
+        # every call to all_sum is answered with the sum over both ranks, found by running both in step
+        got = _in_step(lambda t, s, name=name, options=options: compose(t, [{"name": name, **options}], all_sum=s).adv, halves)
+        for k in (0, 1):
+            torch.testing.assert_close(got[k], whole[(tree.group // 2) == k], atol=1e-9, rtol=1e-9)
+
+
+def _in_step(function, trees):
+    """Run `function(tree, all_sum)` for every tree in a thread of its own, all_sum meeting at a barrier."""
+    import threading
+
+    barrier, shared, out = threading.Barrier(len(trees)), [None] * len(trees), [None] * len(trees)
+
+    def work(k):
+        def all_sum(x):
+            shared[k] = x
+            barrier.wait()
+            total = torch.stack(shared).sum(0)
+            barrier.wait()
+            return total
+
+        out[k] = function(trees[k], all_sum)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(trees))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return out
 
 
 def test_chains_make_tree_rpo_equal_grpo(c7):

@@ -106,12 +106,27 @@ def random_forest(seed: int, groups: int = 3, steps: int = 40, unfinished: float
     has_child = torch.zeros(n, dtype=torch.bool)
     has_child[parent_t[parent_t >= 0]] = True
     status = torch.where(has_child, 0, torch.where(torch.rand(n, generator=g) < unfinished, 2, 1))
-    outcome = torch.where(status == 1, torch.randint(0, 4, (n,), generator=g) / 3.0, torch.nan)
+    outcome = torch.where(status == 1, torch.randint(0, 5, (n,), generator=g) / 4.0, torch.nan)
     return StepTree(
         parent_t, group, status, outcome,
         step_reward=torch.rand(n, generator=g), value=torch.rand(n, generator=g), logp=-torch.rand(n, generator=g),
-        root_value=torch.rand(groups, generator=g),
+        root_value=torch.rand(groups, generator=g), ok=torch.rand(n, generator=g) < 0.7,
+        state_key=torch.randint(-1, 4, (n,), generator=g), edge_key=torch.randint(-1, 6, (n,), generator=g),
+        tags={
+            "wrong": torch.rand(n, generator=g) < 0.4, "implicit": torch.randn(n, generator=g),
+            "similarity": torch.rand((n, 3), generator=g), "documents": torch.rand((n, 4), generator=g) < 0.5,
+            "contribution": torch.rand(n, generator=g), "grounded": torch.rand(n, generator=g) < 0.5,
+            "severity": torch.randint(4, (n,), generator=g), "events": torch.rand((n, 3), generator=g) < 0.4,
+            "auxiliary": torch.rand(n, generator=g), "aspect": torch.randn(n, generator=g),
+            "baseline": torch.rand((n, 5), generator=g), "set_id": torch.randint(4, (n,), generator=g),
+        },
     )  # fmt: skip
+
+
+def random_chains(seed: int, groups: int = 3, chains: int = 4) -> StepTree:
+    """The paths of a random forest as independent rollouts, at least `chains` per prompt where it has them."""
+    tree = random_forest(seed, groups=groups, steps=groups * chains * 3, unfinished=0.1)
+    return flatten(tree)[0]
 
 
 def flatten(tree: StepTree) -> tuple[StepTree, torch.Tensor]:

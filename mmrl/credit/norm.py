@@ -75,7 +75,7 @@ def norm(
         raise ValueError(f"x {tuple(x.shape)} and sets {tuple(sets.shape)} must have one entry per step each")
     member = ~x.isnan() & (sets >= 0)
     sid, v = sets.clamp(min=0), torch.where(member, x.double(), 0.0)
-    num = int(sets.max()) + 1 if sets.numel() else 0
+    num = int(sets.max().clamp(min=0)) + 1 if sets.numel() else 0
     w = member.double() if weight is None else torch.where(member, weight.double(), 0.0)
     size = _sum(member.double(), sid, num)
     n = size if weight is None else _sum(w, sid, num)
