@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Adapter, Cond
-from diffusion.kernels import gaussian_kl, log_prob
+from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, plan_course, record
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
@@ -142,11 +142,12 @@ class DiffusionPolicy:
 
         forest = sample_forest(predict, init, plan, self.sampling, course, generators)
         about = record(self.sampling, course) | {"seed": seed, "iteration": iteration}
+        latents = {"latent": forest.latent} | ({"mean": forest.mean} if self.sampling.keep_mean else {})
         payload = {"init": init.to(getattr(torch, self.sampling.storage)).cpu()}
         return Rollout(
             list(prompts),
             _as_tree(forest, len(course)),
-            Actions(forest.logp, ~forest.logp.isnan(), {"latent": forest.latent}),
+            Actions(forest.logp, ~forest.logp.isnan(), latents),
             payload | {f"cond_{k}": v.cpu() for k, v in cond.items()},
             {"calls": forest.calls, "leaves": plan.leaves * len(prompts)},
             about,
@@ -174,8 +175,12 @@ class DiffusionPolicy:
             self._log_probs_at(rollout, trained[rollout.tree.depth[trained] == d], int(d), reference)
             for d in rollout.tree.depth[trained].unique()
         ]
-        kl = torch.cat([o.kl for o in outs if o.kl is not None]) if reference else None
-        return ActionLogProbs(torch.cat([o.index for o in outs]), torch.cat([o.logp for o in outs]), kl)
+        joined = {}
+        for name in ("index", "logp", "kl", "mean_shift", "std", "interval"):
+            parts = [x for o in outs if (x := getattr(o, name)) is not None]
+            if parts:
+                joined[name] = torch.cat(parts)
+        return ActionLogProbs(**joined)
 
     def _log_probs_at(self, rollout: Rollout, steps: Tensor, depth: int, reference: bool) -> ActionLogProbs:
         sampling, course = self._replay(rollout)
@@ -186,11 +191,24 @@ class DiffusionPolicy:
         chosen = rollout.actions.payload["latent"][steps].float().to(self._device)
         inverse = inverse.to(self._device)
         logp = log_prob(chosen, step.mean[inverse], step.std, sampling.reduce)
+        extra = self._guard_terms(rollout, steps, step.mean[inverse], step.std, course.interval(depth))
         if not reference:
-            return ActionLogProbs(steps, logp)
+            return ActionLogProbs(steps, logp, **extra)
         with self._reference_model() as model:
             ref = transition(sampling, course, depth, x, *self._predict(model, course, cond, x, depth, own))
-        return ActionLogProbs(steps, logp, gaussian_kl(step.mean, ref.mean, step.std, sampling.reduce)[inverse])
+        kl = gaussian_kl(step.mean, ref.mean, step.std, sampling.reduce)[inverse]
+        return ActionLogProbs(steps, logp, kl, **extra)
+
+    def _guard_terms(
+        self, rollout: Rollout, steps: Tensor, mean: Tensor, std: float, interval: Interval
+    ) -> dict[str, Tensor]:
+        """What GRPO-Guard needs, when the rollout kept its means."""
+        old = rollout.actions.payload.get("mean")
+        if old is None:
+            return {}
+        shift = gaussian_kl(mean, old[steps].to(mean.device), std)
+        width = torch.full_like(shift, interval.s - interval.s2)
+        return {"mean_shift": shift, "std": torch.full_like(shift, std), "interval": width}
 
     def samples(self, rollout: Rollout) -> list[Sample]:
         """Decoded leaves."""

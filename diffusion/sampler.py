@@ -22,6 +22,7 @@ class Forest(NamedTuple):
 
     parent, group, depth: (E,) int. latent: (E, *D) state after the step, in storage dtype.
     logp: (E,) float32, NaN on deterministic steps. calls: network rows evaluated.
+    mean: (E, *D) float32 transition means, empty unless `keep_mean`.
     """
 
     parent: Tensor
@@ -29,6 +30,7 @@ class Forest(NamedTuple):
     depth: Tensor
     latent: Tensor
     logp: Tensor
+    mean: Tensor
     calls: int
 
 
@@ -59,7 +61,7 @@ def sample_forest(
     storage = getattr(torch, sampling.storage)
     x = init.to(storage).float()
     own, parent = torch.arange(len(init)), torch.full((len(init),), -1)
-    rows: dict[str, list[Tensor]] = {k: [] for k in ("parent", "group", "depth", "latent", "logp")}
+    rows: dict[str, list[Tensor]] = {k: [] for k in ("parent", "group", "depth", "latent", "logp", "mean")}
     made = calls = 0
     for i in range(len(course)):
         x0, eps = predict(x, i, own)
@@ -80,6 +82,7 @@ def sample_forest(
             x = mean.to(storage).float()
         for name, value in (("parent", parent), ("group", own), ("latent", x.to(storage).cpu()), ("logp", logp)):
             rows[name].append(value)
+        rows["mean"].append(mean.cpu() if sampling.keep_mean else mean[:0].cpu())
         rows["depth"].append(torch.full_like(own, i))
         parent = torch.arange(made, made + len(x))
         made += len(x)

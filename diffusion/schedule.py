@@ -30,6 +30,7 @@ class Sampling:
         (`independent`), or draw with `split_scale` times the std in sampling and in both log-probs (`scaled`).
     final_step: what becomes of the last transition: its mean, the clean estimate x0, or a trained sample of it.
     reduce: log-prob averaged or summed over latent elements.
+    keep_mean: store the transition means too (GRPO-Guard needs them); doubles a rollout's memory.
     storage: dtype latents are kept in; samples are rounded to it before the old log-prob is taken.
     """
 
@@ -45,6 +46,7 @@ class Sampling:
     final_step: FinalStep = "mean"
     reduce: Reduce = "mean"
     storage: Literal["float32", "bfloat16"] = "float32"
+    keep_mean: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -47,6 +47,26 @@ def report(run: Annotated[Path, typer.Argument(help="The run.output of a run")])
 
 
 @app.command()
+def credit(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/credit.md instead of the table")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print the table (the default)")] = True,
+) -> None:
+    """List the credit estimators and reward transforms: what each needs, fits and where it comes from."""
+    from mmrl.credit import describe
+
+    if markdown:
+        typer.echo(describe.markdown(), nl=False)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "needs", "fits", "source")
+    for row in describe.rows():
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
 def demo(overrides: Overrides = None) -> None:
     """Align a small diffusion model with branch rollouts, from nothing, in a few minutes on two CPU cores."""
     config = _load(recipe_path(DEMO), overrides)

@@ -81,7 +81,9 @@ class PruneConfig(Section):
 class LossConfig(Section):
     """The policy loss."""
 
-    ratio: Literal["action", "step", "trajectory"] = "action"
+    ratio: Literal["action", "step", "trajectory"] = "action"  # step and trajectory: the GSPO form
+    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
+    guard: bool = False  # GRPO-Guard ratio normalisation, for latent steps; needs policy.keep_mean
     clip_low: PositiveFloat = 1e-3
     clip_high: PositiveFloat = 1e-3
     dual_clip: float | None = Field(None, gt=1)
@@ -119,6 +121,7 @@ class RunConfig(Section):
     eval_every: PositiveInt = 5
     checkpoint_every: PositiveInt = 10
     keep_checkpoints: PositiveInt = 2
+    refill: NonNegativeInt = 0  # rounds of sampling further prompts for those whose rewards do not differ (DAPO)
     resume: bool = False  # continue from the newest checkpoint in `output`; starts anew when there is none
     max_unscored: float = Field(0.2, ge=0, le=1)  # share of samples without reward at which the run stops
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

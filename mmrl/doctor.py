@@ -28,7 +28,8 @@ def examine(config: Config) -> Iterator[str]:
         f"calls, {f.trained_states * per_iteration} trained states per iteration; {run.iterations} iterations"
     )
     yield _memory(trainer)
-    rollout, scored = trainer.sample(0)
+    rollout = trainer.sample(0)
+    scored = trainer.last_scores
     for name, part in scored.parts.items():
         bad = int(part.isnan().sum())
         known = part[~part.isnan()]
@@ -38,8 +39,9 @@ def examine(config: Config) -> Iterator[str]:
         )
     credit = trainer.credit(rollout)
     info = credit.info
+    names = ", ".join(e["name"] for e in info["estimators"])
     yield (
-        f"credit     {', '.join(e['name'] for e in info['estimators'])}: |advantage| mean {info['adv_abs_mean']:.3f}, max {info['adv_abs_max']:.3f}; "
+        f"credit     {names}: |advantage| mean {info['adv_abs_mean']:.3f}, max {info['adv_abs_max']:.3f}; "
         f"{info['zero_spread_groups']} of {info['groups']} groups without spread"
     )
     calls = rollout.counts["calls"] / rollout.counts["leaves"]

@@ -188,6 +188,30 @@ class Rollout:
             about=self.about,
         )
 
+    @staticmethod
+    def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+        """One rollout of all prompts; `about` is the first one's, counts are summed.
+
+        Raises:
+            ValueError: a prompt id occurs twice, or the payloads differ in kind.
+        """
+        first = rollouts[0]
+        if any(set(r.actions.payload) != set(first.actions.payload) for r in rollouts):
+            raise ValueError("rollouts to concatenate must carry the same payload")
+        counts = {k: sum(r.counts.get(k, 0) for r in rollouts) for r in rollouts for k in r.counts}
+        return Rollout(
+            [p for r in rollouts for p in r.prompts],
+            StepTree.concatenate([r.tree for r in rollouts]),
+            Actions(
+                torch.cat([r.actions.logp for r in rollouts]),
+                torch.cat([r.actions.trainable for r in rollouts]),
+                {k: torch.cat([r.actions.payload[k] for r in rollouts]) for k in first.actions.payload},
+            ),
+            {k: torch.cat([r.prompt_payload[k] for r in rollouts]) for k in first.prompt_payload},
+            counts,
+            first.about,
+        )
+
     def save(self, folder: str | Path) -> Path:
         """Write tree, actions and prompts as safetensors and JSON; returns the folder."""
         folder = Path(folder)
@@ -240,6 +264,8 @@ class ActionLogProbs:
     kl: exact divergence from the reference per action (differentiable), when the policy knows a closed form.
     ref_logp: log-probability under the reference.
     entropy: entropy of the action distribution (differentiable).
+    mean_shift, std, interval: for Gaussian steps, mean_D (mu - mu_old)^2 / (2 std^2) (differentiable), the step's
+        std, and the width of its noise interval; for ratio normalisation (GRPO-Guard).
     """
 
     index: Tensor
@@ -247,6 +273,9 @@ class ActionLogProbs:
     kl: Tensor | None = None
     ref_logp: Tensor | None = None
     entropy: Tensor | None = None
+    mean_shift: Tensor | None = None
+    std: Tensor | None = None
+    interval: Tensor | None = None
 
 
 class Policy(Protocol):

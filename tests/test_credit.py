@@ -203,9 +203,11 @@ def test_invalid_steps_might_as_well_not_exist(seed):
         return
     kept = tree.select(tree.valid)
     for name, row in ESTIMATORS.items():
-        if name in ("prime", "vsrm") or "forks" in row.needs and not _has_forks(kept):
+        if name in ("prime", "vsrm") or ("forks" in row.needs and not _has_forks(kept)):
             continue
-        torch.testing.assert_close(estimate(kept, name).adv, estimate(tree, name).adv[tree.valid], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            estimate(kept, name).adv, estimate(tree, name).adv[tree.valid], atol=1e-9, rtol=1e-9
+        )
 
 
 def _has_forks(tree):
@@ -236,7 +238,9 @@ def test_guarantees_of_the_transforms(seed):
     both = run({"name": "clip", "eta": 0.4}, {"name": "delta"})
     torch.testing.assert_close(togo(tree, both.step_reward)[inner], clipped.step_reward[inner])
     shaped = run({"name": "potential"})
-    torch.testing.assert_close(estimate(shaped, "fold_grpo").adv, estimate(tree, "fold_grpo").adv, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        estimate(shaped, "fold_grpo").adv, estimate(tree, "fold_grpo").adv, atol=1e-6, rtol=1e-6
+    )
     gained = path_sum(shaped, shaped.step_reward) - path_sum(tree, torch.where(valid, r, 0.0))
     torch.testing.assert_close(gained[leaf], -tree.root_value[tree.group[leaf]])
     progress = run({"name": "progress"})
@@ -250,7 +254,9 @@ def test_guarantees_of_the_transforms(seed):
     sure = torch.where(leaf, (tree.outcome >= 0.5).double(), n)
     renormed = apply_transform(tree.replace(outcome=sure), {"name": "renorm"})
     success, failure = lift(tree, sure.nan_to_num(0.0)) == 1, lift(tree, sure.nan_to_num(0.0)) == 0
-    assert bool((renormed.step_reward[valid & success] >= 0).all()) and bool((renormed.step_reward[valid & failure] <= 0).all())
+    assert bool((renormed.step_reward[valid & success] >= 0).all()) and bool(
+        (renormed.step_reward[valid & failure] <= 0).all()
+    )
     mixed = run({"name": "mix", "dense": 0.3})
     torch.testing.assert_close(mixed.outcome[leaf], 0.7 * tree.outcome[leaf])
     torch.testing.assert_close(mixed.step_reward[valid], 0.3 * r[valid])
@@ -260,7 +266,7 @@ def test_guarantees_of_the_transforms(seed):
     gain = run({"name": "info_gain"})
     assert float(path_sum(gain, gain.step_reward).max()) <= 1 + 1e-9
     again = run({"name": "redundancy"}).step_reward
-    assert 0 <= float(again.min()) and float(again.max()) <= 1
+    assert float(again.min()) >= 0 and float(again.max()) <= 1
     pruned = run({"name": "step_prune"})
     assert bool((pruned.outcome[leaf & (tree.outcome < 0.5)] == 0).all())
     assert torch.equal(run({"name": "blend", "phi": [0, 1, 0]}).step_reward[valid], r[valid])
@@ -270,7 +276,7 @@ def test_guarantees_of_the_transforms(seed):
     thought = run({"name": "thoughts"}).tags["thought"]
     assert torch.equal(tree.tags["wrong"], tree.tags["wrong"][thought])
     page = run({"name": "mixed_grained", "page": 0.6}).outcome[leaf]
-    assert 0 <= float(page.min()) and float(page.max()) <= 1 if len(page) else True
+    assert float(page.min()) >= 0 and float(page.max()) <= 1 if len(page) else True
     filled = run({"name": "unfinished_outcome", "outcome": -1.0})
     assert not bool((filled.status == 2).any())
 
@@ -413,7 +419,9 @@ def test_all_processes_share_batch_statistics():
     for name, options in (("reinforce_pp_baseline", {}), ("rapo", {}), ("grpo", {"scale": "batch"})):
         whole = estimate(tree, name, **options).adv
         # every call to all_sum is answered with the sum over both ranks, found by running both in step
-        got = _in_step(lambda t, s, name=name, options=options: compose(t, [{"name": name, **options}], all_sum=s).adv, halves)
+        got = _in_step(
+            lambda t, s, name=name, options=options: compose(t, [{"name": name, **options}], all_sum=s).adv, halves
+        )
         for k in (0, 1):
             torch.testing.assert_close(got[k], whole[(tree.group // 2) == k], atol=1e-9, rtol=1e-9)
 

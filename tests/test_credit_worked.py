@@ -25,7 +25,9 @@ from mmrl.credit.steps import judged_wrong
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup, returns
 
-WORKED = dict(zip(("t8", "c7"), json.loads((Path(__file__).parent / "data" / "credit_worked.json").read_text()), strict=True))
+WORKED = dict(
+    zip(("t8", "c7"), json.loads((Path(__file__).parent / "data" / "credit_worked.json").read_text()), strict=True)
+)
 nan = float("nan")
 
 
@@ -43,7 +45,9 @@ def rewards(*specs):
 
 
 def potential_term(t):
-    return torch.where(t.valid, apply_transform(t, {"name": "potential", "gamma": 0.9}).step_reward - t.step_reward, 0.0)
+    return torch.where(
+        t.valid, apply_transform(t, {"name": "potential", "gamma": 0.9}).step_reward - t.step_reward, 0.0
+    )
 
 
 def thought_ids(t):
@@ -149,7 +153,14 @@ def chains(*rewards_per_chain, outcomes, **tags):
             status.append(1 if k == len(steps) - 1 else 0)
             outcome.append(r if k == len(steps) - 1 else nan)
     flat = [x for steps in rewards_per_chain for x in steps]
-    return StepTree(parent, [0] * len(parent), status, outcome, step_reward=flat, tags={k: torch.tensor(v) for k, v in tags.items()})
+    return StepTree(
+        parent,
+        [0] * len(parent),
+        status,
+        outcome,
+        step_reward=flat,
+        tags={k: torch.tensor(v) for k, v in tags.items()},
+    )
 
 
 def test_rapo():
@@ -168,14 +179,14 @@ PRIME = {
 @pytest.mark.parametrize("form", PRIME)
 def test_prime(form):
     tokens = [[0.1, -0.2], [0.3, 0.0, 0.1], [-0.1, 0.2]]
-    tree = chains(*tokens, outcomes=[1.0, 0.0, 1.0], implicit=sum(tokens, []))
+    tree = chains(*tokens, outcomes=[1.0, 0.0, 1.0], implicit=[x for row in tokens for x in row])
     close(estimate(tree, "prime", form=form).returns, PRIME[form])
     close(estimate(tree, "prime", form=form, whitened=False).adv, PRIME[form])
 
 
 def test_prime_whitened():
     tokens = [[0.1, -0.2], [0.3, 0.0, 0.1], [-0.1, 0.2]]
-    tree = chains(*tokens, outcomes=[1.0, 0.0, 1.0], implicit=sum(tokens, []))
+    tree = chains(*tokens, outcomes=[1.0, 0.0, 1.0], implicit=[x for row in tokens for x in row])
     want = [-0.737506, -1.101065, 0.934866, -0.737506, -0.446658, 0.571307, 1.516561]
     close(estimate(tree, "prime", form="code").adv, want)
 
@@ -248,7 +259,10 @@ def test_guard_language():
 
 
 def test_machines_that_call_themselves_or_nobody():
-    loop = MACHINE | {"edges": [["u0", "a", "accept", {"call": "x"}]], "machines": {"x": {"start": "y", "edges": [["y", "a", "accept", {"call": "x"}]]}}}
+    loop = MACHINE | {
+        "edges": [["u0", "a", "accept", {"call": "x"}]],
+        "machines": {"x": {"start": "y", "edges": [["y", "a", "accept", {"call": "x"}]]}},
+    }
     with pytest.raises(ValueError, match="machine 'x' calls itself"):
         RewardMachine.parse(loop)
     with pytest.raises(ValueError, match="calls unknown machine 'z'"):
@@ -276,7 +290,10 @@ def test_learned_losses_by_hand():
     loss = outcome_bce_loss(implicit, torch.tensor([0, 0, 1]), torch.tensor([1, 0]))
     want = (-torch.log(torch.sigmoid(torch.tensor(0.5))) - torch.log(1 - torch.sigmoid(torch.tensor(1.0)))) / 2
     close(loss, float(want))
-    close(progress_loss(torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0])), (0.25 + 0.16) / 2)
+    close(
+        progress_loss(torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0])),
+        (0.25 + 0.16) / 2,
+    )
     close(discriminator_reward(torch.tensor([0.5])), [0.693147])
     assert bool(discriminator_reward(torch.tensor([1.0])).isfinite())
 
@@ -303,7 +320,9 @@ def test_overlap_prune_alarm_and_small_sources():
     tree = chains(*[[0.0] * k for k in (3, 5, 2, 9)], outcomes=[1.0, 1.0, 0.0, 1.0])
     pruned = apply_transform(tree, {"name": "step_prune", "penalty": 0.5})
     close(pruned.outcome[pruned.is_finished], [1, 0.833333, 0, 0.5])
-    long = tree.replace(tok_start=torch.arange(19) * 10, tok_end=torch.arange(19) * 10 + torch.where(torch.arange(19) == 4, 9, 1))
+    long = tree.replace(
+        tok_start=torch.arange(19) * 10, tok_end=torch.arange(19) * 10 + torch.where(torch.arange(19) == 4, 9, 1)
+    )
     assert int(apply_transform(long, {"name": "step_prune", "max_step_tokens": 5}).is_finished.sum()) == 3
     leaves = StepTree([-1] * 3, [0] * 3, [1] * 3, [0.2, 0.9, 0.6], tags={"aspect": torch.tensor([1, -0.5, 2])})
     close(apply_transform(leaves, {"name": "alarm"}).outcome, [0.2, 1.013262, 0.864239])

@@ -5,7 +5,15 @@ import torch
 from tiny import flatten, random_forest
 
 from mmrl.credit import estimate
-from mmrl.losses.policy import action_weights, clipped_surrogate, kl_estimate, pooled_log_ratio
+from mmrl.losses.policy import (
+    action_weights,
+    cispo,
+    clipped_surrogate,
+    guarded_log_ratio,
+    kl_estimate,
+    pooled_log_ratio,
+    sapo,
+)
 from mmrl.tree import StepTree
 
 
@@ -37,6 +45,30 @@ def test_step_ratio_worked_number_and_gradient():
     assert pooled[2].item() == 0.5
     pooled[0].backward()
     assert log_ratio.grad.tolist() == [1, 0, 0]  # each entry's gradient goes through its own log-prob
+
+
+def test_sapo_worked_number_and_sign():
+    rho = torch.tensor([1.2])
+    assert sapo(rho.log(), torch.tensor([1.0]), 1.0).item() == pytest.approx(-2.199336, abs=1e-6)
+    log_ratio = torch.zeros(2, requires_grad=True)
+    sapo(log_ratio, torch.tensor([1.0, -1.0])).sum().backward()
+    assert log_ratio.grad.tolist() == pytest.approx([-1, 1])  # on-policy: the plain policy gradient
+
+
+def test_cispo_keeps_a_gradient_where_the_clip_has_none():
+    logp = torch.tensor([-1.0, -1.0], requires_grad=True)
+    old, adv = torch.tensor([-3.0, -1.0]), torch.tensor([2.0, 2.0])
+    clipped_surrogate(logp - old, adv, 0.2, 0.2).sum().backward()
+    assert logp.grad.tolist() == [0, -2]
+    logp.grad = None
+    cispo(logp - old, adv, logp, 0.2, 0.2).sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-2.4, -2])
+
+
+def test_guard_worked_numbers():
+    """Specification 11.1: log rho -.0034547, bias 1.054439e-5, guarded rho .9972027."""
+    out = guarded_log_ratio(torch.tensor(-0.0034547), torch.tensor(1.054439e-5), torch.tensor(0.8133265))
+    assert out.exp().item() == pytest.approx(0.9972027, abs=1e-6)
 
 
 def test_kl_worked_numbers():

@@ -105,3 +105,13 @@ def test_train_on_the_command_line(tiny_model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r" / "report.html").exists() and "report.html" in done.stdout
     assert list((tmp_path / "r" / "logs").glob("events.*"))
+
+
+def test_credit_page_is_made_from_the_docstrings():
+    from mmrl.credit import ESTIMATORS, TRANSFORMS, describe
+
+    page = (TESTS.parent / "docs" / "credit.md").read_text()
+    assert page == describe.markdown(), "run: mmrl credit --markdown > docs/credit.md"
+    assert all(f"### {name}\n" in page for name in [*ESTIMATORS, *TRANSFORMS])
+    done = cli("credit", "--list")
+    assert done.returncode == 0 and all(name in done.stdout for name in ESTIMATORS)

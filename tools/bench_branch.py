@@ -94,15 +94,21 @@ def main() -> None:
     base: tuple[float, float, float | None] | None = None
     for method in args.methods:
         forecast, rows = run(method, 10, args.iterations, 8, args.seed, eval_every=1)
-        _, long = run(method, 20, 6, 4, args.seed, eval_every=6)
+        _, long = run(method, 20, 10, 4, args.seed, eval_every=10)
         ten, twenty, hit = seconds_per_iteration(rows), seconds_per_iteration(long), at_target(rows, args.target)
         base = base or (ten, twenty, hit[0] if hit else None)
         reach = "not reached" if hit is None else f"{hit[0]:.1f}" + (f" ({base[2] / hit[0]:.1f}x)" if base[2] else "")
+        best = max(r["eval/reward"] for r in rows if "eval/reward" in r)
         table.add_row(
-            method, counted(rows, forecast), f"{ten:.2f} ({base[0] / ten:.1f}x)", f"{twenty:.2f} ({base[1] / twenty:.1f}x)",
-            reach, f"{hit[1]:.3f}" if hit else "-", f"{hit[2]:.3f}" if hit else "-",
-            f"{max(r['eval/reward'] for r in rows if 'eval/reward' in r):.3f}",
-        )  # fmt: skip
+            method,
+            counted(rows, forecast),
+            f"{ten:.2f} ({base[0] / ten:.1f}x)",
+            f"{twenty:.2f} ({base[1] / twenty:.1f}x)",
+            reach,
+            f"{hit[1]:.3f}" if hit else "-",
+            f"{hit[2]:.3f}" if hit else "-",
+            f"{best:.3f}",
+        )
     Console(width=150).print(table)
 
 

@@ -74,13 +74,10 @@ def compose(
         ValueError: unknown name or option (with the nearest), a combination without meaning, or a tree that lacks
             what an estimator needs.
     """
-    steps = [{"name": t} if isinstance(t, str) else dict(t) for t in transforms]
-    for t in steps:
-        _lookup(TRANSFORMS, str(t.get("name")), "transform")
-    for e in estimators:
-        _lookup(ESTIMATORS, str(e.get("name")), "estimator")
-    check_recipe(steps, estimators, kind=kind, whiten=whiten, allow_double_norm=allow_double_norm,
-                 counting=counting, repeats_prefix=repeats_prefix)  # fmt: skip
+    steps = validate(
+        estimators, transforms, kind=kind, whiten=whiten, allow_double_norm=allow_double_norm, counting=counting,
+        repeats_prefix=repeats_prefix,
+    )  # fmt: skip
     before = tree
     for t in steps:
         tree = apply_transform(tree, t)
@@ -95,6 +92,26 @@ def compose(
     return _finish(tree, before, adv, parts[0][1].returns, counting, info)
 
 
+def validate(
+    estimators: Sequence[Mapping[str, Any]], transforms: Sequence[str | Mapping[str, Any]] = (), **how: Any
+) -> list[dict[str, Any]]:
+    """Check names, options and combination without a tree; returns the transforms as mappings.
+
+    how: see `rules.check_recipe`. Raises ValueError as `compose` does.
+    """
+    steps = [{"name": t} if isinstance(t, str) else dict(t) for t in transforms]
+    for t in steps:
+        _checked(_lookup(TRANSFORMS, str(t.get("name")), "transform").function, _options(t))
+    for e in estimators:
+        _checked(_lookup(ESTIMATORS, str(e.get("name")), "estimator").function, _options(e))
+    check_recipe(steps, estimators, **how)
+    return steps
+
+
+def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in spec.items() if k not in ("name", "weight")}
+
+
 def apply_transform(tree: StepTree, spec: Mapping[str, Any]) -> StepTree:
     """One transform by name, its needs and options checked."""
     options = dict(spec)
@@ -106,8 +123,7 @@ def apply_transform(tree: StepTree, spec: Mapping[str, Any]) -> StepTree:
 
 def _run(tree: StepTree, spec: Mapping[str, Any], all_sum: AllSum | None) -> Credit:
     row = _lookup(ESTIMATORS, str(spec["name"]), "estimator")
-    options = {k: v for k, v in spec.items() if k not in ("name", "weight")}
-    return row.function(tree, **_checked(row.function, options, all_sum))
+    return row.function(tree, **_checked(row.function, _options(spec), all_sum))
 
 
 def _finish(

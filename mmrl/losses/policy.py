@@ -36,6 +36,31 @@ def clipped_surrogate(
     return torch.where(adv < 0, torch.minimum(loss, -adv * dual_clip), loss)
 
 
+def cispo(log_ratio: Tensor, adv: Tensor, logp: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """(A,) CISPO: -sg(clip(rho, 1 - clip_low, 1 + clip_high)) A logp. Every action keeps a gradient.
+
+    `logp` (A,) is the current log-prob and carries it; the clipped ratio is a constant weight (Minimax-M1; verl).
+    """
+    weight = log_ratio.detach().clamp(-20, 20).exp().clamp(1 - clip_low, 1 + clip_high)
+    return -weight * adv * logp
+
+
+def sapo(log_ratio: Tensor, adv: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    """(A,) SAPO: -A (4/tau) sigmoid(tau (rho - 1)), tau by the sign of A: a soft gate in place of the clip."""
+    tau = torch.where(adv >= 0, tau_positive, tau_negative)
+    ratio = log_ratio.clamp(-20, 20).exp()
+    return -adv * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
+
+
+def guarded_log_ratio(log_ratio: Tensor, mean_shift: Tensor, std: Tensor) -> Tensor:
+    """(A,) GRPO-Guard ratio normalisation for latent steps: (log_ratio + b) * std.
+
+    mean_shift: (A,) b = mean_D (mu_new - mu_old)^2 / (2 std^2), which removes E[log rho] = -b < 0; std: (A,) of the
+    step. The loss of the step is then divided by its interval h (`action scale` in the trainer).
+    """
+    return (log_ratio + mean_shift) * std
+
+
 def pooled_log_ratio(log_ratio: Tensor, segment: Tensor) -> Tensor:
     """(A,) every entry replaced by the mean of its segment, gradient through each entry's own value.
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -18,50 +19,21 @@ from torch import Tensor
 
 from mmrl.components import build
 from mmrl.config import Config
-from mmrl.credit import StepAdvantage, compose
-from mmrl.credit.budget import informative_groups
+from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.select import prune_depths, prune_width
-from mmrl.losses.policy import action_weights, clipped_surrogate, kl_estimate, pooled_log_ratio
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
-from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout, check_prompts
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, check_prompts
 from mmrl.trainers.data import prompt_batch
 from mmrl.trainers.loop import Loop
+from mmrl.trainers.policy_update import Batch, Sums, build_batch, idle_loss, policy_loss, recompute_old_logp
+from mmrl.trainers.refill import refill
 from mmrl.trainers.task import Task, build_rewards
-from mmrl.tree_ops import path_pairs
 
 log = logging.getLogger(__name__)
 
 EVAL_SEED = 20_000_003  # evaluation noise is the same in every run, whatever run.seed
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rollout ready for the update. Per action (T,): adv, weight, old_logp, owner. steps: (S,) to run."""
-
-    rollout: Rollout
-    steps: Tensor
-    adv: Tensor
-    weight: Tensor
-    old_logp: Tensor
-    owner: Tensor
-    denominator: float  # over all processes
-
-
-@dataclass
-class Sums:
-    """Weighted sums over the micro-batches of one update, for the log."""
-
-    values: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("loss", "clip_frac", "kl", "log_ratio"), 0.0)
-    )
-    ratio_dev: float = 0.0
-
-    def add(self, weight: Tensor, **terms: Tensor) -> None:
-        """Add sum(weight * term) of each term."""
-        for name, x in terms.items():
-            self.values[name] += float((weight * x.detach()).sum())
 
 
 class BranchGrpo:
@@ -80,6 +52,12 @@ class BranchGrpo:
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
         self.plan = BranchPlan(config.plan)
         self.forecast = self.policy.forecast(self.plan)
+        self._credit_how: dict[str, Any] = {
+            "kind": config.credit.step_reward_kind, "whiten": config.credit.whiten,
+            "allow_double_norm": config.credit.allow_double_norm, "counting": config.credit.counting,
+        }  # fmt: skip
+        self._estimators = [e.spec for e in config.credit.estimators]
+        validate(self._estimators, config.credit.transforms, **self._credit_how)
         check_prompts(self.task.prompts)
         check_prompts(self.task.eval_prompts)
         if config.loss.kl > 0:
@@ -87,6 +65,9 @@ class BranchGrpo:
         self.loop = Loop(config, self.policy.model)
         self.policy.model = self.loop.model
         self._seconds: dict[str, float] = {}
+        self._scores: list[Scored] = []  # of this iteration, refills included
+        self._cost: Counter[str] = Counter()
+        self._refills = 0
 
     def train(self) -> dict[str, float]:
         """Run to the end; returns the last metrics."""
@@ -98,8 +79,8 @@ class BranchGrpo:
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Sample, reward, credit, select, update."""
-        self._seconds = {}
-        rollout, scored = self.sample(iteration)
+        self._seconds, self._scores, self._refills, self._cost = {}, [], 0, Counter()
+        rollout = self.sample(iteration)
         credit = self.credit(rollout)
         batch = self.select(rollout, credit, iteration)
         metrics: dict[str, float] = {}
@@ -110,131 +91,64 @@ class BranchGrpo:
             self._keep_tree(rollout, credit, "first")
         elif iteration == self.config.run.iterations - 1:
             self._keep_tree(rollout, credit, "last")
-        return metrics | self._rollout_metrics(rollout, scored, credit, batch) | self._seconds_metrics()
+        return metrics | self._rollout_metrics(rollout, credit, batch) | self._seconds_metrics()
 
-    def sample(self, iteration: int) -> tuple[Rollout, Scored]:
-        """This rank's share of the iteration's prompts, rolled out and rewarded."""
+    def sample(self, iteration: int) -> Rollout:
+        """This rank's share of the iteration's prompts, rolled out, rewarded and refilled."""
         run, acc = self.config.run, self.loop.accelerator
         prompts = prompt_batch(self.task.prompts, run.prompts_per_iteration, iteration, run.seed)
         mine = prompts[acc.process_index :: acc.num_processes]
+        rollout = self.rewarded(mine, iteration, 0)
+        if run.refill:
+            others = list(self.task.prompts)[acc.process_index :: acc.num_processes]
+            again = partial(self.rewarded, iteration=iteration)
+            rollout, self._refills = refill(rollout, others, lambda p, k: again(p, attempt=k), run.refill)
+        return rollout
+
+    def rewarded(self, prompts: Sequence[Prompt], iteration: int, attempt: int) -> Rollout:
+        """A rollout with the outcomes of its leaves; adds to the iteration's scores."""
+        run = self.config.run
         with self._timed("rollout"):
-            rollout = self.policy.rollout(mine, self.plan, seed=run.seed, iteration=iteration)
+            seed = run.seed + attempt * 1_000_003  # a refilled prompt draws other noise than before
+            rollout = self.policy.rollout(prompts, self.plan, seed=seed, iteration=iteration)
             samples = self.policy.samples(rollout)
         with self._timed("reward"):
             scored = score(samples, self.rewards, run.max_unscored)
-        return write_outcomes(rollout, samples, scored.total), scored
+        self._scores.append(scored)
+        self._cost.update(rollout.counts)
+        return write_outcomes(rollout, samples, scored.total)
+
+    @property
+    def last_scores(self) -> Scored:
+        """Rewards of the newest rollout."""
+        return self._scores[-1]
 
     def credit(self, rollout: Rollout) -> StepAdvantage:
         """Advantages per step by the configured estimators."""
-        c = self.config.credit
-        return compose(
-            rollout.tree, [e.spec for e in c.estimators], c.transforms, counting=c.counting, kind=c.step_reward_kind,
-            whiten=c.whiten, allow_double_norm=c.allow_double_norm, all_sum=self.loop.all_sum_tensor,
-        )  # fmt: skip
+        transforms = self.config.credit.transforms
+        all_sum = self.loop.all_sum_tensor
+        return compose(rollout.tree, self._estimators, transforms, all_sum=all_sum, **self._credit_how)
 
     def select(self, rollout: Rollout, credit: StepAdvantage, iteration: int) -> Batch:
-        """Which steps get a gradient, with what weight. Rollout, rewards and advantages stay as they are."""
-        c, tree = self.config, rollout.tree
-        owner = tree.step_of_action(rollout.actions.logp.numel())
-        keep = credit.valid & self._unpruned(rollout, iteration)
-        if c.loss.drop_zero_spread:
-            keep &= informative_groups(tree)[tree.group]
-        mask = rollout.actions.trainable & (owner >= 0) & keep[owner.clamp(min=0)]
-        weight, denominator = action_weights(tree, owner, mask, c.loss.aggregation, credit.weight, c.loss.max_len)
-        adv = credit.adv if c.credit.clip is None else credit.adv.clamp(-c.credit.clip, c.credit.clip)
-        adv = adv[owner.clamp(min=0)].float()
-        # a zero advantage has no gradient unless the KL acts on it; it stays in the denominator either way
-        run = mask & (weight > 0) & ((adv != 0) | (c.loss.kl > 0))
-        steps = torch.unique(owner[run])
-        total = self.loop.all_sum(denominator)[0]
-        old = rollout.actions.logp
-        batch = Batch(rollout, steps, adv, torch.where(run, weight, 0.0).float(), old, owner, max(total, 1e-12))
-        return self._with_recomputed(batch) if c.loss.recompute_old_logp else batch
+        """Which steps get a gradient, with what weight."""
+        c = self.config
+        batch = build_batch(rollout, credit, self._unpruned(rollout, iteration), c.loss, c.credit.clip)
+        batch = batch.with_total(self.loop.all_sum(batch.denominator)[0])
+        return recompute_old_logp(self.policy, batch) if c.loss.recompute_old_logp else batch
 
     def update(self, batch: Batch, *, first: bool) -> dict[str, float]:
         """One optimizer step over the whole batch in micro-batches."""
         whole = self.config.loss.ratio == "trajectory"
         parts = self.policy.micro_batches(batch.rollout, batch.steps, whole_prompts=whole) if len(batch.steps) else []
         sums = Sums()
-        norm = self.loop.update(
-            [partial(self._loss, batch, steps, sums) for steps in parts], partial(self._idle_loss, batch)
-        )
+        losses = [partial(policy_loss, self.policy, batch, self.config.loss, steps, sums) for steps in parts]
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, batch))
         total = self.loop.all_sum(*sums.values.values())
         metrics = {f"policy/{k}": v / batch.denominator for k, v in zip(sums.values, total, strict=True)}
         metrics["policy/grad_norm"] = norm
         if first:
             metrics["policy/ratio_dev_max"] = self._check_ratio(sums.ratio_dev)
         return metrics
-
-    def _loss(self, batch: Batch, steps: Tensor, sums: Sums) -> Tensor:
-        """The share of one micro-batch in the global loss."""
-        c = self.config.loss
-        new = self.policy.log_probs(batch.rollout, steps, reference=c.kl > 0)
-        device = new.logp.device
-        weight = batch.weight[new.index].to(device)
-        log_ratio = new.logp - batch.old_logp[new.index].to(device)
-        rows, log_rho, share = self._ratio_rows(batch, new, log_ratio)
-        adv, w = batch.adv[new.index[rows]].to(device), weight[rows.to(device)] * share.to(device)
-        surrogate = clipped_surrogate(log_rho, adv, c.clip_low, c.clip_high, c.dual_clip)
-        clipped = (log_rho.exp() - 1 > c.clip_high) | (log_rho.exp() - 1 < -c.clip_low)
-        loss = (w * surrogate).sum()
-        sums.add(w, clip_frac=clipped.float())
-        sums.add(weight, log_ratio=log_ratio)
-        sums.ratio_dev = max(sums.ratio_dev, float((log_ratio.detach().exp() - 1).abs().max()))
-        if c.kl > 0:
-            kl = self._kl(new)
-            sums.add(weight, kl=kl)
-            loss = loss + c.kl * (weight * kl).sum()
-        sums.values["loss"] += float(loss.detach())
-        return loss / batch.denominator
-
-    def _ratio_rows(self, batch: Batch, new: ActionLogProbs, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries of the surrogate: position in `new`, pooled log-ratio, share of the action's weight.
-
-        Per action and per step there is one entry an action. Per trajectory an action has one entry for every
-        finished leaf below it, each with that path's ratio, sharing its weight equally.
-        """
-        every = torch.arange(len(new.index))
-        ratio = self.config.loss.ratio
-        if ratio == "action":
-            return every, log_ratio, torch.ones(len(every))
-        if ratio == "step":
-            return every, pooled_log_ratio(log_ratio, batch.owner[new.index]), torch.ones(len(every))
-        tree = batch.rollout.tree
-        leaf, node = path_pairs(tree)
-        owner = batch.owner[new.index]
-        count = tree.m[owner]
-        rows = torch.repeat_interleave(every, count)  # each action once per leaf below its step
-        order = torch.argsort(node, stable=True)
-        start = tree.m.cumsum(0) - tree.m  # a step is on the path of m leaves
-        offset = torch.arange(len(rows)) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        trajectory = leaf[order][start[owner[rows]] + offset]
-        return rows, pooled_log_ratio(log_ratio[rows], trajectory), 1 / count[rows].float()
-
-    def _kl(self, new: ActionLogProbs) -> Tensor:
-        form = self.config.loss.kl_form
-        if form == "exact":
-            if new.kl is None:
-                raise ValueError("loss.kl_form='exact': this policy has no closed form; use k3")
-            return new.kl
-        if new.ref_logp is None:
-            raise ValueError(f"loss.kl_form={form!r}: this policy gives no reference log-probs; use exact")
-        return kl_estimate(new.logp, new.ref_logp, form)
-
-    def _idle_loss(self, batch: Batch) -> Tensor:
-        """A forward through every trained weight; the loop multiplies it by 0."""
-        trainable = batch.owner[batch.rollout.actions.trainable]
-        part = self.policy.micro_batches(batch.rollout, torch.unique(trainable))[0]
-        return self.policy.log_probs(batch.rollout, part).logp.sum()
-
-    def _with_recomputed(self, batch: Batch) -> Batch:
-        """Old log-probs from the training code path, for rollouts made by another engine or dtype."""
-        old = batch.old_logp.clone()
-        with torch.no_grad():
-            for part in self.policy.micro_batches(batch.rollout, batch.steps) if len(batch.steps) else []:
-                new = self.policy.log_probs(batch.rollout, part)
-                old[new.index] = new.logp.cpu()
-        return Batch(batch.rollout, batch.steps, batch.adv, batch.weight, old, batch.owner, batch.denominator)
 
     def _unpruned(self, rollout: Rollout, iteration: int) -> Tensor:
         p, tree = self.config.prune, rollout.tree
@@ -287,16 +201,15 @@ class BranchGrpo:
         if self.loop.is_main:
             save_tree(rollout, credit.adv, self.policy.describe, self.loop.folder.root / "trees" / name)
 
-    def _rollout_metrics(
-        self, rollout: Rollout, scored: Scored, credit: StepAdvantage, batch: Batch
-    ) -> dict[str, float]:
-        total = scored.total[~scored.total.isnan()]
+    def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batch: Batch) -> dict[str, float]:
+        total = torch.cat([s.total for s in self._scores])
+        total = total[~total.isnan()]
         states = float(torch.unique(rollout.tree.sib[batch.steps]).numel())
         names = list(self.rewards)
-        parts = [scored.parts[n] for n in names]
+        parts = [torch.cat([s.parts[n] for s in self._scores]) for n in names]
         sums = self.loop.all_sum(
-            float(total.sum()), float((total**2).sum()), float(total.numel()), float(rollout.counts["leaves"]),
-            float(rollout.counts["calls"]), states, float(credit.info["zero_spread_groups"]),
+            float(total.sum()), float((total**2).sum()), float(total.numel()), float(self._cost["leaves"]),
+            float(self._cost["calls"]), states, float(credit.info["zero_spread_groups"]),
             float(credit.info["groups"]), *(float(p.nansum()) for p in parts),
             *(float((~p.isnan()).sum()) for p in parts),
         )  # fmt: skip
@@ -311,6 +224,8 @@ class BranchGrpo:
             "rollout/trained_states_per_leaf": trained / leaves,
             "credit/adv_abs_max": self.loop.all_max(float(credit.info["adv_abs_max"]))[0],
         }
+        if self.config.run.refill:
+            metrics["rollout/refills"] = self.loop.all_max(float(self._refills))[0]
         half = len(names)
         if half > 1:
             metrics |= {f"reward/{k}": rest[i] / max(rest[half + i], 1) for i, k in enumerate(names)}

@@ -75,12 +75,51 @@ def test_every_estimator_trains(tiny_model, tmp_path, credit):
 @pytest.mark.parametrize(
     "loss",
     [{"ratio": "step"}, {"ratio": "trajectory"}, {"aggregation": "step-mean"}, {"aggregation": "seq-mean-token-mean"},
-     {"aggregation": "constant", "max_len": 6}, {"dual_clip": 3.0}, {"recompute_old_logp": True}, {"drop_zero_spread": True}],
+     {"surrogate": "cispo"}, {"surrogate": "sapo"}, {"aggregation": "constant", "max_len": 6}, {"dual_clip": 3.0}, {"recompute_old_logp": True}, {"drop_zero_spread": True}],
     ids=str,
 )  # fmt: skip
 def test_every_loss_option_runs(tiny_model, tmp_path, loss):
     run(tiny_model, tmp_path / "r", loss=loss, run={"iterations": 1})
     assert metrics(tmp_path / "r")[1]["policy/grad_norm"] > 0
+
+
+def test_guard_trains_with_kept_means_and_says_what_it_misses(tiny_model, tmp_path):
+    run(
+        tiny_model,
+        tmp_path / "r",
+        loss={"guard": True},
+        policy={"keep_mean": True},
+        optim={"updates_per_rollout": 2},
+        run={"iterations": 1},
+    )
+    assert metrics(tmp_path / "r")[1]["policy/grad_norm"] > 0
+    with pytest.raises(ValueError, match="set policy.keep_mean: true"):
+        run(tiny_model, tmp_path / "s", loss={"guard": True}, run={"iterations": 1})
+
+
+def test_refill_replaces_groups_without_spread(tiny_model, tmp_path):
+    """Every even class has equal rewards, so five of ten prompts are worth training on."""
+    sections = {"rewards": [{"name": "tiny:constant_for_even"}], "loss": {"kl": 0.0}}
+    trainer = BranchGrpo(
+        parse_config(recipe(tiny_model, tmp_path / "r", **sections, run={"refill": 3, "prompts_per_iteration": 5}))
+    )
+    rollout = trainer.sample(0)
+    assert sorted(p.inputs["label"] for p in rollout.prompts) == [1, 3, 5, 7, 9]
+    assert trainer.iterate(0)["rollout/refills"] >= 1
+    none = BranchGrpo(
+        parse_config(recipe(tiny_model, tmp_path / "s", rewards=[{"name": "tiny:constant"}], run={"refill": 2}))
+    )
+    assert len(none.sample(0).prompts) == 4  # nothing found: the first rollout stays, and the limit holds
+
+
+def test_bad_credit_is_refused_before_anything_runs(tiny_model, tmp_path):
+    for credit, message in (
+        ({"estimators": [{"name": "grpoo"}]}, r"unknown estimator 'grpoo' \(did you mean grpo"),
+        ({"transforms": ["delta"]}, "'branch_depth' reads outcomes only"),
+        ({"estimators": [{"name": "grpo", "scales": "none"}]}, r"no option 'scales' \(did you mean scale"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", credit=credit)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""From a credited rollout to a differentiable loss: which actions count, with what weight, against which ratio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmrl.config import LossConfig
+from mmrl.credit import StepAdvantage
+from mmrl.credit.budget import informative_groups
+from mmrl.losses.policy import (
+    action_weights,
+    cispo,
+    clipped_surrogate,
+    guarded_log_ratio,
+    kl_estimate,
+    pooled_log_ratio,
+    sapo,
+)
+from mmrl.rollout import ActionLogProbs, Policy, Rollout
+from mmrl.tree import StepTree
+from mmrl.tree_ops import path_pairs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rollout ready for the update. Per action (T,): adv, weight, old_logp, owner. steps: (S,) to run.
+
+    denominator: this process's share until `with_total` puts the sum over all processes in its place.
+    """
+
+    rollout: Rollout
+    steps: Tensor
+    adv: Tensor
+    weight: Tensor
+    old_logp: Tensor
+    owner: Tensor
+    denominator: float
+
+    def with_total(self, denominator: float) -> Batch:
+        """The batch with the denominator of all processes."""
+        return replace(self, denominator=max(denominator, 1e-12))
+
+
+@dataclass
+class Sums:
+    """Weighted sums over the micro-batches of one update, for the log."""
+
+    values: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("loss", "clip_frac", "kl", "log_ratio"), 0.0)
+    )
+    ratio_dev: float = 0.0
+
+    def add(self, weight: Tensor, **terms: Tensor) -> None:
+        """Add sum(weight * term) of each term."""
+        for name, x in terms.items():
+            self.values[name] += float((weight * x.detach()).sum())
+
+
+def build_batch(rollout: Rollout, credit: StepAdvantage, keep: Tensor, loss: LossConfig, clip: float | None) -> Batch:
+    """Select the actions that get a gradient. Rollout, rewards and advantages stay as they are.
+
+    keep: (N,) bool, steps left by pruning. clip: bound on |advantage|.
+    """
+    tree = rollout.tree
+    owner = tree.step_of_action(rollout.actions.logp.numel())
+    step = owner.clamp(min=0)
+    keep = credit.valid & keep
+    if loss.drop_zero_spread:
+        keep = keep & informative_groups(tree)[tree.group]
+    mask = rollout.actions.trainable & (owner >= 0) & keep[step]
+    weight, denominator = action_weights(tree, owner, mask, loss.aggregation, credit.weight, loss.max_len)
+    adv = (credit.adv if clip is None else credit.adv.clamp(-clip, clip))[step].float()
+    # a zero advantage has no gradient unless the KL acts on it; it stays in the denominator either way
+    run = mask & (weight > 0) & ((adv != 0) | (loss.kl > 0))
+    steps = torch.unique(owner[run])
+    return Batch(rollout, steps, adv, torch.where(run, weight, 0.0).float(), rollout.actions.logp, owner, denominator)
+
+
+def recompute_old_logp(policy: Policy, batch: Batch) -> Batch:
+    """Old log-probs from the training code path, for rollouts made by another engine or dtype."""
+    old = batch.old_logp.clone()
+    with torch.no_grad():
+        for part in policy.micro_batches(batch.rollout, batch.steps) if len(batch.steps) else []:
+            new = policy.log_probs(batch.rollout, part)
+            old[new.index] = new.logp.cpu()
+    return replace(batch, old_logp=old)
+
+
+def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor, sums: Sums) -> Tensor:
+    """The share of one micro-batch in the global loss; adds to `sums`."""
+    new = policy.log_probs(batch.rollout, steps, reference=config.kl > 0)
+    device = new.logp.device
+    weight = batch.weight[new.index].to(device)
+    log_ratio = new.logp - batch.old_logp[new.index].to(device)
+    rows, log_rho, share = ratio_rows(batch, new, log_ratio, config.ratio)
+    if config.guard:
+        log_rho, share = _guard(new, rows, log_rho, share)
+    adv, w = batch.adv[new.index[rows]].to(device), weight[rows.to(device)] * share.to(device)
+    surrogate = _surrogate(config, log_rho, adv, new.logp[rows.to(device)])
+    clipped = (log_rho.exp() - 1 > config.clip_high) | (log_rho.exp() - 1 < -config.clip_low)
+    loss = (w * surrogate).sum()
+    sums.add(w, clip_frac=clipped.float())
+    sums.add(weight, log_ratio=log_ratio)
+    sums.ratio_dev = max(sums.ratio_dev, float((log_ratio.detach().exp() - 1).abs().max()))
+    if config.kl > 0:
+        kl = _kl(new, config.kl_form)
+        sums.add(weight, kl=kl)
+        loss = loss + config.kl * (weight * kl).sum()
+    sums.values["loss"] += float(loss.detach())
+    return loss / batch.denominator
+
+
+def idle_loss(policy: Policy, batch: Batch) -> Tensor:
+    """A forward through every trained weight; the loop multiplies it by 0."""
+    trainable = batch.owner[batch.rollout.actions.trainable]
+    part = policy.micro_batches(batch.rollout, torch.unique(trainable))[0]
+    return policy.log_probs(batch.rollout, part).logp.sum()
+
+
+def ratio_rows(
+    batch: Batch, new: ActionLogProbs, log_ratio: Tensor, ratio: Literal["action", "step", "trajectory"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of the surrogate: position in `new`, pooled log-ratio, share of the action's weight.
+
+    Per action and per step there is one entry an action. Per trajectory an action has one entry for every finished
+    leaf below it, each with that path's ratio, sharing its weight equally; `new` must hold whole prompts then.
+    """
+    every = torch.arange(len(new.index))
+    if ratio == "action":
+        return every, log_ratio, torch.ones(len(every))
+    owner = batch.owner[new.index]
+    if ratio == "step":
+        return every, pooled_log_ratio(log_ratio, owner), torch.ones(len(every))
+    rows, trajectory = _trajectories(batch.rollout.tree, owner)
+    return rows, pooled_log_ratio(log_ratio[rows], trajectory), 1 / batch.rollout.tree.m[owner][rows].float()
+
+
+def _trajectories(tree: StepTree, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, leaf): each action, given by its step, once for every finished leaf below that step."""
+    leaf, node = path_pairs(tree)
+    count = tree.m[owner]
+    rows = torch.repeat_interleave(torch.arange(len(owner)), count)
+    offset = torch.arange(len(rows)) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    start = tree.m.cumsum(0) - tree.m  # a step is on the path of m leaves
+    by_node = leaf[torch.argsort(node, stable=True)]
+    return rows, by_node[start[owner[rows]] + offset]
+
+
+def _surrogate(config: LossConfig, log_rho: Tensor, adv: Tensor, logp: Tensor) -> Tensor:
+    if config.surrogate == "cispo":
+        return cispo(log_rho, adv, logp, config.clip_low, config.clip_high)
+    if config.surrogate == "sapo":
+        return sapo(log_rho, adv)
+    return clipped_surrogate(log_rho, adv, config.clip_low, config.clip_high, config.dual_clip)
+
+
+def _guard(new: ActionLogProbs, rows: Tensor, log_rho: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """GRPO-Guard: normalised ratios, and each entry's loss divided by its noise interval."""
+    if new.mean_shift is None or new.std is None or new.interval is None:
+        raise ValueError("loss.guard needs the transition means of the rollout; set policy.keep_mean: true")
+    return guarded_log_ratio(log_rho, new.mean_shift[rows], new.std[rows]), share / new.interval[rows].cpu()
+
+
+def _kl(new: ActionLogProbs, form: Literal["exact", "k1", "k2", "k3"]) -> Tensor:
+    if form == "exact":
+        if new.kl is None:
+            raise ValueError("loss.kl_form='exact': this policy has no closed form; use k3")
+        return new.kl
+    if new.ref_logp is None:
+        raise ValueError(f"loss.kl_form={form!r}: this policy gives no reference log-probs; use exact")
+    return kl_estimate(new.logp, new.ref_logp, form)
