@@ -5,15 +5,25 @@ import yaml
 
 from mmrl.components import ComponentError, build, find
 from mmrl.config import ConfigError, load_config, parse_config
+from mmrl.credit import compose
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 BASE = {"task": {"name": "digits"}, "policy": {"name": "diffusion"}, "plan": {0: 2}}
 
 
-@pytest.mark.parametrize("file", [f for f in CONFIGS if "accelerate" not in f.parts], ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", [f for f in CONFIGS if not {"accelerate", "credit"} & set(f.parts)], ids=lambda f: f.stem
+)
 def test_every_recipe_parses(file):
     config = load_config(file)
     assert parse_config(yaml.safe_load(config.dump())) == config
+
+
+@pytest.mark.parametrize("file", [f for f in CONFIGS if "credit" in f.parts], ids=lambda f: f.stem)
+def test_every_credit_section_runs(file, t8):
+    credit = parse_config(BASE | yaml.safe_load(file.read_text())).credit
+    out = compose(t8, [e.spec for e in credit.estimators], credit.transforms)
+    assert bool(out.adv.isfinite().all()) and bool(out.adv.any())
 
 
 def test_overrides(tmp_path):

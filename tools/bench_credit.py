@@ -29,7 +29,8 @@ CHAINS_ONLY = ("prime", "vsrm")
 def extras(n: int, g: torch.Generator) -> dict[str, object]:
     """Everything any estimator may ask for."""
     return {
-        "step_reward": torch.rand(n, generator=g), "value": torch.rand(n, generator=g), "logp": -torch.rand(n, generator=g),
+        "step_reward": torch.rand(n, generator=g), "value": torch.rand(n, generator=g),
+        "logp": -torch.rand(n, generator=g),
         "state_key": torch.randint(0, 200, (n,), generator=g), "edge_key": torch.randint(0, 400, (n,), generator=g),
         "ok": torch.rand(n, generator=g) < 0.7,
         "tags": {
@@ -62,8 +63,8 @@ def forest(n: int, steps_per_prompt: int = 100) -> StepTree:
     has_child[parent[parent >= 0]] = True
     outcome = torch.where(has_child, torch.nan, (torch.rand(n, generator=g) < 0.5).float())
     group = base // steps_per_prompt
-    return StepTree(parent, group, (~has_child).long(), outcome, root_value=torch.rand(int(group.max()) + 1, generator=g),
-                    **extras(n, g))  # fmt: skip
+    root_value = torch.rand(int(group.max()) + 1, generator=g)
+    return StepTree(parent, group, (~has_child).long(), outcome, root_value=root_value, **extras(n, g))
 
 
 def gigpo_per_row(tree: StepTree, gamma: float = 0.95, eps: float = 1e-6) -> torch.Tensor:
