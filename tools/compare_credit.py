@@ -33,8 +33,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
             # the command line's own overrides: nothing else differs from the demo
-            changes = [f"credit.estimators=[{{name: {name}}}]", f"run.output={out}", f"run.iterations={args.iterations}",
-                       "run.eval_every=2", "run.checkpoint_every=1000", "run.trackers=[]"]  # fmt: skip
+            changes = [
+                f"credit.estimators=[{{name: {name}}}]", f"run.output={out}", f"run.iterations={args.iterations}",
+                "run.eval_every=2", "run.checkpoint_every=1000", "run.trackers=[]",
+            ]  # fmt: skip
             BranchGrpo(load_config(recipe_path(DEMO), changes)).train()
             rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         cpu, last = 0.0, rows[0]
