@@ -494,3 +494,16 @@ def test_info_counts(t8):
 def test_errors_name_the_fix(t8, call, message):
     with pytest.raises(ValueError, match=message):
         call(t8)
+
+
+def test_without_splits_branch_depth_is_plain_grpo():
+    """Chains of one length: every depth holds the same outcomes, so depth-wise and group-wise agree."""
+    steps, count = 5, 6
+    g = torch.Generator().manual_seed(0)
+    index = torch.arange(steps * count)
+    last = index % steps == steps - 1
+    outcome = torch.where(last, torch.rand(steps * count, generator=g), torch.nan)
+    tree = StepTree(torch.where(index % steps == 0, -1, index - 1), torch.zeros_like(index), last.long(), outcome)
+    grpo = estimate(tree, "grpo", eps=1e-8).adv
+    for name in ("branch_depth", "tree_rpo"):
+        torch.testing.assert_close(estimate(tree, name, eps=1e-8).adv, grpo)

@@ -75,7 +75,7 @@ def digits_base(recipe: Recipe | None = None) -> DigitsBase:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "recipe.json").exists():
-                log.info("pre-training the digits generator (about 2.5 minutes, once); cache: %s", folder)
+                log.info("pre-training the digits generator (about 3 minutes on one core, once); cache: %s", folder)
                 _make(recipe, folder)
     try:
         classifiers = [_load_classifier(folder / f"{name}.safetensors") for name in ("classifier", "judge")]
@@ -83,7 +83,7 @@ def digits_base(recipe: Recipe | None = None) -> DigitsBase:
     except Exception as error:
         raise RuntimeError(
             f"the cached digits model in {folder} is damaged ({error}); delete that folder and run again, "
-            "it is made anew in about 3 minutes"
+            "it is made anew in about 4 minutes"
         ) from error
     return DigitsBase(folder, *classifiers)
 
