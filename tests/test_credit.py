@@ -26,7 +26,7 @@ def forest_for(name, seed, **options):
     return random_chains(seed) if name in ("prime", "vsrm") else random_forest(seed, **options)
 
 
-def close(x, want, atol=1e-6):
+def check_close(x, want, atol=1e-6):
     torch.testing.assert_close(x, torch.tensor(want, dtype=torch.float64), atol=atol, rtol=0)
 
 
@@ -63,26 +63,28 @@ def test_branch_depth_on_the_worked_diffusion_tree():
     adv = estimate(tree, "branch_depth").adv
     by_depth = [adv[tree.depth == d] for d in range(6)]
     for d in (0, 1):
-        close(by_depth[d], [0.707107, -0.707107], 1e-5)
+        check_close(by_depth[d], [0.707107, -0.707107], 1e-5)
     for d in (2, 3):
-        close(by_depth[d], [0.163989, 1.038597, -1.366575, 0.163989], 1e-5)
+        check_close(by_depth[d], [0.163989, 1.038597, -1.366575, 0.163989], 1e-5)
     leaves = [-0.305638, 0.446701, -0.681807, 1.575209, -1.810315, 0.634786, -0.117553, 0.258616]
     for d in (4, 5):
-        close(by_depth[d], leaves, 1e-5)
+        check_close(by_depth[d], leaves, 1e-5)
     spread = estimate(tree, "branch_depth", spread="leaf").adv
-    close(spread[tree.depth == 0], [0.258617, -0.258617], 1e-5)
+    check_close(spread[tree.depth == 0], [0.258617, -0.258617], 1e-5)
     ddof0 = estimate(tree, "branch_depth", ddof=0).adv
-    close(ddof0[tree.depth == 2], [0.189358, 1.199269, -1.577985, 0.189358], 1e-5)
+    check_close(ddof0[tree.depth == 2], [0.189358, 1.199269, -1.577985, 0.189358], 1e-5)
     small = branch_tree([0.2, 0.6, 0.1, 0.9], {0, 2}, 5)
-    close(estimate(small, "branch_depth").adv[small.depth == 4], [-0.676252, 0.405751, -0.946753, 1.217254], 1e-5)
+    check_close(
+        estimate(small, "branch_depth").adv[small.depth == 4], [-0.676252, 0.405751, -0.946753, 1.217254], 1e-5
+    )
 
 
 def test_sibling_centring_on_the_worked_diffusion_tree():
     tree = branch_tree(BINARY, {0, 2, 4}, 6)
     adv = estimate(tree, "tree_rpo", value="leaf_mean", scale="none", unary="zero").adv
-    close(adv[tree.depth == 4], [-0.02, 0.02, -0.06, 0.06, -0.065, 0.065, -0.01, 0.01])
-    close(adv[tree.depth == 2], [-0.01, 0.01, -0.0175, 0.0175])
-    close(adv[tree.depth == 0], [0.01375, -0.01375])
+    check_close(adv[tree.depth == 4], [-0.02, 0.02, -0.06, 0.06, -0.065, 0.065, -0.01, 0.01])
+    check_close(adv[tree.depth == 2], [-0.01, 0.01, -0.0175, 0.0175])
+    check_close(adv[tree.depth == 0], [0.01375, -0.01375])
 
 
 def test_width_and_depth_pruning():
@@ -301,7 +303,7 @@ def test_guarantees_on_chains(seed):
 def test_bootstrap_continues_an_unfinished_leaf_with_its_value():
     tree = StepTree([-1, 0], [0, 0], [0, 2], [n, n], step_reward=[0.0, 0.0], value=[0.4, 0.7], root_value=[0.5])
     out = estimate(tree, "gae", ["bootstrap"], gamma=1.0, lam=1.0)
-    close(out.adv, [0.2, 0.3])
+    check_close(out.adv, [0.2, 0.3])
     assert bool((estimate(tree, "grpo").adv == 0).all())
 
 
@@ -464,8 +466,8 @@ def test_float32_rewards_near_1000():
 
 def test_norm_presets_and_singletons():
     x, sets = torch.tensor([0.1, 0.5, 0.3]), torch.zeros(3, dtype=torch.long)
-    close(norm(x, sets).z, [-1, 1, 0], 1e-5)
-    close(norm(x, sets, Norm(**NORM_PRESETS["flow_grpo"])).z, [-1.223995, 1.223995, 0], 1e-6)
+    check_close(norm(x, sets).z, [-1, 1, 0], 1e-5)
+    check_close(norm(x, sets, Norm(**NORM_PRESETS["flow_grpo"])).z, [-1.223995, 1.223995, 0], 1e-6)
     lone = norm(torch.tensor([2.0]), torch.zeros(1, dtype=torch.long))
     assert lone.z.tolist() == [0] and lone.info["singleton_sets"] == 1
     assert norm(torch.tensor([2.0]), torch.zeros(1, dtype=torch.long), Norm(singleton="raw")).z.tolist() == [2]

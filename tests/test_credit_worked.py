@@ -140,7 +140,7 @@ def test_worked_tables(forests, forest, row):
     torch.testing.assert_close(got, torch.tensor(WORKED[forest][row], dtype=torch.float64), atol=1.01e-6, rtol=0)
 
 
-def close(x, want, atol=1e-6):
+def check_close(x, want, atol=1e-6):
     torch.testing.assert_close(torch.as_tensor(x).double(), torch.tensor(want, dtype=torch.float64), atol=atol, rtol=0)
 
 
@@ -166,7 +166,7 @@ def chains(*rewards_per_chain, outcomes, **tags):
 def test_rapo():
     tree = StepTree([-1] * 6, [0, 0, 1, 1, 2, 2], [1] * 6, [1.0, 0, 1, 1, 0, 0])
     out = estimate(tree, "rapo")
-    close(out.adv, [2.121317, -2.121317, 0, 0, 0, 0])
+    check_close(out.adv, [2.121317, -2.121317, 0, 0, 0, 0])
     assert out.info["rapo_factor"] == 3 and estimate(tree, "rapo", cap=2.0).info["rapo_factor"] == 2
 
 
@@ -180,33 +180,33 @@ PRIME = {
 def test_prime(form):
     tokens = [[0.1, -0.2], [0.3, 0.0, 0.1], [-0.1, 0.2]]
     tree = chains(*tokens, outcomes=[1.0, 0.0, 1.0], implicit=[x for row in tokens for x in row])
-    close(estimate(tree, "prime", form=form).returns, PRIME[form])
-    close(estimate(tree, "prime", form=form, whitened=False).adv, PRIME[form])
+    check_close(estimate(tree, "prime", form=form).returns, PRIME[form])
+    check_close(estimate(tree, "prime", form=form, whitened=False).adv, PRIME[form])
 
 
 def test_prime_whitened():
     tokens = [[0.1, -0.2], [0.3, 0.0, 0.1], [-0.1, 0.2]]
     tree = chains(*tokens, outcomes=[1.0, 0.0, 1.0], implicit=[x for row in tokens for x in row])
     want = [-0.737506, -1.101065, 0.934866, -0.737506, -0.446658, 0.571307, 1.516561]
-    close(estimate(tree, "prime", form="code").adv, want)
+    check_close(estimate(tree, "prime", form="code").adv, want)
 
 
 def test_contrastive_attribution_mixed_severity():
     one = StepTree([-1], [0], [1], [0.8], tags={"baseline": torch.tensor([[0.2, 0.5, 0.4, 0.3, 0.6]])})
-    close(apply_transform(one, {"name": "contrastive"}).outcome, [0.4])
+    check_close(apply_transform(one, {"name": "contrastive"}).outcome, [0.4])
     phi = torch.tensor([[0.5, 0.1], [0.3, 0.6], [0.2, 0.3]])
     tree = chains([nan] * 3, outcomes=[2.0], attribution=phi.tolist())
-    close(apply_transform(tree, {"name": "attribution", "weights": [0.25, 0.75]}).step_reward, [0.4, 1.05, 0.55])
+    check_close(apply_transform(tree, {"name": "attribution", "weights": [0.25, 0.75]}).step_reward, [0.4, 1.05, 0.55])
     items = chains([1.0, 0.0, 1.0], outcomes=[0.5])
-    close(apply_transform(items, {"name": "mixed_grained", "page": 0.6}).outcome[-1:], [0.566667])
+    check_close(apply_transform(items, {"name": "mixed_grained", "page": 0.6}).outcome[-1:], [0.566667])
     classes = chains([0.0] * 4, outcomes=[1.0], severity=[0, 1, 3, 2])
-    close(apply_transform(classes, {"name": "severity"}).step_reward, [0, -1, -10, -5])
+    check_close(apply_transform(classes, {"name": "severity"}).step_reward, [0, -1, -10, -5])
 
 
 def test_gate_with_two_levels():
-    close(gate_levels([1.0, 0.2], [0.5, 0.3], 0.9), 1.2)
-    close(gate_levels([1.0, 0.4], [0.5, 0.3], 0.9), 2.3)
-    close(gate_levels([0.0, 0.4], [0.5, 0.3], 0.9), 0.0)
+    check_close(gate_levels([1.0, 0.2], [0.5, 0.3], 0.9), 1.2)
+    check_close(gate_levels([1.0, 0.4], [0.5, 0.3], 0.9), 2.3)
+    check_close(gate_levels([0.0, 0.4], [0.5, 0.3], 0.9), 0.0)
 
 
 MACHINE = {"events": ["a", "b", "c"], "start": "u0", "edges": [["u0", "a", "u1"], ["u1", "b", "accept"]]}
@@ -216,11 +216,11 @@ def test_reward_machine():
     events = [[True, False, False], [False, False, True], [False, True, False]]
     tree = chains([0.0] * 3, outcomes=[1.0], events=events)
     out = apply_transform(tree, {"name": "reward_machine", "machine": MACHINE})
-    close(out.step_reward, [0, 0, 1])
+    check_close(out.step_reward, [0, 0, 1])
     names = RewardMachine.parse(MACHINE).states
     assert [names[s] for s in out.tags["machine_state"]] == ["u1", "u1", "accept"]
     shaped = apply_transform(tree, {"name": "reward_machine", "machine": MACHINE, "gamma": 1.0})
-    close(shaped.step_reward - out.step_reward, [1, 0, 1])
+    check_close(shaped.step_reward - out.step_reward, [1, 0, 1])
 
 
 def test_hierarchical_machine_equals_the_flat_one():
@@ -272,10 +272,10 @@ def test_machines_that_call_themselves_or_nobody():
 def test_sweet():
     logp, ref = torch.tensor([-1, -0.5, -2, -0.2, -0.3]), torch.tensor([-1.2, -0.4, -1.5, -0.6, -0.9])
     mine = implicit_turn_advantage(logp, ref, torch.tensor([0, 0, 1, 1, 1]), 2)
-    close(mine, [0.05, 0.166667])
+    check_close(mine, [0.05, 0.166667])
     other = torch.tensor([-0.1, 0.02])
-    close(bt_trajectory_loss(mine, other, 0.1), 0.678424)
-    close(bt_trajectory_loss(mine, other, 1.0), 0.555775)
+    check_close(bt_trajectory_loss(mine, other, 0.1), 0.678424)
+    check_close(bt_trajectory_loss(mine, other, 1.0), 0.555775)
     score = torch.arange(16.0)
     pairs = half_split_pairs(score, 50, seed=0)
     assert int(pairs[:, 0].min()) >= 8 > int(pairs[:, 1].max()) and len(pairs) == 50
@@ -286,28 +286,28 @@ def test_sweet():
 
 def test_learned_losses_by_hand():
     implicit = implicit_rewards(torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-2.0, -2.0, -3.0]), beta=0.5)
-    close(implicit, [0.5, 0, 1])
+    check_close(implicit, [0.5, 0, 1])
     loss = outcome_bce_loss(implicit, torch.tensor([0, 0, 1]), torch.tensor([1, 0]))
     want = (-torch.log(torch.sigmoid(torch.tensor(0.5))) - torch.log(1 - torch.sigmoid(torch.tensor(1.0)))) / 2
-    close(loss, float(want))
-    close(
+    check_close(loss, float(want))
+    check_close(
         progress_loss(torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0])),
         (0.25 + 0.16) / 2,
     )
-    close(discriminator_reward(torch.tensor([0.5])), [0.693147])
+    check_close(discriminator_reward(torch.tensor([0.5])), [0.693147])
     assert bool(discriminator_reward(torch.tensor([1.0])).isfinite())
 
 
 def test_red_info_gain_redundancy_budget():
     tree = chains([0.1, 0.4, 0.35, 0.8], outcomes=[1.0]).replace(root_value=[0.05])
     red = apply_transform(tree, {"name": "red"}).step_reward
-    close(red, [0.05, 0.3, -0.05, 0.45])
-    close(red.sum(), 0.75)
+    check_close(red, [0.05, 0.3, -0.05, 0.45])
+    check_close(red.sum(), 0.75)
     sim = chains([0.0] * 3, outcomes=[1.0], similarity=[[0.5, 0.1], [0.4, 0.7], [0.6, 0.7]])
-    close(apply_transform(sim, {"name": "info_gain"}).step_reward, [0.3, 0.3, 0.05])
+    check_close(apply_transform(sim, {"name": "info_gain"}).step_reward, [0.3, 0.3, 0.05])
     docs = chains([0.0] * 3, outcomes=[1.0], documents=[[True, True, False], [True, False, True], [True, True, False]])
-    close(apply_transform(docs, {"name": "redundancy"}).step_reward, [0, 0.5, 1])
-    close(truncation_budget(4, 100, 0.9), [37.876311, 29.560142, 21.174683, 11.388864])
+    check_close(apply_transform(docs, {"name": "redundancy"}).step_reward, [0, 0.5, 1])
+    check_close(truncation_budget(4, 100, 0.9), [37.876311, 29.560142, 21.174683, 11.388864])
     lengths = trajectory_lengths(truncation_budget(4, 100, 0.9))
     assert [int((lengths > t).sum()) for t in range(4)] == [37, 29, 21, 11]
     with pytest.raises(ValueError, match="cannot reach a horizon"):
@@ -315,17 +315,17 @@ def test_red_info_gain_redundancy_budget():
 
 
 def test_overlap_prune_alarm_and_small_sources():
-    close(ordered_overlap("abcd", "acbd"), 0.75)
+    check_close(ordered_overlap("abcd", "acbd"), 0.75)
     assert ordered_overlap("ab", "ab") == 1 and ordered_overlap("ab", "") == 0
     tree = chains(*[[0.0] * k for k in (3, 5, 2, 9)], outcomes=[1.0, 1.0, 0.0, 1.0])
     pruned = apply_transform(tree, {"name": "step_prune", "penalty": 0.5})
-    close(pruned.outcome[pruned.is_finished], [1, 0.833333, 0, 0.5])
+    check_close(pruned.outcome[pruned.is_finished], [1, 0.833333, 0, 0.5])
     long = tree.replace(
         tok_start=torch.arange(19) * 10, tok_end=torch.arange(19) * 10 + torch.where(torch.arange(19) == 4, 9, 1)
     )
     assert int(apply_transform(long, {"name": "step_prune", "max_step_tokens": 5}).is_finished.sum()) == 3
     leaves = StepTree([-1] * 3, [0] * 3, [1] * 3, [0.2, 0.9, 0.6], tags={"aspect": torch.tensor([1, -0.5, 2])})
-    close(apply_transform(leaves, {"name": "alarm"}).outcome, [0.2, 1.013262, 0.864239])
+    check_close(apply_transform(leaves, {"name": "alarm"}).outcome, [0.2, 1.013262, 0.864239])
     assert mask_fill(["a", "x"], ["a", "b"]) == 0.5 and reorder([0, 2, 1]) == pytest.approx(1 / 3)
     assert reorder([0, 1, 2], kendall=True) == 1 and reorder([2, 1, 0], kendall=True) == 0
     with pytest.raises(ValueError, match="needs a permutation"):
@@ -333,16 +333,16 @@ def test_overlap_prune_alarm_and_small_sources():
 
 
 def test_clip_of_c7(c7):
-    close(apply_transform(c7, {"name": "clip", "eta": 0.5}).step_reward, [0, 0, 0, -0.3, -0.2, 0, 0])
+    check_close(apply_transform(c7, {"name": "clip", "eta": 0.5}).step_reward, [0, 0, 0, -0.3, -0.2, 0, 0])
 
 
 def test_spark_and_judges():
     tree = chains([1.0, 1.0, 0.0], [1.0], outcomes=[0.0, 0.0])
     out = apply_transform(tree, {"name": "spark"})
-    close(out.outcome[out.is_finished], [0.666667, 1])
+    check_close(out.outcome[out.is_finished], [0.666667, 1])
     strict = apply_transform(tree, {"name": "spark", "rule": "all"})
-    close(strict.outcome[strict.is_finished], [0, 1])
-    close(estimate(tree, "spark").adv, [-0.707104, -0.707104, -0.707104, 0.707104], 1e-5)
+    check_close(strict.outcome[strict.is_finished], [0, 1])
+    check_close(estimate(tree, "spark").adv, [-0.707104, -0.707104, -0.707104, 0.707104], 1e-5)
     votes = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]])
     assert judged_wrong(votes).tolist() == [True, True, False]
     assert judged_wrong(votes, "intersection").tolist() == [False, True, False]

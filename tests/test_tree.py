@@ -13,7 +13,7 @@ from mmrl.tree_ops import backup, leaf_sum, lift, path_pairs, path_sum, returns,
 n = math.nan
 
 
-def close(x, want):
+def check_close(x, want):
     torch.testing.assert_close(x, torch.tensor(want, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
@@ -35,13 +35,13 @@ T8_BACKUP = {
 
 @pytest.mark.parametrize("how", T8_BACKUP)
 def test_backup_of_worked_trees(t8, c7, how):
-    close(backup(t8, how), T8_BACKUP[how])
-    close(backup(c7, how), [1, 1, 1, 0, 0, 1, 1])
+    check_close(backup(t8, how), T8_BACKUP[how])
+    check_close(backup(c7, how), [1, 1, 1, 0, 0, 1, 1])
 
 
 def test_returns_of_worked_trees(t8, c7):
-    close(returns(t8, 0.9), [1.823, 0.47, 1.9, 1.255, 0.1, 1.8, 0.3, 0])
-    close(returns(c7, 0.9), [2.669, 2.41, 1.9, 0.47, 0.3, 1.94, 1.6])
+    check_close(returns(t8, 0.9), [1.823, 0.47, 1.9, 1.255, 0.1, 1.8, 0.3, 0])
+    check_close(returns(c7, 0.9), [2.669, 2.41, 1.9, 0.47, 0.3, 1.94, 1.6])
 
 
 def slow(tree, node, x, gamma):
@@ -57,14 +57,14 @@ def test_operators_against_their_definitions(seed, gamma, steps):
     tree = random_forest(seed, steps=steps)
     x = torch.rand(len(tree), dtype=torch.float64)
     want = [slow(tree, i, x, gamma) if tree.m[i] > 0 else 0.0 for i in range(len(tree))]
-    close(togo(tree, x, gamma), want)
+    check_close(togo(tree, x, gamma), want)
     leaves, nodes = path_pairs(tree)
     sums = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, nodes, x[leaves])
-    close(leaf_sum(tree, x), sums.tolist())
+    check_close(leaf_sum(tree, x), sums.tolist())
     assert torch.bincount(nodes, minlength=len(tree)).tolist() == tree.m.tolist()
     paths = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, leaves, x[nodes])
     finished = tree.is_finished
-    close(path_sum(tree, x)[finished], paths[finished].tolist())
+    check_close(path_sum(tree, x)[finished], paths[finished].tolist())
 
 
 def test_any_order_is_sorted_and_the_permutation_kept(t8):
@@ -75,7 +75,7 @@ def test_any_order_is_sorted_and_the_permutation_kept(t8):
     assert bool((again.parent < torch.arange(8)).all())
     back = torch.empty(8, dtype=torch.float64)
     back[shuffle[again.order]] = lift(again, again.outcome)
-    close(back, T8_BACKUP["leaf_mean"])
+    check_close(back, T8_BACKUP["leaf_mean"])
 
 
 def tree_with(**changes):

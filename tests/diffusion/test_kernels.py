@@ -24,7 +24,7 @@ X, V, Z = (torch.tensor([a], dtype=torch.float64) for a in ([0.5, -1.0], [1.0, 0
 K = Interval(a=0.1, s=0.9, a2=0.25, s2=0.75, s_max=0.9)
 
 
-def close(x, want, atol=2e-6):
+def check_close(x, want, atol=2e-6):
     torch.testing.assert_close(x.double(), torch.tensor(want, dtype=torch.float64), atol=atol, rtol=0)
 
 
@@ -34,14 +34,14 @@ def worked(kernel, **options):
 
 
 def test_schedule_is_shifted_once():
-    close(shifted_sigmas(4, 3.0), [1, 0.9, 0.75, 0.5, 0])
+    check_close(shifted_sigmas(4, 3.0), [1, 0.9, 0.75, 0.5, 0])
 
 
 def test_clean_and_noise_estimates():
     x0, eps = to_x0_eps(X, V, K.a, K.s, "flow")
-    close(x0, [[-0.4, -1.18]])
-    close(eps, [[0.6, -0.98]])
-    close(worked(ode).mean, [[0.35, -1.03]])
+    check_close(x0, [[-0.4, -1.18]])
+    check_close(eps, [[0.6, -0.98]])
+    check_close(worked(ode).mean, [[0.35, -1.03]])
 
 
 @pytest.mark.parametrize(
@@ -54,18 +54,18 @@ def test_clean_and_noise_estimates():
 )
 def test_worked_steps(kernel, eta, mean, std, x_next, logp):
     step = worked(kernel, eta=eta)
-    close(step.mean, [mean])
+    check_close(step.mean, [mean])
     assert step.std == pytest.approx(std, abs=1e-6)
     after = step.mean + step.std * Z.float()
-    close(after, [x_next])
-    close(log_prob(after, step.mean, step.std), [logp])
-    close(log_prob(after, step.mean, step.std, "sum"), [2 * logp])
+    check_close(after, [x_next])
+    check_close(log_prob(after, step.mean, step.std), [logp])
+    check_close(log_prob(after, step.mean, step.std, "sum"), [2 * logp])
     normal = torch.distributions.Normal(step.mean, step.std).log_prob(after)
     torch.testing.assert_close(log_prob(after, step.mean, step.std), normal.mean(1))
 
 
 def test_dance_with_eta_g_is_flow():
-    close(worked(dance, eta=2.1).mean, worked(flow, eta=0.7).mean.tolist())
+    check_close(worked(dance, eta=2.1).mean, worked(flow, eta=0.7).mean.tolist())
 
 
 def test_kl_and_ratio_worked_numbers():
@@ -76,7 +76,7 @@ def test_kl_and_ratio_worked_numbers():
     after = step.mean + step.std * Z.float()
     new = flow(X, *to_x0_eps(X, torch.tensor([[1.02, 0.18]]), K.a, K.s, "flow"), K, eta=0.7)
     logp = log_prob(after, new.mean, new.std)
-    close(logp, [-1.0282706])
+    check_close(logp, [-1.0282706])
     assert float((logp - log_prob(after, step.mean, step.std)).exp()) == pytest.approx(0.9965512, abs=1e-6)
     total = log_prob(after, new.mean, new.std, "sum") - log_prob(after, step.mean, step.std, "sum")
     assert float(total.exp()) == pytest.approx(0.9931143, abs=1e-6)
@@ -96,13 +96,13 @@ def test_ddim_eta_worked_numbers_for_every_prediction(prediction, eta, mean, std
     output = torch.tensor({"epsilon": e, "v": v, "sample": x0}[prediction])
     k = Interval(math.sqrt(a), math.sqrt(1 - a), math.sqrt(p), math.sqrt(1 - p))
     clean, eps = to_x0_eps(X, output, k.a, k.s, prediction)
-    close(clean, x0, 5e-6)
+    check_close(clean, x0, 5e-6)
     step = KERNELS["ddim"](X, clean, eps, k, eta=eta)
-    close(step.mean, [mean], 5e-6)
+    check_close(step.mean, [mean], 5e-6)
     assert step.std == pytest.approx(std, abs=1e-6)
     after = step.mean + step.std * Z.float()
-    close(after, [x_next], 5e-6)
-    close(log_prob(after, step.mean, step.std), [logp], 5e-6)
+    check_close(after, [x_next], 5e-6)
+    check_close(log_prob(after, step.mean, step.std), [logp], 5e-6)
 
 
 def test_ddim_std_table():
@@ -133,12 +133,12 @@ def test_deterministic_steps_have_no_density():
 
 def test_vanishing_noise_is_the_ode():
     for kernel in (posterior, dance, flow, cps):
-        close(worked(kernel, eta=1e-6).mean, worked(ode).mean.tolist(), 1e-5)
+        check_close(worked(kernel, eta=1e-6).mean, worked(ode).mean.tolist(), 1e-5)
 
 
 def test_split_noise_worked_numbers_and_statistics():
     xi = correlated_noise(torch.tensor([1.0, -0.5]), torch.tensor([0.2, 0.4]), 4.0)
-    close(xi, [0.436564, 0.266789])
+    check_close(xi, [0.436564, 0.266789])
     g = torch.Generator().manual_seed(0)
     common, a, b = (torch.randn(200_000, generator=g) for _ in range(3))
     x, y = correlated_noise(common, a, 4.0), correlated_noise(common, b, 4.0)
