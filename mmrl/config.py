@@ -186,23 +186,20 @@ def _override(tree: dict[str, Any], item: str) -> None:
     key, equals, value = item.partition("=")
     if not equals:
         raise ConfigError(f"override {item!r} must be key.path=value, such as optim.lr=1e-4")
-    node: Any = tree
-    *parents, last = key.split(".")
-    for part in parents:
-        if isinstance(node, list):
-            node = node[int(part)]
-        else:
-            node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"override {item!r}: {part} is a value, not a section")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {item!r}: the value is no valid YAML ({error})") from error
-    if isinstance(node, list):
-        node[int(last)] = parsed
-    else:
-        node[last] = parsed
+    node: Any = tree
+    *parents, last = key.split(".")
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = parsed
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"override {item!r}: {key} leads nowhere; a part of it is a value or a missing entry"
+        ) from error
 
 
 def _unknown_key(error: Any) -> str:

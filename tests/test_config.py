@@ -29,6 +29,10 @@ def test_every_credit_section_runs(file, t8):
 def test_overrides(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(BASE))
+    many = load_config(file, ["credit.estimators=[{name: grpo}, {name: rloo}]", "credit.estimators.1.weight=0.5"])
+    assert [e.weight for e in many.credit.estimators] == [1.0, 0.5]
+    with pytest.raises(ConfigError, match="leads nowhere"):
+        load_config(file, ["credit.estimators=[]", "credit.estimators.1.weight=0.5"])
     config = load_config(file, ["optim.lr=3e-5", "plan={0: 16}", "policy.eta=0.5", "run.resume=true"])
     assert config.optim.lr == 3e-5 and config.plan == {0: 16} and config.policy.options == {"eta": 0.5}
 
@@ -43,7 +47,9 @@ def test_overrides(tmp_path):
         ("loss.ratio=word", r"loss.ratio='word': input should be 'action', 'step' or 'trajectory'"),
         ("plan={a: 2}", r"plan.a"),
         ("optim.lr", "must be key.path=value"),
-        ("plan.0.x=2", "0 is a value, not a section"),
+        ("plan.0.x=2", "plan.0.x leads nowhere; a part of it is a value or a missing entry"),
+        ("credit={estimators: []}", "credit.estimators"),
+        ("task.name.first=2", "leads nowhere"),
     ],
 )
 def test_bad_keys_name_path_value_and_nearest(tmp_path, override, message):
