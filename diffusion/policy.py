@@ -110,6 +110,8 @@ class DiffusionPolicy:
         off = getattr(bare, "disable_adapter", None)
         if self._reference is None and off is None:
             raise RuntimeError("call freeze_reference() before training starts; the KL needs the initial weights")
+        if self._reference is not None:
+            self._reference.to(self._device)  # it was copied before the model moved to its device
         with off() if off is not None else nullcontext(), torch.no_grad():
             yield bare if off is not None else self._reference  # type: ignore[misc]
 

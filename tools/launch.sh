@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run an mmrl verb on N processes of this machine: tools/launch.sh N train RECIPE [key=value ...]
 #
-# On GPUs it uses `accelerate launch` (DDP; pass ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml for sharding).
+# On GPUs it uses `accelerate launch` (DDP, or what the file named by ACCELERATE_CONFIG says).
 # Without a GPU it uses torchrun with gloo, because `accelerate launch --cpu --num_processes N` starts ONE process.
 set -euo pipefail
 if [ $# -lt 3 ]; then

@@ -89,6 +89,7 @@ class Loop:
         o = config.optim
         optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # sharding replaces them
         self.ema = Ema(self.parameters, o.ema) if o.ema else None
         self.state = LoopState()
         self.accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema else []))
