@@ -9,6 +9,7 @@ import torch
 from mmrl.config import Config
 from mmrl.rollout import Rollout
 from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.policy_update import current_logp
 
 
 def examine(config: Config) -> Iterator[str]:
@@ -62,13 +63,10 @@ def _memory(trainer: BranchGrpo) -> str:
 
 
 def _ratio(trainer: BranchGrpo, rollout: Rollout, config: Config) -> str:
-    steps = torch.unique(rollout.tree.step_of_action(rollout.actions.logp.numel())[rollout.actions.trainable])
-    worst = 0.0
-    with torch.no_grad():
-        for part in trainer.policy.micro_batches(rollout, steps):
-            new = trainer.policy.log_probs(rollout, part)
-            ratio = (new.logp.cpu() - rollout.actions.logp[new.index]).exp()
-            worst = max(worst, float((ratio - 1).abs().max()))
+    old, trainable = rollout.actions.logp, rollout.actions.trainable
+    steps = torch.unique(rollout.tree.step_of_action(old.numel())[trainable])
+    new = current_logp(trainer.policy, rollout, steps)
+    worst = float(((new - old)[trainable].exp() - 1).abs().max())
     limit = min(config.loss.clip_low, config.loss.clip_high) / 2
     verdict = "fine" if worst <= limit else "TOO LARGE: set loss.recompute_old_logp=true"
     return f"ratio      deviates from 1 by at most {worst:.1e} before the first update (limit {limit:.1e}): {verdict}"

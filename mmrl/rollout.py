@@ -173,12 +173,7 @@ class Rollout:
     def select(self, prompts: Sequence[int]) -> Rollout:
         """The rollout of some prompts, by their ascending positions; counts are dropped, they belong to the whole."""
         keep = torch.isin(self.tree.group, torch.tensor(list(prompts)))
-        actions = torch.cat(
-            [
-                torch.arange(int(a), int(b))
-                for a, b in zip(self.tree.tok_start[keep], self.tree.tok_end[keep], strict=True)
-            ]
-        )
+        actions = self.tree.actions_of(keep.nonzero().flatten())
         parts = {k: v[actions] for k, v in self.actions.payload.items()}
         return Rollout(
             [self.prompts[i] for i in prompts],

@@ -241,10 +241,15 @@ class StepTree:
         if end > total:
             raise ValueError(f"a step's span ends at {end} but there are only {total} actions")
         owner = torch.full((total,), -1)
-        node = torch.repeat_interleave(torch.arange(len(self)), self.span)
-        first = torch.repeat_interleave(self.span.cumsum(0) - self.span, self.span)
-        owner[self.tok_start[node] + torch.arange(node.numel()) - first] = node
+        every = torch.arange(len(self))
+        owner[self.actions_of(every)] = torch.repeat_interleave(every, self.span)
         return owner
+
+    def actions_of(self, steps: Tensor) -> Tensor:
+        """(A,) int: positions of the own actions of `steps` (S,), step after step."""
+        span = self.span[steps]
+        first = torch.repeat_interleave(self.tok_start[steps] - (span.cumsum(0) - span), span)
+        return first + torch.arange(first.numel())
 
     def accumulate(self, x: Tensor, coef: Tensor | None = None) -> Tensor:
         """(N,) y(n) = x(n) + sum over children c of coef(c) * y(c), from the leaves up; coef is 1 when None.

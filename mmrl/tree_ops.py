@@ -29,9 +29,26 @@ def lift(tree: StepTree, x: Tensor) -> Tensor:
 
 def togo(tree: StepTree, x: Tensor, gamma: float = 1.0) -> Tensor:
     """(N,) togo(n) = x(n) + gamma * sum over children c of m(c)/m(n) * togo(c); the suffix sum on a chain."""
+    return tree.accumulate(torch.where(tree.valid, x.double(), 0.0), gamma * leaf_share(tree))
+
+
+def leaf_share(tree: StepTree) -> Tensor:
+    """(N,) m(n)/m(parent), the weight of a child in its parent's to-go; 0 for first steps."""
     m = tree.m.double()
-    share = torch.where(tree.parent >= 0, m / m[tree.parent.clamp(min=0)].clamp(min=1), 0.0)
-    return tree.accumulate(torch.where(tree.valid, x.double(), 0.0), gamma * share)
+    return torch.where(tree.parent >= 0, m / m[tree.parent.clamp(min=0)].clamp(min=1), 0.0)
+
+
+def before(tree: StepTree, x: Tensor, root: Tensor) -> Tensor:
+    """(N,) `x` (N,) of the parent, or `root` (G,) of the prompt for first steps: the value before each step."""
+    return torch.where(tree.parent >= 0, x[tree.parent.clamp(min=0)], root[tree.group])
+
+
+def run_head(tree: StepTree, joined: Tensor) -> Tensor:
+    """(N,) first step of the run that n belongs to, where `joined` (N,) bool says that n continues its parent."""
+    p = torch.where(joined & (tree.parent >= 0), tree.parent, torch.arange(len(tree)))
+    while bool((p != p[p]).any()):
+        p = p[p]
+    return p
 
 
 def returns(tree: StepTree, gamma: float = 1.0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmrl.credit.norm import AllSum, Norm, Normed, norm, whiten
 from mmrl.credit.table import Credit, estimator
 from mmrl.tree import StepTree
-from mmrl.tree_ops import Backup, backup, discounted_leaf, leaf_sum, lift, path_sum, returns
+from mmrl.tree_ops import Backup, backup, before, discounted_leaf, leaf_sum, lift, path_sum, returns, run_head
 
 EpisodeStats = Literal["trajectory", "step"]
 
@@ -89,12 +89,7 @@ def tree_rpo(
     advantage, so that a forest of chains reduces exactly to grpo; `zero` is the literal reading. A lone first step
     of a prompt gets 0.
     """
-    v = torch.where(tree.valid, backup(tree, value), torch.nan)
-    z = norm(v, tree.sib, how, all_sum=all_sum)
-    if unary == "zero":
-        return Credit(z.z, info=z.info)
-    only = tree.valid & (z.size[tree.sib] == 1) & (tree.parent >= 0)
-    return Credit(z.z[_first_with_siblings(tree, only)], info=z.info)
+    return _among_siblings(tree, backup(tree, value), how, unary, all_sum)
 
 
 @estimator("propa", needs=("outcome", "forks"), fits="forks", source="PROPA (MCTS + GRPO); as defined here")
@@ -108,11 +103,7 @@ def propa(tree: StepTree, *, how: Norm = Norm()) -> Credit:
     visits = tree.tags["visits"].double()
     if bool((tree.valid & (visits <= 0)).any()):
         raise ValueError(f"propa: step {int((tree.valid & (visits <= 0)).nonzero()[0])} has no visits; drop it")
-    v = torch.where(tree.valid, tree.tags["q_sum"].double() / visits.clamp(min=1), torch.nan)
-    z = norm(v, tree.sib, how)
-    return Credit(
-        z.z[_first_with_siblings(tree, tree.valid & (z.size[tree.sib] == 1) & (tree.parent >= 0))], info=z.info
-    )
+    return _among_siblings(tree, tree.tags["q_sum"].double() / visits.clamp(min=1), how)
 
 
 @estimator(
@@ -152,7 +143,7 @@ def child_minus_parent(tree: StepTree, *, how: Norm = Norm(eps=1e-8)) -> Credit:
     """
     flat = episode(tree, Norm(scale="none"))
     centred = lift(tree, flat.z)  # V minus the prompt's mean, exactly 0 without spread
-    above = torch.where(tree.parent >= 0, centred[tree.parent.clamp(min=0)], 0.0)
+    above = before(tree, centred, torch.zeros(tree.num_groups, dtype=torch.float64))
     return Credit(_over_leaf_std(tree, centred - above, how), info=flat.info)
 
 
@@ -265,12 +256,19 @@ def _over_leaf_std(tree: StepTree, x: Tensor, how: Norm) -> Tensor:
     return x / (var.sqrt() + how.eps)[tree.group]
 
 
-def _first_with_siblings(tree: StepTree, only: Tensor) -> Tensor:
-    """(N,) the nearest ancestor-or-self that is no only child."""
-    p = torch.where(only, tree.parent, torch.arange(len(tree)))
-    while bool((p != p[p]).any()):
-        p = p[p]
-    return p
+def _among_siblings(
+    tree: StepTree,
+    value: Tensor,
+    how: Norm,
+    unary: Literal["inherit", "zero"] = "inherit",
+    all_sum: AllSum | None = None,
+) -> Credit:
+    """`value` (N,) normalised over each sibling set; an only active child inherits its parent's result, or gets 0."""
+    z = norm(torch.where(tree.valid, value, torch.nan), tree.sib, how, all_sum=all_sum)
+    if unary == "zero":
+        return Credit(z.z, info=z.info)
+    only = tree.valid & (z.size[tree.sib] == 1)
+    return Credit(z.z[run_head(tree, only)], info=z.info)
 
 
 def mc_value_target(tree: StepTree) -> Tensor:

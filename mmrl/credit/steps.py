@@ -10,10 +10,10 @@ from torch import Tensor
 from mmrl.credit.norm import AllSum, Norm, norm, whiten
 from mmrl.credit.outcome import EpisodeStats, episode, grpo
 from mmrl.credit.table import Credit, estimator
-from mmrl.credit.transforms import fold, renorm, spark_outcome, stepsearch_reward, tp_reward, vsrm
+from mmrl.credit.transforms import fold, need_chains, renorm, spark_outcome, stepsearch_reward, tp_reward, vsrm
 from mmrl.seeding import named_generator
 from mmrl.tree import StepTree
-from mmrl.tree_ops import leaf_sum, lift, togo
+from mmrl.tree_ops import before, leaf_share, leaf_sum, lift, run_head, togo
 
 
 def scored_steps(tree: StepTree, how: Norm, all_sum: AllSum | None = None) -> tuple[Tensor, dict[str, float]]:
@@ -77,11 +77,9 @@ def ui_s1(
     G(n) = r(n) + gamma * mean over children with ok of G, if ok(n); else G(n) = r(n).
     """
     assert tree.ok is not None
-    valid, m = tree.valid, tree.m.double()
-    above = tree.parent.clamp(min=0)
-    share = torch.where(tree.parent >= 0, m / m[above].clamp(min=1), 0.0)
+    valid, above = tree.valid, tree.parent.clamp(min=0)
     r = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0), 0.0)
-    g = tree.accumulate(r, gamma * share * tree.ok.double() * tree.ok[above].double())
+    g = tree.accumulate(r, gamma * leaf_share(tree) * tree.ok.double() * tree.ok[above].double())
     s = norm(torch.where(valid, g, torch.nan), tree.depth * tree.num_groups + tree.group, how)
     e = episode(tree, how, episode_stats)
     return Credit(w_episode * lift(tree, e.z) + w_step * s.z, info=e.info)
@@ -131,8 +129,7 @@ def pav(tree: StepTree, *, alpha: float = 3.0, best_of: int = 1) -> Credit:
     e = episode(tree, Norm(scale="none"))
     mu = 1 - (1 - tree.value) ** best_of
     root = 1 - (1 - tree.root_value) ** best_of
-    before = torch.where(tree.parent >= 0, mu[tree.parent.clamp(min=0)], root[tree.group])
-    return Credit(lift(tree, e.z) + alpha * (mu - before), info=e.info)
+    return Credit(lift(tree, e.z) + alpha * (mu - before(tree, mu, root)), info=e.info)
 
 
 @estimator(
@@ -203,12 +200,12 @@ def gae(tree: StepTree, *, gamma: float = 1.0, lam: float = 0.95) -> Credit:
     """
     valid, finished = tree.valid, tree.is_finished
     cut = tree.tags.get("bootstrapped", torch.zeros(len(tree), dtype=torch.bool))
-    before = torch.where(tree.parent >= 0, tree.value[tree.parent.clamp(min=0)], tree.root_value[tree.group])
+    value_before = before(tree, tree.value, tree.root_value)
     after = torch.where(finished & ~cut, 0.0, gamma * tree.value)
     outcome = torch.where(finished, tree.outcome, 0.0)
-    delta = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0) + outcome + after - before, 0.0)
+    delta = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0) + outcome + after - value_before, 0.0)
     adv = togo(tree, delta, gamma * lam)
-    return Credit(adv, returns=adv + torch.where(valid, before, 0.0))
+    return Credit(adv, returns=adv + torch.where(valid, value_before, 0.0))
 
 
 @estimator(
@@ -291,10 +288,10 @@ def prime(
 
     Raises ValueError on branching trees.
     """
-    _need_chains(tree, "prime")
+    need_chains(tree, "prime", "use oprl, or a plan {0: G}")
     valid = tree.valid
     r = torch.where(valid, tree.tags["implicit"].double(), 0.0)
-    chain = _chain_id(tree)
+    chain = run_head(tree, torch.ones(len(tree), dtype=torch.bool))
     length = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, valid.double())
     mean = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, r) / length.clamp(min=1)
     zero = torch.zeros(tree.num_groups, dtype=torch.float64)
@@ -308,17 +305,3 @@ def prime(
     returned = w_process * togo(tree, process, gamma) + w_outcome * togo(tree, outcome.z, gamma)
     adv = whiten(returned, valid.double(), all_sum) if whitened else returned
     return Credit(adv, returns=returned, info=outcome.info)
-
-
-def _need_chains(tree: StepTree, name: str) -> None:
-    if not tree.is_chains:
-        i = int((tree.num_children > 1).nonzero()[0])
-        raise ValueError(f"{name} needs independent chains, but step {i} branches; use oprl, or a plan {{0: G}}")
-
-
-def _chain_id(tree: StepTree) -> Tensor:
-    """(N,) index of the first step of each chain."""
-    p = torch.where(tree.parent >= 0, tree.parent, torch.arange(len(tree)))
-    while bool((p != p[p]).any()):
-        p = p[p]
-    return p

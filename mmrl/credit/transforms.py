@@ -14,7 +14,7 @@ from torch import Tensor
 from mmrl.credit.reward_machine import RewardMachine
 from mmrl.credit.table import transform
 from mmrl.tree import FINISHED, UNFINISHED, StepTree
-from mmrl.tree_ops import lift, path_max, path_sum
+from mmrl.tree_ops import before, leaf_share, lift, path_max, path_sum, run_head
 
 
 @transform("clip", source="On Designing Effective RL Reward (Clip)")
@@ -32,7 +32,7 @@ def delta(tree: StepTree) -> StepTree:
     inner = ~tree.is_leaf & tree.valid
     r = torch.where(inner, _read(tree), 0.0)
     below = torch.zeros_like(r).index_add_(
-        0, tree.parent.clamp(min=0), torch.where(tree.parent >= 0, _share(tree) * r, 0.0)
+        0, tree.parent.clamp(min=0), torch.where(tree.parent >= 0, leaf_share(tree) * r, 0.0)
     )
     return _steps(tree, torch.where(inner, r - below, 0.0))
 
@@ -44,20 +44,19 @@ def potential(tree: StepTree, *, gamma: float = 1.0) -> StepTree:
     The discounted sum over a path changes by -Phi(prompt) only, so the optimal policy stays.
     """
     after = torch.where(tree.is_finished, 0.0, gamma * tree.value)
-    return _steps(tree, _read(tree) + after - _value_before(tree))
+    return _steps(tree, _read(tree) + after - before(tree, tree.value, tree.root_value))
 
 
 @transform("progress", needs=("value", "root_value"), differences=True, source="Rewarding Progress (PAV)")
 def progress(tree: StepTree) -> StepTree:
     """r' = value(n) - value(parent); telescopes to V(leaf) - V(prompt)."""
-    return _steps(tree, tree.value - _value_before(tree))
+    return _steps(tree, tree.value - before(tree, tree.value, tree.root_value))
 
 
 @transform("red", needs=("step_reward", "root_value"), differences=True, source="RED")
 def red(tree: StepTree) -> StepTree:
     """r_t = s_t - s_(t-1): `step_reward` is a reward model's score of the prefix, root_value of the empty one."""
-    before = torch.where(tree.parent >= 0, tree.step_reward[tree.parent.clamp(min=0)], tree.root_value[tree.group])
-    return _steps(tree, tree.step_reward - before)
+    return _steps(tree, tree.step_reward - before(tree, tree.step_reward, tree.root_value))
 
 
 @transform("gate", needs=("step_reward", "outcome"), source="G-RA")
@@ -187,8 +186,8 @@ def vsrm(tree: StepTree, *, threshold: float = 0.05, discount: float = 0.7, wind
 
     Chains only: on a branching tree the look-ahead is ambiguous.
     """
-    _need_chains(tree, "vsrm", "use the progress transform, which lifts")
-    d = torch.where(tree.valid, tree.value - _value_before(tree), 0.0)
+    need_chains(tree, "vsrm", "its look-ahead is ambiguous there: use the progress transform, which lifts")
+    d = torch.where(tree.valid, tree.value - before(tree, tree.value, tree.root_value), 0.0)
     child = torch.full((len(tree),), -1)
     inner = (tree.parent >= 0).nonzero().flatten()
     child[tree.parent[inner]] = inner
@@ -210,7 +209,7 @@ def spa(tree: StepTree, *, exact: bool = False, alpha: float = 1.0, beta: float 
     """
     c = torch.where(tree.valid, tree.tags["contribution"].double(), 0.0)
     if exact:
-        _need_chains(tree, "spa(exact)", "use exact: false")
+        need_chains(tree, "spa(exact)", "use exact: false")
         length = tree.depth.double() + 1
         rest = torch.where(tree.is_finished, (tree.outcome - path_sum(tree, c)) / length, 0.0)
         c = c + lift(tree, rest)
@@ -239,11 +238,8 @@ def tp_reward(tree: StepTree) -> StepTree:
 def thoughts(tree: StepTree) -> StepTree:
     """tags["thought"]: first step of the maximal run of equal tags["wrong"] along the path."""
     label = tree.tags["wrong"]
-    above = tree.parent.clamp(min=0)
-    p = torch.where((tree.parent >= 0) & (label == label[above]), tree.parent, torch.arange(len(tree)))
-    while bool((p != p[p]).any()):
-        p = p[p]
-    return tree.replace(tags=tree.tags | {"thought": p})
+    thought = run_head(tree, label == label[tree.parent.clamp(min=0)])
+    return tree.replace(tags=tree.tags | {"thought": thought})
 
 
 @transform("spark", writes="outcome", needs=("step_reward",), source="SPARK")
@@ -267,8 +263,7 @@ def reward_machine(tree: StepTree, *, machine: Mapping[str, Any], gamma: float |
     state, reward = compiled.run(tree, tree.tags["events"].bool())
     if gamma is not None:
         phi = compiled.potential()
-        before = torch.where(tree.parent >= 0, phi[state[tree.parent.clamp(min=0)]], phi[compiled.start])
-        reward = reward + gamma * phi[state] - before
+        reward = reward + gamma * phi[state] - before(tree, phi[state], phi[compiled.start].expand(tree.num_groups))
     return _steps(tree, _read(tree) + reward).replace(tags=tree.tags | {"machine_state": state})
 
 
@@ -298,33 +293,27 @@ def _read(tree: StepTree) -> Tensor:
     return tree.step_reward.nan_to_num(nan=0.0)
 
 
-def _share(tree: StepTree) -> Tensor:
-    m = tree.m.double()
-    return torch.where(tree.parent >= 0, m / m[tree.parent.clamp(min=0)].clamp(min=1), 0.0)
-
-
-def _value_before(tree: StepTree) -> Tensor:
-    return torch.where(tree.parent >= 0, tree.value[tree.parent.clamp(min=0)], tree.root_value[tree.group])
-
-
 def _gain(tree: StepTree) -> Tensor:
     sim = tree.tags["similarity"].double()
-    best = path_max(tree, sim)[tree.parent.clamp(min=0)]
-    before = torch.where((tree.parent >= 0)[:, None], best, 0.0)
-    return (sim - before).clamp(min=0).mean(1)
+    return (sim - _best_before(tree, sim)).clamp(min=0).mean(1)
 
 
 def _repeated(tree: StepTree) -> Tensor:
     docs = tree.tags["documents"].double()
-    seen = path_max(tree, docs)[tree.parent.clamp(min=0)]
-    before = torch.where((tree.parent >= 0)[:, None], seen, 0.0)
-    return (docs * before).sum(1) / docs.sum(1).clamp(min=1)
+    return (docs * _best_before(tree, docs)).sum(1) / docs.sum(1).clamp(min=1)
 
 
-def _need_chains(tree: StepTree, name: str, fix: str) -> None:
+def _best_before(tree: StepTree, x: Tensor) -> Tensor:
+    """(N, D) maximum of `x` over the strict ancestors, 0 for first steps."""
+    best = path_max(tree, x)[tree.parent.clamp(min=0)]
+    return torch.where((tree.parent >= 0)[:, None], best, 0.0)
+
+
+def need_chains(tree: StepTree, name: str, fix: str) -> None:
+    """Raises ValueError naming the first branching step."""
     if not tree.is_chains:
         i = int((tree.num_children > 1).nonzero()[0])
-        raise ValueError(f"{name} needs chains, but step {i} branches and its look-ahead is ambiguous; {fix}")
+        raise ValueError(f"{name} needs chains, but step {i} branches; {fix}")
 
 
 def _check_range(tree: StepTree, x: Tensor, what: str, name: str) -> None:

@@ -80,14 +80,19 @@ def build_batch(rollout: Rollout, credit: StepAdvantage, keep: Tensor, loss: Los
     return Batch(rollout, steps, adv, torch.where(run, weight, 0.0).float(), rollout.actions.logp, owner, denominator)
 
 
+@torch.no_grad()
+def current_logp(policy: Policy, rollout: Rollout, steps: Tensor) -> Tensor:
+    """(T,) the rollout's log-probs with those of `steps` recomputed by the training code path."""
+    logp = rollout.actions.logp.clone()
+    for part in policy.micro_batches(rollout, steps) if len(steps) else []:
+        new = policy.log_probs(rollout, part)
+        logp[new.index] = new.logp.cpu()
+    return logp
+
+
 def recompute_old_logp(policy: Policy, batch: Batch) -> Batch:
     """Old log-probs from the training code path, for rollouts made by another engine or dtype."""
-    old = batch.old_logp.clone()
-    with torch.no_grad():
-        for part in policy.micro_batches(batch.rollout, batch.steps) if len(batch.steps) else []:
-            new = policy.log_probs(batch.rollout, part)
-            old[new.index] = new.logp.cpu()
-    return replace(batch, old_logp=old)
+    return replace(batch, old_logp=current_logp(policy, batch.rollout, batch.steps))
 
 
 def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor, sums: Sums) -> Tensor:
