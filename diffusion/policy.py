@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from diffusion.adapters.base import Adapter, Cond
 from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, plan_course, record
+from mmrl.reference import Reference, unwrap
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
@@ -37,7 +36,7 @@ class DiffusionPolicy:
             raise ValueError(f"policy.max_batch={max_batch}: at least 1")
         self.adapter, self.sampling, self.max_batch = adapter, sampling, max_batch
         self.model: nn.Module = adapter.model
-        self._reference: nn.Module | None = None
+        self._reference = Reference()
 
     @classmethod
     def build(
@@ -86,9 +85,7 @@ class DiffusionPolicy:
 
     @property
     def _bare(self) -> nn.Module:
-        """Without the DDP wrapper, whose forward synchronises buffers: ranks make unequal numbers of rollout calls."""
-        inner = getattr(self.model, "module", self.model)
-        return inner if isinstance(inner, nn.Module) else self.model
+        return unwrap(self.model)
 
     @property
     def _device(self) -> torch.device:
@@ -103,22 +100,13 @@ class DiffusionPolicy:
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    @contextmanager
-    def _reference_model(self) -> Iterator[nn.Module]:
-        """The model before training: the adapter switched off, or a frozen copy."""
-        bare = self._bare
-        off = getattr(bare, "disable_adapter", None)
-        if self._reference is None and off is None:
-            raise RuntimeError("call freeze_reference() before training starts; the KL needs the initial weights")
-        if self._reference is not None:
-            self._reference.to(self._device)  # it was copied before the model moved to its device
-        with off() if off is not None else nullcontext(), torch.no_grad():
-            yield bare if off is not None else self._reference  # type: ignore[misc]
-
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
-        if not hasattr(self._bare, "disable_adapter"):
-            self._reference = copy.deepcopy(self._bare).requires_grad_(False)
+        self._reference.freeze(self.model, self._bare)
+
+    def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """All of them: labels cannot be malformed here."""
+        return list(prompts)
 
     # ---- Policy -----------------------------------------------------------------------------------------------
 
@@ -196,7 +184,7 @@ class DiffusionPolicy:
         extra = self._guard_terms(rollout, steps, step.mean[inverse], step.std, course.interval(depth))
         if not reference:
             return ActionLogProbs(steps, logp, **extra)
-        with self._reference_model() as model:
+        with self._reference.applied(self.model, self._bare) as model:
             ref = transition(sampling, course, depth, x, *self._predict(model, course, cond, x, depth, own))
         kl = gaussian_kl(step.mean, ref.mean, step.std, sampling.reduce)[inverse]
         return ActionLogProbs(steps, logp, kl, **extra)

@@ -148,6 +148,7 @@ class Rollout:
     """One forest with everything needed to reward, replay and train on it.
 
     prompts: G prompts with distinct ids. tree: N steps. actions: T actions.
+    texts: (N,) what each step says, for policies that write; empty for others.
     prompt_payload: name -> (G, ...), what the policy needs once per prompt (initial latent, prompt tokens).
     counts: what the rollout cost, summed over prompts: `calls` (network rows), `leaves`.
     about: JSON values that identify how it was made (seed, iteration, schedule, log-prob reduction).
@@ -159,9 +160,12 @@ class Rollout:
     prompt_payload: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    texts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
+        if len(self.texts) not in (0, len(self.tree)):
+            raise ValueError(f"{len(self.texts)} texts for {len(self.tree)} steps; give one per step, or none")
         if self.tree.num_groups != len(self.prompts):
             raise ValueError(f"the tree has {self.tree.num_groups} groups for {len(self.prompts)} prompts")
         self.tree.step_of_action(self.actions.logp.numel())
@@ -181,6 +185,7 @@ class Rollout:
             Actions(self.actions.logp[actions], self.actions.trainable[actions], parts),
             {k: v[list(prompts)] for k, v in self.prompt_payload.items()},
             about=self.about,
+            texts=[t for t, kept in zip(self.texts, keep.tolist(), strict=False) if kept],
         )
 
     @staticmethod
@@ -205,6 +210,7 @@ class Rollout:
             {k: torch.cat([r.prompt_payload[k] for r in rollouts]) for k in first.prompt_payload},
             counts,
             first.about,
+            [t for r in rollouts for t in r.texts],
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -218,7 +224,10 @@ class Rollout:
             {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "actions.safetensors"
         )
         prompts = [{"id": p.id, "inputs": dict(p.inputs), "reference": p.reference} for p in self.prompts]
-        record = {"format": 1, "prompts": prompts, "counts": dict(self.counts), "about": dict(self.about)}
+        record = {
+            "format": 1, "prompts": prompts, "counts": dict(self.counts), "about": dict(self.about),
+            "texts": list(self.texts),
+        }  # fmt: skip
         (folder / "rollout.json").write_text(json.dumps(record, indent=1) + "\n")
         return folder
 
@@ -247,6 +256,7 @@ class Rollout:
             parts["prompt"],
             record["counts"],
             record["about"],
+            record.get("texts", []),
         )
 
 
@@ -280,6 +290,9 @@ class Policy(Protocol):
 
     def forecast(self, plan: BranchPlan) -> Forecast:
         """Cost of one prompt under `plan`; raises ValueError when the plan does not fit this policy."""
+
+    def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts it can take; the others (broken image, too long) are logged with their reason and left out."""
 
     def rollout(self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0) -> Rollout:
         """Sample a forest, every prefix computed once. Depends on (seed, iteration, prompt id) alone."""

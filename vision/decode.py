@@ -1,0 +1,167 @@
+"""Sampling trees of steps with a transformers model: prompts once, caches forked where the plan branches.
+
+All rows advance together, one token a call; a row forks the moment its step ends and leaves when it is done, so no
+row waits for another. What a prompt samples depends on its own seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrl.rollout import BranchPlan
+from vision.growth import Decoding, Node, PromptTokens
+from vision.network import FeatureCache, bare, encode_images, encoder_output, masked_scores
+from vision.passes import left_pad, pad_positions
+from vision.steps import StepRule
+
+
+@dataclass
+class _Row:
+    """A live sequence: the node it is writing, its place in the prompt's noise table, tokens sampled so far."""
+
+    node: int
+    slot: int
+    length: int
+
+
+def grow(
+    hf: Any,
+    prompts: Sequence[PromptTokens],
+    plan: BranchPlan,
+    decoding: Decoding,
+    rule: StepRule,
+    seeds: Sequence[int],
+    cache: FeatureCache | None = None,
+) -> list[Node]:
+    """Sample the tree of every prompt under `plan`; parents come before children.
+
+    A step at depth d that ends as a step gets plan.factor(d + 1) children. The last token of a path is never run
+    through the network, and a node's logp are those of the sampling distribution (temperature, banned ids), float32.
+    """
+    with torch.no_grad():
+        return _Decoder(hf, prompts, plan, decoding, rule, seeds).run(cache)
+
+
+class _Decoder:
+    """The state of one batch: rows, their cache and their next positions."""
+
+    def __init__(
+        self, hf: Any, prompts: Sequence[PromptTokens], plan: BranchPlan,
+        decoding: Decoding, rule: StepRule, seeds: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.hf, self.device = hf, bare(hf).device
+        self.prompts, self.plan, self.decoding, self.rule = prompts, plan, decoding, rule
+        self.nodes: list[Node] = []
+        self.eos = set(decoding.eos)
+        self.noise = torch.stack([_noise(s, decoding.max_new_tokens, plan.leaves) for s in seeds])
+
+    def run(self, cache: FeatureCache | None) -> list[Node]:
+        logits, past, mask = self._prefill(cache)
+        rows: list[_Row] = []
+        origin: list[int] = []
+        for g in range(len(self.prompts)):
+            children = self._children(g, -1, 0, 0, 0)
+            rows += children
+            origin += [g] * len(children)
+        logits, mask = logits[origin], None if mask is None else mask[origin]
+        past.batch_select_indices(torch.tensor(origin, device=self.device))
+        while rows:
+            tokens, logp = self._draw(rows, logits)
+            rows, origin = self._advance(rows, tokens.tolist(), logp.tolist())
+            if not rows:
+                break
+            index = torch.tensor(origin, device=self.device)
+            if origin != list(range(len(tokens))):
+                past.batch_select_indices(index)
+                mask = None if mask is None else mask[index]
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            out = self.hf(
+                input_ids=tokens[index][:, None], past_key_values=past, attention_mask=mask,
+                position_ids=self._positions(rows), use_cache=True,
+            )  # fmt: skip
+            logits, past = out.logits[:, -1], out.past_key_values
+        return self.nodes
+
+    def _prefill(self, cache: FeatureCache | None) -> tuple[Tensor, Any, Tensor | None]:
+        """(G, V) logits after each prompt, the cache, the mask of left-padded prompts."""
+        ids, mask = left_pad([p.ids for p in self.prompts])
+        positions = pad_positions([p.positions for p in self.prompts], left=True)
+        images = [p.pixels for p in self.prompts if p.pixels is not None]
+        extra: dict[str, Any] = {}
+        if images:
+            features = encode_images(self.hf, images, cache)
+            extra["mm_encoder_outputs"] = {"image": encoder_output([features[p.key] for p in images])}
+            if bare(self.hf).config.model_type.startswith("gemma3"):  # images are bidirectional blocks of the mask
+                extra["token_type_ids"] = left_pad([p.types for p in self.prompts])[0].to(self.device)
+        mask = None if mask is None else mask.to(self.device)
+        out = self.hf(
+            input_ids=ids.to(self.device), position_ids=positions.to(self.device), attention_mask=mask,
+            use_cache=True, logits_to_keep=1, **extra,
+        )  # fmt: skip
+        if out.past_key_values is None:
+            raise RuntimeError("the model keeps no cache in this mode; put it in eval mode before sampling")
+        return out.logits[:, -1], out.past_key_values, mask
+
+    def _children(self, prompt: int, parent: int, depth: int, slot: int, length: int) -> list[_Row]:
+        stride = self.plan.leaves // self.plan.width(depth + 1)
+        rows = []
+        for j in range(self.plan.factor(depth)):
+            self.nodes.append(Node(prompt, parent, depth))
+            rows.append(_Row(len(self.nodes) - 1, slot + j * stride, length))
+        return rows
+
+    def _draw(self, rows: Sequence[_Row], logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(R,) tokens by inverse transform from each row's own uniform number, and their log-probs."""
+        d = self.decoding
+        scores = masked_scores(logits, d.temperature or 1.0, d.banned)
+        logp = scores.log_softmax(-1)
+        if d.temperature == 0:
+            tokens = scores.argmax(-1)
+        else:
+            where = torch.tensor([[self.nodes[r.node].prompt, r.length, r.slot] for r in rows])
+            u = self.noise[tuple(where.T)].to(self.device)
+            total = logp.exp().cumsum(-1)
+            # the first token whose cumulated probability exceeds u; banned ids have none and are never first
+            tokens = torch.searchsorted(total, (u * total[:, -1] * (1 - 1e-6))[:, None], right=True)[:, 0]
+        return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+
+    def _advance(
+        self, rows: Sequence[_Row], tokens: Sequence[int], logp: Sequence[float]
+    ) -> tuple[list[_Row], list[int]]:
+        """Write the drawn tokens; the rows that go on and, for each, the row it continues."""
+        d, live, origin = self.decoding, [], []
+        for r, (row, token, lp) in enumerate(zip(rows, tokens, logp, strict=True)):
+            node = self.nodes[row.node]
+            node.ids.append(token)
+            node.logp.append(lp)
+            row.length += 1
+            if token in self.eos:
+                node.end = "eos"
+            elif row.length == d.max_new_tokens:
+                node.end = "length"
+            elif node.depth + 1 < d.max_steps and self.rule.ends_step(node.ids):
+                node.end = "step"
+                children = self._children(node.prompt, row.node, node.depth + 1, row.slot, row.length)
+                live += children
+                origin += [r] * len(children)
+            else:
+                live.append(row)
+                origin.append(r)
+        return live, origin
+
+    def _positions(self, rows: Sequence[_Row]) -> Tensor:
+        """Rotary positions of each row's newest token, (R, 1) or (3, R, 1)."""
+        at = [self.prompts[self.nodes[r.node].prompt].next_position + r.length - 1 for r in rows]
+        where = torch.tensor(at, device=self.device)[:, None]
+        return where if self.prompts[0].positions.ndim == 1 else where.expand(3, -1, -1)
+
+
+def _noise(seed: int, tokens: int, leaves: int) -> Tensor:
+    """(tokens, leaves) uniform numbers of one prompt; every path reads its own column."""
+    return torch.rand((tokens, leaves), generator=torch.Generator().manual_seed(seed))

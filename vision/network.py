@@ -1,0 +1,228 @@
+"""The language model as one module whose forward applies a function to it, and the functions that are applied.
+
+Whatever wraps the module (DDP, autocast, FSDP) sees one call per micro-batch, images included.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision.growth import Pixels
+from vision.passes import Job, Pass
+
+
+class Network(nn.Module):
+    """`network(run, *args)` is `run(hf, *args)`; `hf` is a transformers (or PEFT) model."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        super().__init__()
+        self.hf = hf
+        self._no_split_modules = getattr(hf, "_no_split_modules", None)  # what FSDP wraps
+
+    def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Apply `run` to the model."""
+        return run(self.hf, *args, **kwargs)
+
+
+def bare(hf: Any) -> Any:
+    """The transformers model without PEFT's wrapper; its adapters stay in force."""
+    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+
+
+# ---- images ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """Encoded images of one prompt: tokens (n, h) or (tiles, n, h); deep: one (n, h) per deep-stack layer."""
+
+    tokens: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep))
+
+
+class FeatureCache:
+    """Features of frozen image encoders, newest kept, up to `max_bytes`. Empty and unused when they are trained."""
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        self.max_bytes, self.held = max_bytes, 0
+        self._items: OrderedDict[str, Features] = OrderedDict()
+
+    def get(self, key: str) -> Features | None:
+        """The features of `key`, now the newest."""
+        if key in self._items:
+            self._items.move_to_end(key)
+        return self._items.get(key)
+
+    def put(self, key: str, features: Features) -> None:
+        """Keep `features`; the oldest go when the limit is passed."""
+        self._items[key] = features
+        self.held += features.nbytes
+        while self.held > self.max_bytes and len(self._items) > 1:
+            self.held -= self._items.popitem(last=False)[1].nbytes
+
+
+def encode_images(hf: Any, images: Iterable[Pixels], cache: FeatureCache | None = None) -> dict[str, Features]:
+    """Features by key; each distinct key is encoded once, those in `cache` not at all."""
+    distinct = {p.key: p for p in images}
+    out = {k: f for k in distinct if cache is not None and (f := cache.get(k)) is not None}
+    todo = [p for k, p in distinct.items() if k not in out]
+    for part in _stackable(todo):
+        for pixels, features in zip(part, _encode(bare(hf), part), strict=True):
+            out[pixels.key] = features
+            if cache is not None:
+                cache.put(pixels.key, features)
+    return out
+
+
+def _stackable(images: Sequence[Pixels]) -> list[list[Pixels]]:
+    """Parts that one encoder call can take: equal shapes but for the first dimension of images, tiles or patches."""
+    parts: dict[Any, list[Pixels]] = {}
+    for p in images:
+        shape = tuple((k, v.ndim, *v.shape[2 if _by_tile(p) else 1 :]) for k, v in sorted(p.tensors.items()))
+        parts.setdefault(shape, []).append(p)
+    return list(parts.values())
+
+
+def _by_tile(pixels: Pixels) -> bool:
+    """Idefics3 and SmolVLM: (1, tiles, C, H, W)."""
+    return "pixel_attention_mask" in pixels.tensors
+
+
+def _encode(model: Any, part: Sequence[Pixels]) -> list[Features]:
+    device, dtype = model.device, next(model.parameters()).dtype
+    dim = 1 if _by_tile(part[0]) else 0
+    tensors = {k: torch.cat([p.tensors[k] for p in part], dim).to(device) for k in part[0].tensors}
+    tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
+    encoded = model.get_image_features(**tensors, return_dict=True)
+    pooled = encoded.pooler_output
+    deep = getattr(encoded, "deepstack_features", None) or []
+    if isinstance(pooled, Tensor) and pooled.ndim == 3:  # (tiles, n, h), tiles of all images in order
+        tiles = [p.tensors["pixel_values"].shape[dim] for p in part]
+        return [Features(f) for f in pooled.split(tiles)]
+    counts = [len(p.tensors.get("image_grid_thw", p.tensors["pixel_values"])) for p in part]
+    out, at = [], 0
+    for n in counts:
+        layers = tuple(torch.cat(list(layer[at : at + n])) for layer in deep)
+        out.append(Features(torch.cat(list(pooled[at : at + n])), layers))
+        at += n
+    return out
+
+
+def encoder_output(features: Sequence[Features]) -> Any:
+    """What the model takes in place of pixels, images in the order of their placeholders."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    tokens = torch.cat([f.tokens for f in features])
+    out = BaseModelOutputWithPooling(pooler_output=tokens if tokens.ndim == 3 else [tokens])
+    if features[0].deep:
+        out["deepstack_features"] = [(torch.cat(layer),) for layer in zip(*(f.deep for f in features), strict=True)]
+    return out
+
+
+# ---- log-probs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """(A,) float32: logp of the asked tokens (differentiable) and the entropy of their distributions (not)."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+def run_job(
+    hf: Any, job: Job, temperature: float, banned: Sequence[int], cache: FeatureCache | None, blank: Pixels | None
+) -> dict[str, Tensor]:
+    """Log-probs of the job's tokens under logits / temperature without the banned ids, in float32.
+
+    blank: an image whose features enter with weight 0 when the job shows none, so that a trained image encoder has
+        a gradient on every rank; None when the encoder is frozen.
+    Returns:
+        logp and entropy, (A,) float32 each.
+    """
+    shown = [p for x in (job.prefix, job.rows) if x is not None for p in x.images]
+    dummy = [blank] if blank is not None and not shown else []
+    if job.mode == "rows":  # what an ordinary trainer does: every row encodes its own images
+        features = [f for p in [*shown, *dummy] for f in _encode(bare(hf), [p])]
+    else:
+        by_key = encode_images(hf, [*shown, *dummy], cache)
+        features = [by_key[p.key] for p in [*shown, *dummy]]
+    logits, at, past = [], 0, None
+    for x in (job.prefix, job.rows):
+        if x is None:
+            continue
+        n = len(x.images)
+        out = _call(hf, x, features[at : at + n], past, caching=x is job.prefix)
+        at += n
+        logits.append(out.logits)
+        if x is job.prefix and job.rows is not None:
+            past = _fork(out.past_key_values, job, hf)
+    rows = [x.flatten(0, 1) for x in logits]
+    device = rows[0].device
+    logp, entropy = _score(rows, job.source.to(device), job.tokens.to(device), temperature, banned)
+    if dummy:
+        logp = logp + 0.0 * features[0].tokens.float().sum()
+    return {"logp": logp, "entropy": entropy}
+
+
+def _fork(past: Any, job: Job, hf: Any) -> Any:
+    if past is None:
+        raise RuntimeError("the model returned no cache (gradient checkpointing is on); use policy.mode: packed")
+    past.batch_select_indices(job.cache_rows.to(bare(hf).device))  # type: ignore[union-attr]
+    return past
+
+
+def _call(hf: Any, x: Pass, features: Sequence[Features], past: Any, caching: bool) -> Any:
+    device = bare(hf).device
+    extra: dict[str, Any] = {"mm_encoder_outputs": {"image": encoder_output(features)}} if features else {}
+    if past is not None:
+        extra["past_key_values"] = past
+    return hf(
+        input_ids=x.ids.to(device), position_ids=x.positions.to(device), attention_mask=to_device(x.attention, device),
+        use_cache=caching or past is not None, logits_to_keep=x.keep.to(device), **extra,
+    )  # fmt: skip
+
+
+def to_device(attention: Any, device: torch.device) -> Any:
+    """A mask, a dict of masks, or None on `device`; block masks are made there already."""
+    if isinstance(attention, Mapping):
+        return {k: v.to(device) for k, v in attention.items()}
+    return attention.to(device) if isinstance(attention, Tensor) else attention
+
+
+def _score(
+    rows: Sequence[Tensor], source: Tensor, tokens: Tensor, temperature: float, banned: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Each distinct row of logits is normalised once; siblings' first tokens read the same one."""
+    need, inverse = torch.unique(source, return_inverse=True)
+    offset, parts = 0, []
+    for r in rows:
+        own = need[(need >= offset) & (need < offset + len(r))] - offset
+        parts.append(r if len(own) == len(r) else r[own])
+        offset += len(r)
+    scores = masked_scores(torch.cat(parts) if len(parts) > 1 else parts[0], temperature, banned)
+    total = scores.logsumexp(-1)
+    logp = scores[inverse, tokens] - total[inverse]
+    with torch.no_grad():
+        p = torch.softmax(scores.detach(), -1)
+        entropy = total.detach() - (p * scores.detach().masked_fill(p == 0, 0.0)).sum(-1)
+    return logp, entropy[inverse]
+
+
+def masked_scores(logits: Tensor, temperature: float, banned: Sequence[int]) -> Tensor:
+    """(..., V) float32 logits / temperature with the banned ids at -inf; rollout and update share this line."""
+    scores = logits.float() / temperature
+    if banned:
+        scores = scores.index_fill(-1, torch.tensor(banned, device=scores.device), -torch.inf)
+    return scores

@@ -1,0 +1,197 @@
+"""Network passes: trees of token lists become batches of rows in one of four layouts, all with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vision.attention import AttentionStyle, tree_attention
+from vision.growth import Pixels, PromptTokens
+from vision.packing import Mode, Packed, leaf_rows, pack, rows_of
+
+# (ids (L,), types (L,), images along the row) -> (3, L) rotary positions by the model's own rule
+Rope = Callable[[Tensor, Tensor, Sequence[Pixels]], Tensor]
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A prompt (node 0) and steps below it. ids: token lists per node. pixels: images that open in a node, by node.
+
+    types: like `ids`, 1 at image placeholders; None when only the prompt shows images.
+    """
+
+    prompt: PromptTokens
+    parent: Sequence[int]
+    ids: Sequence[Tensor]
+    pixels: Mapping[int, Pixels] = field(default_factory=dict)
+    types: Sequence[Tensor] | None = None
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The tree laid out."""
+        types = self.types or [self.prompt.types, *(torch.zeros_like(x) for x in self.ids[1:])]
+        return pack(self.parent, self.ids, types)
+
+    @property
+    def images(self) -> dict[int, Pixels]:
+        """Images by the node they open in, the prompt's included."""
+        own = {0: self.prompt.pixels} if self.prompt.pixels is not None else {}
+        return own | dict(self.pixels)
+
+    def images_along(self, take: Tensor) -> list[Pixels]:
+        """Images whose placeholders lie in these packed indices, in their order."""
+        images = self.images
+        return [images[v] for v in torch.unique_consecutive(self.packed.node[take]).tolist() if v in images]
+
+    def positions(self, rope: Rope | None) -> Tensor:
+        """(T,) or (3, T) rotary positions. Images in branches take the model's rule along every leaf row.
+
+        Raises:
+            ValueError: leaves disagree on a shared token (the model's rule looks ahead), or images in branches
+                without `rope`.
+        """
+        packed, prompt = self.packed, self.prompt
+        if prompt.positions.ndim == 1:
+            return packed.path
+        if not self.pixels:
+            after = prompt.next_position + packed.path - packed.prompt
+            out = after.repeat(3, 1)
+            out[:, : packed.prompt] = prompt.positions
+            return out
+        if rope is None:
+            raise ValueError("images in branches need the model's rotary rule")
+        inner = set(self.parent)
+        out = torch.full((3, len(packed)), -1)
+        for take in leaf_rows(packed, [v for v in range(len(self.parent)) if v not in inner]):
+            own = rope(packed.ids[take], packed.types[take], self.images_along(take))
+            known = out[:, take] >= 0
+            if bool((known & (out[:, take] != own)).any()):
+                raise ValueError("rotary positions of a shared token differ between leaves; use policy.mode: rows")
+            out[:, take] = own
+        return out
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the model. ids (B, L); positions (B, L) or (3, B, L); keep: columns whose logits are wanted."""
+
+    ids: Tensor
+    positions: Tensor
+    attention: Any
+    images: Sequence[Pixels]
+    keep: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one micro-batch asks of the network: log-probs of A tokens.
+
+    prefix: the prompts, run once with a cache (prefix_packed only); cache_rows (B,): which prompt each row continues.
+    rows: the main pass, None when every wanted token follows a prompt directly. source (A,): row of the logits,
+    prefix logits first, then rows x keep flattened. tokens (A,): the ids. row_tokens: tokens run, padding included.
+    """
+
+    mode: Mode
+    prefix: Pass | None
+    cache_rows: Tensor | None
+    rows: Pass | None
+    source: Tensor
+    tokens: Tensor
+    row_tokens: int
+
+
+def build_job(
+    trees: Sequence[TokenTree], wanted: Sequence[Tensor], mode: Mode, style: AttentionStyle, rope: Rope | None = None
+) -> Job:
+    """Lay out `trees` so that the tokens at packed indices `wanted[i]` of tree i get their log-probs.
+
+    Raises:
+        ValueError: an attention implementation without tree masks, or a wanted token without predecessor.
+    """
+    picked = [(i, take) for i, t in enumerate(trees) for take in rows_of(t.packed, t.parent, mode)]
+    positions = [t.positions(rope) for t in trees]
+    ahead = mode == "prefix_packed"
+    place = _Places(trees, picked, ahead)
+    source = torch.cat([place.find(i, t.packed.pred[w]) for i, (t, w) in enumerate(zip(trees, wanted, strict=True))])
+    tokens = torch.cat([t.packed.ids[w] for t, w in zip(trees, wanted, strict=True)])
+    keep = torch.unique(source[source >= 0] % place.width) if bool((source >= 0).any()) else None
+    prefix = _prefix(trees, positions) if ahead else None
+    rows = None if keep is None else _rows(trees, picked, positions, mode, style, keep)
+    row_of, column = source.div(place.width, rounding_mode="floor"), source % place.width
+    after = len(trees) if ahead else 0
+    if keep is not None:
+        where = torch.searchsorted(keep, column)
+        inside = after + row_of * len(keep) + where
+        source = torch.where(source >= 0, inside, -1 - source)
+    else:
+        source = -1 - source
+    size = (0 if prefix is None else prefix.ids.numel()) + (0 if rows is None else rows.ids.numel())
+    return Job(mode, prefix, torch.tensor([i for i, _ in picked]) if ahead else None, rows, source, tokens, size)
+
+
+class _Places:
+    """Where a packed index of a tree lies: row * width + column of the main pass, or -1 - tree for a prompt's end."""
+
+    def __init__(self, trees: Sequence[TokenTree], picked: Sequence[tuple[int, Tensor]], ahead: bool) -> None:
+        self.width = max((len(take) for _, take in picked), default=1)
+        self.at = [torch.full((len(t.packed),), torch.iinfo(torch.int64).min) for t in trees]
+        for row, (i, take) in reversed(list(enumerate(picked))):  # the first row that holds a token wins
+            self.at[i][take] = row * self.width + torch.arange(len(take))
+        if ahead:
+            for i, t in enumerate(trees):
+                self.at[i][t.packed.prompt - 1] = -1 - i
+
+    def find(self, tree: int, pred: Tensor) -> Tensor:
+        out = self.at[tree][pred]
+        if bool((pred < 0).any()) or bool((out == torch.iinfo(torch.int64).min).any()):
+            raise ValueError("a wanted token has no predecessor in the network rows; prompt tokens have no log-prob")
+        return out
+
+
+def _rows(
+    trees: Sequence[TokenTree], picked: Sequence[tuple[int, Tensor]], positions: Sequence[Tensor],
+    mode: Mode, style: AttentionStyle, keep: Tensor,
+) -> Pass:  # fmt: skip
+    ids = pad_sequence([trees[i].packed.ids[take] for i, take in picked], batch_first=True)
+    where = pad_positions([positions[i][..., take] for i, take in picked])
+    images = [p for i, take in picked for p in trees[i].images_along(take)]
+    if mode in ("rows", "rows_shared_image") and style.plain:
+        length = torch.tensor([len(take) for _, take in picked])
+        full = bool((length == ids.shape[1]).all())
+        attention: Any = None if full else (torch.arange(ids.shape[1])[None] < length[:, None]).long()
+    else:
+        prefix = [trees[i].packed.prompt for i, _ in picked] if mode == "prefix_packed" else None
+        attention = tree_attention([(trees[i].packed, take) for i, take in picked], style, prefix)
+    return Pass(ids, where, attention, images, keep)
+
+
+def _prefix(trees: Sequence[TokenTree], positions: Sequence[Tensor]) -> Pass:
+    """The prompts, left-padded so that the last column is every prompt's last token."""
+    prompts = [t.packed.prompt for t in trees]
+    ids, attention = left_pad([t.packed.ids[:n] for t, n in zip(trees, prompts, strict=True)])
+    where = pad_positions([p[..., :n] for p, n in zip(positions, prompts, strict=True)], left=True)
+    images = [i for t, n in zip(trees, prompts, strict=True) for i in t.images_along(torch.arange(n))]
+    return Pass(ids, where, attention, images, torch.tensor([ids.shape[1] - 1]))
+
+
+def left_pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(B, L) with padding on the left, and the attention mask, None where nothing is padded."""
+    ids = pad_sequence([r.flip(0) for r in rows], batch_first=True).flip(1)
+    length = torch.tensor([len(r) for r in rows])
+    if bool((length == ids.shape[1]).all()):
+        return ids, None
+    return ids, (torch.arange(ids.shape[1])[None] >= ids.shape[1] - length[:, None]).long()
+
+
+def pad_positions(rows: Sequence[Tensor], left: bool = False) -> Tensor:
+    """(B, L) or (3, B, L) from (n,) or (3, n) per row."""
+    side = "left" if left else "right"
+    flat = pad_sequence([r.movedim(-1, 0) for r in rows], batch_first=True, padding_side=side)
+    return flat if flat.ndim == 2 else flat.permute(2, 0, 1).contiguous()
+

@@ -1,0 +1,355 @@
+"""A vision-language (or plain language) model as a Policy: steps are runs of sampled tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.reference import Reference, unwrap
+from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
+from mmrl.seeding import named_generator
+from mmrl.tree import INTERNAL, UNFINISHED, StepTree
+from vision.attention import style_of
+from vision.decode import grow
+from vision.growth import Decoding, Node, PromptTokens
+from vision.lora import add_lora, image_parameters
+from vision.loading import banned_ids, eos_ids, load_model, load_processor, save, tokenizer_of
+from vision.network import FeatureCache, Network, bare, run_job
+from vision.packing import Mode, ancestors, choose_mode, split
+from vision.passes import TokenTree, build_job
+from vision.prompts import PromptEncoder, PromptError, Template
+from vision.steps import StepRule
+
+log = logging.getLogger(__name__)
+
+
+class VisionPolicy:
+    """Steps are cut by `rule` while they are sampled; actions are tokens.
+
+    Args:
+        hf: a transformers image-text or causal language model, or a PEFT model around one.
+        processor: from `vision.loading.load_processor`.
+        rule: where a step ends.
+        decoding: temperature and limits; banned and end ids are filled in from the model.
+        template: instruction and system text around every question.
+        max_prompt_tokens: prompts longer than this are refused, never cut.
+        max_batch: most leaves sampled at once.
+        max_tokens: most unique tokens of one micro-batch of the update.
+        mode: how rows of the update are laid out (docs/tree_packing.md); `auto` takes the cheapest exact one.
+        gradient_checkpointing: less memory, one more forward; excludes prefix_packed.
+        eval_temperature: 0 evaluates greedily.
+
+    Raises:
+        ValueError: a temperature of 0 (sampling needs one above), a mode the model cannot take.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        processor: Any,
+        rule: StepRule,
+        decoding: Decoding,
+        *,
+        template: Template | None = None,
+        max_prompt_tokens: int = 2048,
+        max_batch: int = 256,
+        max_tokens: int = 16384,
+        mode: Mode | Literal["auto"] = "auto",
+        gradient_checkpointing: bool = False,
+        eval_temperature: float = 0.0,
+    ) -> None:
+        if decoding.temperature <= 0:
+            raise ValueError(f"policy.temperature={decoding.temperature}: rollouts need a temperature above 0")
+        self.tokenizer, self.processor, self.rule = tokenizer_of(processor), processor, rule
+        banned = tuple(banned_ids(hf.config, self.tokenizer))
+        self.decoding = Decoding(
+            decoding.temperature, decoding.max_new_tokens, decoding.max_steps, banned,
+            tuple(sorted(eos_ids(bare(hf), self.tokenizer))),
+        )  # fmt: skip
+        self.eval_temperature, self.max_batch, self.max_tokens = eval_temperature, max_batch, max_tokens
+        self.model: nn.Module = Network(hf)
+        self.encode = PromptEncoder(hf, processor, template or Template(), max_tokens=max_prompt_tokens)
+        self.style = style_of(bare(hf))
+        self._checkpointing = gradient_checkpointing
+        self._modes = _allowed(mode, self.style.plain, gradient_checkpointing, bare(hf))
+        trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))
+        self._features = None if trained_images else FeatureCache()
+        self._blank = self.encode.blank() if trained_images else None
+        self._reference = Reference()
+        self._told: set[str] = set()
+
+    @classmethod
+    def build(
+        cls,
+        model: str = "shapes",
+        steps: str = "line",
+        temperature: float = 1.0,
+        max_new_tokens: int = 512,
+        max_steps: int = 32,
+        instruction: str = "",
+        system: str = "",
+        max_prompt_tokens: int = 2048,
+        max_batch: int = 256,
+        max_tokens: int = 16384,
+        mode: Literal["auto", "rows", "rows_shared_image", "packed", "prefix_packed"] = "auto",
+        dtype: str = "float32",
+        attn: str = "sdpa",
+        lora_rank: int = 0,
+        train_vision: bool = False,
+        gradient_checkpointing: bool = False,
+        eval_temperature: float = 0.0,
+    ) -> VisionPolicy:
+        """From a recipe's `policy:` section.
+
+        Args:
+            model: "shapes" (the built-in tiny model, made on first use), a folder, or a hub name.
+            steps: line, blank_line, numbered, tag or special_token; where one step ends.
+            lora_rank: 0 trains all weights; above 0 trains LoRA on the language model's projections, and the
+                reference for the KL is the model with the adapter off.
+            train_vision: train the image encoder and projector too; off, they are frozen and pictures are encoded
+                once per run.
+        """
+        if model == "shapes":
+            from vision.tasks.shapes_base import shapes_base
+
+            model = str(shapes_base())
+        hf, processor = load_model(model, dtype=dtype, attn=attn), load_processor(model)
+        for p in image_parameters(hf):
+            p.requires_grad_(train_vision)
+        if lora_rank:
+            hf = add_lora(hf, lora_rank)
+        if gradient_checkpointing:
+            bare(hf).gradient_checkpointing_enable({"use_reentrant": False})
+        rule = StepRule.build(tokenizer_of(processor), steps)
+        return cls(
+            hf, processor, rule, Decoding(temperature, max_new_tokens, max_steps),
+            template=Template(instruction, system), max_prompt_tokens=max_prompt_tokens, max_batch=max_batch,
+            max_tokens=max_tokens, mode=mode, gradient_checkpointing=gradient_checkpointing,
+            eval_temperature=eval_temperature,
+        )  # fmt: skip
+
+    @property
+    def _network(self) -> Network:
+        inner = unwrap(self.model)
+        assert isinstance(inner, Network)
+        return inner
+
+    # ---- rollout ----------------------------------------------------------------------------------------------
+
+    def forecast(self, plan: BranchPlan) -> Forecast:
+        """Upper bounds per prompt: a completion may end before `max_steps`. A call is one sampled step."""
+        bound = plan.forecast(self.decoding.max_steps)
+        return Forecast(bound.leaves, bound.steps, bound.steps, bound.steps, bound.leaves * self.decoding.max_steps)
+
+    def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that can be encoded; each other one is logged with its reason, once."""
+        good = []
+        for prompt in prompts:
+            try:
+                self.encode(prompt)
+                good.append(prompt)
+            except PromptError as error:
+                self._tell(f"quarantined: {error}", logging.WARNING)
+        return good
+
+    def rollout(self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0) -> Rollout:
+        """Sample a tree of steps per prompt; depends on (seed, iteration, prompt id) alone."""
+        tokens = [self.encode(p) for p in prompts]
+        seeds = [named_generator(seed, iteration, p.id).initial_seed() for p in prompts]
+        nodes = self._grow(tokens, plan, self.decoding, seeds)
+        about = {"seed": seed, "iteration": iteration, "temperature": self.decoding.temperature}
+        return self._as_rollout(prompts, tokens, nodes, about)
+
+    def _grow(
+        self, tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Node]:
+        """In parts of at most `max_batch` leaves; prompts of like length together would pad less, order is kept."""
+        size = max(1, self.max_batch // plan.leaves)
+        self._network.hf.eval()
+        nodes: list[Node] = []
+        for a in range(0, len(tokens), size):
+            part = self._network(
+                grow, tokens[a : a + size], plan, decoding, self.rule, seeds[a : a + size], self._features
+            )
+            for n in part:
+                n.prompt += a
+                n.parent += len(nodes) if n.parent >= 0 else 0
+            nodes += part
+        return nodes
+
+    def _as_rollout(
+        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], nodes: Sequence[Node], about: dict[str, Any]
+    ) -> Rollout:
+        order = sorted(range(len(nodes)), key=lambda i: nodes[i].prompt)  # stable: parents stay before children
+        place = {old: new for new, old in enumerate(order)}
+        nodes = [nodes[i] for i in order]
+        parent = torch.tensor([place[n.parent] if n.parent >= 0 else -1 for n in nodes])
+        inner = torch.zeros(len(nodes), dtype=torch.bool)
+        inner[parent[parent >= 0]] = True
+        end = torch.tensor([len(n.ids) for n in nodes]).cumsum(0)
+        truncated = torch.tensor([n.end == "length" for n in nodes])
+        tree = StepTree(
+            parent, torch.tensor([n.prompt for n in nodes]), torch.where(inner, INTERNAL, UNFINISHED),
+            torch.full((len(nodes),), torch.nan), logp=torch.tensor([sum(n.logp) for n in nodes]),
+            tok_start=end - torch.tensor([len(n.ids) for n in nodes]), tok_end=end, tags={"truncated": truncated},
+        )  # fmt: skip
+        logp = torch.tensor([x for n in nodes for x in n.logp], dtype=torch.float32)
+        ids = torch.tensor([x for n in nodes for x in n.ids])
+        counts = {
+            "calls": len(nodes), "leaves": int((~inner).sum()), "tokens": len(ids), "truncated": int(truncated.sum()),
+            "prompt_tokens": sum(len(t.ids) for t in tokens),
+        }  # fmt: skip
+        texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
+        size = torch.tensor([len(t.ids) for t in tokens])
+        actions = Actions(logp, torch.ones(len(ids), dtype=torch.bool), {"token": ids})
+        return Rollout(list(prompts), tree, actions, {"prompt_tokens": size}, counts, about, texts)
+
+    def samples(self, rollout: Rollout) -> list[Sample]:
+        """The completions, special tokens left out."""
+        leaves = rollout.tree.is_leaf.nonzero().flatten().tolist()
+        parent, group = rollout.tree.parent.tolist(), rollout.tree.group.tolist()
+        paths = [torch.cat([self._ids(rollout, v) for v in reversed(ancestors(parent, s))]) for s in leaves]
+        texts = self.tokenizer.batch_decode([p.tolist() for p in paths], skip_special_tokens=True)
+        return [Sample(rollout.prompts[group[s]], t, s) for s, t in zip(leaves, texts, strict=True)]
+
+    def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
+        """One completion per prompt at the evaluation temperature."""
+        d = self.decoding
+        decoding = Decoding(self.eval_temperature, d.max_new_tokens, 1, d.banned, d.eos)
+        seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
+        nodes = self._grow([self.encode(p) for p in prompts], BranchPlan({0: 1}), decoding, seeds)
+        texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
+        return [Sample(prompts[n.prompt], t, i) for i, (n, t) in enumerate(zip(nodes, texts, strict=True))]
+
+    def describe(self, rollout: Rollout, steps: Tensor) -> list[str]:
+        """What the steps say."""
+        return [rollout.texts[s].strip() for s in steps.tolist()]
+
+    # ---- update -----------------------------------------------------------------------------------------------
+
+    def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
+        """Steps of whole prompts while their trees fit in `max_tokens`; a larger tree is cut along its branches."""
+        tree, sizes = rollout.tree, (rollout.tree.tok_end - rollout.tree.tok_start).tolist()
+        parts: list[list[int]] = []
+        used = 0
+        for g in tree.group[steps].unique().tolist():
+            own = steps[tree.group[steps] == g].tolist()
+            nodes, parent = _closure(tree, own)
+            lengths = [int(rollout.prompt_payload["prompt_tokens"][g]), *(sizes[v] for v in nodes)]
+            total = sum(lengths)
+            place = {v: i + 1 for i, v in enumerate(nodes)}
+            if whole_prompts:
+                parts.append(own)
+            elif total > self.max_tokens:
+                cut = split(parent, lengths, [place[v] for v in own], self.max_tokens)
+                parts += [[nodes[i - 1] for i in part] for part in cut]
+                used = self.max_tokens  # the next prompt starts a part of its own
+            elif parts and used + total <= self.max_tokens:
+                parts[-1] += own
+                used += total
+            else:
+                parts.append(own)
+                used = total
+        return [torch.tensor(sorted(p)) for p in parts]
+
+    def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
+        """Log-probs of the tokens of `steps`, every prompt and shared step run once per call.
+
+        With `reference`, `ref_logp` of the initial model.
+        """
+        trees, wanted, index = self._trees(rollout, steps)
+        shown = [(t.packed, t.parent) for t in trees]
+        mode = choose_mode(shown, self._modes, bare(self._network.hf).config.get_text_config().hidden_size)
+        job = build_job(trees, wanted, mode, self.style, self.encode.rope)
+        if mode not in self._told:
+            unique = sum(len(t.packed) for t in trees)
+            rows = sum(len(p.pred) and int((p.path[p.last[v]] + 1)) for p, parent in shown
+                       for v in range(len(parent)) if v not in set(parent))  # fmt: skip
+            self._tell(mode, logging.INFO, f"update layout {mode}: {rows / unique:.1f} tokens of separate rows per "
+                       f"unique token, {job.row_tokens} run for {unique}")  # fmt: skip
+        grad = torch.is_grad_enabled()
+        self._network.hf.train(grad and self._checkpointing)
+        arguments = (run_job, job, self.decoding.temperature, self.decoding.banned, self._features)
+        out = (self.model if grad else self._network)(*arguments, self._blank if grad else None)
+        ref = None
+        if reference:
+            with self._reference.applied(self.model, self._network.hf) as model:
+                ref = model(*arguments, None)["logp"]
+        return ActionLogProbs(index, out["logp"], ref_logp=ref, entropy=out["entropy"])
+
+    def _trees(self, rollout: Rollout, steps: Tensor) -> tuple[list[TokenTree], list[Tensor], Tensor]:
+        """The trees that `steps` need, the packed indices of their tokens, and the actions these are."""
+        tree = rollout.tree
+        trees, wanted, index = [], [], []
+        for g in tree.group[steps].unique().tolist():
+            own = steps[tree.group[steps] == g].tolist()
+            nodes, parent = _closure(tree, own)
+            prompt = self._checked_prompt(rollout, g)
+            ids = [prompt.ids, *(self._ids(rollout, v) for v in nodes)]
+            one = TokenTree(prompt, parent, ids)
+            start, place = one.packed.start, {v: i + 1 for i, v in enumerate(nodes)}
+            wanted.append(torch.cat([start[place[v]] + torch.arange(len(ids[place[v]])) for v in own]))
+            index.append(torch.cat([torch.arange(int(tree.tok_start[v]), int(tree.tok_end[v])) for v in own]))
+            trees.append(one)
+        return trees, wanted, torch.cat(index)
+
+    def _checked_prompt(self, rollout: Rollout, g: int) -> PromptTokens:
+        prompt, size = self.encode(rollout.prompts[g]), int(rollout.prompt_payload["prompt_tokens"][g])
+        if len(prompt.ids) != size:
+            raise ValueError(
+                f"prompt {rollout.prompts[g].id!r} has {len(prompt.ids)} tokens now and had {size} when the rollout "
+                "was made; use the processor, instruction and pictures of that run"
+            )
+        return prompt
+
+    @staticmethod
+    def _ids(rollout: Rollout, v: int) -> Tensor:
+        return rollout.actions.payload["token"][int(rollout.tree.tok_start[v]) : int(rollout.tree.tok_end[v])]
+
+    def freeze_reference(self) -> None:
+        """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
+        self._reference.freeze(self.model, self._network.hf)
+
+    def save(self, folder: Path) -> None:
+        """Weights (with LoRA, the adapter) and processor in transformers' format."""
+        save(self._network.hf, self.processor, folder)
+
+    def _tell(self, key: str, level: int, message: str | None = None) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            log.log(level, "%s", message or key)
+
+
+def _closure(tree: StepTree, steps: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Steps and their ancestors ascending, and their parents where 0 is the prompt and node i is place i + 1."""
+    above = tree.parent.tolist()
+    nodes: set[int] = set()
+    for s in steps:
+        v = s
+        while v >= 0 and v not in nodes:
+            nodes.add(v)
+            v = above[v]
+    order = sorted(nodes)
+    place = {v: i + 1 for i, v in enumerate(order)} | {-1: 0}
+    return order, [-1, *(place[above[v]] for v in order)]
+
+
+def _allowed(mode: str, plain: bool, checkpointing: bool, hf: Any) -> list[Mode]:
+    """Modes `auto` chooses from, the simplest first; a named mode must be possible."""
+    possible: list[Mode] = ["rows_shared_image"]
+    takes_masks = "flash" not in hf.config.get_text_config()._attn_implementation
+    if plain and takes_masks and not checkpointing:
+        possible.append("prefix_packed")
+    if takes_masks:
+        possible.append("packed")
+    if mode == "auto":
+        return possible
+    if mode != "rows" and mode not in possible:
+        why = "gradient checkpointing keeps no cache" if checkpointing else "its attention is not plain causal"
+        raise ValueError(f"policy.mode={mode!r} is not possible for this model ({why}); use auto")
+    return [mode]  # type: ignore[list-item]

@@ -1,0 +1,160 @@
+"""Prompts become tokens: chat template, images through the model's own processor, placeholders expanded and counted."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmrl.rollout import Prompt
+from vision.growth import Pixels, PromptTokens
+from vision.images import Limits, image_key, load_image
+from vision.loading import banned_ids, image_token_id, is_vision, tokenizer_of
+from vision.network import bare
+
+_TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+
+class PromptError(ValueError):
+    """A prompt that the model cannot take; the message says why and what would mend it."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question is put. instruction follows the question; system goes before the conversation."""
+
+    instruction: str = ""
+    system: str = ""
+
+
+class PromptEncoder:
+    """Encodes prompts, each once: results are kept up to `max_bytes` of pixels, the oldest go first.
+
+    Args:
+        hf: the model; read for its configuration and its rotary rule.
+        processor: from `vision.loading.load_processor`.
+        max_tokens: longest prompt, images included. Longer ones are refused, never cut.
+        keep_images: keep the pictures beside the pixels, for engines that do their own processing.
+    """
+
+    def __init__(
+        self, hf: Any, processor: Any, template: Template, *, max_tokens: int,
+        limits: Limits | None = None, keep_images: bool = False, max_bytes: int = 2**30,
+    ) -> None:  # fmt: skip
+        self._model, self.processor, self.template = bare(hf), processor, template
+        self.tokenizer = tokenizer_of(processor)
+        self.max_tokens, self.limits, self.keep_images, self.max_bytes = max_tokens, limits, keep_images, max_bytes
+        self.image_token = image_token_id(self._model.config)
+        self._reserved = self._reserved_texts()
+        self._kept: OrderedDict[str, PromptTokens] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, prompt: Prompt) -> PromptTokens:
+        """The prompt's tokens.
+
+        Raises:
+            PromptError: a broken or missing image, placeholders in the text, images unlike placeholders, too long.
+        """
+        if prompt.id not in self._kept:
+            self._kept[prompt.id] = tokens = self._encode(prompt)
+            self._bytes += _size(tokens)
+            while self._bytes > self.max_bytes and len(self._kept) > 1:
+                self._bytes -= _size(self._kept.popitem(last=False)[1])
+        return self._kept[prompt.id]
+
+    def blank(self) -> Pixels | None:
+        """A grey picture's pixels, None for a text model."""
+        if self.image_token is None:
+            return None
+        return self._tokens([Image.new("RGB", (64, 64), (127, 127, 127))], "?", "blank").pixels
+
+    def rope(self, ids: Tensor, types: Tensor, images: Sequence[Pixels]) -> Tensor:
+        """(3, L) rotary positions of one row by the model's own rule."""
+        grids = [p.tensors["image_grid_thw"] for p in images]
+        positions, _ = self._model.model.get_rope_index(
+            ids[None], mm_token_type_ids=types[None], image_grid_thw=torch.cat(grids) if grids else None
+        )
+        return positions[:, 0]
+
+    def _encode(self, prompt: Prompt) -> PromptTokens:
+        question = str(prompt.inputs.get("question", ""))
+        for text in self._reserved:
+            if text in question:
+                raise PromptError(
+                    f"prompt {prompt.id!r}: its text contains the model's placeholder {text!r}; remove it, images are "
+                    "given by `images` and placed before the question"
+                )
+        paths = prompt.inputs.get("images") or []
+        if paths and self.image_token is None:
+            raise PromptError(f"prompt {prompt.id!r} has {len(paths)} images but the model reads text only")
+        try:
+            pictures = [load_image(p, self.limits) if self.limits else load_image(p) for p in paths]
+        except ValueError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+        return self._tokens(pictures, question, prompt.id)
+
+    def _tokens(self, pictures: Sequence[Image.Image], question: str, name: str) -> PromptTokens:
+        text = self._render(len(pictures), question)
+        if pictures:
+            made = self.processor(text=[text], images=[list(pictures)], return_tensors="pt")
+        else:
+            made = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
+        ids = made["input_ids"][0]
+        if len(ids) > self.max_tokens:
+            raise PromptError(
+                f"prompt {name!r} has {len(ids)} tokens, {self._count(ids)} of them from {len(pictures)} images; the "
+                f"limit is policy.max_prompt_tokens={self.max_tokens}. Raise it or use smaller pictures; prompts are "
+                "never cut"
+            )
+        types = (ids == self.image_token).long() if self.image_token is not None else torch.zeros_like(ids)
+        pixels = self._pixels(made, pictures) if pictures else None
+        positions = self._positions(ids, types, pixels)
+        kept = tuple(pictures) if self.keep_images else ()
+        return PromptTokens(ids, types, positions, int(positions.max()) + 1, text, kept, pixels)
+
+    def _positions(self, ids: Tensor, types: Tensor, pixels: Pixels | None) -> Tensor:
+        if hasattr(getattr(self._model, "model", None), "get_rope_index"):
+            return self.rope(ids, types, [pixels] if pixels else [])
+        return torch.arange(len(ids))
+
+    def _pixels(self, made: Any, pictures: Sequence[Image.Image]) -> Pixels:
+        takes = inspect.signature(self._model.model.get_image_features).parameters
+        tensors = {k: v for k, v in made.items() if k not in _TEXT_OUTPUTS and k in takes}
+        return Pixels("/".join(image_key(p) for p in pictures), tensors)
+
+    def _render(self, images: int, question: str) -> str:
+        question = f"{question}\n{self.template.instruction}" if self.template.instruction else question
+        if not self.tokenizer.chat_template and not getattr(self.processor, "chat_template", None):
+            if images:
+                raise PromptError("the processor has no chat template, so images cannot be placed; save one with it")
+            return f"{self.template.system}\n{question}\n" if self.template.system else f"{question}\n"
+        if is_vision(self._model.config):
+            content: Any = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+            system: Any = [{"type": "text", "text": self.template.system}]
+        else:
+            content, system = question, self.template.system
+        messages = [{"role": "system", "content": system}] if self.template.system else []
+        messages.append({"role": "user", "content": content})
+        owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+        return str(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _count(self, ids: Tensor) -> int:
+        return 0 if self.image_token is None else int((ids == self.image_token).sum())
+
+    def _reserved_texts(self) -> list[str]:
+        added = self.tokenizer.get_added_vocab()
+        banned = set(banned_ids(self._model.config, self.tokenizer))
+        return [text for text, i in added.items() if i in banned]
+
+
+def _size(tokens: PromptTokens) -> int:
+    pixels = tokens.pixels.tensors.values() if tokens.pixels else ()
+    return sum(t.numel() * t.element_size() for t in (tokens.ids, *pixels)) + sum(
+        3 * i.width * i.height for i in tokens.images
+    )
