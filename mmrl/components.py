@@ -63,7 +63,7 @@ def build(group: str, section: str, name: str, options: Mapping[str, Any]) -> An
         ComponentError: an option it does not take (with the nearest), or of the wrong type; `section` says where.
     """
     target = find(group, name)
-    if inspect.isfunction(target) and group == "mmrl.rewards":
+    if inspect.isfunction(target) and group in ("mmrl.rewards", "mmrl.scorers"):
         if options:
             raise ComponentError(
                 f"{section}: {name!r} is a plain function and takes no options, got {sorted(options)}"

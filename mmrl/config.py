@@ -37,7 +37,17 @@ class Component(BaseModel):
 
 
 class RewardConfig(Component):
-    """One outcome reward."""
+    """One outcome reward. Its worker process is described in `mmrl.rewards.isolation`."""
+
+    weight: float = 1.0
+    timeout_s: float | None = Field(
+        None, ge=0, allow_inf_nan=False
+    )  # of a batch in a killable process; 0 = in this process;
+    # null = 60 for a dotted path (a user's own code), 0 for a registered name
+
+
+class StepRewardConfig(Component):
+    """One step reward."""
 
     weight: float = 1.0
 
@@ -124,6 +134,7 @@ class RunConfig(Section):
     refill: NonNegativeInt = 0  # rounds of sampling further prompts for those whose rewards do not differ (DAPO)
     resume: bool = False  # continue from the newest checkpoint in `output`; starts anew when there is none
     max_unscored: float = Field(0.2, ge=0, le=1)  # share of samples without reward at which the run stops
+    max_unusable: float = Field(0.1, ge=0, le=1)  # share of prompts the policy cannot take at which the run stops
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     cpu: bool = False  # stay on the CPU even where there is a GPU
     threads: PositiveInt = 1  # per process on CPU: with several, spinning OpenMP threads fight for the cores
@@ -140,6 +151,7 @@ class Config(Section):
     policy: Component
     plan: dict[int, int]
     rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
+    step_rewards: list[StepRewardConfig] = Field(default_factory=list)  # for estimators that use them
     credit: CreditConfig = CreditConfig()
     prune: PruneConfig = PruneConfig()
     loss: LossConfig = LossConfig()

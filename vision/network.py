@@ -133,14 +133,6 @@ def encoder_output(features: Sequence[Features]) -> Any:
 # ---- log-probs -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TokenLogProbs:
-    """(A,) float32: logp of the asked tokens (differentiable) and the entropy of their distributions (not)."""
-
-    logp: Tensor
-    entropy: Tensor
-
-
 def run_job(
     hf: Any, job: Job, temperature: float, banned: Sequence[int], cache: FeatureCache | None, blank: Pixels | None
 ) -> dict[str, Tensor]:

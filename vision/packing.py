@@ -97,7 +97,7 @@ def leaf_rows(packed: Packed, leaves: Sequence[int]) -> list[Tensor]:
 
 
 def gather_index(packed: Packed, leaves: Sequence[int]) -> Tensor:
-    """(R, L) packed index of completion token t of leaf r, -1 = padding: `lp[gather]` is what a row-wise trainer has."""
+    """(R, L) packed index of completion token t of leaf r, -1 = padding: `lp[gather]` is a row-wise trainer's view."""
     rows = [r[packed.prompt :] for r in leaf_rows(packed, leaves)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
@@ -138,9 +138,7 @@ def cost(packed: Packed, parent: Sequence[int], mode: Mode, hidden: int) -> floa
     return 12 * hidden**2 * tokens + 2 * hidden * pairs
 
 
-def choose_mode(
-    trees: Sequence[tuple[Packed, Sequence[int]]], allowed: Sequence[Mode], hidden: int
-) -> Mode:
+def choose_mode(trees: Sequence[tuple[Packed, Sequence[int]]], allowed: Sequence[Mode], hidden: int) -> Mode:
     """The cheapest allowed mode for these trees by the cost model; the earlier one wins a tie."""
     return min(allowed, key=lambda mode: sum(cost(p, parent, mode, hidden) for p, parent in trees))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,8 @@ from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.attention import style_of
 from vision.decode import grow
 from vision.growth import Decoding, Node, PromptTokens
-from vision.lora import add_lora, image_parameters
 from vision.loading import banned_ids, eos_ids, load_model, load_processor, save, tokenizer_of
+from vision.lora import add_lora, image_parameters
 from vision.network import FeatureCache, Network, bare, run_job
 from vision.packing import Mode, ancestors, choose_mode, split
 from vision.passes import TokenTree, build_job
@@ -66,11 +67,9 @@ class VisionPolicy:
         if decoding.temperature <= 0:
             raise ValueError(f"policy.temperature={decoding.temperature}: rollouts need a temperature above 0")
         self.tokenizer, self.processor, self.rule = tokenizer_of(processor), processor, rule
-        banned = tuple(banned_ids(hf.config, self.tokenizer))
-        self.decoding = Decoding(
-            decoding.temperature, decoding.max_new_tokens, decoding.max_steps, banned,
-            tuple(sorted(eos_ids(bare(hf), self.tokenizer))),
-        )  # fmt: skip
+        eos = eos_ids(bare(hf), self.tokenizer)
+        banned = banned_ids(hf.config, self.tokenizer, keep=eos)
+        self.decoding = replace(decoding, banned=tuple(banned), eos=tuple(sorted(eos)))
         self.eval_temperature, self.max_batch, self.max_tokens = eval_temperature, max_batch, max_tokens
         self.model: nn.Module = Network(hf)
         self.encode = PromptEncoder(hf, processor, template or Template(), max_tokens=max_prompt_tokens)
@@ -108,7 +107,7 @@ class VisionPolicy:
 
         Args:
             model: "shapes" (the built-in tiny model, made on first use), a folder, or a hub name.
-            steps: line, blank_line, numbered, tag or special_token; where one step ends.
+            steps: where a step ends: line, blank_line, numbered, tag, or special_token:<the token>.
             lora_rank: 0 trains all weights; above 0 trains LoRA on the language model's projections, and the
                 reference for the KL is the model with the adapter off.
             train_vision: train the image encoder and projector too; off, they are frozen and pictures are encoded
@@ -125,7 +124,9 @@ class VisionPolicy:
             hf = add_lora(hf, lora_rank)
         if gradient_checkpointing:
             bare(hf).gradient_checkpointing_enable({"use_reentrant": False})
-        rule = StepRule.build(tokenizer_of(processor), steps)
+        name, _, token = steps.partition(":")
+        size = bare(hf).config.get_text_config().vocab_size
+        rule = StepRule(tokenizer_of(processor), name, token=token or None, vocab_size=size)
         return cls(
             hf, processor, rule, Decoding(temperature, max_new_tokens, max_steps),
             template=Template(instruction, system), max_prompt_tokens=max_prompt_tokens, max_batch=max_batch,
@@ -219,8 +220,7 @@ class VisionPolicy:
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One completion per prompt at the evaluation temperature."""
-        d = self.decoding
-        decoding = Decoding(self.eval_temperature, d.max_new_tokens, 1, d.banned, d.eos)
+        decoding = replace(self.decoding, temperature=self.eval_temperature, max_steps=1)
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
         nodes = self._grow([self.encode(p) for p in prompts], BranchPlan({0: 1}), decoding, seeds)
         texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
@@ -268,7 +268,7 @@ class VisionPolicy:
         job = build_job(trees, wanted, mode, self.style, self.encode.rope)
         if mode not in self._told:
             unique = sum(len(t.packed) for t in trees)
-            rows = sum(len(p.pred) and int((p.path[p.last[v]] + 1)) for p, parent in shown
+            rows = sum(len(p.pred) and int(p.path[p.last[v]] + 1) for p, parent in shown
                        for v in range(len(parent)) if v not in set(parent))  # fmt: skip
             self._tell(mode, logging.INFO, f"update layout {mode}: {rows / unique:.1f} tokens of separate rows per "
                        f"unique token, {job.row_tokens} run for {unique}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Prompts become tokens: chat template, images through the model's own processor, placeholders expanded and counted."""
+"""Prompts become tokens: chat template, images by the model's own processor, placeholders expanded and counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from mmrl.rollout import Prompt
 from vision.growth import Pixels, PromptTokens
 from vision.images import Limits, image_key, load_image
-from vision.loading import banned_ids, image_token_id, is_vision, tokenizer_of
+from vision.loading import banned_ids, eos_ids, image_token_id, is_vision, tokenizer_of
 from vision.network import bare
 
 _TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -149,7 +149,7 @@ class PromptEncoder:
 
     def _reserved_texts(self) -> list[str]:
         added = self.tokenizer.get_added_vocab()
-        banned = set(banned_ids(self._model.config, self.tokenizer))
+        banned = set(banned_ids(self._model.config, self.tokenizer, keep=eos_ids(self._model, self.tokenizer)))
         return [text for text, i in added.items() if i in banned]
 
 

@@ -5,8 +5,8 @@ Outputs are pictures, (C, H, W) tensors in [0, 1] or PIL images, kept as PNG, or
 
 from __future__ import annotations
 
+import base64
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmrl.rollout import Rollout, Sample
-from mmrl.tree import StepTree
+from mmrl.rollout import Prompt, Rollout, Sample
 
 PER_ROW = 10  # samples kept per row of the grid
 MAX_ROWS = 12
@@ -24,13 +23,37 @@ MAX_ROWS = 12
 
 def save_samples(samples: Sequence[Sample], rewards: Sequence[float], folder: Path) -> None:
     """The first samples of every kind of prompt (same inputs), with their rewards, into `folder`."""
-    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows: dict[str, dict[str, Any]] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for i, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
-        title = ", ".join(f"{k} {v}" for k, v in sample.prompt.inputs.items())
-        if len(rows[title]) < PER_ROW and len(rows) <= MAX_ROWS:
-            rows[title].append({"output": save_output(sample.output, folder, f"{i:04d}"), "reward": reward})
-    (folder / "samples.json").write_text(json.dumps(rows, indent=1) + "\n")
+        key = json.dumps(dict(sample.prompt.inputs), sort_keys=True)
+        if key not in rows:
+            if len(rows) == MAX_ROWS:
+                continue
+            shown = prompt_picture(sample.prompt, folder, f"prompt_{i:04d}")
+            rows[key] = {"title": prompt_title(sample.prompt), "prompt": shown, "cells": []}
+        cells = rows[key]["cells"]
+        if len(cells) < PER_ROW:
+            cells.append({"output": save_output(sample.output, folder, f"{i:04d}"), "reward": reward})
+    (folder / "samples.json").write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+
+
+def prompt_title(prompt: Prompt) -> str:
+    """The question, or the inputs that are no media."""
+    inputs = {k: v for k, v in prompt.inputs.items() if k not in ("images", "videos")}
+    return str(inputs["question"]) if "question" in inputs else ", ".join(f"{k} {v}" for k, v in inputs.items())
+
+
+def prompt_picture(prompt: Prompt, folder: Path, name: str) -> str | None:
+    """A small copy of the prompt's first image in `folder`; its file name, None when it has no image."""
+    images = prompt.inputs.get("images") or []
+    if not images:
+        return None
+    with Image.open(images[0]) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((256, 256))
+    small.save(folder / f"{name}.png")
+    return f"{name}.png"
 
 
 def save_tree(rollout: Rollout, adv: Tensor, describe: Callable[[Rollout, Tensor], list[Any]], folder: Path) -> None:
@@ -39,14 +62,18 @@ def save_tree(rollout: Rollout, adv: Tensor, describe: Callable[[Rollout, Tensor
     one = rollout.select([0])
     one = one.with_tree(one.tree.replace(tags=one.tree.tags | {"adv": adv[keep]}))
     one.save(folder)
-    steps = shown_steps(one.tree)
+    prompt_picture(one.prompts[0], folder, "prompt")
+    steps = shown_steps(one)
     outputs = describe(one, steps)
     shown = {int(s): save_output(o, folder, f"step_{int(s):04d}") for s, o in zip(steps, outputs, strict=True)}
     (folder / "outputs.json").write_text(json.dumps(shown, indent=1) + "\n")
 
 
-def shown_steps(tree: StepTree) -> Tensor:
-    """Steps worth a picture: leaves, members of a fork, and first steps. Unary runs in between are skipped."""
+def shown_steps(rollout: Rollout) -> Tensor:
+    """Steps worth showing: every written one; of pictures leaves, members of a fork, and first steps only."""
+    tree = rollout.tree
+    if rollout.texts:
+        return torch.arange(len(tree))
     family = torch.bincount(tree.sib)[tree.sib]
     return (tree.is_leaf | (family > 1) | (tree.parent < 0)).nonzero().flatten()
 
@@ -70,3 +97,8 @@ def to_image(pixels: Tensor) -> Image.Image:
         raise ValueError(f"a picture must be (1 or 3, H, W), got {tuple(pixels.shape)}")
     array = (pixels.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
+
+
+def data_uri(file: Path) -> str:
+    """The PNG inlined."""
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from mmrl.report.artifacts import data_uri
 from mmrl.report.tree_picture import draw_tree
 
 # One panel each, in this order; metrics that share a panel share an axis.
 PANELS: list[tuple[str, list[str]]] = [
-    ("Reward, judge and diversity on the evaluation prompts", ["eval/reward", "eval/judge", "eval/diversity"]),
+    (
+        "On the evaluation prompts",
+        ["eval/reward", "eval/judge", "eval/diversity", "eval/accuracy", "eval/steps", "eval/format"],
+    ),
     ("Reward of the rollouts", ["reward/mean", "reward/std"]),
+    ("Entropy of the actions", ["policy/entropy"]),
     ("Divergence from the initial model (KL)", ["policy/kl"]),
     ("Gradient norm", ["policy/grad_norm"]),
     ("Share clipped", ["policy/clip_frac"]),
@@ -24,38 +29,56 @@ PANELS: list[tuple[str, list[str]]] = [
 ]
 
 
+Rows = list[dict[str, float]]
+
+
 class ReportError(ValueError):
     """The folder holds no run."""
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, against: Sequence[Path] = ()) -> Path:
     """Write run/report.html from what the run left; returns its path.
+
+    against: other runs whose evaluation curves are drawn beside this one's.
 
     Raises:
         ReportError: no such folder, or no metrics in it.
     """
-    run = Path(run)
-    if not (run / "metrics.jsonl").is_file() or not (run / "config.yaml").is_file():
-        raise ReportError(f"{run} is no run folder (no metrics.jsonl and config.yaml); give the run.output of a run")
-    rows = read_metrics(run / "metrics.jsonl")
+    return write_overview([(Path(run).name, Path(run), against)], Path(run) / "report.html")
+
+
+def write_overview(runs: Sequence[tuple[str, Path, Sequence[Path]]], out: Path) -> Path:
+    """One page of several runs, each (title, run, runs to compare with); returns `out`."""
     env = Environment(loader=PackageLoader("mmrl.report", "templates"), autoescape=select_autoescape())
-    grids = sorted(p for p in (run / "samples").glob("[0-9]*") if (p / "samples.json").exists())
-    trees = [run / "trees" / n for n in ("first", "last") if (run / "trees" / n / "outputs.json").exists()]
-    html = env.get_template("report.html").render(
-        title=run.name,
-        headline=_headline(rows),
-        panels=[svg for panel in PANELS if (svg := _panel(*panel, rows))],
-        grids=[_grid(p) for p in dict.fromkeys([*grids[:1], *grids[-1:]])],
-        trees=[{"name": p.name, "svg": draw_tree(p)} for p in trees],
-        config=(run / "config.yaml").read_text(),
-        environment=yaml.safe_dump(json.loads((run / "environment.json").read_text())),
-    )
-    out = run / "report.html"
-    out.write_text(html)
+    sections = [_section(*run) for run in runs]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(env.get_template("report.html").render(title=" + ".join(r[0] for r in runs), sections=sections))
     return out
 
 
-def read_metrics(file: Path) -> list[dict[str, float]]:
+def _section(title: str, run: Path, against: Sequence[Path]) -> dict[str, Any]:
+    for folder in (run, *against):
+        if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
+            raise ReportError(
+                f"{folder} is no run folder (no metrics.jsonl and config.yaml); give the run.output of a run"
+            )
+    rows = read_metrics(run / "metrics.jsonl")
+    others = {p.name: read_metrics(p / "metrics.jsonl") for p in against}
+    grids = sorted(p for p in (run / "samples").glob("[0-9]*") if (p / "samples.json").exists())
+    trees = [run / "trees" / n for n in ("first", "last") if (run / "trees" / n / "outputs.json").exists()]
+    return {
+        "title": title,
+        "headline": _headline(rows, others),
+        "others": list(others),
+        "panels": [svg for i, panel in enumerate(PANELS) if (svg := _panel(*panel, rows, {} if i else others))],
+        "grids": [_grid(p) for p in dict.fromkeys([*grids[:1], *grids[-1:]])],
+        "trees": [{"name": p.name, "svg": draw_tree(p)} for p in trees],
+        "config": (run / "config.yaml").read_text(),
+        "environment": yaml.safe_dump(json.loads((run / "environment.json").read_text())),
+    }
+
+
+def read_metrics(file: Path) -> Rows:
     """The lines of metrics.jsonl; a last line cut by a kill is left out."""
     rows = []
     for line in file.read_text().splitlines():
@@ -66,24 +89,26 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     return rows
 
 
-def series(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
     """Iterations and values at which `name` was logged."""
     points = [(r["iteration"], r[name]) for r in rows if name in r]
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _headline(rows: list[dict[str, float]]) -> list[dict[str, str]]:
-    """First and last value of every evaluation metric."""
+def _headline(rows: Rows, others: Mapping[str, Rows]) -> list[dict[str, Any]]:
+    """First and last value of every evaluation metric, and the last one of the runs compared with."""
     names = dict.fromkeys(k for r in rows for k in r if k.startswith("eval/"))
     out = []
     for name in names:
         _, y = series(rows, name)
-        out.append({"name": name.removeprefix("eval/"), "first": f"{y[0]:.3f}", "last": f"{y[-1]:.3f}"})
+        beside = [f"{o[-1]:.3f}" if (o := series(r, name)[1]) else "" for r in others.values()]
+        short = name.removeprefix("eval/")
+        out.append({"name": short, "first": f"{y[0]:.3f}", "last": f"{y[-1]:.3f}", "others": beside})
     return out
 
 
-def _panel(title: str, names: list[str], rows: list[dict[str, float]]) -> str | None:
-    """An SVG with one line per metric, None when none was logged."""
+def _panel(title: str, names: list[str], rows: Rows, others: Mapping[str, Rows]) -> str | None:
+    """An SVG with one line per metric, None when none was logged; the other runs' lines are dashed."""
     from matplotlib.figure import Figure
 
     found = [(n, *series(rows, n)) for n in names]
@@ -93,13 +118,15 @@ def _panel(title: str, names: list[str], rows: list[dict[str, float]]) -> str | 
     figure = Figure(figsize=(5.2, 2.7), layout="constrained")
     axes = figure.subplots()
     for name, x, y in found:
-        axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3, linewidth=1.6, label=name)
+        (line,) = axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3, linewidth=1.6, label=name)
+        for other, its in others.items():
+            axes.plot(*series(its, name), "--", linewidth=1.3, color=line.get_color(), label=f"{name}, {other}")
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("iteration", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(found) > 1:
+    if len(found) > 1 or others:
         axes.legend(fontsize=8, frameon=False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
@@ -109,13 +136,9 @@ def _panel(title: str, names: list[str], rows: list[dict[str, float]]) -> str | 
 
 def _grid(folder: Path) -> dict[str, Any]:
     rows = json.loads((folder / "samples.json").read_text())
-    for cells in rows.values():
-        for cell in cells:
+    for row in rows:
+        row["src"] = data_uri(folder / row["prompt"]) if row["prompt"] else None
+        for cell in row["cells"]:
             if "picture" in cell["output"]:
                 cell["src"] = data_uri(folder / cell["output"]["picture"])
     return {"iteration": int(folder.name), "rows": rows}
-
-
-def data_uri(file: Path) -> str:
-    """The PNG inlined."""
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

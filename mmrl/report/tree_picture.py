@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrl.report.artifacts import shown_steps
+from mmrl.report.artifacts import data_uri, prompt_title, shown_steps
 from mmrl.rollout import Rollout
 from mmrl.tree import StepTree
 
-CELL, GAP, COLUMN, MARGIN = 40, 10, 150, 24
+CELL, GAP, COLUMN, MARGIN, ROOT = 40, 10, 150, 24, 96
+WORDS = 104  # width of a written step
+LETTERS = 17  # of a written step; the whole text is its tooltip
 
 
 def draw_tree(folder: Path) -> str:
@@ -23,22 +25,37 @@ def draw_tree(folder: Path) -> str:
     rollout = Rollout.load(folder)
     tree, adv = rollout.tree, rollout.tree.tags["adv"]
     outputs: dict[str, dict[str, str]] = json.loads((folder / "outputs.json").read_text())
-    shown = shown_steps(tree)
+    shown = shown_steps(rollout)
     above = _shown_ancestor(tree, shown)
     x, y = _layout(tree, shown, above)
-    width = int(max(x.values())) + CELL + 130
-    height = int(max(y.values())) + CELL + MARGIN
-    root = (MARGIN, sum(y[int(s)] for s in shown if above[int(s)] < 0) / max(1, sum(above[int(s)] < 0 for s in shown)))
-    parts = [_edge(root if above[s] < 0 else (x[above[s]] + CELL, y[above[s]]), (x[s], y[s]), float(adv[s]),
+    width = int(max(x.values())) + WORDS + 130
+    height = max(int(max(y.values())) + CELL, ROOT) + MARGIN
+    root = (
+        MARGIN + ROOT,
+        sum(y[int(s)] for s in shown if above[int(s)] < 0) / max(1, sum(above[int(s)] < 0 for s in shown)),
+    )
+    wide = WORDS if rollout.texts else CELL
+    parts = [_edge(root if above[s] < 0 else (x[above[s]] + wide, y[above[s]]), (x[s], y[s]), float(adv[s]),
                    bool(rollout.actions.trainable[tree.tok_start[s]]))
              for s in map(int, shown)]  # fmt: skip
-    parts.append(f'<circle cx="{root[0]}" cy="{root[1]:.0f}" r="6" class="root"/>')
+    parts.append(_root(root, folder))
     for s in map(int, shown):
-        parts.append(_node(x[s], y[s], outputs[str(s)], folder, _caption(tree, s)))
-    prompt = html.escape(json.dumps(dict(rollout.prompts[0].inputs)))
+        parts.append(_node(x[s], y[s], outputs[str(s)], folder, _caption(tree, s), float(tree.step_reward[s])))
+    prompt = html.escape(prompt_title(rollout.prompts[0]))
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" class="tree" role="img">'
-        f"<title>Rollout tree of prompt {prompt}</title>{''.join(parts)}</svg>"
+        f'<title>Rollout tree of prompt {prompt}</title><text x="{MARGIN}" y="14">{prompt}</text>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _root(at: tuple[float, float], folder: Path) -> str:
+    """The prompt: its picture, or a dot."""
+    if not (folder / "prompt.png").exists():
+        return f'<circle cx="{at[0]}" cy="{at[1]:.0f}" r="6" class="root"/>'
+    top = max(at[1] - ROOT / 2, MARGIN)
+    return (
+        f'<image x="{MARGIN}" y="{top:.0f}" width="{ROOT}" height="{ROOT}" href="{data_uri(folder / "prompt.png")}"/>'
     )
 
 
@@ -67,7 +84,7 @@ def _layout(tree: StepTree, shown: Tensor, above: dict[int, int]) -> tuple[dict[
 
     def place(s: int) -> None:
         nonlocal row
-        x[s] = MARGIN + 50 + column[int(tree.depth[s])] * COLUMN
+        x[s] = MARGIN + ROOT + 60 + column[int(tree.depth[s])] * COLUMN
         below = children.get(s, [])
         for c in below:
             place(c)
@@ -101,19 +118,27 @@ def _caption(tree: StepTree, s: int) -> str:
     return f"{float(tree.outcome[s]):.3f}" if bool(tree.is_finished[s]) else "unscored"
 
 
-def _node(x: float, y: float, output: dict[str, Any], folder: Path, caption: str) -> str:
+def _node(x: float, y: float, output: dict[str, Any], folder: Path, caption: str, step_reward: float) -> str:
     if "picture" in output:
-        data = base64.b64encode((folder / output["picture"]).read_bytes()).decode()
         body = (
             f'<image x="{x:.0f}" y="{y - CELL / 2:.0f}" width="{CELL}" height="{CELL}" '
-            f'href="data:image/png;base64,{data}"/>'
+            f'href="{data_uri(folder / output["picture"])}"/>'
         )
     else:
-        text = html.escape(output["text"])
-        body = (
-            f'<circle cx="{x + CELL / 2:.0f}" cy="{y:.0f}" r="8" class="root"><title>{text}</title></circle>'
-            f'<text x="{x:.0f}" y="{y + 22:.0f}" class="words">{text[:24]}</text>'
-        )
+        body = _words(x, y, output["text"], step_reward)
+        x += WORDS - CELL
     if caption:
         body += f'<text x="{x + CELL + 8:.0f}" y="{y + 4:.0f}" class="reward">{caption}</text>'
     return body
+
+
+def _words(x: float, y: float, text: str, step_reward: float) -> str:
+    """A written step in a box; its left edge is green for a step reward above 0, red otherwise, grey without one."""
+    colour = "var(--mute)" if math.isnan(step_reward) else "var(--good)" if step_reward > 0 else "var(--bad)"
+    short = html.escape(text if len(text) <= LETTERS else text[: LETTERS - 1] + "\u2026")
+    return (
+        f"<g><title>{html.escape(text)} (step reward {step_reward:g})</title>"
+        f'<rect x="{x:.0f}" y="{y - 11:.0f}" width="{WORDS}" height="22" class="words"/>'
+        f'<rect x="{x:.0f}" y="{y - 11:.0f}" width="4" height="22" fill="{colour}"/>'
+        f'<text x="{x + 9:.0f}" y="{y + 4:.0f}">{short}</text></g>'
+    )

@@ -41,7 +41,8 @@ def score(
 ) -> Scored:
     """Call every reward (name -> (function, weight)) on all samples at once and sum them by weight.
 
-    None and NaN mean "not scorable". A reward that raises leaves all its samples unscored; its traceback is logged.
+    None and NaN mean "not scorable". A reward that raises, SystemExit included, leaves all its samples unscored; its
+    traceback is logged.
     A sample that one reward could not score has no total, so it leaves its group's statistics.
 
     Raises:
@@ -55,7 +56,10 @@ def score(
         start = time.perf_counter()
         try:
             raw: Sequence[float | None] = reward(samples)
-        except Exception as error:
+            trouble = getattr(reward, "last_error", None) or trouble  # an isolated reward keeps its own
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:
             trouble = f"{type(error).__name__}: {error}"
             log.error("reward %r raised on %d samples:\n%s", name, len(samples), traceback.format_exc())
             raw = [None] * len(samples)
@@ -80,13 +84,21 @@ def write_outcomes(rollout: Rollout, samples: Sequence[Sample], total: Tensor) -
     return rollout.with_tree(rollout.tree.with_outcomes(leaves, total))
 
 
+def wrong_count(name: str, got: int, samples: int) -> str:
+    """Message for a reward that does not return one value per sample."""
+    return (
+        f"reward {name!r} returned {got} values for {samples} samples; return one per sample, "
+        "None where it cannot be scored"
+    )
+
+
 def _as_tensor(name: str, raw: Sequence[float | None], samples: Sequence[Sample]) -> Tensor:
-    values = list(raw)
+    try:
+        values = list(raw)
+    except TypeError as error:
+        raise RewardError(f"reward {name!r} returned {raw!r}; return a sequence with one value per sample") from error
     if len(values) != len(samples):
-        raise RewardError(
-            f"reward {name!r} returned {len(values)} values for {len(samples)} samples; return one per sample, "
-            "None where it cannot be scored"
-        )
+        raise RewardError(wrong_count(name, len(values), len(samples)))
     out = []
     for i, v in enumerate(values):
         try:

@@ -24,12 +24,13 @@ from mmrl.credit.select import prune_depths, prune_width
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
+from mmrl.rewards.steps import ScoredSteps, score_steps
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, check_prompts
-from mmrl.trainers.data import prompt_batch
+from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.policy_update import Batch, Sums, build_batch, idle_loss, policy_loss, recompute_old_logp
 from mmrl.trainers.refill import refill
-from mmrl.trainers.task import Task, build_rewards
+from mmrl.trainers.task import Task, build_rewards, build_step_rewards
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class BranchGrpo:
         self.task: Task = task or build("mmrl.tasks", "task", config.task.name, config.task.options)
         self.policy: Policy = policy or build("mmrl.policies", "policy", config.policy.name, config.policy.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
+        self.step_rewards = build_step_rewards(config)
         self.plan = BranchPlan(config.plan)
         self.forecast = self.policy.forecast(self.plan)
         self._credit_how: dict[str, Any] = {
@@ -66,8 +68,10 @@ class BranchGrpo:
         self.policy.model = self.loop.model
         self._seconds: dict[str, float] = {}
         self._scores: list[Scored] = []  # of this iteration, refills included
+        self._step_scores: list[ScoredSteps] = []
         self._cost: Counter[str] = Counter()
         self._refills = 0
+        self._admission = Admission(self.policy.admit, config.run.max_unusable)
 
     def train(self) -> dict[str, float]:
         """Run to the end; returns the last metrics."""
@@ -79,7 +83,7 @@ class BranchGrpo:
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Sample, reward, credit, select, update."""
-        self._seconds, self._scores, self._refills, self._cost = {}, [], 0, Counter()
+        self._seconds, self._scores, self._step_scores, self._refills, self._cost = {}, [], [], 0, Counter()
         rollout = self.sample(iteration)
         credit = self.credit(rollout)
         batch = self.select(rollout, credit, iteration)
@@ -98,12 +102,16 @@ class BranchGrpo:
         run, acc = self.config.run, self.loop.accelerator
         prompts = prompt_batch(self.task.prompts, run.prompts_per_iteration, iteration, run.seed)
         mine = prompts[acc.process_index :: acc.num_processes]
-        rollout = self.rewarded(mine, iteration, 0)
+        others = list(self.task.prompts)[acc.process_index :: acc.num_processes]
+        rollout = self.rewarded(self._admission.fill(mine, others), iteration, 0)
         if run.refill:
-            others = list(self.task.prompts)[acc.process_index :: acc.num_processes]
-            again = partial(self.rewarded, iteration=iteration)
-            rollout, self._refills = refill(rollout, others, lambda p, k: again(p, attempt=k), run.refill)
+            others = [p for p in others if p.id not in self._admission.bad]
+            rollout, self._refills = refill(rollout, others, partial(self._again, iteration), run.refill)
         return rollout
+
+    def _again(self, iteration: int, prompts: Sequence[Prompt], attempt: int) -> Rollout | None:
+        good = self._admission.good(prompts)
+        return self.rewarded(good, iteration, attempt) if good else None
 
     def rewarded(self, prompts: Sequence[Prompt], iteration: int, attempt: int) -> Rollout:
         """A rollout with the outcomes of its leaves; adds to the iteration's scores."""
@@ -114,9 +122,13 @@ class BranchGrpo:
             samples = self.policy.samples(rollout)
         with self._timed("reward"):
             scored = score(samples, self.rewards, run.max_unscored)
+            rollout = write_outcomes(rollout, samples, scored.total)
+            if self.step_rewards:
+                rollout, steps = score_steps(rollout, self.step_rewards)
+                self._step_scores.append(steps)
         self._scores.append(scored)
         self._cost.update(rollout.counts)
-        return write_outcomes(rollout, samples, scored.total)
+        return rollout
 
     @property
     def last_scores(self) -> Scored:
@@ -145,6 +157,8 @@ class BranchGrpo:
         norm = self.loop.update(losses, partial(idle_loss, self.policy, batch))
         total = self.loop.all_sum(*sums.values.values())
         metrics = {f"policy/{k}": v / batch.denominator for k, v in zip(sums.values, total, strict=True)}
+        if metrics["policy/entropy"] == 0:  # a policy that gives none
+            del metrics["policy/entropy"]
         metrics["policy/grad_norm"] = norm
         if first:
             metrics["policy/ratio_dev_max"] = self._check_ratio(sums.ratio_dev)
@@ -179,7 +193,8 @@ class BranchGrpo:
         """Reward, judges and diversity on the evaluation prompts, side by side; pictures go to the run folder."""
         acc = self.loop.accelerator
         prompts = list(self.task.eval_prompts)
-        mine = self.policy.generate(prompts[acc.process_index :: acc.num_processes], seed=EVAL_SEED)
+        good = self._admission.good(prompts[acc.process_index :: acc.num_processes])
+        mine = self.policy.generate(good, seed=EVAL_SEED)
         samples = gather_object(mine) if acc.num_processes > 1 else mine
         place = {p.id: i for i, p in enumerate(prompts)}
         samples.sort(key=lambda s: place[s.prompt.id])  # the order of one process, whatever the number of ranks
@@ -203,33 +218,34 @@ class BranchGrpo:
 
     def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batch: Batch) -> dict[str, float]:
         total = torch.cat([s.total for s in self._scores])
-        total = total[~total.isnan()]
-        states = float(torch.unique(rollout.tree.sib[batch.steps]).numel())
-        names = list(self.rewards)
-        parts = [torch.cat([s.parts[n] for s in self._scores]) for n in names]
-        sums = self.loop.all_sum(
-            float(total.sum()), float((total**2).sum()), float(total.numel()), float(self._cost["leaves"]),
-            float(self._cost["calls"]), states, float(credit.info["zero_spread_groups"]),
-            float(credit.info["groups"]), *(float(p.nansum()) for p in parts),
-            *(float((~p.isnan()).sum()) for p in parts),
-        )  # fmt: skip
-        r, r2, n, leaves, calls, trained, flat, groups, *rest = sums
-        mean = r / max(n, 1)
+        sums = {f"cost/{k}": float(v) for k, v in self._cost.items()}
+        sums |= _moments("reward", total)
+        for name in self.rewards:
+            sums |= _moments(f"reward/{name}", torch.cat([s.parts[name] for s in self._scores]))
+        for name in self.step_rewards:
+            sums |= _moments(f"step_reward/{name}", torch.cat([s.parts[name] for s in self._step_scores]))
+        sums |= {"flat": float(credit.info["zero_spread_groups"]), "groups": float(credit.info["groups"])}
+        sums |= {"bad": float(len(self._admission.bad))}
+        sums["trained"] = float(torch.unique(rollout.tree.sib[batch.steps]).numel())
+        sums = dict(zip(sums, self.loop.all_sum(*sums.values()), strict=True))
+        leaves = sums.pop("cost/leaves")
         metrics = {
-            "reward/mean": mean,
-            "reward/std": max(r2 / max(n, 1) - mean**2, 0.0) ** 0.5,
-            "reward/unscored_frac": 1 - n / leaves,
-            "reward/zero_spread_frac": flat / groups,
-            "rollout/calls_per_leaf": calls / leaves,
-            "rollout/trained_states_per_leaf": trained / leaves,
+            "reward/mean": sums["reward/sum"] / max(sums["reward/n"], 1),
+            "reward/unscored_frac": 1 - sums["reward/n"] / leaves,
+            "reward/zero_spread_frac": sums["flat"] / sums["groups"],
+            "rollout/trained_states_per_leaf": sums["trained"] / leaves,
+            "rollout/unusable_prompts": sums["bad"],
             "credit/adv_abs_max": self.loop.all_max(float(credit.info["adv_abs_max"]))[0],
         }
+        metrics["reward/std"] = (
+            max(sums["reward/sq"] / max(sums["reward/n"], 1) - metrics["reward/mean"] ** 2, 0) ** 0.5
+        )
+        metrics |= {f"rollout/{k[5:]}_per_leaf": v / leaves for k, v in sums.items() if k.startswith("cost/")}
         if self.config.run.refill:
             metrics["rollout/refills"] = self.loop.all_max(float(self._refills))[0]
-        half = len(names)
-        if half > 1:
-            metrics |= {f"reward/{k}": rest[i] / max(rest[half + i], 1) for i, k in enumerate(names)}
-        return metrics
+        parts = [f"reward/{n}" for n in self.rewards if len(self.rewards) > 1]
+        parts += [f"step_reward/{n}" for n in self.step_rewards]
+        return metrics | {k: sums[f"{k}/sum"] / max(sums[f"{k}/n"], 1) for k in parts}
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -239,6 +255,12 @@ class BranchGrpo:
 
     def _seconds_metrics(self) -> dict[str, float]:
         return {f"time/{k}_s": v for k, v in self._seconds.items()}
+
+
+def _moments(name: str, x: Tensor) -> dict[str, float]:
+    """Count, sum and sum of squares of what is not NaN."""
+    x = x[~x.isnan()]
+    return {f"{name}/n": float(x.numel()), f"{name}/sum": float(x.sum()), f"{name}/sq": float((x**2).sum())}
 
 
 def train(config: Config) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Sums:
     """Weighted sums over the micro-batches of one update, for the log."""
 
     values: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("loss", "clip_frac", "kl", "log_ratio"), 0.0)
+        default_factory=lambda: dict.fromkeys(("loss", "clip_frac", "kl", "log_ratio", "entropy"), 0.0)
     )
     ratio_dev: float = 0.0
 
@@ -110,6 +110,8 @@ def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor,
     loss = (w * surrogate).sum()
     sums.add(w, clip_frac=clipped.float())
     sums.add(weight, log_ratio=log_ratio)
+    if new.entropy is not None:
+        sums.add(weight, entropy=new.entropy)
     sums.ratio_dev = max(sums.ratio_dev, float((log_ratio.detach().exp() - 1).abs().max()))
     if config.kl > 0:
         kl = _kl(new, config.kl_form)

@@ -11,7 +11,10 @@ from mmrl.rollout import Prompt, Rollout
 
 
 def refill(
-    first: Rollout, prompts: Sequence[Prompt], sample: Callable[[Sequence[Prompt], int], Rollout], limit: int
+    first: Rollout,
+    prompts: Sequence[Prompt],
+    sample: Callable[[Sequence[Prompt], int], Rollout | None],
+    limit: int,
 ) -> tuple[Rollout, int]:
     """Replace uninformative prompts of `first` by further ones, in at most `limit` rounds (DAPO style).
 
@@ -20,7 +23,7 @@ def refill(
 
     Args:
         first: a rewarded rollout of the wanted number of prompts.
-        sample: (prompts, round) -> rewarded rollout.
+        sample: (prompts, round) -> rewarded rollout, None when none of them can be used.
     Returns:
         the rollout and the number of rounds used.
     """
@@ -37,7 +40,8 @@ def refill(
             break
         used += 1
         batch, queue = open_[:missing], open_[missing:] + open_[:missing]
-        more = _informative(sample(batch, used))
+        sampled = sample(batch, used)
+        more = None if sampled is None else _informative(sampled)
         kept = more if kept is None else kept if more is None else Rollout.concatenate([kept, more])
     return (kept or first), used
 

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from mmrl.components import build
 from mmrl.config import Config, RewardConfig
-from mmrl.rollout import OutcomeReward, Prompt, Sample
+from mmrl.rewards import Isolated
+from mmrl.rollout import OutcomeReward, Prompt, Sample, StepReward
 
 
 class Task(Protocol):
@@ -21,12 +22,33 @@ class Task(Protocol):
         """Numbers that show whether the reward is being hacked: an independent judge, diversity."""
 
 
+FOREIGN_TIMEOUT_S = 60.0  # of a batch, for rewards that are named by a dotted path
+
+
 def build_rewards(config: Config, task: Task) -> dict[str, tuple[OutcomeReward, float]]:
-    """name -> (reward, weight), from the recipe or the task's default."""
+    """name -> (reward, weight), from the recipe or the task's default. Dotted paths run in a killable process."""
     chosen = config.rewards or [RewardConfig(name=name) for name in task.rewards]
     out: dict[str, tuple[OutcomeReward, float]] = {}
     for i, r in enumerate(chosen):
         if r.name in out:
             raise ValueError(f"rewards.{i}: {r.name!r} is listed twice; give it once with the summed weight")
-        out[r.name] = (build("mmrl.rewards", f"rewards.{i}", r.name, r.options), r.weight)
+        out[r.name] = (_build(r, f"rewards.{i}"), r.weight)
     return out
+
+
+def build_step_rewards(config: Config) -> dict[str, tuple[StepReward, float]]:
+    """name -> (step reward, weight), from the recipe."""
+    out: dict[str, tuple[StepReward, float]] = {}
+    for i, r in enumerate(config.step_rewards):
+        if r.name in out:
+            raise ValueError(f"step_rewards.{i}: {r.name!r} is listed twice; give it once with the summed weight")
+        out[r.name] = (build("mmrl.scorers", f"step_rewards.{i}", r.name, r.options), r.weight)
+    return out
+
+
+def _build(r: RewardConfig, section: str) -> OutcomeReward:
+    foreign = FOREIGN_TIMEOUT_S if ":" in r.name else 0.0
+    timeout_s = foreign if r.timeout_s is None else r.timeout_s
+    if timeout_s > 0:
+        return Isolated(r.name, r.options, timeout_s, section=section)
+    return build("mmrl.rewards", section, r.name, r.options)

@@ -1,0 +1,117 @@
+"""Step rewards on rollouts whose steps are texts: what a step reward sees, and calling them safely."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmrl.rewards.scoring import RewardError
+from mmrl.rollout import Prompt, Rollout, StepReward
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """One step as a reader meets it. `before` holds the texts of its ancestors, first step first.
+
+    Siblings share one `before` list: read it, do not change it.
+    """
+
+    prompt: Prompt
+    before: list[str]
+    text: str
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class ScoredSteps:
+    """parts: each reward's own (N,) float64. seconds: wall time per reward. unscored: steps per reward with NaN.
+
+    failed: message of each reward that raised; all its steps are unscored.
+    """
+
+    parts: Mapping[str, Tensor]
+    seconds: Mapping[str, float]
+    unscored: Mapping[str, int]
+    failed: Mapping[str, str]
+
+
+def step_views(rollout: Rollout) -> list[StepView]:
+    """A view of every step, in node order.
+
+    Raises:
+        ValueError: the policy gave no texts.
+    """
+    tree = rollout.tree
+    if len(rollout.texts) != len(tree):
+        raise ValueError(
+            f"the rollout has {len(rollout.texts)} texts for {len(tree)} steps; rewards that read steps need a "
+            "policy that writes"
+        )
+    views: list[StepView] = []
+    below: dict[int, list[str]] = {-1: []}  # step -> what its children have before them
+    rows = zip(tree.parent.tolist(), tree.group.tolist(), tree.is_leaf.tolist(), rollout.texts, strict=True)
+    for i, (parent, group, is_leaf, text) in enumerate(rows):
+        before = below[parent]
+        views.append(StepView(rollout.prompts[group], before, text, is_leaf))
+        if not is_leaf:
+            below[i] = [*before, text]
+    return views
+
+
+def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]]) -> tuple[Rollout, ScoredSteps]:
+    """Call every step reward (name -> (function, weight)) and write their weighted sum into `tree.step_reward`.
+
+    NaN means "no opinion": it counts as nothing in a step's sum, and a step about which no reward has an opinion
+    gets NaN. A reward that raises, SystemExit included, has no opinion in this call; its traceback is logged and
+    its message kept in `failed`.
+
+    Raises:
+        RewardError: every reward raised; or one returned another shape than (N,), no numbers, or an infinite one.
+    """
+    parts: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    steps = len(rollout.tree)
+    total, scored = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.bool)
+    for name, (reward, weight) in rewards.items():
+        start = time.perf_counter()
+        try:
+            raw: object = reward(rollout)
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            log.error("step reward %r raised on %d steps:\n%s", name, steps, traceback.format_exc())
+            raw = torch.full((steps,), torch.nan)
+        seconds[name] = time.perf_counter() - start
+        parts[name] = _checked(name, raw, steps)
+        total += weight * parts[name].nan_to_num(nan=0.0)
+        scored |= ~parts[name].isnan()
+    if rewards and len(failed) == len(rewards):
+        raise RewardError(f"every step reward raised: {failed}; mend them, or take them out of the recipe")
+    step_reward = total.where(scored, torch.nan)
+    record = ScoredSteps(parts, seconds, {k: int(p.isnan().sum()) for k, p in parts.items()}, failed)
+    return rollout.with_tree(rollout.tree.replace(step_reward=step_reward)), record
+
+
+def _checked(name: str, raw: object, steps: int) -> Tensor:
+    try:
+        values = torch.as_tensor(raw, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"step reward {name!r} returned {type(raw).__name__}, no numbers ({error})") from error
+    if values.shape != (steps,):
+        raise RewardError(
+            f"step reward {name!r} returned shape {tuple(values.shape)} for {steps} steps; return ({steps},), NaN "
+            "where it has no opinion"
+        )
+    if bool(values.isinf().any()):
+        raise RewardError(f"step reward {name!r}: step {int(values.isinf().nonzero()[0])} is infinite; bound it")
+    return values

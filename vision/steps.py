@@ -1,0 +1,526 @@
+"""Steps of a response: parse and join the published text formats, and decide on token ids where a sampled step ends.
+
+Two things that look alike are kept apart. `parse` reads finished texts (data sets, judges' critiques). `StepRule`
+works on the ids a policy sampled: spans of steps are recorded on those ids and never found by tokenising text again,
+since tokens merge differently once their neighbours are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["perception", "reasoning", "answer", "reflection", "unknown"]
+
+
+class StepParseError(ValueError):
+    """A response that lacks a part its format asks for. Count it and keep it out of training; it has no score 0."""
+
+
+@dataclass(frozen=True)
+class ParsedStep:
+    """One step of a text: `source[char_span[0]:char_span[1]] == text`.
+
+    index: 0-based position; for `paragraph_tags` the number in the tag, which may leave gaps.
+    section: the part of the response the step stands in; name: the step's own title.
+    """
+
+    text: str
+    index: int
+    kind: Kind
+    char_span: tuple[int, int]
+    section: str | None = None
+    name: str | None = None
+
+
+def parse(text: str, format: str) -> list[ParsedStep]:
+    """The steps of `text`, in reading order (sectioned_tags: by number within a section).
+
+    double_newline  split at blank lines, nothing trimmed. A blank part is no step, it stays with the step after it
+                    (at the end: before it), so `join` gives back every text.
+    newline         split at line ends; blank lines are dropped, `join` gives back texts without them.
+    numbered        `Step k:` at line start, or inside a line where k is the next number; the header belongs to its
+                    step's text. A line `†Answer:` starts the answer. Text before the first header is a step too.
+    tags            `<step>..</step>`, `<answer>..</answer>`; text outside of them is no step.
+    sectioned_tags  `[Visual Elements]` and `[Reasoning]` with `<step_k>..</step_k>`, then `<correct_answer>`.
+    headers         `### Image Description:`, `### Rationales:`, `### Let's think step by step.`, `### Step k:`,
+                    `### The final answer is:`.
+    special_tokens  `<|reasoning_step_start|>`..; thought and reflection of one step share `section` and `name`.
+    paragraph_tags  `<paragraph_i>..</paragraph_i>`, i from 0.
+
+    In the last five, texts carry no outer white space and `join` gives back texts in the layout it writes itself.
+
+    Raises:
+        StepParseError: a part is missing, empty, out of order or numbered with gaps (paragraph_tags: twice).
+        ValueError: unknown format.
+    """
+    steps = list(_pair(format)[0](text))
+    if not steps:
+        raise StepParseError(f"no step in the {format} text {text[:80]!r}")
+    return steps
+
+
+def join(steps: Sequence[ParsedStep], format: str) -> str:
+    """The text of `steps` in a format's own layout; the counterpart of `parse`.
+
+    Raises:
+        ValueError: no steps, unknown format, or a step whose text holds the format's own markers.
+    """
+    if not steps:
+        raise ValueError(f"no steps to join as {format}; a response has at least one")
+    reader, writer = _pair(format)
+    out = writer(steps)
+    if format in ("double_newline", "newline"):
+        return out
+    if [s.text for s in reader(out)] != [s.text for s in steps]:
+        raise ValueError(f"a step's text holds markers of {format} or outer white space; it would not be read back")
+    return out
+
+
+def merge(steps: Sequence[ParsedStep], max_steps: int, *, separator: str = "\n\n") -> list[ParsedStep]:
+    """At most `max_steps` steps: consecutive groups of k = ceil(T / max_steps), joined by `separator` (VisualPRM).
+
+    The result has ceil(T / k) steps, which can be fewer than `max_steps`. What differs inside a group (kind, section,
+    name) becomes unknown or None; merge each section on its own to keep it.
+    """
+    if max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}: at least 1 step must be left")
+    size = -(-len(steps) // max_steps)
+    groups = [steps[i : i + size] for i in range(0, len(steps), size)] if steps else []
+    return [
+        ParsedStep(
+            separator.join(s.text for s in group),
+            index,
+            group[0].kind if len({s.kind for s in group}) == 1 else "unknown",
+            (group[0].char_span[0], group[-1].char_span[1]),
+            group[0].section if len({s.section for s in group}) == 1 else None,
+            group[0].name if len({s.name for s in group}) == 1 else None,
+        )
+        for index, group in enumerate(groups)
+    ]
+
+
+def render_paragraphs(texts: Sequence[str]) -> str:
+    """Steps as a judge reads them: `<paragraph_0>` .. on lines of their own, numbered from 0."""
+    return "\n\n".join(f"<paragraph_{i}>\n{text}\n</paragraph_{i}>" for i, text in enumerate(texts))
+
+
+def read_numbered_tags(text: str, tag: str) -> dict[int, str]:
+    """number -> text of every `<tag_i>..</tag_i>` of a judge's critique, stripped.
+
+    Match steps to analyses by this number and never by position: judges skip steps even when they find no error.
+
+    Raises:
+        StepParseError: a number occurs twice, so its text is ambiguous.
+    """
+    out: dict[int, str] = {}
+    for number, start, end in _numbered_tags(text, tag, 0, len(text)):
+        if number in out:
+            raise StepParseError(f"<{tag}_{number}> occurs twice; which one holds is unknown")
+        out[number] = text[start:end]
+    return out
+
+
+def strip_number(step: str) -> str:
+    """The text without its own `Step k:` or `k.` prefix (Math-Shepherd, PRMBench)."""
+    return re.sub(r"\A\s*(?:Step \d+:|\d+\.(?!\d))\s*", "", step)
+
+
+# --- readers and writers, one pair per format ----------------------------------------------------------------------
+
+_LETS_THINK = "Let's think step by step."
+_HEADER = re.compile(
+    r"^### (?:(?P<name>Image Description|Rationales|Step (?P<k>[0-9]{1,6})|The final answer is):"
+    rf"|{re.escape(_LETS_THINK)})",
+    re.MULTILINE,
+)
+_NUMBER = re.compile(r"(?P<line>^)?(?<!\S)(?:Step (?P<k>[0-9]{1,6}):|(?P<answer>†Answer:))", re.MULTILINE)
+_COS_STEP = re.compile(r"<\|reasoning_step_start\|>(.*?)<\|reasoning_step_end\|>", re.DOTALL)
+
+
+def _trim(text: str, start: int, end: int, what: str) -> tuple[int, int]:
+    """The span without outer white space; an empty one is an error."""
+    inner = text[start:end]
+    if not inner.strip():
+        raise StepParseError(f"{what} is empty")
+    return start + len(inner) - len(inner.lstrip()), end - len(inner) + len(inner.rstrip())
+
+
+def _step(text: str, span: tuple[int, int], index: int, kind: Kind, section: str | None = None,
+          name: str | None = None) -> ParsedStep:  # fmt: skip
+    return ParsedStep(text[slice(*span)], index, kind, span, section, name)
+
+
+def _check_numbers(numbers: Sequence[int], where: str) -> None:
+    if list(numbers) != list(range(1, len(numbers) + 1)):
+        raise StepParseError(f"{where}: steps are numbered {list(numbers)}; expected 1, 2, .. without gaps")
+
+
+def _read_split(separator: str, glue: bool) -> Callable[[str], Iterator[ParsedStep]]:
+    """Parts between separators. With `glue`, blank parts become the beginning of the next step, else they go."""
+
+    def read(text: str) -> Iterator[ParsedStep]:
+        spans, start, at = [], 0, 0
+        for part in text.split(separator):
+            end = at + len(part)
+            if part.strip():
+                spans.append((start if glue else at, end))
+                start = end + len(separator)
+            at = end + len(separator)
+        if glue and spans:
+            spans[-1] = (spans[-1][0], len(text))
+        return (_step(text, span, i, "unknown") for i, span in enumerate(spans))
+
+    return read
+
+
+def _read_numbered(text: str) -> Iterator[ParsedStep]:
+    starts: list[tuple[int, int, Kind, str | None]] = []  # start, end of the header, kind, name
+    number = 0
+    for match in _NUMBER.finditer(text):
+        if match["k"] and int(match["k"]) != number + 1:
+            if match["line"] is None:
+                continue  # a mention inside a sentence
+            raise StepParseError(f"Step {match['k']} follows Step {number}; expected 1, 2, .. without gaps")
+        if starts and starts[-1][2] == "answer":
+            raise StepParseError(f"{match[0]} stands after the answer")
+        number += match["answer"] is None
+        kind: Kind = "answer" if match["answer"] else "reasoning"
+        starts.append((match.start(), match.end(), kind, None if match["answer"] else f"Step {number}"))
+    if not number:
+        raise StepParseError(f"no `Step 1:` in {text[:80]!r}")
+    if text[: starts[0][0]].strip():
+        starts.insert(0, (0, 0, "unknown", None))
+    ends = [start for start, *_ in starts[1:]] + [len(text)]
+    for index, ((start, body, kind, name), end) in enumerate(zip(starts, ends, strict=True)):
+        stop = _trim(text, body, end, name or "the answer")[1]
+        yield _step(text, (start, stop), index, kind, name=name)
+
+
+def _read_tags(text: str) -> Iterator[ParsedStep]:
+    found = list(re.finditer(r"<(step|answer)>(.*?)</\1>", text, re.DOTALL))
+    kinds = [m[1] for m in found]
+    if "step" not in kinds or kinds.count("answer") != 1 or kinds[-1] != "answer":
+        raise StepParseError(f"tags hold {kinds}; expected one or more <step> and then one <answer>, each closed")
+    for index, m in enumerate(found):
+        kind: Kind = "answer" if m[1] == "answer" else "reasoning"
+        yield _step(text, _trim(text, *m.span(2), f"<{m[1]}> {index}"), index, kind)
+
+
+def _numbered_tags(text: str, tag: str, start: int, end: int) -> list[tuple[int, int, int]]:
+    """(number, start, end) of `<tag_k>..</tag_k>` in text[start:end]; the back reference keeps mixed pairs out."""
+    pattern = re.compile(rf"<{re.escape(tag)}_([0-9]{{1,6}})>(.*?)</{re.escape(tag)}_\1>", re.DOTALL)
+    return [(int(m[1]), *_trim(text, *m.span(2), f"<{tag}_{m[1]}>")) for m in pattern.finditer(text, start, end)]
+
+
+def _read_sectioned(text: str) -> Iterator[ParsedStep]:
+    visual, reasoning = text.find("[Visual Elements]"), text.find("[Reasoning]")
+    answer = re.search(r"<correct_answer>(.*?)</correct_answer>", text, re.DOTALL)
+    if answer is None or not 0 <= visual < reasoning < answer.start():
+        raise StepParseError(
+            "expected [Visual Elements], [Reasoning] and <correct_answer>, each present, in this order"
+        )
+    index = 0
+    sections: tuple[tuple[str, Kind, int, int], ...] = (
+        ("Visual Elements", "perception", visual, reasoning),
+        ("Reasoning", "reasoning", reasoning, answer.start()),
+    )
+    for section, kind, start, end in sections:
+        found = sorted(_numbered_tags(text, "step", start, end))
+        if not found:
+            raise StepParseError(f"[{section}] has no step")
+        _check_numbers([k for k, _, _ in found], f"[{section}]")
+        for _, a, b in found:
+            yield _step(text, (a, b), index, kind, section)
+            index += 1
+    yield _step(text, _trim(text, *answer.span(1), "<correct_answer>"), index, "answer")
+
+
+def _read_headers(text: str) -> Iterator[ParsedStep]:
+    found = list(_HEADER.finditer(text))
+    names = [m["name"] or _LETS_THINK for m in found]
+    if (
+        not names
+        or names[0] != "Image Description"
+        or names[-1] != "The final answer is"
+        or len(set(names)) != len(names)
+    ):
+        raise StepParseError(
+            f"headers are {names}; expected Image Description first, The final answer is last, each once"
+        )
+    if text[: found[0].start()].strip():
+        raise StepParseError(f"text before the first header: {text[:80]!r}")
+    numbers = [int(m["k"]) for m in found if m["k"]]
+    if not numbers:
+        raise StepParseError("no `### Step 1:`")
+    _check_numbers(numbers, "headers")
+    index = 0
+    ends = [m.start() for m in found[1:]] + [len(text)]
+    for name, match, end in zip(names, found, ends, strict=True):
+        if name == _LETS_THINK and not text[match.end() : end].strip():
+            continue  # a heading of the steps below it
+        kind: Kind = "perception" if name == names[0] else "answer" if name == names[-1] else "reasoning"
+        yield _step(text, _trim(text, match.end(), end, f"### {name}"), index, kind, name=name)
+        index += 1
+
+
+def _read_special(text: str) -> Iterator[ParsedStep]:
+    frame = re.search(
+        r"<\|reasoning_start\|>(.*?)<\|reasoning_end\|>\s*<\|answer_start\|>(.*?)<\|answer_end\|>", text, re.DOTALL
+    )
+    if frame is None:
+        raise StepParseError("expected <|reasoning_start|>..<|reasoning_end|> and <|answer_start|>..<|answer_end|>")
+    index = 0
+    for k, outer in enumerate(_COS_STEP.finditer(text, *frame.span(1)), start=1):
+        parts = {
+            m[1]: m.span(2)
+            for m in re.compile(
+                r"<\|reasoning_step_(name|thought|reflection)_start\|>(.*?)<\|reasoning_step_\1_end\|>", re.DOTALL
+            ).finditer(text, *outer.span(1))
+        }
+        if not {"name", "thought"} <= parts.keys():
+            raise StepParseError(f"step {k} has the parts {sorted(parts)}; it needs a name and a thought")
+        name = text[slice(*_trim(text, *parts["name"], f"the name of step {k}"))]
+        section = f"step {k}"
+        yield _step(text, _trim(text, *parts["thought"], section), index, "reasoning", section, name)
+        index += 1
+        if "reflection" in parts and text[slice(*parts["reflection"])].strip():
+            yield _step(text, _trim(text, *parts["reflection"], section), index, "reflection", section, name)
+            index += 1
+    if not index:
+        raise StepParseError("no <|reasoning_step_start|> between <|reasoning_start|> and <|reasoning_end|>")
+    yield _step(text, _trim(text, *frame.span(2), "the answer"), index, "answer")
+
+
+def _read_paragraphs(text: str) -> Iterator[ParsedStep]:
+    read_numbered_tags(text, "paragraph")  # twice the same number is an error
+    for number, start, end in sorted(_numbered_tags(text, "paragraph", 0, len(text))):
+        yield _step(text, (start, end), number, "unknown")
+
+
+def _write_tags(steps: Sequence[ParsedStep]) -> str:
+    tags = ["answer" if s.kind == "answer" else "step" for s in steps]
+    return "\n".join(f"<{tag}>{s.text}</{tag}>" for tag, s in zip(tags, steps, strict=True))
+
+
+def _write_sectioned(steps: Sequence[ParsedStep]) -> str:
+    def block(kind: Kind) -> str:
+        texts = [s.text for s in steps if s.kind == kind]
+        return "\n".join(f"<step_{k}>\n{t}\n</step_{k}>" for k, t in enumerate(texts, start=1))
+
+    answer = "".join(f"<correct_answer>\n{s.text}\n</correct_answer>" for s in steps if s.kind == "answer")
+    return f"[Visual Elements]\n{block('perception')}\n\n[Reasoning]\n{block('reasoning')}\n\n{answer}"
+
+
+def _write_headers(steps: Sequence[ParsedStep]) -> str:
+    blocks = []
+    heading = _LETS_THINK not in [s.name for s in steps]
+    for s in steps:
+        if s.name == "Step 1" and heading:
+            blocks.append(f"### {_LETS_THINK}")
+        gap = " " if s.kind == "answer" else "\n"
+        blocks.append(f"### {s.name}{'' if s.name == _LETS_THINK else ':'}{gap}{s.text}")
+    return "\n\n".join(blocks)
+
+
+def _write_special(steps: Sequence[ParsedStep]) -> str:
+    def pair(part: str, text: str) -> str:
+        return f"<|{part}_start|>{text}<|{part}_end|>"
+
+    written = []
+    for _, group in groupby((s for s in steps if s.kind != "answer"), key=lambda s: s.section):
+        parts = list(group)
+        body = pair("reasoning_step_name", parts[0].name or "")
+        body += "".join(
+            pair(f"reasoning_step_{'reflection' if s.kind == 'reflection' else 'thought'}", s.text) for s in parts
+        )
+        written.append(pair("reasoning_step", body))
+    answer = "".join(pair("answer", s.text) for s in steps if s.kind == "answer")
+    return pair("reasoning", "<|reasoning_proceed|>".join(written)) + answer
+
+
+def _write_split(separator: str) -> Callable[[Sequence[ParsedStep]], str]:
+    return lambda steps: separator.join(s.text for s in steps)
+
+
+def _write_paragraphs(steps: Sequence[ParsedStep]) -> str:
+    return "\n\n".join(f"<paragraph_{s.index}>\n{s.text}\n</paragraph_{s.index}>" for s in steps)
+
+
+_Pair = tuple[Callable[[str], Iterator[ParsedStep]], Callable[[Sequence[ParsedStep]], str]]
+_FORMATS: dict[str, _Pair] = {
+    "double_newline": (_read_split("\n\n", glue=True), _write_split("\n\n")),
+    "newline": (_read_split("\n", glue=False), _write_split("\n")),
+    "numbered": (_read_numbered, _write_split("\n")),
+    "tags": (_read_tags, _write_tags),
+    "sectioned_tags": (_read_sectioned, _write_sectioned),
+    "headers": (_read_headers, _write_headers),
+    "special_tokens": (_read_special, _write_special),
+    "paragraph_tags": (_read_paragraphs, _write_paragraphs),
+}
+FORMATS = tuple(_FORMATS)
+
+
+def _pair(format: str) -> _Pair:
+    if format not in _FORMATS:
+        raise ValueError(f"unknown step format {format!r}; known: {', '.join(FORMATS)}")
+    return _FORMATS[format]
+
+
+# --- where a sampled step ends -------------------------------------------------------------------------------------
+
+# a blank is ASCII white space: its bytes never are part of another character, so tables of single tokens are exact
+_BLANK = " \t\n\r\v\f"
+RULES = ("line", "blank_line", "numbered", "tag", "special_token")
+
+
+class StepRule:
+    """Decides on sampled token ids where a step ends.
+
+    A step ends after the token that holds the last character of the first separator which follows some content:
+        line           "\\n"
+        blank_line     "\\n\\n"
+        numbered       the next step's header "\\nStep k:"; the header is part of the span it ends
+        tag            `</step>` or `</step_k>`
+        special_token  the token itself
+    Whatever else that token holds belongs to the ended step too: ids are never split. Content is anything but white
+    space, separators, and the tokenizer's bos, eos and pad tokens. Separators before any content end nothing; they are
+    the beginning of the next step. What ends a whole response (eos, length) is the caller's to know.
+
+    Each token is decoded once, behind another one (so that a leading space is kept), and the rule reads these texts
+    alone. It needs no tokenizer while sampling.
+
+    candidates: (V,) bool, tokens after which a step may end.
+    opens: (V,) bool, tokens that bring content.
+    ends_alone: (V,) bool, tokens that end a step even as its first content: content, then a separator.
+    exact: True when `advance` decides alone (line, special_token); else ask `ends_step` about the rows it marks.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rule: str,
+        *,
+        token: str | None = None,
+        tag: str = "step",
+        vocab_size: int | None = None,
+    ) -> None:
+        """Make the tables for a transformers tokenizer.
+
+        Args:
+            token: the separator of `special_token`, e.g. "<|reasoning_step_end|>".
+            tag: the name of the closing tag of `tag`.
+            vocab_size: V, the width of the model's logits, when larger than the tokenizer; the rest ends nothing.
+        Raises:
+            ValueError: unknown rule, a `token` that is none or is missing, `vocab_size` too small, or no token of the
+                vocabulary that can complete the separator.
+        """
+        if rule not in RULES:
+            raise ValueError(f"unknown step rule {rule!r}; known: {', '.join(RULES)}")
+        texts = token_texts(tokenizer, vocab_size)
+        separator, last = _separator(rule, tag)
+        if rule == "special_token":
+            separator, last = "\ue000", "\ue000"  # a private character stands for the token, whatever its text is
+            texts = [t.replace(last, "?") for t in texts]
+            texts[_token_id(tokenizer, token)] = last
+        self.rule, self.exact = rule, rule in ("line", "special_token")
+        self._texts = texts
+        # possessive: once leading separators are skipped, none of them may be taken for the end
+        leading = rf"(?:{separator}|[{_BLANK}])*+"
+        self._blank = re.compile(leading)
+        self._ended = re.compile(rf"{leading}(?s:.)*?{separator}")
+        self.candidates = torch.tensor([last in t for t in texts])
+        self.opens = torch.tensor([self._blank.fullmatch(t) is None for t in texts])
+        self.ends_alone = torch.tensor([self._ended.match(t) is not None for t in texts])
+        if not self.candidates.any():
+            raise ValueError(
+                f"no token holds {last!r}, so the rule {rule!r} would never end a step; choose another rule"
+            )
+        self._may_end: list[bool] = self.candidates.tolist()
+
+    def advance(self, ids: Tensor, started: Tensor) -> tuple[Tensor, Tensor]:
+        """(ends, started) after one sampled token per row, without a loop over rows.
+
+        `started` says whether a row's current step has content: False at its beginning, then as returned. Where `ends`
+        is True the next token begins a step, and `started` is False again. With `exact` False `ends` means "may end":
+        ask `ends_step` for those rows, and pass `started` on as it suits (it is not read then).
+
+        Args:
+            ids: (B,) int64. started: (B,) bool.
+        Returns:
+            two (B,) bool tensors on the device of `ids`.
+        """
+        if self.candidates.device != ids.device:  # once, not per token
+            self.candidates, self.opens, self.ends_alone = (
+                t.to(ids.device) for t in (self.candidates, self.opens, self.ends_alone)
+            )
+        candidate, opens, alone = self.candidates[ids], self.opens[ids], self.ends_alone[ids]
+        ends = candidate & started | alone if self.exact else candidate
+        return ends, (started | opens) & ~ends
+
+    def ends_step(self, ids: Sequence[int]) -> bool:
+        """Whether the last of `ids`, the tokens sampled for the current step so far, completes it.
+
+        Ask after every token, or after those in `candidates`; most calls cost one look into a table.
+        """
+        if not ids or not self._may_end[ids[-1]]:
+            return False
+        return self._ended.match("".join([self._texts[i] for i in ids])) is not None
+
+    def split_ids(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Half-open spans of the steps of a sampled response; they tile 0..len(ids).
+
+        The same spans as asking `ends_step` after every token. The last one may be unfinished, or hold no content
+        (`is_blank`), e.g. an eos after a finished step.
+        """
+        spans, start = [], 0
+        for end, token in enumerate(ids, start=1):
+            if self._may_end[token] and self.ends_step(ids[start:end]):  # without the first check, a copy per token
+                spans.append((start, end))
+                start = end
+        return [*spans, (start, len(ids))] if start < len(ids) else spans
+
+    def is_blank(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` bring no content: white space, separators, bos, eos and pad alone."""
+        return self._blank.fullmatch("".join([self._texts[i] for i in ids])) is not None
+
+
+def token_texts(tokenizer: Any, vocab_size: int | None = None) -> list[str]:
+    """The text of every token as it appears behind another one; "" for bos, eos, pad and ids beyond the tokenizer."""
+    size = len(tokenizer)
+    if vocab_size is not None and vocab_size < size:
+        raise ValueError(
+            f"vocab_size={vocab_size} is smaller than the tokenizer's {size}; give the width of the logits"
+        )
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before = len(tokenizer.decode([anchor], **options))
+    texts = [t[before:] for t in tokenizer.batch_decode([[anchor, i] for i in range(size)], **options)]
+    for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if i is not None:
+            texts[i] = ""
+    return texts + [""] * ((vocab_size or size) - size)
+
+
+def _separator(rule: str, tag: str) -> tuple[str, str]:
+    """(pattern, last character) of a rule that reads text."""
+    if rule == "tag":
+        return rf"</{re.escape(tag)}(?:_\d+)?>", ">"
+    return {"line": ("\n", "\n"), "blank_line": ("\n\n", "\n"), "numbered": (r"(?:\A|\n)Step \d+:", ":")}.get(
+        rule, ("", "")
+    )
+
+
+def _token_id(tokenizer: Any, token: str | None) -> int:
+    if token is None:
+        raise ValueError("the rule 'special_token' needs `token`, e.g. '<|reasoning_step_end|>'")
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ValueError(f"{token!r} is no token of this tokenizer; add it as a special token first")
+    return int(found)

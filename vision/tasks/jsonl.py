@@ -1,0 +1,227 @@
+"""Task `jsonl`: questions with pictures from JSON-lines files. Bad rows are set aside, named and counted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmrl.rollout import Prompt, Sample
+from vision.images import ImageError, check_image, resolve
+
+log = logging.getLogger(__name__)
+
+# texts that models read as a picture, a video or a turn of the conversation; in a question they would shift the images
+_PLACEHOLDER = re.compile(
+    r"<\|(?:image_pad|video_pad|vision_start|vision_end|vision_pad|image|im_start|im_end)\|>"
+    r"|</?img>|<IMG_CONTEXT>|<video>|<image_soft_token>|<(?:start|end)_of_image>"
+)
+
+
+class Quarantined(NamedTuple):
+    """A row that was set aside; `row` counts the file's lines from 1."""
+
+    file: str
+    row: int
+    reason: str
+
+
+class RowError(ValueError):
+    """Why one row cannot be used."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns; every other column is kept in the reference."""
+
+    question: str = "question"
+    images: str = "images"
+    answer: str = "answer"
+    options: str = "options"
+
+
+class JsonlTask:
+    """Questions, pictures and answers from two JSON-lines files.
+
+    A row becomes `inputs = {question, images, options}` (paths absolute; options only if the row has some, and then
+    the question ends with them as lettered lines) and `reference = {answer, every other column}`. `id` is the row's
+    id, else `file:row`. `<image>` at the ends of a question is removed, since policies put pictures before it.
+
+    Set aside (`quarantined`) are rows without question, with a missing or unreadable picture, an id seen before, more
+    or fewer `<image>` than pictures, `<image>` inside a sentence, or a model's own placeholder in the text.
+
+    Args:
+        train, eval: files, one JSON object per line, UTF-8.
+        media_root: folder that pictures are relative to, and may not leave.
+        images: column with a path or a list of paths; the column `image` is read when it is missing.
+        rewards: names used when the recipe lists none.
+        max_bad: share of bad rows of a file, in [0, 1], above which loading fails.
+        limit: usable rows to take from the start of each file, None for all.
+    Raises:
+        ValueError: no file, no usable row, or too many bad rows (the first ones are named).
+    """
+
+    def __init__(
+        self,
+        train: str,
+        eval: str,
+        media_root: str = ".",
+        question: str = "question",
+        images: str = "images",
+        answer: str = "answer",
+        options: str = "options",
+        rewards: Sequence[str] = ("math_answer",),
+        max_bad: float = 0.05,
+        limit: int | None = None,
+    ) -> None:
+        columns = Columns(question, images, answer, options)
+        self.rewards = tuple(rewards)
+        sizes: dict[Path, tuple[int, int]] = {}
+
+        def make(row: Mapping[str, Any], name: str) -> Prompt:
+            return row_prompt(row, name, columns, media_root, sizes)
+
+        self.prompts, bad_train = load_prompts(train, make, max_bad=max_bad, limit=limit)
+        self.eval_prompts, bad_eval = load_prompts(eval, make, max_bad=max_bad, limit=limit)
+        self.quarantined = bad_train + bad_eval
+
+    def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """answered: share of outputs that are not empty."""
+        return {"answered": answered(samples)}
+
+
+def answered(samples: Sequence[Sample]) -> float:
+    """Share of outputs with any text, in [0, 1]; 0 without samples."""
+    return sum(bool(str(s.output).strip()) for s in samples) / max(len(samples), 1)
+
+
+def load_prompts(
+    file: str | Path, make: Callable[[Mapping[str, Any], str], Prompt], *, max_bad: float, limit: int | None = None
+) -> tuple[list[Prompt], list[Quarantined]]:
+    """Prompts of a JSON-lines file and the rows set aside. `make(row, "file:row")` raises RowError or ImageError.
+
+    Raises:
+        ValueError: the file is missing, has no usable row, or its share of bad rows is above `max_bad`.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"no file {path}; give a JSON-lines file, one object per line")
+    prompts: dict[str, Prompt] = {}
+    bad: list[Quarantined] = []
+    for number, line in _lines(path):
+        if limit is not None and len(prompts) >= limit:
+            break
+        try:
+            prompt = make(_object(line), f"{path.name}:{number}")
+            if prompt.id in prompts:
+                raise RowError(f"id {prompt.id!r} occurs before")
+            prompts[prompt.id] = prompt
+        except (RowError, ImageError) as error:
+            bad.append(Quarantined(str(path), number, str(error)))
+    for b in bad[:5]:
+        log.warning("%s line %d set aside: %s", b.file, b.row, b.reason)
+    total = len(prompts) + len(bad)
+    if bad:
+        log.warning("%s: %d of %d rows set aside", path, len(bad), total)
+    first = "; ".join(f"line {b.row}: {b.reason}" for b in bad[:3])
+    if len(bad) > max_bad * total:
+        raise ValueError(f"{path}: {len(bad)} of {total} rows are bad, more than max_bad={max_bad}; {first}")
+    if not prompts:
+        raise ValueError(f"{path} has no usable row; {first or 'it is empty'}")
+    return list(prompts.values()), bad
+
+
+def row_prompt(
+    row: Mapping[str, Any], name: str, columns: Columns, root: str | Path, sizes: dict[Path, tuple[int, int]]
+) -> Prompt:
+    """The prompt of one row; `sizes` remembers pictures whose header was read.
+
+    Raises:
+        RowError, ImageError: why the row cannot be used.
+    """
+    question = row.get(columns.question)
+    if not isinstance(question, str) or not question.strip():
+        raise RowError(f"no text in column {columns.question!r}; columns are {sorted(row)}")
+    images_column = columns.images if columns.images in row else "image"
+    paths = [resolve(p, root) for p in _path_list(row.get(images_column), images_column)]
+    for path in paths:
+        if path not in sizes:
+            sizes[path] = check_image(path)
+    options = _option_list(row.get(columns.options), columns.options)
+    text = _without_image_marks(question, len(paths))
+    check_text("\n".join([text, *options]))
+    inputs: dict[str, Any] = {"question": with_options(text, options), "images": [str(p) for p in paths]}
+    if options:
+        inputs["options"] = options
+    used = {"id", columns.question, images_column, columns.options, columns.answer}
+    reference = {k: v for k, v in row.items() if k not in used} | {"answer": row.get(columns.answer)}
+    own = row.get("id")
+    return Prompt(name if own is None or own == "" else str(own), inputs, reference)
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """The question, then `(A) ..`, `(B) ..` on lines of their own."""
+    lettered = [f"({letter}) {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False)]
+    return "\n".join([question, *lettered])
+
+
+def check_text(text: str) -> None:
+    """Raises RowError when a text holds what a model reads as a picture, a video or a turn."""
+    found = _PLACEHOLDER.search(text) or re.search("<image>", text)
+    if found:
+        raise RowError(f"the text holds the placeholder {found[0]!r}; remove it, pictures are given by their column")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as f:
+        for number, line in enumerate(f, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, NaN, too deep
+        raise RowError(f"no JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise RowError(f"no JSON object but {type(row).__name__}")
+    return row
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def _path_list(value: Any, column: str) -> list[str]:
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
+        raise RowError(f"column {column!r} is neither a path nor a list of paths: {str(value)[:80]!r}")
+    return paths
+
+
+def _option_list(value: Any, column: str) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(o, str | int | float) and str(o).strip() for o in value):
+        raise RowError(f"column {column!r} is no list of texts or numbers: {str(value)[:80]!r}")
+    if len(value) > len(string.ascii_uppercase):
+        raise RowError(f"{len(value)} options; there are letters for {len(string.ascii_uppercase)}")
+    return [str(o) for o in value]
+
+
+def _without_image_marks(question: str, images: int) -> str:
+    marks = question.count("<image>")
+    if marks not in (0, images):
+        raise RowError(f"{marks} <image> in the text for {images} pictures")
+    text = re.sub(r"\A(?:\s*<image>)+\s*|\s*(?:<image>\s*)+\Z", "", question)
+    if "<image>" in text:
+        raise RowError("<image> inside the text; pictures stand before it, so write e.g. 'the first picture'")
+    if not text.strip():
+        raise RowError("the question holds nothing but <image>")
+    return text
