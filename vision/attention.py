@@ -132,14 +132,14 @@ def _flex(rows: Sequence[tuple[Packed, Tensor]], style: AttentionStyle, prefix: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     length, ahead = max(len(take) for _, take in rows), max(prefix or [0])
     place = torch.full((len(rows), length), -1, device=device)  # packed index, -1 = padding
-    end = torch.zeros((len(rows), length), dtype=torch.int64, device=device)
+    end = torch.full((len(rows), length), -1, device=device)  # padding is in no tree
     for b, (packed, take) in enumerate(rows):
         place[b, : len(take)], end[b, : len(take)] = take.to(device), packed.end[take].to(device)
     first = ahead - torch.tensor(prefix or [0] * len(rows), device=device)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (k - ahead).clamp(min=0)
-        tree = (k >= ahead) & (place[b, own] <= place[b, q]) & (place[b, q] < end[b, own]) & (own <= q)
-        return tree | ((k < ahead) & (k >= first[b])) | (own == q)
+        tree = (own <= q) & (place[b, own] <= place[b, q]) & (place[b, q] < end[b, own])
+        return torch.where(k < ahead, k >= first[b], tree | (own == q))
 
     return create_block_mask(visible, len(rows), None, length, ahead + length, device=device)

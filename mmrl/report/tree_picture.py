@@ -30,10 +30,8 @@ def draw_tree(folder: Path) -> str:
     x, y = _layout(tree, shown, above)
     width = int(max(x.values())) + WORDS + 130
     height = max(int(max(y.values())) + CELL, ROOT) + MARGIN
-    root = (
-        MARGIN + ROOT,
-        sum(y[int(s)] for s in shown if above[int(s)] < 0) / max(1, sum(above[int(s)] < 0 for s in shown)),
-    )
+    first = [y[int(s)] for s in shown if above[int(s)] < 0]
+    root = (MARGIN + ROOT, sum(first) / len(first))
     wide = WORDS if rollout.texts else CELL
     parts = [_edge(root if above[s] < 0 else (x[above[s]] + wide, y[above[s]]), (x[s], y[s]), float(adv[s]),
                    bool(rollout.actions.trainable[tree.tok_start[s]]))
