@@ -19,8 +19,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as configs/diffusion/digits_branch.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, such as optim.lr=1e-4")]
 
-DEMO = "diffusion/digits_branch.yaml"
-
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
@@ -39,11 +37,14 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="The run.output of a run")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="The run.output of a run")],
+    against: Annotated[list[Path] | None, typer.Option(help="Another run whose curves are drawn beside")] = None,
+) -> None:
     """Write RUN/report.html: curves, samples, trees."""
     from mmrl.report.page import write_report
 
-    typer.echo(f"report: {write_report(run)}")
+    typer.echo(f"report: {write_report(run, against or [])}")
 
 
 @app.command()
@@ -67,21 +68,19 @@ def credit(
 
 
 @app.command()
-def demo(overrides: Overrides = None) -> None:
-    """Align a small diffusion model with branch rollouts, from nothing, in a few minutes on two CPU cores."""
-    config = _load(recipe_path(DEMO), overrides)
-    if not config.run.resume:
-        config.run.output = _unused(config.run.output)
-    _train(config)
+def demo(
+    name: Annotated[str, typer.Argument(help="vision, diffusion, or all: side by side, one report")] = "all",
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the runs go; by default a new one below runs/")] = None,
+) -> None:
+    """Run the built-in jobs from nothing, in a few minutes on two CPU cores."""
+    from mmrl.demo import DEMOS, run_all, run_demo
 
-
-def recipe_path(name: str) -> Path:
-    """A recipe that ships with mmrl: inside the package when installed, beside it in a checkout."""
-    here = Path(__file__).parent
-    for root in (here / "configs", here.parent / "configs"):
-        if (root / name).is_file():
-            return root / name
-    raise FileNotFoundError(f"recipe {name} is missing from this installation")
+    if name not in ("all", *DEMOS):
+        raise ValueError(f"no demo {name!r}; choose one of all, {', '.join(DEMOS)}")
+    where = folder or _unused(Path("runs/demo"))
+    page = run_all(where, overrides or []) if name == "all" else run_demo(name, where, overrides or [])
+    typer.echo(f"report: {page.resolve()}")
 
 
 def _unused(folder: Path) -> Path:

@@ -107,6 +107,13 @@ class LossConfig(Section):
     recompute_old_logp: bool = False  # one extra pass; for engines whose log-probs differ from the trainer's
 
 
+class ImitationConfig(Section):
+    """After the policy update, prompts without a right answer learn their reference solution (PROPA)."""
+
+    weight: float = Field(0.0, ge=0)  # of the negative log-likelihood per token; 0 = off
+    solved_at: float = 1.0  # outcome from which an answer counts as right
+
+
 class OptimConfig(Section):
     """AdamW."""
 
@@ -155,6 +162,7 @@ class Config(Section):
     credit: CreditConfig = CreditConfig()
     prune: PruneConfig = PruneConfig()
     loss: LossConfig = LossConfig()
+    imitation: ImitationConfig = ImitationConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
 

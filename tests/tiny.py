@@ -74,6 +74,7 @@ def recipe(model: Path, output: Path, **sections: Any) -> dict[str, Any]:
         "task": {"name": "tiny:TinyTask"},
         "policy": {"name": "diffusion", "model": str(model), "steps": 6},
         "plan": {0: 2, 2: 2},
+        "rewards": [{"name": "tiny:brightness", "timeout_s": 0}],  # a worker process would start anew for every run
         "loss": {"kl": 0.1},
         "optim": {"lr": 1e-2},
         "run": {"output": str(output), "iterations": 4, "prompts_per_iteration": 4, "eval_every": 2,

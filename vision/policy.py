@@ -194,10 +194,12 @@ class VisionPolicy:
         inner[parent[parent >= 0]] = True
         end = torch.tensor([len(n.ids) for n in nodes]).cumsum(0)
         truncated = torch.tensor([n.end == "length" for n in nodes])
+        texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
         tree = StepTree(
             parent, torch.tensor([n.prompt for n in nodes]), torch.where(inner, INTERNAL, UNFINISHED),
             torch.full((len(nodes),), torch.nan), logp=torch.tensor([sum(n.logp) for n in nodes]),
             tok_start=end - torch.tensor([len(n.ids) for n in nodes]), tok_end=end, tags={"truncated": truncated},
+            **text_states(parent.tolist(), [n.prompt for n in nodes], texts),
         )  # fmt: skip
         logp = torch.tensor([x for n in nodes for x in n.logp], dtype=torch.float32)
         ids = torch.tensor([x for n in nodes for x in n.ids])
@@ -205,10 +207,27 @@ class VisionPolicy:
             "calls": len(nodes), "leaves": int((~inner).sum()), "tokens": len(ids), "truncated": int(truncated.sum()),
             "prompt_tokens": sum(len(t.ids) for t in tokens),
         }  # fmt: skip
-        texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
         size = torch.tensor([len(t.ids) for t in tokens])
         actions = Actions(logp, torch.ones(len(ids), dtype=torch.bool), {"token": ids})
         return Rollout(list(prompts), tree, actions, {"prompt_tokens": size}, counts, about, texts)
+
+    def write(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Rollout:
+        """A rollout of given completions, one per prompt and ended, as if sampled with log-prob 0; for imitation."""
+        tokens = [self.encode(p) for p in prompts]
+        nodes: list[Node] = []
+        for g, text in enumerate(texts):
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            spans = self.rule.split_ids(ids) or [(0, 0)]
+            for depth, (a, b) in enumerate(spans):
+                last = depth == len(spans) - 1
+                own = [*ids[a:b], *([self._end] if last else [])]
+                nodes.append(Node(g, len(nodes) - 1 if depth else -1, depth, own, [0.0] * len(own), "eos"))
+        return self._as_rollout(prompts, tokens, nodes, {"written": True, "temperature": self.decoding.temperature})
+
+    @property
+    def _end(self) -> int:
+        named = self.tokenizer.eos_token_id
+        return int(named) if named in self.decoding.eos else self.decoding.eos[0]
 
     def samples(self, rollout: Rollout) -> list[Sample]:
         """The completions, special tokens left out."""
@@ -337,6 +356,20 @@ def _closure(tree: StepTree, steps: Sequence[int]) -> tuple[list[int], list[int]
     order = sorted(nodes)
     place = {v: i + 1 for i, v in enumerate(order)} | {-1: 0}
     return order, [-1, *(place[above[v]] for v in order)]
+
+
+def text_states(parent: Sequence[int], group: Sequence[int], texts: Sequence[str]) -> dict[str, list[int]]:
+    """state_key and edge_key of written steps: what was written before a step is its state (white space apart).
+
+    Chains of one prompt that wrote the same lines are in the same state, which is what GiGPO and SALT compare.
+    """
+    ids: dict[tuple[int, str], int] = {}
+    state: list[int] = []
+    edge: list[int] = []
+    for p, g, text in zip(parent, group, texts, strict=True):
+        state.append(edge[p] if p >= 0 else ids.setdefault((-1 - g, ""), len(ids)))
+        edge.append(ids.setdefault((state[-1], " ".join(text.split())), len(ids)))
+    return {"state_key": state, "edge_key": edge}
 
 
 def _allowed(mode: str, plain: bool, checkpointing: bool, hf: Any) -> list[Mode]:

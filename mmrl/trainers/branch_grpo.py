@@ -27,6 +27,7 @@ from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, check_prompts
 from mmrl.trainers.data import Admission, prompt_batch
+from mmrl.trainers.imitation import imitation_losses, references, unsolved
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.policy_update import Batch, Sums, build_batch, idle_loss, policy_loss, recompute_old_logp
 from mmrl.trainers.refill import refill
@@ -91,6 +92,9 @@ class BranchGrpo:
         for update in range(self.config.optim.updates_per_rollout):
             with self._timed("update"):
                 metrics |= self.update(batch, first=update == 0)
+        if self.config.imitation.weight > 0:
+            with self._timed("imitation"):
+                metrics |= self.imitate(rollout, batch)
         if iteration == 0:
             self._keep_tree(rollout, credit, "first")
         elif iteration == self.config.run.iterations - 1:
@@ -163,6 +167,17 @@ class BranchGrpo:
         if first:
             metrics["policy/ratio_dev_max"] = self._check_ratio(sums.ratio_dev)
         return metrics
+
+    def imitate(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
+        """One optimizer step on the reference solutions of prompts whose tree found no right answer."""
+        c = self.config.imitation
+        failed = unsolved(rollout, c.solved_at)
+        written = references(self.policy, failed)
+        count = 0 if written is None else written.actions.logp.numel()
+        total, prompts, asked = self.loop.all_sum(count, len(failed), len(rollout.prompts))
+        losses = [] if written is None else imitation_losses(self.policy, written, total / c.weight)
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, batch))
+        return {"imitation/unsolved_frac": prompts / asked, "imitation/grad_norm": norm}
 
     def _unpruned(self, rollout: Rollout, iteration: int) -> Tensor:
         p, tree = self.config.prune, rollout.tree

@@ -1,0 +1,107 @@
+"""Rewards that misbehave, for worker processes; the output of a sample says how. Starts fast: no torch up here."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+
+from mmrl.components import build
+
+
+def make(reward, options, section):
+    """Stands in for the factory of `Isolated`, which imports torch."""
+    return build("mmrl.rewards", section, reward, options)
+
+
+def by_output(samples):
+    return [_one(s.output) for s in samples]
+
+
+def _one(output):
+    if output == "loop":
+        while True:
+            pass
+    if output == "loop in C":
+        return 9**9**9
+    if output == "os._exit":
+        os._exit(3)
+    if output == "segfault":
+        ctypes.string_at(0)
+    if output == "sys.exit":
+        sys.exit(4)
+    if output == "raise":
+        raise KeyError("answer")
+    if output == "print":
+        sys.stdout.write("to nobody\n")
+    return object() if output == "object" else len(output)
+
+
+def by_first_output(samples):
+    """Breaks the contract for the whole batch, as the first sample says."""
+    if samples[0].output == "one value":
+        return [0.0]
+    if samples[0].output == "no sequence":
+        return 1.0
+    if samples[0].output == "unpicklable":
+        return [lambda: 0.0 for _ in samples]
+    if samples[0].output == "pid":
+        return [os.getpid()] * len(samples)
+    if len(samples) > 2:
+        raise MemoryError("batch too large")
+    return [1.0] * len(samples)
+
+
+def with_child(samples):
+    """Leaves a child of its own behind and hangs; its pid goes into the file that the output names."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with open(samples[0].output, "w") as f:
+        f.write(str(child.pid))
+    time.sleep(60)
+
+
+class Scaled:
+    def __init__(self, factor: float = 1.0, wait_s: float = 0.0) -> None:
+        time.sleep(wait_s)
+        self.factor = factor
+
+    def __call__(self, samples):
+        return [self.factor * len(s.output) for s in samples]
+
+
+class Torchlike:
+    """Elements in the storage of each tensor, times a factor and times the number of threads."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, samples):
+        import torch
+
+        return [self.factor * torch.get_num_threads() * s.output.untyped_storage().nbytes() / 4 for s in samples]
+
+
+class Broken:
+    def __init__(self) -> None:
+        raise RuntimeError("no weights here")
+
+
+def looping_verifier(pairs):
+    out = []
+    for reference, answer in pairs:
+        while "loop" in answer:
+            pass
+        if "crash" in answer:
+            os._exit(1)
+        if "raise" in answer:
+            raise ValueError("cannot parse")
+        out.append(float(reference) == float(answer))
+    return out
+
+
+def doubler():
+    return _double
+
+
+def _double(batch):
+    return [2 * x for x in batch]

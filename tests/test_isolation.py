@@ -1,0 +1,282 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import foreign_rewards
+import pytest
+import torch
+
+from mmrl.components import ComponentError
+from mmrl.config import ConfigError, parse_config
+from mmrl.rewards import Isolated, RewardError, score
+from mmrl.rewards.isolation import Worker, WorkerError, WorkerStartError, _dumps
+from mmrl.rollout import Prompt, Sample
+from mmrl.trainers.task import build_rewards
+
+TESTS = Path(__file__).parent
+
+
+def samples(*outputs):
+    return [Sample(Prompt(f"p{i}", {}), output, i) for i, output in enumerate(outputs)]
+
+
+def light(*outputs):
+    """Looks like samples, but a worker needs no torch to read it."""
+    return [SimpleNamespace(prompt=SimpleNamespace(id=s.prompt.id), output=s.output) for s in samples(*outputs)]
+
+
+def isolated(name, timeout_s=60.0, **options):
+    """Isolated in a worker that starts ten times faster than one with torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmrl.rewards.isolation._make_reward", foreign_rewards.make)
+        return Isolated(f"foreign_rewards:{name}", options, timeout_s, section="rewards.0")
+
+
+@pytest.fixture(scope="module")
+def by_output():
+    reward = isolated("by_output", timeout_s=0.5)
+    yield reward
+    reward.close()
+
+
+@pytest.fixture(scope="module")
+def by_first_output():
+    reward = isolated("by_first_output")
+    yield reward
+    reward.close()
+
+
+def is_running(pid):
+    """False for a process that is gone or a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_the_process_persists_and_scores(by_output):
+    assert by_output(light("a", "bb", "print")) == [1.0, 2.0, 5.0]
+    starts = by_output._worker.starts
+    assert by_output(light()) == [] and by_output(light("ccc")) == [3.0]
+    assert by_output._worker.starts == starts
+
+
+@pytest.mark.parametrize(
+    "bad, kind, message",
+    [
+        ("loop", "timeout", "no answer within 0.5 s"),
+        ("loop in C", "timeout", "no answer within 0.5 s"),
+        ("os._exit", "crash", "ended with exit status 3"),
+        ("segfault", "crash", "was ended by SIGSEGV"),
+        ("sys.exit", "error", "SystemExit: 4"),
+        ("raise", "error", "KeyError: 'answer'"),
+    ],
+)
+def test_only_the_bad_sample_goes_unscored(by_output, caplog, bad, kind, message):
+    before, starts = by_output.failures[kind], by_output._worker.starts
+    assert by_output(light("a", bad, "ccc")) == [1.0, None, 3.0]
+    assert by_output.failures[kind] == before + 1
+    assert message in by_output.last_error
+    assert f"left 1 of 3 samples unscored: 'p1' ({kind})" in caplog.text
+    # 3 -> (1, 2): the first half of "a" passes, the bad one fails alone or with its neighbour
+    assert by_output._worker.starts <= starts + (0 if kind == "error" else 3)
+    assert by_output(light("a")) == [1.0] and by_output.last_error is None
+
+
+def test_halving_costs_a_logarithm_of_tries(by_output):
+    before = by_output._worker.starts
+    outputs = ["x"] * 16
+    outputs[11] = "os._exit"
+    values = by_output(light(*outputs))
+    assert values == [None if i == 11 else 1.0 for i in range(16)]
+    assert by_output(light("x")) == [1.0]
+    assert by_output._worker.starts - before == 5  # batches of 16, 8, 4, 2, 1 died
+
+
+def test_many_bad_samples_end_after_a_bounded_number_of_limits():
+    reward = isolated("by_output", timeout_s=0.05)
+    assert reward(light(*["loop"] * 8)) == [None] * 8
+    # 2 (3 + 1) limits: batches of 8, 4, 2, 1, 1, 2, 1, 1 fail, four samples are left
+    assert reward.failures == {"timeout": 4, "skipped": 4} and reward._worker.starts == 8
+
+
+def test_a_value_that_is_no_number_is_named_as_in_process(by_output):
+    with pytest.raises(RewardError, match="sample 1 got .*object object at.*, which is no number"):
+        score(light("a", "object"), {"r": (by_output, 1.0)})
+
+
+@pytest.mark.parametrize(
+    "first, message",
+    [
+        ("one value", "reward 'foreign_rewards:by_first_output' returned 1 values for 2 samples"),
+        ("no sequence", "samples have no reward.*last error: TypeError: 'float' object is not iterable"),
+        ("unpicklable", "sample 0 got .*<function by_first_output"),
+    ],
+)
+def test_broken_contracts_stop_as_in_process(by_first_output, first, message):
+    with pytest.raises(RewardError, match=message):
+        score(light(first, "bb"), {"r": (by_first_output, 1.0)})
+
+
+def test_a_failure_that_no_sample_is_to_blame_for_loses_nothing(by_first_output):
+    assert by_first_output(light(*"abcdefg")) == [1.0] * 7
+
+
+def test_system_exit_in_process_leaves_samples_unscored():
+    scored = score(light("sys.exit"), {"r": (foreign_rewards.by_output, 1.0)}, max_unscored=1.0)
+    assert scored.unscored == {"r": 1}
+
+
+# ---- making ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_and_the_time_to_load():
+    reward = isolated("Scaled", timeout_s=0.4, factor=2.0, wait_s=0.5)  # loading is not on the clock of a batch
+    assert reward(light("abc")) == [6.0]
+
+
+def test_real_samples_objects_and_threads():
+    reward = Isolated(foreign_rewards.Torchlike(3.0), timeout_s=5.0)
+    batch = torch.zeros(1000, 100)
+    assert reward(samples(batch[0], batch[1])) == [3.0 * 100, 3.0 * 100]  # elements that arrived, times 3
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    "name, options, error, message",
+    [
+        ("Scaled", {"factr": 2}, ComponentError, r"rewards.0.factr=2 \(did you mean factor\?\)"),
+        ("nothing", {}, ComponentError, "has no attribute 'nothing'"),
+        ("Broken", {}, WorkerStartError, "did not start: RuntimeError: no weights here"),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_an_error_at_once(name, options, error, message):
+    with pytest.raises(error, match=message):
+        isolated(name, **options)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="timeout_s=0 must be above 0"):
+        Isolated("foreign_rewards:by_output", timeout_s=0)
+    with pytest.raises(ValueError, match="cannot be sent to a worker process"):
+        Isolated(lambda s: [0.0 for _ in s])
+
+
+@pytest.mark.parametrize(
+    "entry, isolated, timeout_s",
+    [
+        ({"name": "foreign_rewards:by_output"}, True, 60.0),
+        ({"name": "foreign_rewards:by_output", "timeout_s": 5}, True, 5.0),
+        ({"name": "foreign_rewards:by_output", "timeout_s": 0}, False, None),
+        ({"name": "legible_symmetric", "timeout_s": 0}, False, None),
+    ],
+)
+def test_recipes_choose_the_process(entry, isolated, timeout_s, monkeypatch):
+    monkeypatch.setattr("mmrl.rewards.isolation._make_reward", foreign_rewards.make)
+    if entry["name"] == "legible_symmetric":
+        monkeypatch.setattr("mmrl.trainers.task.build", lambda *a: foreign_rewards.by_output)
+    sections = {"task": {"name": "t"}, "policy": {"name": "p"}, "plan": {0: 2}}
+    rewards = build_rewards(parse_config({**sections, "rewards": [entry]}), None)
+    reward, weight = rewards[entry["name"]]
+    assert weight == 1.0 and isinstance(reward, Isolated) == isolated
+    if isolated:
+        assert reward.timeout_s == timeout_s
+        reward.close()
+
+
+def test_a_negative_limit_is_refused():
+    sections = {"task": {"name": "t"}, "policy": {"name": "p"}, "plan": {0: 2}}
+    with pytest.raises(ConfigError, match="rewards.0.timeout_s=-1"):
+        parse_config({**sections, "rewards": [{"name": "a:b", "timeout_s": -1}]})
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------
+
+
+def test_another_process_that_closes_and_comes_back(by_first_output):
+    pid = by_first_output._worker.pid
+    assert by_first_output(light("pid")) == [pid] and pid != os.getpid()
+    by_first_output.close()
+    assert not is_running(pid) and by_first_output._worker.pid is None
+    (again,) = by_first_output(light("pid"))
+    assert again not in (pid, os.getpid()) and by_first_output(light("pid")) == [again]
+
+
+def test_an_idle_worker_that_died_is_replaced():
+    reward = isolated("by_output")
+    os.kill(reward._worker.pid, signal.SIGKILL)
+    assert wait_until(lambda: reward._worker._process.poll() is not None)
+    assert reward(light("a")) == [1.0] and not reward.failures
+
+
+def test_dropped_without_close():
+    reward = isolated("by_output")
+    pid = reward._worker.pid
+    del reward
+    assert not is_running(pid)
+
+
+def test_tensors_travel_alone():
+    """A slice of a batch of 1000 must not take the other 999 along."""
+    batch = torch.zeros(1000, 100, requires_grad=True)
+    views = samples(batch[0], batch[1])
+    assert len(_dumps(views)) < 4000
+    assert len(pickle.dumps(samples(batch.detach()[0]))) > 400_000
+
+
+def test_what_a_reward_started_dies_with_it(tmp_path):
+    file = tmp_path / "pid"
+    assert isolated("with_child", timeout_s=1.0)(light(str(file))) == [None]
+    assert wait_until(lambda: not is_running(int(file.read_text())))
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_orphans(ending, tmp_path):
+    """The parent is stopped while its worker is in an endless loop. Its script has no main guard, on purpose."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "from functools import partial\n"
+        "from types import SimpleNamespace\n"
+        "from mmrl.components import find\n"
+        "from mmrl.rewards.isolation import Worker\n"
+        "worker = Worker(partial(find, 'mmrl.rewards', 'foreign_rewards:by_output'))\n"
+        "worker.start()\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.call([SimpleNamespace(output='loop')], 60.0)\n"
+    )
+    paths = [str(TESTS), str(TESTS.parent)]
+    parent = subprocess.Popen(
+        [sys.executable, script, *paths], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path
+    )
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)
+    assert is_running(pid)
+    parent.send_signal(ending)
+    parent.wait(10)
+    parent.stdout.close()
+    assert wait_until(lambda: not is_running(pid), 5)
+
+
+def test_a_worker_takes_any_function():
+    worker = Worker(foreign_rewards.doubler)
+    assert worker.call([1, 2], 5.0) == [2.0, 4.0]
+    with pytest.raises(WorkerError, match="TypeError") as caught:
+        worker.call([None], 5.0)
+    assert caught.value.kind == "error" and "Traceback" in caught.value.trace
+    worker.close()
