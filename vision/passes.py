@@ -194,4 +194,3 @@ def pad_positions(rows: Sequence[Tensor], left: bool = False) -> Tensor:
     side = "left" if left else "right"
     flat = pad_sequence([r.movedim(-1, 0) for r in rows], batch_first=True, padding_side=side)
     return flat if flat.ndim == 2 else flat.permute(2, 0, 1).contiguous()
-

@@ -248,7 +248,9 @@ def test_images_in_branches_take_the_positions_of_their_rows(picture_file):
         out = {}
         for mode in ("rows", "packed", "prefix_packed"):
             with torch.no_grad():
-                out[mode] = network(run_job, build_job([mixed], wanted, mode, style, encode.rope), 1.0, banned, None, None)
+                out[mode] = network(
+                    run_job, build_job([mixed], wanted, mode, style, encode.rope), 1.0, banned, None, None
+                )
         torch.testing.assert_close(out["packed"]["logp"], out["rows"]["logp"], atol=1e-5, rtol=0)
         torch.testing.assert_close(out["prefix_packed"]["logp"], out["rows"]["logp"], atol=1e-5, rtol=0)
         if family != "llava":
@@ -284,6 +286,8 @@ def test_one_tower_call_for_a_shared_picture(mode, picture_file):
     hf, processor = load("qwen2_5_vl")
     encode, trees, banned = two_trees("qwen2_5_vl", hf, processor, picture_file)  # two prompts, one picture
     seen = []
-    vision_tower(hf).register_forward_hook(lambda module, args, kw, out: seen.append(len(kw["grid_thw"])), with_kwargs=True)
+    vision_tower(hf).register_forward_hook(
+        lambda module, args, kw, out: seen.append(len(kw["grid_thw"])), with_kwargs=True
+    )
     by_layout(Network(hf), trees, mode, style_of(hf), encode, banned)
     assert seen == [1]

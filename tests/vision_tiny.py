@@ -1,0 +1,62 @@
+"""Tiny vision-language jobs for tests, named by dotted path in recipes so that subprocesses find them too."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrl.rollout import Prompt, Rollout, Sample
+
+sys.path.insert(0, str(Path(__file__).parent / "vision"))
+
+
+class Words:
+    """Eight questions; `pictures` of them show an image. The reward is the share of digits among what is written."""
+
+    rewards = ("vision_tiny:digits",)
+
+    def __init__(self, folder: str, pictures: int = 8, broken: int = 0) -> None:
+        from families import picture
+
+        self.prompts = []
+        for i in range(8):
+            file = Path(folder) / f"{i}.png"
+            picture(i).save(file)
+            if i < broken:
+                file.write_bytes(file.read_bytes()[:60])
+            images = [str(file)] if i < pictures else []
+            self.prompts.append(Prompt(f"q{i}", {"question": "count " + "it " * i, "images": images}))
+        self.eval_prompts = self.prompts[broken : broken + 2]
+
+    def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
+        return {"length": float(sum(len(s.output) for s in samples) / len(samples))}
+
+
+def digits(samples: Sequence[Sample]) -> list[float | None]:
+    return [sum(c.isdigit() for c in s.output) / max(len(s.output), 1) for s in samples]
+
+
+def step_digits(rollout: Rollout) -> torch.Tensor:
+    return torch.tensor([sum(c.isdigit() for c in t) / max(len(t), 1) for t in rollout.texts])
+
+
+def vision_recipe(model: Path, folder: Path, output: Path, **sections: Any) -> dict[str, Any]:
+    """A small run as a config tree; `sections` update whole sections."""
+    tree: dict[str, Any] = {
+        "task": {"name": "vision_tiny:Words", "folder": str(folder)},
+        "policy": {"name": "vision", "model": str(model), "temperature": 0.7, "max_new_tokens": 12, "max_steps": 3},
+        "plan": {0: 2, 1: 2},
+        "rewards": [{"name": "vision_tiny:digits", "timeout_s": 0}],
+        "credit": {"estimators": [{"name": "grpo"}]},
+        "loss": {"clip_low": 0.2, "clip_high": 0.2},
+        "optim": {"lr": 1e-3},
+        "run": {"output": str(output), "iterations": 2, "prompts_per_iteration": 4, "eval_every": 2,
+                "checkpoint_every": 1, "trackers": [], "report": False, "cpu": True},
+    }  # fmt: skip
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) and name != "plan" else values
+    return tree
