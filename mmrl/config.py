@@ -105,6 +105,7 @@ class LossConfig(Section):
     max_len: PositiveInt | None = None  # for `constant`
     drop_zero_spread: bool = False  # leave groups with equal rewards out of the denominator as well
     recompute_old_logp: bool = False  # one extra pass; for engines whose log-probs differ from the trainer's
+    importance_cap: PositiveFloat | None = None  # with it: weight actions by min(trainer / engine probability, cap)
 
 
 class ImitationConfig(Section):

@@ -17,6 +17,7 @@ from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.attention import style_of
 from vision.decode import grow
+from vision.engine_sync import SyncedEngine, vllm_engine
 from vision.growth import Decoding, Node, PromptTokens
 from vision.loading import banned_ids, eos_ids, load_model, load_processor, save, tokenizer_of
 from vision.lora import add_lora, image_parameters
@@ -44,6 +45,7 @@ class VisionPolicy:
         mode: how rows of the update are laid out (docs/tree_packing.md); `auto` takes the cheapest exact one.
         gradient_checkpointing: less memory, one more forward; excludes prefix_packed.
         eval_temperature: 0 evaluates greedily.
+        engine: samples in place of the transformers model, which then only trains.
 
     Raises:
         ValueError: a temperature of 0 (sampling needs one above), a mode the model cannot take.
@@ -63,6 +65,7 @@ class VisionPolicy:
         mode: Mode | Literal["auto"] = "auto",
         gradient_checkpointing: bool = False,
         eval_temperature: float = 0.0,
+        engine: SyncedEngine | None = None,
     ) -> None:
         if decoding.temperature <= 0:
             raise ValueError(f"policy.temperature={decoding.temperature}: rollouts need a temperature above 0")
@@ -72,7 +75,10 @@ class VisionPolicy:
         self.decoding = replace(decoding, banned=tuple(banned), eos=tuple(sorted(eos)))
         self.eval_temperature, self.max_batch, self.max_tokens = eval_temperature, max_batch, max_tokens
         self.model: nn.Module = Network(hf)
-        self.encode = PromptEncoder(hf, processor, template or Template(), max_tokens=max_prompt_tokens)
+        self._engine = engine
+        self.encode = PromptEncoder(
+            hf, processor, template or Template(), max_tokens=max_prompt_tokens, keep_images=engine is not None
+        )
         self.style = style_of(bare(hf))
         self._checkpointing = gradient_checkpointing
         self._modes = _allowed(mode, self.style.plain, gradient_checkpointing, bare(hf))
@@ -102,6 +108,10 @@ class VisionPolicy:
         train_vision: bool = False,
         gradient_checkpointing: bool = False,
         eval_temperature: float = 0.0,
+        engine: Literal["transformers", "vllm"] = "transformers",
+        engine_url: str = "",
+        engine_exchange: str = "",
+        engine_memory: float = 0.4,
     ) -> VisionPolicy:
         """From a recipe's `policy:` section.
 
@@ -112,6 +122,9 @@ class VisionPolicy:
                 reference for the KL is the model with the adapter off.
             train_vision: train the image encoder and projector too; off, they are frozen and pictures are encoded
                 once per run.
+            engine: what samples; vllm needs the extra of that name (docs/vllm.md).
+            engine_url: a running vLLM server; empty starts vLLM in this process with `engine_memory` of the device.
+            engine_exchange: a folder that server and trainer both see, through which weights travel.
         """
         if model == "shapes":
             from vision.tasks.shapes_base import shapes_base
@@ -126,12 +139,18 @@ class VisionPolicy:
             bare(hf).gradient_checkpointing_enable({"use_reentrant": False})
         name, _, token = steps.partition(":")
         size = bare(hf).config.get_text_config().vocab_size
+        other = None
+        if engine == "vllm":
+            other = vllm_engine(
+                model, engine_url, engine_exchange, max_model_len=max_prompt_tokens + max_new_tokens,
+                memory=engine_memory, lora_rank=lora_rank, dtype=dtype,
+            )  # fmt: skip
         rule = StepRule(tokenizer_of(processor), name, token=token or None, vocab_size=size)
         return cls(
             hf, processor, rule, Decoding(temperature, max_new_tokens, max_steps),
             template=Template(instruction, system), max_prompt_tokens=max_prompt_tokens, max_batch=max_batch,
             max_tokens=max_tokens, mode=mode, gradient_checkpointing=gradient_checkpointing,
-            eval_temperature=eval_temperature,
+            eval_temperature=eval_temperature, engine=other,
         )  # fmt: skip
 
     @property
@@ -170,6 +189,8 @@ class VisionPolicy:
         self, tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding, seeds: Sequence[int]
     ) -> list[Node]:
         """In parts of at most `max_batch` leaves; prompts of like length together would pad less, order is kept."""
+        if self._engine is not None:
+            return self._engine.grow(self._network.hf, tokens, plan, decoding, self.rule, seeds)
         size = max(1, self.max_batch // plan.leaves)
         self._network.hf.eval()
         nodes: list[Node] = []

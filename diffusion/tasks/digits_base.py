@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +21,8 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from mmrl.cache import cache_root
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,6 @@ class DigitsBase:
     folder: Path
     classifier: nn.Module
     judge: nn.Module
-
-
-def cache_root() -> Path:
-    """$MMRL_CACHE, else $XDG_CACHE_HOME/mmrl, else ~/.cache/mmrl."""
-    if "MMRL_CACHE" in os.environ:
-        return Path(os.environ["MMRL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmrl"
 
 
 def digits_base(recipe: Recipe | None = None) -> DigitsBase:

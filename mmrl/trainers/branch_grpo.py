@@ -70,6 +70,7 @@ class BranchGrpo:
         self._seconds: dict[str, float] = {}
         self._scores: list[Scored] = []  # of this iteration, refills included
         self._step_scores: list[ScoredSteps] = []
+        self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._cost: Counter[str] = Counter()
         self._refills = 0
         self._admission = Admission(self.policy.admit, config.run.max_unusable)
@@ -150,7 +151,9 @@ class BranchGrpo:
         c = self.config
         batch = build_batch(rollout, credit, self._unpruned(rollout, iteration), c.loss, c.credit.clip)
         batch = batch.with_total(self.loop.all_sum(batch.denominator)[0])
-        return recompute_old_logp(self.policy, batch) if c.loss.recompute_old_logp else batch
+        if c.loss.recompute_old_logp:
+            batch, self._mismatch = recompute_old_logp(self.policy, batch, c.loss.importance_cap)
+        return batch
 
     def update(self, batch: Batch, *, first: bool) -> dict[str, float]:
         """One optimizer step over the whole batch in micro-batches."""
@@ -258,6 +261,9 @@ class BranchGrpo:
         metrics |= {f"rollout/{k[5:]}_per_leaf": v / leaves for k, v in sums.items() if k.startswith("cost/")}
         if self.config.run.refill:
             metrics["rollout/refills"] = self.loop.all_max(float(self._refills))[0]
+        if self.config.loss.recompute_old_logp:
+            worst = self.loop.all_max(*(self._mismatch.get(k, 0.0) for k in ("mean", "max", "k3")))
+            metrics |= dict(zip(("mismatch/mean", "mismatch/max", "mismatch/k3"), worst, strict=True))
         parts = [f"reward/{n}" for n in self.rewards if len(self.rewards) > 1]
         parts += [f"step_reward/{n}" for n in self.step_rewards]
         return metrics | {k: sums[f"{k}/sum"] / max(sums[f"{k}/n"], 1) for k in parts}

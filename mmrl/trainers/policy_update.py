@@ -11,6 +11,7 @@ from torch import Tensor
 from mmrl.config import LossConfig
 from mmrl.credit import StepAdvantage
 from mmrl.credit.budget import informative_groups
+from mmrl.losses.mismatch import mismatch, truncated_importance
 from mmrl.losses.policy import (
     action_weights,
     cispo,
@@ -90,9 +91,20 @@ def current_logp(policy: Policy, rollout: Rollout, steps: Tensor) -> Tensor:
     return logp
 
 
-def recompute_old_logp(policy: Policy, batch: Batch) -> Batch:
-    """Old log-probs from the training code path, for rollouts made by another engine or dtype."""
-    return replace(batch, old_logp=current_logp(policy, batch.rollout, batch.steps))
+def recompute_old_logp(policy: Policy, batch: Batch, cap: float | None) -> tuple[Batch, dict[str, float]]:
+    """Old log-probs from the training code path, for rollouts made by another engine or dtype.
+
+    cap: truncated importance weights correct for actions having been drawn by that engine. Also returns how far the
+    two log-probs lie apart (mean, max, k3; empty when nothing is trained).
+    """
+    train, rollout = current_logp(policy, batch.rollout, batch.steps), batch.old_logp
+    used = batch.weight > 0
+    if not bool(used.any()):
+        return batch, {}
+    weight = batch.weight.clone()
+    if cap is not None:
+        weight[used] *= truncated_importance(train[used], rollout[used], cap=cap)
+    return replace(batch, old_logp=train, weight=weight), mismatch(train[used], rollout[used])
 
 
 def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor, sums: Sums) -> Tensor:

@@ -1,0 +1,75 @@
+"""A generation engine that follows the trainer's weights: awake while it samples, in step with what was trained."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmrl.rollout import BranchPlan
+from vision.growth import Decoding, Node, PromptTokens
+from vision.network import bare
+from vision.steps import StepRule
+
+if TYPE_CHECKING:
+    from vision.engine_vllm import VllmEngine
+
+
+class SyncedEngine:
+    """Hands changed weights to the engine before it samples: all of them, or the adapter where LoRA is trained."""
+
+    def __init__(self, engine: VllmEngine, shared: bool) -> None:
+        """shared: one server for all processes, which only a single process may feed."""
+        self.engine, self._shared = engine, shared
+        self._stamp = -1
+
+    def grow(
+        self,
+        hf: Any,
+        prompts: Sequence[PromptTokens],
+        plan: BranchPlan,
+        decoding: Decoding,
+        rule: StepRule,
+        seeds: Sequence[int],
+    ) -> list[Node]:
+        """As vision.decode.grow, by the engine with the weights of `hf`.
+
+        Raises:
+            ValueError: several processes train against one server.
+        """
+        self.engine.wake()
+        self._follow(hf)
+        nodes = self.engine.grow(prompts, plan, decoding, rule, seeds)
+        self.engine.sleep()
+        return nodes
+
+    def _follow(self, hf: Any) -> None:
+        stamp = sum(p._version for p in hf.parameters() if p.requires_grad)  # every in-place update counts up
+        if stamp == self._stamp:
+            return
+        if self._shared and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("several processes cannot feed one vLLM server; leave policy.engine_url empty")
+        if hasattr(hf, "disable_adapter"):
+            with tempfile.TemporaryDirectory() as folder:
+                hf.save_pretrained(folder)
+                self.engine.sync_lora(Path(folder))
+        else:
+            self.engine.sync(bare(hf).state_dict().items())
+        self._stamp = stamp
+
+
+def vllm_engine(
+    folder: str, url: str, exchange: str, *, max_model_len: int, memory: float, lora_rank: int, dtype: str
+) -> SyncedEngine:
+    """vLLM in this process, or the server at `url`; see `vision.engine_vllm`."""
+    from vision.engine_vllm import VllmEngine
+
+    if url:
+        return SyncedEngine(VllmEngine.server(url, folder=folder, exchange=exchange or None), shared=True)
+    engine = VllmEngine.in_process(
+        folder, max_model_len=max_model_len, gpu_memory_utilization=memory, lora_rank=lora_rank, dtype=dtype
+    )
+    return SyncedEngine(engine, shared=False)
