@@ -49,7 +49,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args, args.one[0], int(args.one[1]))))
         return
-    before = _child(args, "base", 0)["accuracy"]
+    base = _child(args, "base", 0)
+    args.model, before = base["model"], base["accuracy"]
     runs: list[dict[str, Any]] = []
     for i, seed in enumerate(args.seeds):
         for side in SIDES if i % 2 == 0 else SIDES[::-1]:
@@ -74,17 +75,17 @@ def _child(args: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
-    """Train one side (`base`: nobody) and evaluate what it saved."""
+    """Train one side and evaluate what it saved; `base` evaluates the untrained model and names its folder."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         config = recipe(args, seed, Path(folder) / "run")
-        model, steps = str(config.policy.options["model"]), []
-        if side != "base":
-            train = {"trl": train_trl, "mmrl": train_mmrl}[side]
-            steps, model = train(config), str(Path(folder) / "run" / "model")
-        return summary(steps) | {"accuracy": accuracy(config, model)}
+        if side == "base":
+            model = config.policy.options["model"]
+            return {"model": model, "accuracy": accuracy(config, model)}
+        steps = {"trl": train_trl, "mmrl": train_mmrl}[side](config)
+        return summary(steps) | {"accuracy": accuracy(config, str(config.run.output / "model"))}
 
 
 def recipe(args: argparse.Namespace, seed: int, output: Path) -> Config:
@@ -101,9 +102,7 @@ def recipe(args: argparse.Namespace, seed: int, output: Path) -> Config:
 
 
 def summary(steps: Sequence[Step]) -> dict[str, float]:
-    """Means over the run; seconds per step without the first."""
-    if not steps:
-        return {}
+    """Means over the run; seconds per step without the first; late_reward is that of the last third."""
     out = {k: statistics.mean(s[k] for s in steps) for k in ("reward", "flat", "samples", "tokens")}
     timed = len(steps) - 1
     out["late_reward"] = statistics.mean(s["reward"] for s in steps[-max(len(steps) // 3, 1) :])
@@ -196,7 +195,7 @@ def trl_arguments(config: Config, model: Any, processor: Any) -> Any:
         per_device_train_batch_size=run.prompts_per_iteration * config.plan[0], gradient_accumulation_steps=1,
         num_generations=config.plan[0], num_iterations=1, gradient_checkpointing=False, shuffle_dataset=False,
         max_completion_length=policy["max_new_tokens"], temperature=policy["temperature"],
-        generation_kwargs={"suppress_tokens": banned},  # a sampled image placeholder would stop the update
+        generation_kwargs={"suppress_tokens": banned},  # as mmrl; TRL itself leaves out the image token
         learning_rate=o.lr, adam_beta1=o.betas[0], adam_beta2=o.betas[1], adam_epsilon=o.eps,
         weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm, lr_scheduler_type="constant",
         loss_type="dapo", scale_rewards="group", beta=0.0, epsilon=loss.clip_low, epsilon_high=loss.clip_high,

@@ -17,7 +17,7 @@ from mmrl.rollout import BranchPlan
 from vision.growth import Decoding, Node, PromptTokens
 from vision.network import FeatureCache, bare, encode_images, encoder_output, masked_scores
 from vision.passes import left_pad, pad_positions
-from vision.steps import StepRule
+from vision.step_rule import StepRule
 
 
 @dataclass

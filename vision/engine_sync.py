@@ -12,7 +12,7 @@ import torch
 from mmrl.rollout import BranchPlan
 from vision.growth import Decoding, Node, PromptTokens
 from vision.network import bare
-from vision.steps import StepRule
+from vision.step_rule import StepRule
 
 if TYPE_CHECKING:
     from vision.engine_vllm import VllmEngine

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmrl.rollout import BranchPlan
 from mmrl.seeding import named_generator
 from vision.growth import Decoding, Node, PromptTokens
-from vision.steps import StepRule
+from vision.step_rule import StepRule
 from vision.vllm_backends import Backend, Call, InProcess, Reply, Server
 
 _NEVER = -1e9  # added to a banned logit: its probability is exactly 0 in float32, and JSON can carry it

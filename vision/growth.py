@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrl.rollout import BranchPlan
-from vision.steps import StepRule
+from vision.step_rule import StepRule
 
 
 @dataclass(frozen=True)

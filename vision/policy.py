@@ -25,7 +25,7 @@ from vision.network import FeatureCache, Network, bare, run_job
 from vision.packing import Mode, ancestors, choose_mode, split
 from vision.passes import TokenTree, build_job
 from vision.prompts import PromptEncoder, PromptError, Template
-from vision.steps import StepRule
+from vision.step_rule import StepRule
 
 log = logging.getLogger(__name__)
 

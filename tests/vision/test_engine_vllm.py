@@ -23,7 +23,7 @@ from vision.lora import add_lora
 from vision.network import masked_scores
 from vision.policy import VisionPolicy
 from vision.prompts import PromptEncoder, Template
-from vision.steps import StepRule
+from vision.step_rule import StepRule
 
 pytestmark = [
     pytest.mark.vllm,

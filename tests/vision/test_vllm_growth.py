@@ -9,7 +9,7 @@ from families import tokenizer_for
 from mmrl.rollout import BranchPlan
 from vision.engine_vllm import VllmEngine
 from vision.growth import Decoding, PromptTokens
-from vision.steps import StepRule
+from vision.step_rule import StepRule
 from vision.vllm_backends import Reply
 
 TOKENIZER = tokenizer_for("text")

@@ -1,0 +1,60 @@
+"""The comparison with TRL: its arithmetic by hand, and one seed of two steps on a tiny random model."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "bench_trl.py"
+spec = importlib.util.spec_from_file_location("bench_trl", TOOL)
+bench_trl = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench_trl)
+
+
+def run(side, seed, step_s, samples=64):
+    return {"side": side, "seed": seed, "step_s": step_s, "rollout_s": step_s / 2, "samples": samples, "tokens": 1000,
+            "reward": 0.5, "late_reward": 0.6, "flat": 0.25, "accuracy": 0.7}  # fmt: skip
+
+
+def test_seconds_per_step_leave_out_the_first_step():
+    ends, rewards = [10.0, 12.0, 15.0, 16.0], [0.0, 1.0, 0.5, 0.5]
+    steps = [{"end": e, "rollout_s": 1.0, "reward": r, "flat": 0.0, "samples": 4, "tokens": 40}
+             for e, r in zip(ends, rewards, strict=True)]  # fmt: skip
+    steps[0]["rollout_s"] = 100.0
+    found = bench_trl.summary(steps)
+    assert found["step_s"] == 2.0  # (16 - 10) / 3
+    assert found["rollout_s"] == 1.0
+    assert (found["reward"], found["late_reward"]) == (0.5, 0.5)  # the last third of four steps is one
+
+
+def test_ratio_is_the_median_over_seeds():
+    pairs = [(0, 2.0, 1.0), (1, 6.0, 2.0), (2, 4.0, 1.0)]
+    runs = [run(side, seed, s) for seed, a, b in pairs for side, s in (("trl", a), ("mmrl", b))]
+    last = bench_trl.table(runs, 0.5).splitlines()[-1]
+    assert last.endswith("seed 0 2.00x, seed 1 3.00x, seed 2 4.00x; median 3.00x")
+
+
+def test_unequal_samples_void_the_comparison():
+    with pytest.raises(SystemExit, match="seed 3.*unequal"):
+        bench_trl.table([run("trl", 3, 1.0), run("mmrl", 3, 1.0, samples=32)], 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+def test_both_sides_run_on_a_tiny_random_model(tmp_path):
+    from families import family_folder
+
+    out = tmp_path / "runs.json"
+    command = [sys.executable, TOOL, "--seeds", "0", "--steps", "2", "--prompts", "2", "--group", "4", "--held-out",
+               "4", "--model", family_folder("qwen2_5_vl"), "--json", out]  # fmt: skip
+    env = os.environ | {"MMRL_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = {r["side"]: r for r in json.loads(out.read_text())["runs"]}
+    assert set(runs) == {"trl", "mmrl"}
+    assert all(r["step_s"] > r["rollout_s"] > 0 for r in runs.values())
+    assert all(r["samples"] == 8 and 0 < r["tokens"] <= 8 * 32 for r in runs.values())
