@@ -25,7 +25,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 check: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 slow: $(READY)
 	$(BIN)/pytest -q -m "slow and not gpu"

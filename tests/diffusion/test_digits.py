@@ -93,10 +93,11 @@ def test_policy_on_the_real_base(base):
 @pytest.mark.slow
 def test_the_demo_reaches_its_figures(tmp_path):
     """Reward from about .54 to at least .68 with the judge at .92 or more (the base comes from the cache or is made)."""
-    command = [sys.executable, "-m", "mmrl", "demo", f"run.output={tmp_path / 'r'}"]
+    command = [sys.executable, "-m", "mmrl", "demo", "diffusion", "--folder", tmp_path]
     subprocess.run(command, check=True, timeout=900)
-    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    run = tmp_path / "digits_branch"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evals = [r for r in rows if "eval/reward" in r]
     assert 0.48 < evals[0]["eval/reward"] < 0.58
     assert evals[-1]["eval/reward"] >= 0.68 and evals[-1]["eval/judge"] >= 0.92
-    assert (tmp_path / "r" / "report.html").exists()
+    assert (run / "report.html").exists()

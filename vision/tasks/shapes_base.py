@@ -63,12 +63,12 @@ _ID = {word: i for i, word in enumerate(VOCABULARY)}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Measured on one core: 106 CPU-seconds; greedy answers right on .95 of sparse (3 to 9 sprites) and .54 of dense
-    scenes (10 to 14), 256 of each, seed 0. On a schedule of 700 steps seed 1 had .88 and .48 after 500 steps, seed 2
-    .95 and .51 after 600.
+    """Measured on one core: about 127 CPU-seconds; greedy answers right on .97 of sparse (3 to 9) and .59 of dense
+    (10 to 14) scenes, 256 of each.
 
-    That is where reinforcement learning has room: perception is there, denser scenes are not yet. With 100 steps of
-    census instead of 150, two of three seeds were still at .48 (sparse) after 300 steps.
+    That is where reinforcement learning has room: perception is there, denser scenes are not yet. The census has to
+    stand alone at first (with 100 steps instead of 150, two of three seeds were still at .48 after 300 steps; mixed with
+    drills it took twice as long), and without drills no sum above 8 was ever right, nor found by sampling.
     """
 
     align_steps: int = 150
