@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python 3.11, pip and make:
-#   make demo   installs into .venv, aligns the built-in diffusion model, prints where the report is
+#   make demo   installs into .venv, runs the built-in jobs side by side, prints where the one report is
 #   make test   installs into .venv, then lint, types and tests
 
 PYTHON ?= python3.11

@@ -233,8 +233,14 @@ class DiffusionPolicy:
                 x[at] = self._predict(self._bare, course, _cond(rollout), x[at], int(d) + 1, own[at])[0].cpu()
         return list(self._decode(x))
 
-    def save(self, folder: Path) -> None:
-        """The model in diffusers' (or, with LoRA, PEFT's) format."""
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The model in diffusers' (or, with LoRA, PEFT's) format.
+
+        Raises:
+            ValueError: a state dict of sharded weights, which diffusers' save_pretrained does not take.
+        """
+        if state_dict is not None:
+            raise ValueError("a sharded diffusion model cannot be saved; start without FSDP (unset ACCELERATE_CONFIG)")
         self.adapter.save(self._bare, Path(folder))
 
     def _decode(self, x: Tensor) -> Tensor:

@@ -315,8 +315,8 @@ class Policy(Protocol):
     def freeze_reference(self) -> None:
         """Remember the current weights as the reference of the KL; called once, before training."""
 
-    def save(self, folder: Path) -> None:
-        """Write the model in its ecosystem's own format."""
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the model in its ecosystem's own format; with the weights of `state_dict` where they are sharded."""
 
 
 class OutcomeReward(Protocol):

@@ -250,7 +250,8 @@ def test_no_orphans(ending, tmp_path):
     """The parent is stopped while its worker is in an endless loop. Its script has no main guard, on purpose."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "import signal, sys; sys.path[:0] = sys.argv[1:]\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
         "from functools import partial\n"
         "from types import SimpleNamespace\n"
         "from mmrl.components import find\n"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmrl.rollout import BranchPlan
+from mmrl.sharding import is_sharded, whole
 from vision.growth import Decoding, Node, PromptTokens
 from vision.network import bare
 from vision.step_rule import StepRule
@@ -37,6 +38,9 @@ class SyncedEngine:
     ) -> list[Node]:
         """As vision.decode.grow, by the engine with the weights of `hf`.
 
+        The first call after an update hands the weights over. Where they are sharded that gathers them, one tensor
+        at a time, on every rank: all ranks must make this call, and may differ in how many they make after it.
+
         Raises:
             ValueError: several processes train against one server.
         """
@@ -54,11 +58,17 @@ class SyncedEngine:
             raise ValueError("several processes cannot feed one vLLM server; leave policy.engine_url empty")
         if hasattr(hf, "disable_adapter"):
             with tempfile.TemporaryDirectory() as folder:
-                hf.save_pretrained(folder)
+                hf.save_pretrained(folder, state_dict=_adapter(hf) if is_sharded(hf) else None)
                 self.engine.sync_lora(Path(folder))
         else:
-            self.engine.sync(bare(hf).state_dict().items())
+            self.engine.sync((name, whole(w)) for name, w in bare(hf).state_dict().items())
         self._stamp = stamp
+
+
+def _adapter(hf: Any) -> dict[str, torch.Tensor]:
+    """The trained weights whole, by the names PEFT gives them."""
+    trained = {name for name, p in hf.named_parameters() if p.requires_grad}
+    return {name: whole(w) for name, w in hf.state_dict().items() if name in trained}
 
 
 def vllm_engine(

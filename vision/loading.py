@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -207,9 +207,12 @@ def banned_ids(config: Any, tokenizer: Any, *, keep: Collection[int] = ()) -> li
     return sorted(int(i) for i in (named | in_text | padding) - ends if i is not None and 0 <= i < size)
 
 
-def save(model: Any, processor: Any, folder: str | Path) -> None:
-    """Weights (of a PEFT model: the adapter), configuration and processor into one folder, in transformers' format."""
-    model.save_pretrained(folder)
+def save(model: Any, processor: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Weights (of a PEFT model: the adapter), configuration and processor into one folder, in transformers' format.
+
+    state_dict: weights to write in place of the model's own, which may be sharded.
+    """
+    model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
 
 

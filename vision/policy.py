@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmrl.reference import Reference, unwrap
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.seeding import named_generator
+from mmrl.sharding import is_sharded
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.attention import style_of
 from vision.decode import grow
@@ -191,6 +192,11 @@ class VisionPolicy:
         """In parts of at most `max_batch` leaves; prompts of like length together would pad less, order is kept."""
         if self._engine is not None:
             return self._engine.grow(self._network.hf, tokens, plan, decoding, self.rule, seeds)
+        if is_sharded(self._network):
+            raise RuntimeError(
+                "policy.engine: transformers cannot sample with sharded weights: every forward is a collective, and "
+                "ranks make unequal numbers of them; set policy.engine: vllm"
+            )
         size = max(1, self.max_batch // plan.leaves)
         self._network.hf.eval()
         nodes: list[Node] = []
@@ -304,7 +310,9 @@ class VisionPolicy:
         """
         trees, wanted, index = self._trees(rollout, steps)
         shown = [(t.packed, t.parent) for t in trees]
-        mode = choose_mode(shown, self._modes, bare(self._network.hf).config.get_text_config().hidden_size)
+        mode = choose_mode(
+            shown, self._equal_calls(self._modes), bare(self._network.hf).config.get_text_config().hidden_size
+        )
         job = build_job(trees, wanted, mode, self.style, self.encode.rope)
         if mode not in self._told:
             unique = sum(len(t.packed) for t in trees)
@@ -321,6 +329,15 @@ class VisionPolicy:
             with self._reference.applied(self.model, self._network.hf) as model:
                 ref = model(*arguments, None)["logp"]
         return ActionLogProbs(index, out["logp"], ref_logp=ref, entropy=out["entropy"])
+
+    def _equal_calls(self, modes: Sequence[Mode]) -> list[Mode]:
+        """Where weights are sharded a call is a collective; prefix_packed makes one or two of them."""
+        if not is_sharded(self._network):
+            return list(modes)
+        left: list[Mode] = [m for m in modes if m != "prefix_packed"]
+        if not left:
+            raise ValueError("policy.mode: prefix_packed cannot run with sharded weights; use auto")
+        return left
 
     def _trees(self, rollout: Rollout, steps: Tensor) -> tuple[list[TokenTree], list[Tensor], Tensor]:
         """The trees that `steps` need, the packed indices of their tokens, and the actions these are."""
@@ -355,9 +372,13 @@ class VisionPolicy:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
         self._reference.freeze(self.model, self._network.hf)
 
-    def save(self, folder: Path) -> None:
-        """Weights (with LoRA, the adapter) and processor in transformers' format."""
-        save(self._network.hf, self.processor, folder)
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Weights (with LoRA, the adapter) and processor in transformers' format.
+
+        state_dict: weights of `self.model` by name, in place of its own, which may be sharded.
+        """
+        weights = state_dict and {name.removeprefix("hf."): w for name, w in state_dict.items()}
+        save(self._network.hf, self.processor, folder, weights)
 
     def _tell(self, key: str, level: int, message: str | None = None) -> None:
         if key not in self._told:

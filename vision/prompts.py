@@ -52,7 +52,7 @@ class PromptEncoder:
         self.max_tokens, self.limits, self.keep_images, self.max_bytes = max_tokens, limits, keep_images, max_bytes
         self.image_token = image_token_id(self._model.config)
         self._reserved = self._reserved_texts()
-        self._kept: OrderedDict[str, PromptTokens] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], PromptTokens] = OrderedDict()
         self._bytes = 0
 
     def __call__(self, prompt: Prompt) -> PromptTokens:
@@ -61,12 +61,13 @@ class PromptEncoder:
         Raises:
             PromptError: a broken or missing image, placeholders in the text, images unlike placeholders, too long.
         """
-        if prompt.id not in self._kept:
-            self._kept[prompt.id] = tokens = self._encode(prompt)
+        key = (str(prompt.inputs.get("question", "")), *map(str, prompt.inputs.get("images") or []))
+        if key not in self._kept:  # by content: training and evaluation files may use an id twice
+            self._kept[key] = tokens = self._encode(prompt)
             self._bytes += _size(tokens)
             while self._bytes > self.max_bytes and len(self._kept) > 1:
                 self._bytes -= _size(self._kept.popitem(last=False)[1])
-        return self._kept[prompt.id]
+        return self._kept[key]
 
     def blank(self) -> Pixels | None:
         """A grey picture's pixels, None for a text model."""

@@ -108,14 +108,17 @@ def _headline(rows: Rows, others: Mapping[str, Rows]) -> list[dict[str, Any]]:
 
 
 def _panel(title: str, names: list[str], rows: Rows, others: Mapping[str, Rows]) -> str | None:
-    """An SVG with one line per metric, None when none was logged; the other runs' lines are dashed."""
+    """An SVG with one line per metric, None when none was logged or all are 0; the other runs' lines are dashed."""
     from matplotlib.figure import Figure
 
-    found = [(n, *series(rows, n)) for n in names]
-    found = [f for f in found if f[1]]
+    found: list[tuple[str, list[float], list[float]]] = []
+    for name in names:
+        x, y = series(rows, name)
+        if any(y) and all(y != f[2] for f in found):  # no empty panel for what is off, no curve drawn twice
+            found.append((name, x, y))
     if not found:
         return None
-    figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.4 if others else 2.7), layout="constrained")
     axes = figure.subplots()
     for name, x, y in found:
         (line,) = axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3, linewidth=1.6, label=name)
@@ -127,7 +130,7 @@ def _panel(title: str, names: list[str], rows: Rows, others: Mapping[str, Rows])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(found) > 1 or others:
-        axes.legend(fontsize=8, frameon=False)
+        figure.legend(fontsize=7 if others else 8, frameon=False, loc="outside lower center", ncols=2)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     svg = buffer.getvalue()

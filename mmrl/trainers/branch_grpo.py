@@ -152,7 +152,7 @@ class BranchGrpo:
         batch = build_batch(rollout, credit, self._unpruned(rollout, iteration), c.loss, c.credit.clip)
         batch = batch.with_total(self.loop.all_sum(batch.denominator)[0])
         if c.loss.recompute_old_logp:
-            batch, self._mismatch = recompute_old_logp(self.policy, batch, c.loss.importance_cap)
+            batch, self._mismatch = recompute_old_logp(self.policy, batch, c.loss.importance_cap, self.loop.rounds)
         return batch
 
     def update(self, batch: Batch, *, first: bool) -> dict[str, float]:
@@ -227,8 +227,9 @@ class BranchGrpo:
 
     def save_model(self) -> None:
         """The trained model in its ecosystem's format, under model/."""
+        state = self.loop.full_state()  # on all ranks
         if self.loop.is_main:
-            self.policy.save(self.loop.folder.root / "model")
+            self.policy.save(self.loop.folder.root / "model", state)
 
     def _keep_tree(self, rollout: Rollout, credit: StepAdvantage, name: str) -> None:
         if self.loop.is_main:

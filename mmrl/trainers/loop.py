@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 
 from mmrl.config import Config, ConfigError, OptimConfig
+from mmrl.sharding import full_state, is_sharded, keep_float32
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.run_folder import RunFolder
 
@@ -82,6 +83,8 @@ class Loop:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self._check_world()
+        if self.accelerator.is_fsdp2:
+            keep_float32(self.accelerator.state.fsdp_plugin)
         set_seed(run.seed)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -90,6 +93,7 @@ class Loop:
         optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # sharding replaces them
+        self.sharded = is_sharded(self.model)
         self.ema = Ema(self.parameters, o.ema) if o.ema else None
         self.state = LoopState()
         self.accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema else []))
@@ -138,6 +142,17 @@ class Loop:
         t = torch.tensor(values, dtype=torch.float64, device=self._metric_device)
         return list(self.accelerator.gather(t[None]).amax(0).tolist())
 
+    def rounds(self, calls: int) -> int:
+        """Forward calls to make outside `update`: where weights are sharded, as many as the busiest rank."""
+        return int(self.all_max(calls)[0]) if self.sharded else calls
+
+    def full_state(self) -> dict[str, Tensor] | None:
+        """Where weights are sharded, all of them on the main process (empty elsewhere), else None.
+
+        All ranks must call it.
+        """
+        return full_state(self.model) if self.sharded else None
+
     @property
     def _metric_device(self) -> torch.device:
         return self.accelerator.device
@@ -156,10 +171,11 @@ class Loop:
             return 0.0
         self._set_lr()
         for j in range(rounds):
-            sync = nullcontext() if j == rounds - 1 else self.accelerator.no_sync(self.model)
-            with sync:
+            # sharded gradients are reduced every time: held back, they would take a whole model's memory on each rank
+            last = j == rounds - 1 or self.sharded
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = losses[j]() if j < len(losses) else idle() * 0.0
-                # DDP averages over ranks; the losses are shares of one global sum
+                # DDP and FSDP average over ranks; the losses are shares of one global sum
                 self.accelerator.backward(loss * self.accelerator.num_processes)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm))
         finite = math.isfinite(norm)

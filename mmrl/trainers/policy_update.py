@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -82,22 +83,31 @@ def build_batch(rollout: Rollout, credit: StepAdvantage, keep: Tensor, loss: Los
 
 
 @torch.no_grad()
-def current_logp(policy: Policy, rollout: Rollout, steps: Tensor) -> Tensor:
-    """(T,) the rollout's log-probs with those of `steps` recomputed by the training code path."""
+def current_logp(policy: Policy, rollout: Rollout, steps: Tensor, rounds: Callable[[int], int] = int) -> Tensor:
+    """(T,) the rollout's log-probs with those of `steps` recomputed by the training code path.
+
+    rounds: calls to make for a number of micro-batches; the surplus keeps ranks in step where calls are collectives.
+    """
     logp = rollout.actions.logp.clone()
-    for part in policy.micro_batches(rollout, steps) if len(steps) else []:
+    parts = policy.micro_batches(rollout, steps) if len(steps) else []
+    surplus = rounds(len(parts)) - len(parts)  # ranks talk about it, so before any call
+    for part in parts:
         new = policy.log_probs(rollout, part)
         logp[new.index] = new.logp.cpu()
+    for _ in range(surplus):
+        policy.log_probs(rollout, _some_part(policy, rollout))
     return logp
 
 
-def recompute_old_logp(policy: Policy, batch: Batch, cap: float | None) -> tuple[Batch, dict[str, float]]:
+def recompute_old_logp(
+    policy: Policy, batch: Batch, cap: float | None, rounds: Callable[[int], int] = int
+) -> tuple[Batch, dict[str, float]]:
     """Old log-probs from the training code path, for rollouts made by another engine or dtype.
 
     cap: truncated importance weights correct for actions having been drawn by that engine. Also returns how far the
-    two log-probs lie apart (mean, max, k3; empty when nothing is trained).
+    two log-probs lie apart (mean, max, k3; empty when nothing is trained). rounds: as in `current_logp`.
     """
-    train, rollout = current_logp(policy, batch.rollout, batch.steps), batch.old_logp
+    train, rollout = current_logp(policy, batch.rollout, batch.steps, rounds), batch.old_logp
     used = batch.weight > 0
     if not bool(used.any()):
         return batch, {}
@@ -135,9 +145,13 @@ def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor,
 
 def idle_loss(policy: Policy, batch: Batch) -> Tensor:
     """A forward through every trained weight; the loop multiplies it by 0."""
-    trainable = batch.owner[batch.rollout.actions.trainable]
-    part = policy.micro_batches(batch.rollout, torch.unique(trainable))[0]
-    return policy.log_probs(batch.rollout, part).logp.sum()
+    return policy.log_probs(batch.rollout, _some_part(policy, batch.rollout)).logp.sum()
+
+
+def _some_part(policy: Policy, rollout: Rollout) -> Tensor:
+    """One micro-batch of trainable steps, whatever they are worth."""
+    owner = rollout.tree.step_of_action(rollout.actions.logp.numel())
+    return policy.micro_batches(rollout, torch.unique(owner[rollout.actions.trainable]))[0]
 
 
 def ratio_rows(

@@ -138,7 +138,7 @@ def test_closed_kl_is_zero_at_the_start_and_positive_after(tiny_model):
 def test_lora_uses_the_switched_off_adapter_as_reference(tiny_model, tmp_path):
     p = DiffusionPolicy.build(str(tiny_model), lora_rank=2, steps=6)
     p.freeze_reference()
-    assert p._reference is None
+    assert p._reference._copy is None
     rollout = p.rollout(PROMPTS, PLAN, seed=0)
     assert deviation(p, rollout) == 0.0
     names = [n for n, q in p.model.named_parameters() if q.requires_grad]

@@ -222,6 +222,13 @@ def test_states_are_what_was_written_before():
     assert edge[0] == edge[1] and edge[2] != edge[3]
 
 
+def test_prompts_are_kept_by_content_not_by_id(pictures):
+    policy = build()
+    a, b = (Prompt("1", {"question": q, "images": []}) for q in ("one", "quite another"))
+    assert len(policy.encode(a).ids) != len(policy.encode(b).ids)
+    assert policy.encode(a) is policy.encode(Prompt("2", a.inputs))
+
+
 # ---- bad prompts -----------------------------------------------------------------------------------------------
 
 
@@ -242,6 +249,18 @@ def test_bad_prompts_are_quarantined_with_their_reason(pictures, caplog, inputs,
     good = prompts(pictures, n=1)
     assert policy.admit([Prompt("bad", inputs), *good]) == good
     assert message in caplog.text and "'bad'" in caplog.text
+
+
+@pytest.mark.slow
+def test_flex_attention_scores_as_sdpa_does(pictures):
+    """Forward only: flex attention has no backward on a CPU, and compiles for a minute."""
+    rollout = eager_newlines(build()).rollout(prompts(pictures), TREE, seed=1)
+    flex = build(attn="mmrl_flex")
+    with torch.no_grad():
+        assert deviation(flex, rollout) < 1e-4
+    assert eager_newlines(flex).rollout(prompts(pictures), TREE, seed=1).texts == rollout.texts  # sampled by sdpa
+    with pytest.raises(ValueError, match="flex attention"):
+        build(attn="mmrl_flex", mode="prefix_packed")
 
 
 def test_images_for_a_text_model_are_refused(pictures, caplog):
@@ -331,6 +350,14 @@ def test_broken_pictures_leave_the_run_and_are_counted(tmp_path):
     sections["run"]["max_unusable"] = 0.1
     with pytest.raises(ValueError, match="2 of 8 prompts cannot be used"):
         train(tmp_path, "s", **sections)
+
+
+def test_a_reward_that_exits_leaves_its_samples_unscored(tmp_path):
+    rewards = [{"name": "vision_tiny:exits_on_q0", "timeout_s": 30}]
+    _, metrics = train(
+        tmp_path, rewards=rewards, run={"prompts_per_iteration": 8, "iterations": 1, "max_unscored": 0.5}
+    )
+    assert 0.05 < metrics["reward/unscored_frac"] < 0.3 and metrics["policy/grad_norm"] > 0
 
 
 def test_saved_model_loads_in_transformers(tmp_path):

@@ -1,0 +1,48 @@
+"""Weights that FSDP2 keeps in parts: who has them, and how to see them whole.
+
+Every function here that gathers is a collective: all ranks must call it, in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some parameter of `model` is held in parts. Every forward of such a model is a collective."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor; a tensor that is not sharded as it is, without communication."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a sharded model by name, on the CPU of rank 0; empty on the other ranks. All ranks call it.
+
+    Tied weights appear once, under their first name: gathered, they no longer share memory, and would be saved twice.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    again = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return {name: w for name, w in state.items() if name not in again}
+
+
+def keep_float32(plugin: Any) -> None:
+    """Let accelerate's FSDP2 plugin compute in low precision, but neither return nor reduce in it.
+
+    Its own policy rounds whatever the model returns. Here that is log-probs: in bfloat16 a log-prob of -5 is off by
+    up to 0.016, and ratios of old and new ones would be noise.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
