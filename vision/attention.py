@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vision.packing import Packed
 
-FLEX = "mmrl_flex"  # the name under which flex attention is registered; models refuse the built-in name
+FLEX = "mmrl_flex"  # for the update on a GPU; needs layout `packed`, sampling takes sdpa
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,16 @@ def _as_input(visible: Tensor, style: AttentionStyle) -> Tensor:
     return torch.zeros(visible.shape, dtype=style.dtype).masked_fill(~visible, lowest)
 
 
-def register_flex() -> None:
-    """Make flex attention available under a name that Qwen-VL models accept."""
-    from transformers import AttentionInterface
-    from transformers.integrations.flex_attention import flex_attention_forward
+def attend_by(hf: Any, implementation: str) -> None:
+    """Switch the language model's attention; the image encoder keeps sdpa. Flex is registered at first use, under a
+    name of ours, since Qwen-VL models refuse the built-in one."""
+    if implementation == FLEX:
+        from transformers import AttentionInterface
+        from transformers.integrations.flex_attention import flex_attention_forward
 
-    AttentionInterface.register(FLEX, flex_attention_forward)
+        AttentionInterface.register(FLEX, flex_attention_forward)
+    vision = getattr(hf.config, "vision_config", None) is not None
+    hf.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"} if vision else implementation)
 
 
 def _flex(rows: Sequence[tuple[Packed, Tensor]], style: AttentionStyle, prefix: Sequence[int] | None) -> Any:

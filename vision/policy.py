@@ -16,7 +16,7 @@ from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, 
 from mmrl.seeding import named_generator
 from mmrl.sharding import is_sharded
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
-from vision.attention import style_of
+from vision.attention import FLEX, attend_by, style_of
 from vision.decode import grow
 from vision.engine_sync import SyncedEngine, vllm_engine
 from vision.growth import Decoding, Node, PromptTokens
@@ -121,6 +121,7 @@ class VisionPolicy:
             steps: where a step ends: line, blank_line, numbered, tag, or special_token:<the token>.
             lora_rank: 0 trains all weights; above 0 trains LoRA on the language model's projections, and the
                 reference for the KL is the model with the adapter off.
+            attn: sdpa, eager, flash_attention_2 (no packing), or mmrl_flex: FlexAttention in the update, on a GPU.
             train_vision: train the image encoder and projector too; off, they are frozen and pictures are encoded
                 once per run.
             engine: what samples; vllm needs the extra of that name (docs/vllm.md).
@@ -131,7 +132,9 @@ class VisionPolicy:
             from vision.tasks.shapes_base import shapes_base
 
             model = str(shapes_base())
-        hf, processor = load_model(model, dtype=dtype, attn=attn), load_processor(model)
+        hf, processor = load_model(model, dtype=dtype, attn="sdpa" if attn == FLEX else attn), load_processor(model)
+        if attn == FLEX:
+            attend_by(hf, FLEX)
         for p in image_parameters(hf):
             p.requires_grad_(train_vision)
         if lora_rank:
@@ -199,6 +202,8 @@ class VisionPolicy:
             )
         size = max(1, self.max_batch // plan.leaves)
         self._network.hf.eval()
+        if self.style.implementation == FLEX:
+            attend_by(bare(self._network.hf), "sdpa")
         nodes: list[Node] = []
         for a in range(0, len(tokens), size):
             part = self._network(
@@ -208,6 +213,8 @@ class VisionPolicy:
                 n.prompt += a
                 n.parent += len(nodes) if n.parent >= 0 else 0
             nodes += part
+        if self.style.implementation == FLEX:
+            attend_by(bare(self._network.hf), FLEX)
         return nodes
 
     def _as_rollout(
@@ -416,8 +423,13 @@ def text_states(parent: Sequence[int], group: Sequence[int], texts: Sequence[str
 
 def _allowed(mode: str, plain: bool, checkpointing: bool, hf: Any) -> list[Mode]:
     """Modes `auto` chooses from, the simplest first; a named mode must be possible."""
+    implementation = hf.config.get_text_config()._attn_implementation
+    if implementation == FLEX:  # its mask is the tree's block mask; without one it would see everything
+        if mode not in ("auto", "packed"):
+            raise ValueError(f"policy.mode={mode!r}: flex attention takes packed alone; use auto")
+        return ["packed"]
     possible: list[Mode] = ["rows_shared_image"]
-    takes_masks = "flash" not in hf.config.get_text_config()._attn_implementation
+    takes_masks = "flash" not in implementation
     if plain and takes_masks and not checkpointing:
         possible.append("prefix_packed")
     if takes_masks:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.rollout import Prompt
-from vision.attention import FLEX, AttentionStyle, register_flex, style_of, tree_attention
+from vision.attention import FLEX, AttentionStyle, style_of, tree_attention
 from vision.growth import PromptTokens
 from vision.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of, vision_tower
 from vision.lora import add_lora
@@ -226,10 +226,6 @@ def test_flex_block_mask_says_the_same_as_the_dense_one():
         block = tree_attention(rows, AttentionStyle(FLEX), prefix)
         made = create_mask(block.mask_mod, len(rows), None, dense.shape[2], dense.shape[3], device="cpu")
         assert torch.equal(made, dense)
-    register_flex()
-    from transformers import AttentionInterface
-
-    assert FLEX in AttentionInterface.valid_keys(AttentionInterface())
 
 
 def test_images_in_branches_take_the_positions_of_their_rows(picture_file):

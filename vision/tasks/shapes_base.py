@@ -67,8 +67,8 @@ class Recipe:
     (10 to 14) scenes, 256 of each.
 
     That is where reinforcement learning has room: perception is there, denser scenes are not yet. The census has to
-    stand alone at first (with 100 steps instead of 150, two of three seeds were still at .48 after 300 steps; mixed with
-    drills it took twice as long), and without drills no sum above 8 was ever right, nor found by sampling.
+    stand alone at first (with 100 steps instead of 150, two of three seeds were still at .48 after 300 steps; mixed
+    with drills it took twice as long), and without drills no sum above 8 was ever right, nor found by sampling.
     """
 
     align_steps: int = 150
