@@ -255,10 +255,10 @@ def test_bad_prompts_are_quarantined_with_their_reason(pictures, caplog, inputs,
 def test_flex_attention_scores_as_sdpa_does(pictures):
     """Forward only: flex attention has no backward on a CPU, and compiles for a minute."""
     rollout = eager_newlines(build()).rollout(prompts(pictures), TREE, seed=1)
-    flex = build(attn="mmrl_flex")
+    flex = eager_newlines(build(attn="mmrl_flex"))
     with torch.no_grad():
         assert deviation(flex, rollout) < 1e-4
-    assert eager_newlines(flex).rollout(prompts(pictures), TREE, seed=1).texts == rollout.texts  # sampled by sdpa
+    assert flex.rollout(prompts(pictures), TREE, seed=1).texts == rollout.texts  # sampled by sdpa
     with pytest.raises(ValueError, match="flex attention"):
         build(attn="mmrl_flex", mode="prefix_packed")
 
