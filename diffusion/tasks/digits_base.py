@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmrl.cache import cache_root
+from mmrl.cache import cache_root, made_once
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +64,7 @@ def digits_base(recipe: Recipe | None = None) -> DigitsBase:
     """
     recipe = recipe or Recipe()
     folder = cache_root() / recipe.key
-    if not (folder / "recipe.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "recipe.json").exists():
-                log.info("pre-training the digits generator (about 3 minutes on one core, once); cache: %s", folder)
-                _make(recipe, folder)
+    made_once(folder, partial(_make, recipe))
     try:
         classifiers = [_load_classifier(folder / f"{name}.safetensors") for name in ("classifier", "judge")]
         load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -104,11 +98,9 @@ def classifier_net() -> nn.Module:
     )  # fmt: skip
 
 
-def _make(recipe: Recipe, folder: Path) -> None:
-    """Train all three and move the finished folder into place, so that a stopped run leaves nothing half made."""
-    work = folder.with_name(folder.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+def _make(recipe: Recipe, work: Path) -> None:
+    """Train all three."""
+    log.info("pre-training the digits generator (about 3 minutes on one core, once); cache: %s", work.parent)
     generator_half, reward_half = digits_halves()
     with torch.random.fork_rng():
         for name, half in (("classifier", reward_half), ("judge", generator_half)):
@@ -116,7 +108,6 @@ def _make(recipe: Recipe, folder: Path) -> None:
         _train_generator(generator_half, recipe).save_pretrained(work / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(work / "scheduler")
     (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    work.rename(folder)
 
 
 def _train_classifier(data: tuple[Tensor, Tensor], recipe: Recipe, name: str) -> nn.Module:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from mmrl.cache import cache_root
+from mmrl.cache import cache_root, made_once
 from mmrl.rollout import Prompt, Rollout, Sample
 from vision.tasks.shapes_scene import (
     KINDS,
@@ -203,20 +202,10 @@ def _follows(line: str, seen: Sequence[str], reference: Mapping[str, Any]) -> bo
 def _scenes(settings: Mapping[str, Any]) -> Path:
     """The folder of pictures and prompts made from `settings`; one process makes it, others wait."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_root() / f"shapes-scenes-{key}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _write_scenes(settings, folder)
-    return folder
+    return made_once(cache_root() / f"shapes-scenes-{key}", partial(_write_scenes, settings))
 
 
-def _write_scenes(settings: Mapping[str, Any], folder: Path) -> None:
-    """Write beside the target and rename, so that a stopped run leaves nothing half made."""
-    work = folder.with_name(folder.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+def _write_scenes(settings: Mapping[str, Any], work: Path) -> None:
     for split in ("train", "held_out"):
         rows = []
         for i in range(settings[split]):
@@ -227,7 +216,6 @@ def _write_scenes(settings: Mapping[str, Any], folder: Path) -> None:
             rows.append(_row(split, i, question, count_kinds(cells)))
         (work / f"{split}.json").write_text(json.dumps(rows))
     (work / "settings.json").write_text(json.dumps(dict(settings), indent=1) + "\n")
-    work.rename(folder)
 
 
 def _row(split: str, index: int, question: Question, scene: Mapping[str, int]) -> dict[str, Any]:

@@ -11,19 +11,18 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
-from mmrl.cache import cache_root
+from mmrl.cache import cache_root, made_once
 from vision.loading import load_model, load_processor
 from vision.tasks.shapes_model import (
     END,
@@ -100,12 +99,7 @@ def shapes_base(recipe: Recipe | None = None) -> Path:
     """
     recipe = recipe or Recipe()
     folder = cache_root() / recipe.key
-    if not (folder / "recipe.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "recipe.json").exists():
-                log.info("pre-training the shapes model (about 2 minutes on one core, once); cache: %s", folder)
-                _make(recipe, folder)
+    made_once(folder, partial(_make, recipe))
     try:
         load_model(folder), load_processor(folder)
     except Exception as error:
@@ -116,11 +110,8 @@ def shapes_base(recipe: Recipe | None = None) -> Path:
     return folder
 
 
-def _make(recipe: Recipe, folder: Path) -> None:
-    """Train and move the finished folder into place, so that a stopped run leaves nothing half made."""
-    work = folder.with_name(folder.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+def _make(recipe: Recipe, work: Path) -> None:
+    log.info("pre-training the shapes model (about 2 minutes on one core, once); cache: %s", work.parent)
     model = train_base(recipe)
     right = accuracy(model, filled=recipe.filled, grid=recipe.grid, number=64)
     level = logging.INFO if right >= 0.7 else logging.WARNING
@@ -129,7 +120,6 @@ def _make(recipe: Recipe, folder: Path) -> None:
     )
     save(model, work)
     (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    work.rename(folder)
 
 
 def train_base(recipe: Recipe) -> Any:
