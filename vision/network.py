@@ -50,6 +50,10 @@ class Features:
         """Memory held."""
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep))
 
+    def sum(self) -> Tensor:
+        """() float32, depends on everything that was encoded."""
+        return torch.stack([t.float().sum() for t in (self.tokens, *self.deep)]).sum()
+
 
 class FeatureCache:
     """Features of frozen image encoders, newest kept, up to `max_bytes`. Empty and unused when they are trained."""
@@ -83,6 +87,17 @@ def encode_images(hf: Any, images: Iterable[Pixels], cache: FeatureCache | None 
             if cache is not None:
                 cache.put(pixels.key, features)
     return out
+
+
+def freeze_idle(hf: Any, blank: Pixels, parameters: Iterable[nn.Parameter]) -> None:
+    """Stop training the image weights that no feature depends on (LLaVA reads an inner layer of its tower): they
+    would never have a gradient, and DDP waits for one."""
+    parameters = [p for p in parameters if p.requires_grad]
+    with torch.enable_grad():
+        features = encode_images(hf, [blank])[blank.key]
+        grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    for p, grad in zip(parameters, grads, strict=True):
+        p.requires_grad_(grad is not None)
 
 
 def _stackable(images: Sequence[Pixels]) -> list[list[Pixels]]:
@@ -164,7 +179,7 @@ def run_job(
     device = rows[0].device
     logp, entropy = _score(rows, job.source.to(device), job.tokens.to(device), temperature, banned)
     if dummy:
-        logp = logp + 0.0 * features[0].tokens.float().sum()
+        logp = logp + 0.0 * features[0].sum()
     return {"logp": logp, "entropy": entropy}
 
 

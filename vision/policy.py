@@ -22,7 +22,7 @@ from vision.engine_sync import SyncedEngine, vllm_engine
 from vision.growth import Decoding, Node, PromptTokens
 from vision.loading import banned_ids, eos_ids, load_model, load_processor, save, tokenizer_of
 from vision.lora import add_lora, image_parameters
-from vision.network import FeatureCache, Network, bare, run_job
+from vision.network import FeatureCache, Network, bare, freeze_idle, run_job
 from vision.packing import Mode, ancestors, choose_mode, split
 from vision.passes import TokenTree, build_job
 from vision.prompts import PromptEncoder, PromptError, Template
@@ -86,6 +86,8 @@ class VisionPolicy:
         trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))
         self._features = None if trained_images else FeatureCache()
         self._blank = self.encode.blank() if trained_images else None
+        if self._blank is not None:
+            freeze_idle(hf, self._blank, image_parameters(bare(hf)))
         self._reference = Reference()
         self._told: set[str] = set()
 

@@ -145,6 +145,20 @@ def test_the_image_tower_runs_once_per_distinct_picture(pictures, train_vision):
     assert all(grads) if train_vision else not any(grads)
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "text"])
+def test_every_trained_weight_has_a_gradient(family, pictures):
+    """With images and without: DDP waits for the gradient of every weight that trains."""
+    policy = build(family, train_vision=True)
+    trained = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    tower = {id(p) for p in vision_tower(policy.model.hf).parameters()}
+    assert any(id(p) in tower and p.requires_grad for p in policy.model.parameters())
+    for shown in (prompts(pictures, family, 1), prompts(pictures, "text", 1)):
+        policy.model.zero_grad()
+        rollout = policy.rollout(shown, BranchPlan({0: 2}), seed=1)
+        policy.log_probs(rollout, every_step(rollout)).logp.sum().backward()
+        assert {n for n, p in policy.model.named_parameters() if p.grad is not None} == trained
+
+
 @pytest.mark.parametrize("budget", [60, 90, 10_000])
 def test_micro_batches_split_trees_exactly(pictures, budget):
     policy = eager_newlines(build())
