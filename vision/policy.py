@@ -25,7 +25,8 @@ from vision.lora import add_lora, image_parameters
 from vision.network import FeatureCache, Network, bare, freeze_idle, run_job
 from vision.packing import Mode, ancestors, choose_mode, split
 from vision.passes import TokenTree, build_job
-from vision.prompts import PromptEncoder, PromptError, Template
+from vision.prompts import PromptEncoder, PromptError
+from vision.settings import Settings
 from vision.step_rule import StepRule
 
 log = logging.getLogger(__name__)
@@ -38,51 +39,29 @@ class VisionPolicy:
         hf: a transformers image-text or causal language model, or a PEFT model around one.
         processor: from `vision.loading.load_processor`.
         rule: where a step ends.
-        decoding: temperature and limits; banned and end ids are filled in from the model.
-        template: instruction and system text around every question.
-        max_prompt_tokens: prompts longer than this are refused, never cut.
-        max_batch: most leaves sampled at once.
-        max_tokens: most unique tokens of one micro-batch of the update.
-        mode: how rows of the update are laid out (docs/tree_packing.md); `auto` takes the cheapest exact one.
-        gradient_checkpointing: less memory, one more forward; excludes prefix_packed.
-        eval_temperature: 0 evaluates greedily.
+        settings: everything else; see `Settings`.
         engine: samples in place of the transformers model, which then only trains.
 
     Raises:
-        ValueError: a temperature of 0 (sampling needs one above), a mode the model cannot take.
+        ValueError: a mode the model cannot take.
     """
 
+    options_of = Settings  # what `build` takes besides its own arguments
+
     def __init__(
-        self,
-        hf: Any,
-        processor: Any,
-        rule: StepRule,
-        decoding: Decoding,
-        *,
-        template: Template | None = None,
-        max_prompt_tokens: int = 2048,
-        max_batch: int = 256,
-        max_tokens: int = 16384,
-        mode: Mode | Literal["auto"] = "auto",
-        gradient_checkpointing: bool = False,
-        eval_temperature: float = 0.0,
-        engine: SyncedEngine | None = None,
+        self, hf: Any, processor: Any, rule: StepRule, settings: Settings, engine: SyncedEngine | None = None
     ) -> None:
-        if decoding.temperature <= 0:
-            raise ValueError(f"policy.temperature={decoding.temperature}: rollouts need a temperature above 0")
-        self.tokenizer, self.processor, self.rule = tokenizer_of(processor), processor, rule
+        self.tokenizer, self.processor, self.rule, self.settings = tokenizer_of(processor), processor, rule, settings
         eos = eos_ids(bare(hf), self.tokenizer)
         banned = banned_ids(hf.config, self.tokenizer, keep=eos)
-        self.decoding = replace(decoding, banned=tuple(banned), eos=tuple(sorted(eos)))
-        self.eval_temperature, self.max_batch, self.max_tokens = eval_temperature, max_batch, max_tokens
+        self.decoding = Decoding(
+            settings.temperature, settings.max_new_tokens, settings.max_steps, tuple(banned), tuple(sorted(eos))
+        )
         self.model: nn.Module = Network(hf)
         self._engine = engine
-        self.encode = PromptEncoder(
-            hf, processor, template or Template(), max_tokens=max_prompt_tokens, keep_images=engine is not None
-        )
+        self.encode = PromptEncoder(hf, processor, settings, keep_images=engine is not None)
         self.style = style_of(bare(hf))
-        self._checkpointing = gradient_checkpointing
-        self._modes = _allowed(mode, self.style.plain, gradient_checkpointing, bare(hf))
+        self._modes = _allowed(settings.mode, self.style.plain, settings.gradient_checkpointing, bare(hf))
         trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))
         self._features = None if trained_images else FeatureCache()
         self._blank = self.encode.blank() if trained_images else None
@@ -96,68 +75,48 @@ class VisionPolicy:
         cls,
         model: str = "shapes",
         steps: str = "line",
-        temperature: float = 1.0,
-        max_new_tokens: int = 512,
-        max_steps: int = 32,
-        instruction: str = "",
-        system: str = "",
-        max_prompt_tokens: int = 2048,
-        max_batch: int = 256,
-        max_tokens: int = 16384,
-        mode: Literal["auto", "rows", "rows_shared_image", "packed", "prefix_packed"] = "auto",
         dtype: str = "float32",
         attn: str = "sdpa",
         lora_rank: int = 0,
         train_vision: bool = False,
-        gradient_checkpointing: bool = False,
-        eval_temperature: float = 0.0,
         engine: Literal["transformers", "vllm"] = "transformers",
         engine_url: str = "",
         engine_exchange: str = "",
         engine_memory: float = 0.4,
+        **settings: Any,
     ) -> VisionPolicy:
         """From a recipe's `policy:` section.
 
         Args:
             model: "shapes" (the built-in tiny model, made on first use), a folder, or a hub name.
             steps: where a step ends: line, blank_line, numbered, tag, or special_token:<the token>.
+            attn: sdpa, eager, flash_attention_2 (no packing), or mmrl_flex: FlexAttention in the update, on a GPU.
             lora_rank: 0 trains all weights; above 0 trains LoRA on the language model's projections, and the
                 reference for the KL is the model with the adapter off.
-            attn: sdpa, eager, flash_attention_2 (no packing), or mmrl_flex: FlexAttention in the update, on a GPU.
             train_vision: train the image encoder and projector too; off, they are frozen and pictures are encoded
                 once per run.
             engine: what samples; vllm needs the extra of that name (docs/vllm.md).
             engine_url: a running vLLM server; empty starts vLLM in this process with `engine_memory` of the device.
             engine_exchange: a folder that server and trainer both see, through which weights travel.
+            settings: fields of `Settings`.
         """
+        chosen = Settings(**settings)
         if model == "shapes":
             from vision.tasks.shapes_base import shapes_base
 
             model = str(shapes_base())
-        hf, processor = load_model(model, dtype=dtype, attn="sdpa" if attn == FLEX else attn), load_processor(model)
-        if attn == FLEX:
-            attend_by(hf, FLEX)
-        for p in image_parameters(hf):
-            p.requires_grad_(train_vision)
-        if lora_rank:
-            hf = add_lora(hf, lora_rank)
-        if gradient_checkpointing:
-            bare(hf).gradient_checkpointing_enable({"use_reentrant": False})
+        processor = load_processor(model)
+        hf = trainable_model(model, dtype, attn, lora_rank, train_vision, chosen.gradient_checkpointing)
         name, _, token = steps.partition(":")
         size = bare(hf).config.get_text_config().vocab_size
+        rule = StepRule(tokenizer_of(processor), name, token=token or None, vocab_size=size)
         other = None
         if engine == "vllm":
             other = vllm_engine(
-                model, engine_url, engine_exchange, max_model_len=max_prompt_tokens + max_new_tokens,
+                model, engine_url, engine_exchange, max_model_len=chosen.max_prompt_tokens + chosen.max_new_tokens,
                 memory=engine_memory, lora_rank=lora_rank, dtype=dtype,
             )  # fmt: skip
-        rule = StepRule(tokenizer_of(processor), name, token=token or None, vocab_size=size)
-        return cls(
-            hf, processor, rule, Decoding(temperature, max_new_tokens, max_steps),
-            template=Template(instruction, system), max_prompt_tokens=max_prompt_tokens, max_batch=max_batch,
-            max_tokens=max_tokens, mode=mode, gradient_checkpointing=gradient_checkpointing,
-            eval_temperature=eval_temperature, engine=other,
-        )  # fmt: skip
+        return cls(hf, processor, rule, chosen, other)
 
     @property
     def _network(self) -> Network:
@@ -202,7 +161,7 @@ class VisionPolicy:
                 "policy.engine: transformers cannot sample with sharded weights: every forward is a collective, and "
                 "ranks make unequal numbers of them; set policy.engine: vllm"
             )
-        size = max(1, self.max_batch // plan.leaves)
+        size = max(1, self.settings.max_batch // plan.leaves)
         self._network.hf.eval()
         if self.style.implementation == FLEX:
             attend_by(bare(self._network.hf), "sdpa")
@@ -275,7 +234,7 @@ class VisionPolicy:
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One completion per prompt at the evaluation temperature."""
-        decoding = replace(self.decoding, temperature=self.eval_temperature, max_steps=1)
+        decoding = replace(self.decoding, temperature=self.settings.eval_temperature, max_steps=1)
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
         nodes = self._grow([self.encode(p) for p in prompts], BranchPlan({0: 1}), decoding, seeds)
         texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
@@ -300,11 +259,11 @@ class VisionPolicy:
             place = {v: i + 1 for i, v in enumerate(nodes)}
             if whole_prompts:
                 parts.append(own)
-            elif total > self.max_tokens:
-                cut = split(parent, lengths, [place[v] for v in own], self.max_tokens)
+            elif total > self.settings.max_tokens:
+                cut = split(parent, lengths, [place[v] for v in own], self.settings.max_tokens)
                 parts += [[nodes[i - 1] for i in part] for part in cut]
-                used = self.max_tokens  # the next prompt starts a part of its own
-            elif parts and used + total <= self.max_tokens:
+                used = self.settings.max_tokens  # the next prompt starts a part of its own
+            elif parts and used + total <= self.settings.max_tokens:
                 parts[-1] += own
                 used += total
             else:
@@ -330,7 +289,7 @@ class VisionPolicy:
             self._tell(mode, logging.INFO, f"update layout {mode}: {rows / unique:.1f} tokens of separate rows per "
                        f"unique token, {job.row_tokens} run for {unique}")  # fmt: skip
         grad = torch.is_grad_enabled()
-        self._network.hf.train(grad and self._checkpointing)
+        self._network.hf.train(grad and self.settings.gradient_checkpointing)
         arguments = (run_job, job, self.decoding.temperature, self.decoding.banned, self._features)
         out = (self.model if grad else self._network)(*arguments, self._blank if grad else None)
         ref = None
@@ -393,6 +352,22 @@ class VisionPolicy:
         if key not in self._told:
             self._told.add(key)
             log.log(level, "%s", message or key)
+
+
+def trainable_model(
+    folder: str, dtype: str, attn: str, lora_rank: int, train_vision: bool, gradient_checkpointing: bool
+) -> Any:
+    """The model in `folder` with the weights that shall train marked, inside PEFT where LoRA trains."""
+    hf = load_model(folder, dtype=dtype, attn="sdpa" if attn == FLEX else attn)
+    if attn == FLEX:
+        attend_by(hf, FLEX)
+    for p in image_parameters(hf):
+        p.requires_grad_(train_vision)
+    if lora_rank:
+        hf = add_lora(hf, lora_rank)
+    if gradient_checkpointing:
+        bare(hf).gradient_checkpointing_enable({"use_reentrant": False})
+    return hf
 
 
 def _closure(tree: StepTree, steps: Sequence[int]) -> tuple[list[int], list[int]]:

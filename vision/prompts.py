@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from vision.growth import Pixels, PromptTokens
 from vision.images import Limits, image_key, load_image
 from vision.loading import banned_ids, eos_ids, image_token_id, is_vision, tokenizer_of
 from vision.network import bare
+from vision.settings import Settings
 
 _TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
@@ -25,31 +25,23 @@ class PromptError(ValueError):
     """A prompt that the model cannot take; the message says why and what would mend it."""
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a question is put. instruction follows the question; system goes before the conversation."""
-
-    instruction: str = ""
-    system: str = ""
-
-
 class PromptEncoder:
     """Encodes prompts, each once: results are kept up to `max_bytes` of pixels, the oldest go first.
 
     Args:
         hf: the model; read for its configuration and its rotary rule.
         processor: from `vision.loading.load_processor`.
-        max_tokens: longest prompt, images included. Longer ones are refused, never cut.
+        settings: instruction, system text, and the longest prompt, images included; longer ones are refused, not cut.
         keep_images: keep the pictures beside the pixels, for engines that do their own processing.
     """
 
     def __init__(
-        self, hf: Any, processor: Any, template: Template, *, max_tokens: int,
-        limits: Limits | None = None, keep_images: bool = False, max_bytes: int = 2**30,
+        self, hf: Any, processor: Any, settings: Settings, *, limits: Limits | None = None,
+        keep_images: bool = False, max_bytes: int = 2**30,
     ) -> None:  # fmt: skip
-        self._model, self.processor, self.template = bare(hf), processor, template
+        self._model, self.processor, self.settings = bare(hf), processor, settings
         self.tokenizer = tokenizer_of(processor)
-        self.max_tokens, self.limits, self.keep_images, self.max_bytes = max_tokens, limits, keep_images, max_bytes
+        self.limits, self.keep_images, self.max_bytes = limits, keep_images, max_bytes
         self.image_token = image_token_id(self._model.config)
         self._reserved = self._reserved_texts()
         self._kept: OrderedDict[tuple[str, ...], PromptTokens] = OrderedDict()
@@ -107,11 +99,11 @@ class PromptEncoder:
         else:
             made = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
         ids = made["input_ids"][0]
-        if len(ids) > self.max_tokens:
+        if len(ids) > self.settings.max_prompt_tokens:
             raise PromptError(
                 f"prompt {name!r} has {len(ids)} tokens, {self._count(ids)} of them from {len(pictures)} images; the "
-                f"limit is policy.max_prompt_tokens={self.max_tokens}. Raise it or use smaller pictures; prompts are "
-                "never cut"
+                f"limit is policy.max_prompt_tokens={self.settings.max_prompt_tokens}. Raise it or use smaller "
+                "pictures; prompts are never cut"
             )
         types = (ids == self.image_token).long() if self.image_token is not None else torch.zeros_like(ids)
         pixels = self._pixels(made, pictures) if pictures else None
@@ -130,17 +122,17 @@ class PromptEncoder:
         return Pixels("/".join(image_key(p) for p in pictures), tensors)
 
     def _render(self, images: int, question: str) -> str:
-        question = f"{question}\n{self.template.instruction}" if self.template.instruction else question
+        question = f"{question}\n{self.settings.instruction}" if self.settings.instruction else question
         if not self.tokenizer.chat_template and not getattr(self.processor, "chat_template", None):
             if images:
                 raise PromptError("the processor has no chat template, so images cannot be placed; save one with it")
-            return f"{self.template.system}\n{question}\n" if self.template.system else f"{question}\n"
+            return f"{self.settings.system}\n{question}\n" if self.settings.system else f"{question}\n"
         if is_vision(self._model.config):
             content: Any = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-            system: Any = [{"type": "text", "text": self.template.system}]
+            system: Any = [{"type": "text", "text": self.settings.system}]
         else:
-            content, system = question, self.template.system
-        messages = [{"role": "system", "content": system}] if self.template.system else []
+            content, system = question, self.settings.system
+        messages = [{"role": "system", "content": system}] if self.settings.system else []
         messages.append({"role": "user", "content": content})
         owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
         return str(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

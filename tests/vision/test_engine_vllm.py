@@ -22,7 +22,8 @@ from vision.loading import banned_ids, eos_ids, load_model, load_processor, toke
 from vision.lora import add_lora
 from vision.network import masked_scores
 from vision.policy import VisionPolicy
-from vision.prompts import PromptEncoder, Template
+from vision.prompts import PromptEncoder
+from vision.settings import Settings
 from vision.step_rule import StepRule
 
 pytestmark = [
@@ -47,7 +48,7 @@ class Bench:
             picture(k).save(root / f"{k}.png")
         self.hf, self.processor = load_model(self.folder), load_processor(self.folder)
         tokenizer = tokenizer_of(self.processor)
-        encode = PromptEncoder(self.hf, self.processor, Template(), max_tokens=256, keep_images=True)
+        encode = PromptEncoder(self.hf, self.processor, Settings(max_prompt_tokens=256), keep_images=True)
         images = (lambda k: {}) if family == "text" else (lambda k: {"images": [str(root / f"{k}.png")]})
         questions = ("what is 2 + 3? " * 4, "how many are red? " * 3)
         self.rows = [Prompt(str(k), {"question": q, **images(k)}) for k, q in enumerate(questions)]
@@ -195,7 +196,11 @@ def test_sync_brings_the_trained_weights(bench, report):
 
 def test_policy_samples_with_vllm_and_its_first_ratio_is_one(bench):
     policy = VisionPolicy(
-        bench.hf, bench.processor, bench.rule, Decoding(0.9, 80, 4), engine=SyncedEngine(bench.engine, shared=False)
+        bench.hf,
+        bench.processor,
+        bench.rule,
+        Settings(temperature=0.9, max_new_tokens=80, max_steps=4),
+        engine=SyncedEngine(bench.engine, shared=False),
     )
     bench.perturb()  # the engine must follow before it samples
     rollout = policy.rollout(bench.rows, PLAN, seed=0)

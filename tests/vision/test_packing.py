@@ -15,7 +15,8 @@ from vision.network import Network, run_job
 from vision.packing import ancestors, choose_mode, cost, gather_index, leaf_rows, pack, rows_of, split, tree_mask
 from vision.passes import TokenTree, build_job
 from vision.policy import VisionPolicy
-from vision.prompts import PromptEncoder, Template
+from vision.prompts import PromptEncoder
+from vision.settings import Settings
 
 WORKED = ([-1, 0, 1, 1, 0], [torch.tensor(x) for x in ([0, 1], [2, 3], [4], [5, 6], [7])])  # AB; CD, F, GH; E
 
@@ -117,7 +118,7 @@ def load(family):
 
 
 def two_trees(family, hf, processor, file):
-    encode = PromptEncoder(hf, processor, Template(), max_tokens=500)
+    encode = PromptEncoder(hf, processor, Settings(max_prompt_tokens=500))
     tokenizer = tokenizer_of(processor)
     banned = banned_ids(hf.config, tokenizer, keep=eos_ids(hf, tokenizer))
     usable = torch.tensor([i for i in range(len(tokenizer)) if i not in banned])

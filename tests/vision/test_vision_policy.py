@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_prompt_samples_the_same_in_any_company(pictures):
     whole = policy.rollout(ps, TREE, seed=3)
     turned = policy.rollout(ps[::-1], TREE, seed=3)
     alone = policy.rollout(ps[:1], TREE, seed=3)
-    policy.max_batch = 8  # one prompt at a time
+    policy.settings = replace(policy.settings, max_batch=8)  # one prompt at a time
     parts = policy.rollout(ps, TREE, seed=3)
     for other, at in ((turned, 2), (alone, 0), (parts, 0)):
         one = other.select([at])
@@ -111,8 +112,6 @@ def test_siblings_differ_and_share_what_is_above(pictures):
 def test_temperature_is_that_of_the_update(pictures):
     policy = build(temperature=0.7)
     rollout = policy.rollout(prompts(pictures), BranchPlan({0: 2}), seed=1)
-    from dataclasses import replace
-
     policy.decoding = replace(policy.decoding, temperature=1.0)
     with torch.no_grad():
         assert deviation(policy, rollout) > 0.05
@@ -164,7 +163,7 @@ def test_micro_batches_split_trees_exactly(pictures, budget):
     policy = eager_newlines(build())
     rollout = policy.rollout(prompts(pictures), TREE, seed=1)
     steps = every_step(rollout)
-    policy.max_tokens = 10_000
+    policy.settings = replace(policy.settings, max_tokens=10_000)
     weight = torch.randn(len(rollout.actions.logp), generator=torch.Generator().manual_seed(0))
 
     def gradient():
@@ -180,7 +179,7 @@ def test_micro_batches_split_trees_exactly(pictures, budget):
 
     count, logp, grads = gradient()
     assert count == 1
-    policy.max_tokens = budget
+    policy.settings = replace(policy.settings, max_tokens=budget)
     cut, its, other = gradient()
     assert cut > 1 or budget == 10_000
     torch.testing.assert_close(its, logp, atol=1e-5, rtol=0)
