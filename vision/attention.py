@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision.packing import Packed
+from vision.packing import Packed, tree_mask
 
 FLEX = "mmrl_flex"  # for the update on a GPU; needs layout `packed`, sampling takes sdpa
 
@@ -87,7 +87,7 @@ def _visible(
     near = full.clone() if style.window is not None else full
     for b, (packed, take) in enumerate(rows):
         n = len(take)
-        seen = (take[None] <= take[:, None]) & (take[:, None] < packed.end[take][None])
+        seen = tree_mask(packed, take)
         block = _same_image(packed, take) if style.image_blocks else torch.zeros_like(seen)
         full[b, :n, :n] = seen | block
         if style.window is not None:

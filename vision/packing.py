@@ -51,17 +51,11 @@ def pack(parent: Sequence[int], ids: Sequence[Tensor], types: Sequence[Tensor] |
     """
     if parent[0] != -1 or len(ids[0]) == 0:
         raise ValueError("node 0 must be the prompt: parent -1 and at least one token")
-    children: list[list[int]] = [[] for _ in parent]
     for v, p in enumerate(parent[1:], 1):
         if not 0 <= p < v:
             raise ValueError(f"node {v} has parent {p}; parents come before children and all hang from node 0")
-        children[p].append(v)
     size = [len(x) for x in ids]
-    order, stack = [], [0]
-    while stack:
-        v = stack.pop()
-        order.append(v)
-        stack.extend(reversed(children[v]))
+    order = _depth_first(parent)
     subtree = list(size)
     for v in range(len(parent) - 1, 0, -1):
         subtree[parent[v]] += subtree[v]
@@ -84,10 +78,13 @@ def pack(parent: Sequence[int], ids: Sequence[Tensor], types: Sequence[Tensor] |
     )  # fmt: skip
 
 
-def tree_mask(packed: Packed) -> Tensor:
-    """(T, T) bool, True where query i may see key j: j <= i < end[j]. Row sums are path + 1."""
-    i = torch.arange(len(packed))
-    return (i[None] <= i[:, None]) & (i[:, None] < packed.end[None])
+def tree_mask(packed: Packed, take: Tensor | None = None) -> Tensor:
+    """(n, n) bool over the packed indices `take` (default all T), True where query i may see key j: j <= i < end[j].
+
+    Over all tokens its row sums are path + 1.
+    """
+    i = torch.arange(len(packed)) if take is None else take
+    return (i[None] <= i[:, None]) & (i[:, None] < packed.end[i][None])
 
 
 def leaf_rows(packed: Packed, leaves: Sequence[int]) -> list[Tensor]:
@@ -149,19 +146,11 @@ def split(parent: Sequence[int], sizes: Sequence[int], wanted: Sequence[int], bu
     Exact: a node's log-probs depend on its ancestors alone, which every part repeats. Depth-first, so that a part
     shares as much as it can. A single path longer than the budget is a part of its own.
     """
-    children: list[list[int]] = [[] for _ in parent]
-    for v, p in enumerate(parent[1:], 1):
-        children[p].append(v)
-    order, stack = [], [0]
-    while stack:
-        v = stack.pop()
-        order.append(v)
-        stack.extend(reversed(children[v]))
     asked = set(wanted)
     parts: list[list[int]] = []
     inside: set[int] = set()
     total = 0
-    for v in order:
+    for v in _depth_first(parent):
         if v not in asked:
             continue
         path = ancestors(parent, v)
@@ -175,6 +164,19 @@ def split(parent: Sequence[int], sizes: Sequence[int], wanted: Sequence[int], bu
             total += more
         parts[-1].append(v)
     return parts
+
+
+def _depth_first(parent: Sequence[int]) -> list[int]:
+    """Nodes in pre-order, siblings as they come."""
+    children: list[list[int]] = [[] for _ in parent]
+    for v, p in enumerate(parent[1:], 1):
+        children[p].append(v)
+    order, stack = [], [0]
+    while stack:
+        v = stack.pop()
+        order.append(v)
+        stack.extend(reversed(children[v]))
+    return order
 
 
 def ancestors(parent: Sequence[int], v: int) -> list[int]:

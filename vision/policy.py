@@ -23,7 +23,7 @@ from vision.growth import Decoding, Node, PromptTokens
 from vision.loading import banned_ids, eos_ids, load_model, load_processor, save, tokenizer_of
 from vision.lora import add_lora, image_parameters
 from vision.network import FeatureCache, Network, bare, freeze_idle, run_job
-from vision.packing import Mode, ancestors, choose_mode, split
+from vision.packing import Mode, ancestors, choose_mode, rows_of, split
 from vision.passes import TokenTree, build_job
 from vision.prompts import PromptEncoder, PromptError
 from vision.settings import Settings
@@ -284,8 +284,7 @@ class VisionPolicy:
         job = build_job(trees, wanted, mode, self.style, self.encode.rope)
         if mode not in self._told:
             unique = sum(len(t.packed) for t in trees)
-            rows = sum(len(p.pred) and int(p.path[p.last[v]] + 1) for p, parent in shown
-                       for v in range(len(parent)) if v not in set(parent))  # fmt: skip
+            rows = sum(len(r) for packed, parent in shown for r in rows_of(packed, parent, "rows"))
             self._tell(mode, logging.INFO, f"update layout {mode}: {rows / unique:.1f} tokens of separate rows per "
                        f"unique token, {job.row_tokens} run for {unique}")  # fmt: skip
         grad = torch.is_grad_enabled()
