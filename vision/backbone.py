@@ -35,12 +35,12 @@ class Backbone:
 
     def __init__(
         self, network: Network, processor: Any, settings: Settings, *, keep_images: bool = False,
-        opening: str | None = None,
+        opening: str | None = None, encode: PromptEncoder | None = None,
     ) -> None:  # fmt: skip
         hf = network.hf
         self.hf, self.processor, self.settings = hf, processor, settings
         self.tokenizer = tokenizer_of(processor)
-        self.encode = PromptEncoder(hf, processor, settings, keep_images=keep_images, opening=opening)
+        self.encode = encode or PromptEncoder(hf, processor, settings, keep_images=keep_images, opening=opening)
         self.style = style_of(bare(hf))
         self.modes = _allowed(settings.mode, self.style.plain, settings.gradient_checkpointing, bare(hf))
         trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmrl.rollout import BranchPlan
 from vision.growth import Decoding, Node, PromptTokens
-from vision.network import FeatureCache, bare, encode_images, encoder_output, masked_scores
+from vision.network import FeatureCache, bare, encode_images, encoder_outputs, masked_scores
 from vision.passes import left_pad, pad_positions
 from vision.step_rule import StepRule
 
@@ -58,10 +58,10 @@ class _Decoder:
         self.prompts, self.plan, self.decoding, self.rule = prompts, plan, decoding, rule
         self.nodes: list[Node] = []
         self.eos = set(decoding.eos)
-        self.noise = torch.stack([_noise(s, decoding.max_new_tokens, plan.leaves) for s in seeds])
+        self.noise = torch.stack([noise_table(s, decoding.max_new_tokens, plan.leaves) for s in seeds])
 
     def run(self, cache: FeatureCache | None) -> list[Node]:
-        logits, past, mask = self._prefill(cache)
+        logits, past, mask = prefill(self.hf, self.prompts, cache)
         rows: list[_Row] = []
         origin: list[int] = []
         for g in range(len(self.prompts)):
@@ -88,26 +88,6 @@ class _Decoder:
             logits, past = out.logits[:, -1], out.past_key_values
         return self.nodes
 
-    def _prefill(self, cache: FeatureCache | None) -> tuple[Tensor, Any, Tensor | None]:
-        """(G, V) logits after each prompt, the cache, the mask of left-padded prompts."""
-        ids, mask = left_pad([p.ids for p in self.prompts])
-        positions = pad_positions([p.positions for p in self.prompts], left=True)
-        images = [p.pixels for p in self.prompts if p.pixels is not None]
-        extra: dict[str, Any] = {}
-        if images:
-            features = encode_images(self.hf, images, cache)
-            extra["mm_encoder_outputs"] = {"image": encoder_output([features[p.key] for p in images])}
-            if bare(self.hf).config.model_type.startswith("gemma3"):  # images are bidirectional blocks of the mask
-                extra["token_type_ids"] = left_pad([p.types for p in self.prompts])[0].to(self.device)
-        mask = None if mask is None else mask.to(self.device)
-        out = self.hf(
-            input_ids=ids.to(self.device), position_ids=positions.to(self.device), attention_mask=mask,
-            use_cache=True, logits_to_keep=1, **extra,
-        )  # fmt: skip
-        if out.past_key_values is None:
-            raise RuntimeError("the model keeps no cache in this mode; put it in eval mode before sampling")
-        return out.logits[:, -1], out.past_key_values, mask
-
     def _children(self, prompt: int, parent: int, depth: int, slot: int, length: int) -> list[_Row]:
         stride = self.plan.leaves // self.plan.width(depth + 1)
         rows = []
@@ -117,19 +97,8 @@ class _Decoder:
         return rows
 
     def _draw(self, rows: Sequence[_Row], logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(R,) tokens by inverse transform from each row's own uniform number, and their log-probs."""
-        d = self.decoding
-        scores = masked_scores(logits, d.temperature or 1.0, d.banned)
-        logp = scores.log_softmax(-1)
-        if d.temperature == 0:
-            tokens = scores.argmax(-1)
-        else:
-            where = torch.tensor([[self.nodes[r.node].prompt, r.length, r.slot] for r in rows])
-            u = self.noise[tuple(where.T)].to(self.device)
-            total = logp.exp().cumsum(-1)
-            # the first token whose cumulated probability exceeds u; banned ids have none and are never first
-            tokens = torch.searchsorted(total, (u * total[:, -1] * (1 - 1e-6))[:, None], right=True)[:, 0]
-        return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+        where = torch.tensor([[self.nodes[r.node].prompt, r.length, r.slot] for r in rows])
+        return draw(logits, self.noise[tuple(where.T)], self.decoding)
 
     def _advance(
         self, rows: Sequence[_Row], tokens: Sequence[int], logp: Sequence[float]
@@ -164,6 +133,42 @@ class _Decoder:
         return where if self.prompts[0].positions.ndim == 1 else where.expand(3, -1, -1)
 
 
-def _noise(seed: int, tokens: int, leaves: int) -> Tensor:
+def prefill(hf: Any, prompts: Sequence[PromptTokens], cache: FeatureCache | None) -> tuple[Tensor, Any, Tensor | None]:
+    """(G, V) logits after each prompt, the cache, the mask of left-padded prompts."""
+    device = bare(hf).device
+    ids, mask = left_pad([p.ids for p in prompts])
+    positions = pad_positions([p.positions for p in prompts], left=True)
+    images = [p.pixels for p in prompts if p.pixels is not None]
+    extra: dict[str, Any] = {}
+    if images:
+        features = encode_images(hf, images, cache)
+        extra["mm_encoder_outputs"] = encoder_outputs(images, [features[p.key] for p in images])
+        if bare(hf).config.model_type.startswith("gemma3"):  # images are bidirectional blocks of the mask
+            extra["token_type_ids"] = left_pad([p.types for p in prompts])[0].to(device)
+    mask = None if mask is None else mask.to(device)
+    out = hf(
+        input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask,
+        use_cache=True, logits_to_keep=1, **extra,
+    )  # fmt: skip
+    if out.past_key_values is None:
+        raise RuntimeError("the model keeps no cache in this mode; put it in eval mode before sampling")
+    return out.logits[:, -1], out.past_key_values, mask
+
+
+def draw(logits: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """(R,) tokens from (R, V) logits by inverse transform of (R,) uniform numbers, and their log-probs."""
+    scores = masked_scores(logits, decoding.temperature or 1.0, decoding.banned)
+    logp = scores.log_softmax(-1)
+    if decoding.temperature == 0:
+        tokens = scores.argmax(-1)
+    else:
+        total = logp.exp().cumsum(-1)
+        # the first token whose cumulated probability exceeds u; banned ids have none and are never first
+        u = uniform.to(logits.device) * total[:, -1] * (1 - 1e-6)
+        tokens = torch.searchsorted(total, u[:, None], right=True)[:, 0]
+    return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+
+
+def noise_table(seed: int, tokens: int, leaves: int) -> Tensor:
     """(tokens, leaves) uniform numbers of one prompt; every path reads its own column."""
     return torch.rand((tokens, leaves), generator=torch.Generator().manual_seed(seed))

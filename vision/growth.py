@@ -16,21 +16,29 @@ from vision.step_rule import StepRule
 
 @dataclass(frozen=True)
 class Pixels:
-    """The images of one prompt (or one observation) as the model's image processor made them.
+    """The images, or one film, of one prompt or observation, as the model's encoder takes them.
 
-    tensors: what `get_image_features` takes. key: hash of the pictures' contents; equal keys are encoded once.
+    tensors: what `get_image_features` takes; a film's grid has several rows in time. key: hash of the contents; equal
+    keys are encoded once. seconds: of a film, between its rows in time; 0 for images.
     """
 
     key: str
     tensors: Mapping[str, Tensor]
+    seconds: float = 0.0
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """Which placeholders stand for it."""
+        return "video" if self.seconds else "image"
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """One encoded prompt.
+    """One encoded prompt, or an observation that stands between two steps; then positions count from its own start.
 
-    ids: (P,) int64, placeholders expanded: what the model sees. types: (P,) int64, 1 at image placeholders.
-    positions: (P,) or (3, P) int64 rotary positions. next_position: what the first completion token gets.
+    ids: (P,) int64, placeholders expanded: what the model sees. types: (P,) int64, 1 at image and 2 at film
+        placeholders.
+    positions: (P,) or (3, P) int64 rotary positions. next_position: what the first token after it gets.
     text: the rendered template with one placeholder per image; images: RGB pictures in order, for other engines.
     """
 
@@ -81,6 +89,7 @@ class Node:
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)  # under the sampling distribution, banned ids removed
     end: Literal["open", "step", "eos", "length"] = "open"
+    observed: int = 0  # tokens of the observation that follows it
 
 
 class Engine(Protocol):

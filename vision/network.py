@@ -134,8 +134,15 @@ def _encode(model: Any, part: Sequence[Pixels]) -> list[Features]:
     return out
 
 
-def encoder_output(features: Sequence[Features]) -> Any:
-    """What the model takes in place of pixels, images in the order of their placeholders."""
+def encoder_outputs(shown: Sequence[Pixels], features: Sequence[Features]) -> dict[str, Any]:
+    """What the model takes in place of pixels, by kind of placeholder and in the order of these."""
+    kinds: dict[str, list[Features]] = {}
+    for pixels, one in zip(shown, features, strict=True):
+        kinds.setdefault(pixels.kind, []).append(one)
+    return {kind: _encoder_output(own) for kind, own in kinds.items()}
+
+
+def _encoder_output(features: Sequence[Features]) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     tokens = torch.cat([f.tokens for f in features])
@@ -249,7 +256,7 @@ def _fork(past: Any, job: Job, hf: Any) -> Any:
 
 def _call(hf: Any, x: Pass, features: Sequence[Features], past: Any, caching: bool, hidden: bool) -> Any:
     device = bare(hf).device
-    extra: dict[str, Any] = {"mm_encoder_outputs": {"image": encoder_output(features)}} if features else {}
+    extra: dict[str, Any] = {"mm_encoder_outputs": encoder_outputs(x.images, features)} if features else {}
     if past is not None:
         extra["past_key_values"] = past
     if not hidden:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,67 +13,53 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vision.attention import AttentionStyle, tree_attention
 from vision.growth import Pixels, PromptTokens
-from vision.packing import Mode, Packed, leaf_rows, pack, rows_of
-
-# (ids (L,), types (L,), images along the row) -> (3, L) rotary positions by the model's own rule
-Rope = Callable[[Tensor, Tensor, Sequence[Pixels]], Tensor]
+from vision.packing import Mode, Packed, pack, rows_of
 
 
 @dataclass(frozen=True)
 class TokenTree:
-    """A prompt (node 0) and steps below it. ids: token lists per node. pixels: images that open in a node, by node.
+    """A prompt (node 0) and steps below it. ids: token lists per node. shown: nodes that are observations.
 
-    types: like `ids`, 1 at image placeholders; None when only the prompt shows images.
+    Tokens of an observation are those of its entry in `shown`; the list in `ids` must be the same.
     """
 
     prompt: PromptTokens
     parent: Sequence[int]
     ids: Sequence[Tensor]
-    pixels: Mapping[int, Pixels] = field(default_factory=dict)
-    types: Sequence[Tensor] | None = None
+    shown: Mapping[int, PromptTokens] = field(default_factory=dict)
 
     @cached_property
     def packed(self) -> Packed:
         """The tree laid out."""
-        types = self.types or [self.prompt.types, *(torch.zeros_like(x) for x in self.ids[1:])]
+        given = {0: self.prompt, **self.shown}
+        types = [given[v].types if v in given else torch.zeros_like(x) for v, x in enumerate(self.ids)]
         return pack(self.parent, self.ids, types)
 
-    @property
+    @cached_property
     def images(self) -> dict[int, Pixels]:
-        """Images by the node they open in, the prompt's included."""
-        own = {0: self.prompt.pixels} if self.prompt.pixels is not None else {}
-        return own | dict(self.pixels)
+        """Images and films by the node they stand in, the prompt's included."""
+        given = {0: self.prompt, **self.shown}
+        return {v: piece.pixels for v, piece in given.items() if piece.pixels is not None}
 
     def images_along(self, take: Tensor) -> list[Pixels]:
         """Images whose placeholders lie in these packed indices, in their order."""
         images = self.images
         return [images[v] for v in torch.unique_consecutive(self.packed.node[take]).tolist() if v in images]
 
-    def positions(self, rope: Rope | None) -> Tensor:
-        """(T,) or (3, T) rotary positions. Images in branches take the model's rule along every leaf row.
-
-        Raises:
-            ValueError: leaves disagree on a shared token (the model's rule looks ahead), or images in branches
-                without `rope`.
-        """
+    @cached_property
+    def positions(self) -> Tensor:
+        """(T,) or (3, T) rotary positions: every node goes on where its parent ended, observations by their own."""
         packed, prompt = self.packed, self.prompt
         if prompt.positions.ndim == 1:
             return packed.path
-        if not self.pixels:
-            after = prompt.next_position + packed.path - packed.prompt
-            out = after.repeat(3, 1)
-            out[:, : packed.prompt] = prompt.positions
-            return out
-        if rope is None:
-            raise ValueError("images in branches need the model's rotary rule")
-        inner = set(self.parent)
-        out = torch.full((3, len(packed)), -1)
-        for take in leaf_rows(packed, [v for v in range(len(self.parent)) if v not in inner]):
-            own = rope(packed.ids[take], packed.types[take], self.images_along(take))
-            known = out[:, take] >= 0
-            if bool((known & (out[:, take] != own)).any()):
-                raise ValueError("rotary positions of a shared token differ between leaves; use policy.mode: rows")
-            out[:, take] = own
+        after = [prompt.next_position]
+        out = torch.empty((3, len(packed)), dtype=torch.int64)
+        out[:, : packed.prompt] = prompt.positions
+        for v in range(1, len(self.parent)):
+            start, piece, n = after[self.parent[v]], self.shown.get(v), len(self.ids[v])
+            at = int(packed.start[v])
+            out[:, at : at + n] = start + (torch.arange(n) if piece is None else piece.positions)
+            after.append(start + (n if piece is None else piece.next_position))
         return out
 
 
@@ -107,9 +93,7 @@ class Job:
     row_tokens: int
 
 
-def build_job(
-    trees: Sequence[TokenTree], wanted: Sequence[Tensor], mode: Mode, style: AttentionStyle, rope: Rope | None = None
-) -> Job:
+def build_job(trees: Sequence[TokenTree], wanted: Sequence[Tensor], mode: Mode, style: AttentionStyle) -> Job:
     """Lay out `trees` so that the tokens at packed indices `wanted[i]` of tree i get their log-probs.
 
     Raises:
@@ -117,11 +101,11 @@ def build_job(
     """
     reads = [t.packed.pred[w] for t, w in zip(trees, wanted, strict=True)]
     tokens = torch.cat([t.packed.ids[w] for t, w in zip(trees, wanted, strict=True)])
-    return _lay_out(trees, reads, tokens, mode, style, rope)
+    return _lay_out(trees, reads, tokens, mode, style)
 
 
 def build_reading(
-    trees: Sequence[TokenTree], reads: Sequence[Tensor], mode: Mode, style: AttentionStyle, rope: Rope | None = None,
+    trees: Sequence[TokenTree], reads: Sequence[Tensor], mode: Mode, style: AttentionStyle,
     wanted: Sequence[Tensor] = (),
 ) -> Job:  # fmt: skip
     """Lay out `trees` so that the outputs at packed indices `reads[i]` of tree i can be read, and behind them those
@@ -129,15 +113,15 @@ def build_reading(
     ahead = [t.packed.pred[w] for t, w in zip(trees, wanted, strict=bool(wanted))]
     tokens = [t.packed.ids[w] for t, w in zip(trees, wanted, strict=bool(wanted))]
     none = torch.empty(0, dtype=torch.int64)
-    return _lay_out(trees, [*reads, *ahead], torch.cat([none, *tokens]), mode, style, rope)
+    return _lay_out(trees, [*reads, *ahead], torch.cat([none, *tokens]), mode, style)
 
 
 def _lay_out(
     trees: Sequence[TokenTree], reads: Sequence[Tensor], tokens: Tensor,
-    mode: Mode, style: AttentionStyle, rope: Rope | None,
+    mode: Mode, style: AttentionStyle,
 ) -> Job:  # fmt: skip
     picked = [(i, take) for i, t in enumerate(trees) for take in rows_of(t.packed, t.parent, mode)]
-    positions = [t.positions(rope) for t in trees]
+    positions = [t.positions for t in trees]
     ahead = mode == "prefix_packed"
     place = _Places(trees, picked, ahead)
     source = torch.cat([place.find(i % len(trees), r) for i, r in enumerate(reads)])  # once or twice around

@@ -27,15 +27,19 @@ from mmrl.sharding import is_sharded
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.attention import FLEX, attend_by
 from vision.backbone import Backbone, closure, micro_batches, trainable_model
+from vision.conversations import Conversations
 from vision.decode import grow
 from vision.engine_sync import SyncedEngine, vllm_engine
+from vision.environment import Environment
 from vision.growth import Decoding, Node, PromptTokens
 from vision.loading import banned_ids, eos_ids, load_processor, save, tokenizer_of
 from vision.network import Network, bare, run_job
 from vision.packing import ancestors
 from vision.passes import TokenTree, build_job
+from vision.prompts import PromptEncoder
 from vision.settings import Settings
 from vision.step_rule import StepRule
+from vision.turns import grow_turns
 
 
 class VisionPolicy:
@@ -47,6 +51,10 @@ class VisionPolicy:
         rule: where a step ends.
         settings: everything else; see `Settings`.
         engine: samples in place of the transformers model, which then only trains.
+        environment: answers between steps, which then are turns: each ends with an end mark, `rule` only cuts given
+            texts; `max_new_tokens` is the longest turn, and a conversation ends where the environment ends it or
+            after `max_steps` turns.
+        encode: makes tokens of prompts; by default pictures and text.
 
     Raises:
         ValueError: a mode the model cannot take.
@@ -55,13 +63,14 @@ class VisionPolicy:
     options_of = Settings  # what `build` takes besides its own arguments
 
     def __init__(
-        self, hf: Any, processor: Any, rule: StepRule, settings: Settings, engine: SyncedEngine | None = None
-    ) -> None:
+        self, hf: Any, processor: Any, rule: StepRule, settings: Settings, engine: SyncedEngine | None = None,
+        environment: Environment | None = None, encode: PromptEncoder | None = None,
+    ) -> None:  # fmt: skip
         self.rule, self.settings = rule, settings
         network = Network(hf)
         self.model: nn.Module = network
         self._engine = engine
-        self._body = Backbone(network, processor, settings, keep_images=engine is not None)
+        self._body = Backbone(network, processor, settings, keep_images=engine is not None, encode=encode)
         self.encode, self.tokenizer, self.processor = self._body.encode, self._body.tokenizer, processor
         eos = eos_ids(bare(hf), self.tokenizer)
         banned = banned_ids(hf.config, self.tokenizer, keep=eos)
@@ -69,6 +78,7 @@ class VisionPolicy:
             settings.temperature, settings.max_new_tokens, settings.max_steps, tuple(banned), tuple(sorted(eos))
         )
         self._reference = Reference()
+        self._talks = None if environment is None else Conversations(environment, self.tokenizer)
 
     @classmethod
     def build(
@@ -139,14 +149,19 @@ class VisionPolicy:
         """Sample a tree of steps per prompt; depends on (seed, iteration, prompt id) alone."""
         tokens = [self.encode(p) for p in prompts]
         seeds = [named_generator(seed, iteration, p.id).initial_seed() for p in prompts]
-        nodes = self._grow(tokens, plan, self.decoding, seeds)
+        nodes = self._grow(prompts, tokens, plan, self.decoding, seeds)
         about = {"seed": seed, "iteration": iteration, "temperature": self.decoding.temperature}
         return self._as_rollout(prompts, tokens, nodes, about)
 
     def _grow(
-        self, tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding, seeds: Sequence[int]
-    ) -> list[Node]:
+        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding,
+        seeds: Sequence[int],
+    ) -> list[Node]:  # fmt: skip
         """In parts of at most `max_batch` leaves; prompts of like length together would pad less, order is kept."""
+        if self._engine is not None and self._talks is not None:
+            return self._engine.grow_turns(
+                self._network.hf, tokens, plan, decoding, self.rule, seeds, self._talks.answers(prompts, tokens)
+            )
         if self._engine is not None:
             return self._engine.grow(self._network.hf, tokens, plan, decoding, self.rule, seeds)
         if is_sharded(self._network):
@@ -160,9 +175,12 @@ class VisionPolicy:
             attend_by(bare(self._network.hf), "sdpa")
         nodes: list[Node] = []
         for a in range(0, len(tokens), size):
-            part = self._network(
-                grow, tokens[a : a + size], plan, decoding, self.rule, seeds[a : a + size], self._body.features
-            )
+            own = (tokens[a : a + size], plan, decoding)
+            if self._talks is None:
+                part = self._network(grow, *own, self.rule, seeds[a : a + size], self._body.features)
+            else:
+                answer = self._talks.answers(prompts[a : a + size], own[0])
+                part = self._network(grow_turns, *own, seeds[a : a + size], answer, self._body.features)
             for n in part:
                 n.prompt += a
                 n.parent += len(nodes) if n.parent >= 0 else 0
@@ -182,18 +200,20 @@ class VisionPolicy:
         inner[parent[parent >= 0]] = True
         end = torch.tensor([len(n.ids) for n in nodes]).cumsum(0)
         truncated = torch.tensor([n.end == "length" for n in nodes])
-        texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
+        texts = [self.tokenizer.decode(n.ids, skip_special_tokens=True) for n in nodes]
+        observed = torch.tensor([n.observed for n in nodes])
+        tags = {"truncated": truncated} if self._talks is None else {"truncated": truncated, "observed": observed}
         tree = StepTree(
             parent, torch.tensor([n.prompt for n in nodes]), torch.where(inner, INTERNAL, UNFINISHED),
             torch.full((len(nodes),), torch.nan), logp=torch.tensor([sum(n.logp) for n in nodes]),
-            tok_start=end - torch.tensor([len(n.ids) for n in nodes]), tok_end=end, tags={"truncated": truncated},
+            tok_start=end - torch.tensor([len(n.ids) for n in nodes]), tok_end=end, tags=tags,
             **text_states(parent.tolist(), [n.prompt for n in nodes], texts),
         )  # fmt: skip
         logp = torch.tensor([x for n in nodes for x in n.logp], dtype=torch.float32)
         ids = torch.tensor([x for n in nodes for x in n.ids])
         counts = {
             "calls": len(nodes), "leaves": int((~inner).sum()), "tokens": len(ids), "truncated": int(truncated.sum()),
-            "prompt_tokens": sum(len(t.ids) for t in tokens),
+            "prompt_tokens": sum(len(t.ids) for t in tokens), "observed_tokens": int(observed.sum()),
         }  # fmt: skip
         size = torch.tensor([len(t.ids) for t in tokens])
         actions = Actions(logp, torch.ones(len(ids), dtype=torch.bool), {"token": ids})
@@ -204,6 +224,10 @@ class VisionPolicy:
         tokens = [self.encode(p) for p in prompts]
         nodes: list[Node] = []
         for g, text in enumerate(texts):
+            if self._talks is not None:
+                turns = [[*self._written(t).tolist(), self._end] for t in text.split("\n")[: self.decoding.max_steps]]
+                nodes += self._talks.written(prompts[g], tokens[g], g, turns, len(nodes))
+                continue
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             spans = self.rule.split_ids(ids) or [(0, 0)]
             for depth, (a, b) in enumerate(spans):
@@ -218,18 +242,25 @@ class VisionPolicy:
         return int(named) if named in self.decoding.eos else self.decoding.eos[0]
 
     def samples(self, rollout: Rollout) -> list[Sample]:
-        """The completions, special tokens left out."""
+        """The completions, special tokens left out; of conversations the turns, a line break between them."""
         leaves = rollout.tree.is_leaf.nonzero().flatten().tolist()
         parent, group = rollout.tree.parent.tolist(), rollout.tree.group.tolist()
+        if self._talks is not None:
+            turns = [[rollout.texts[v] for v in reversed(ancestors(parent, s))] for s in leaves]
+            return [Sample(rollout.prompts[group[s]], "\n".join(t), s) for s, t in zip(leaves, turns, strict=True)]
         paths = [torch.cat([self._ids(rollout, v) for v in reversed(ancestors(parent, s))]) for s in leaves]
         texts = self.tokenizer.batch_decode([p.tolist() for p in paths], skip_special_tokens=True)
         return [Sample(rollout.prompts[group[s]], t, s) for s, t in zip(leaves, texts, strict=True)]
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One completion per prompt at the evaluation temperature."""
-        decoding = replace(self.decoding, temperature=self.settings.eval_temperature, max_steps=1)
+        turns = 1 if self._talks is None else self.decoding.max_steps
+        decoding = replace(self.decoding, temperature=self.settings.eval_temperature, max_steps=turns)
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
-        nodes = self._grow([self.encode(p) for p in prompts], BranchPlan({0: 1}), decoding, seeds)
+        tokens = [self.encode(p) for p in prompts]
+        nodes = self._grow(prompts, tokens, BranchPlan({0: 1}), decoding, seeds)
+        if self._talks is not None:
+            return self.samples(self._as_rollout(prompts, tokens, nodes, {}))
         texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
         return [Sample(prompts[n.prompt], t, i) for i, (n, t) in enumerate(zip(nodes, texts, strict=True))]
 
@@ -247,11 +278,13 @@ class VisionPolicy:
         Raises:
             PromptError: a state whose prompt cannot be encoded; `admit` sorts those out.
         """
+        if self._talks is not None:
+            raise ValueError("search and annotation with a policy that acts in an environment are not supported yet")
         heat = self.decoding.temperature if temperature is None else temperature
         decoding = replace(self.decoding, temperature=heat, stop_after=steps)
         tokens = [self.encode(s.prompt).followed_by(self._written(s.text), s.text) for s in states]
         seeds = [named_generator(seed, s.prompt.id, s.text).initial_seed() for s in states]
-        nodes = self._grow(tokens, BranchPlan({0: n}), decoding, seeds)
+        nodes = self._grow([s.prompt for s in states], tokens, BranchPlan({0: n}), decoding, seeds)
         texts = self.tokenizer.batch_decode([x.ids for x in nodes], skip_special_tokens=True)
         inner = {x.parent for x in nodes}
         parent = [x.parent for x in nodes]
@@ -313,7 +346,7 @@ class VisionPolicy:
         """Steps of whole prompts while their trees fit in `max_tokens`; a larger tree is cut along its branches."""
         tree = rollout.tree
         prompt_sizes = dict(enumerate(rollout.prompt_payload["prompt_tokens"].tolist()))
-        sizes = (tree.tok_end - tree.tok_start).tolist()
+        sizes = (tree.tok_end - tree.tok_start + tree.tags.get("observed", 0)).tolist()
         return micro_batches(tree, steps, sizes, prompt_sizes, self.settings.max_tokens, whole_prompts)
 
     def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
@@ -335,7 +368,7 @@ class VisionPolicy:
         """Log-probs and entropies of packed tokens; by `model` instead of the trained one, without gradient."""
         body = self._body
         job = body.job(
-            trees, lambda mode: build_job(trees, wanted, mode, body.style, self.encode.rope),
+            trees, lambda mode: build_job(trees, wanted, mode, body.style),
             sharded=is_sharded(self._network),
         )  # fmt: skip
         arguments = (run_job, job, temperature, self.decoding.banned, body.features)
@@ -353,13 +386,33 @@ class VisionPolicy:
             own = steps[tree.group[steps] == g].tolist()
             nodes, parent = closure(tree, own)
             prompt = self._checked_prompt(rollout, g)
-            ids = [prompt.ids, *(self._ids(rollout, v) for v in nodes)]
-            one = TokenTree(prompt, parent, ids)
-            start, place = one.packed.start, {v: i + 1 for i, v in enumerate(nodes)}
-            wanted.append(torch.cat([start[place[v]] + torch.arange(len(ids[place[v]])) for v in own]))
+            one, place = self._token_tree(rollout, prompt, nodes, parent)
+            start = one.packed.start
+            wanted.append(torch.cat([start[place[v]] + torch.arange(len(one.ids[place[v]])) for v in own]))
             index.append(torch.cat([torch.arange(int(tree.tok_start[v]), int(tree.tok_end[v])) for v in own]))
             trees.append(one)
         return trees, wanted, torch.cat(index)
+
+    def _token_tree(
+        self, rollout: Rollout, prompt: PromptTokens, nodes: Sequence[int], parent: Sequence[int]
+    ) -> tuple[TokenTree, dict[int, int]]:
+        """The prompt, the steps `nodes` (with `parent` as places, 0 the prompt) and the observations between them;
+        and the place of every step."""
+        ids, above, shown = [prompt.ids], [-1], {}
+        place: dict[int, int] = {}
+        below = [0]  # by place in `parent`: what a child hangs from
+        inner = set(parent)
+        for i, v in enumerate(nodes, 1):
+            place[v] = len(ids)
+            ids.append(self._ids(rollout, v))
+            above.append(below[parent[i]])
+            if self._talks is not None and i in inner:
+                seen = self._talks.observation(rollout, v)
+                shown[len(ids)] = seen
+                ids.append(seen.ids)
+                above.append(place[v])
+            below.append(len(ids) - 1)
+        return TokenTree(prompt, above, ids, shown), place
 
     def _checked_prompt(self, rollout: Rollout, g: int) -> PromptTokens:
         prompt, size = self.encode(rollout.prompts[g]), int(rollout.prompt_payload["prompt_tokens"][g])

@@ -189,7 +189,7 @@ class VisionPrm:
         body, wanted = self._body, asked.tokens if self.head == "likelihood" else []
         job = body.job(
             asked.trees,
-            lambda mode: build_reading(asked.trees, asked.slots, mode, body.style, body.encode.rope, wanted),
+            lambda mode: build_reading(asked.trees, asked.slots, mode, body.style, wanted),
             sharded=is_sharded(self._network),
         )
         grad = torch.is_grad_enabled()

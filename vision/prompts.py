@@ -45,6 +45,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer_of(processor)
         self.limits, self.keep_images, self.max_bytes, self.opening = limits, keep_images, max_bytes, opening
         self.image_token = image_token_id(self._model.config)
+        self.video_token = getattr(self._model.config, "video_token_id", None)
         self._reserved = self._reserved_texts()
         self._kept: OrderedDict[tuple[str, ...], PromptTokens] = OrderedDict()
         self._bytes = 0
@@ -55,13 +56,17 @@ class PromptEncoder:
         Raises:
             PromptError: a broken or missing image, placeholders in the text, images unlike placeholders, too long.
         """
-        key = (str(prompt.inputs.get("question", "")), *map(str, prompt.inputs.get("images") or []))
+        key = self.key(prompt)
         if key not in self._kept:  # by content: training and evaluation files may use an id twice
             self._kept[key] = tokens = self._encode(prompt)
-            self._bytes += _size(tokens)
+            self._bytes += size_in_bytes(tokens)
             while self._bytes > self.max_bytes and len(self._kept) > 1:
-                self._bytes -= _size(self._kept.popitem(last=False)[1])
+                self._bytes -= size_in_bytes(self._kept.popitem(last=False)[1])
         return self._kept[key]
+
+    def key(self, prompt: Prompt) -> tuple[str, ...]:
+        """What decides a prompt's tokens."""
+        return (str(prompt.inputs.get("question", "")), *map(str, prompt.inputs.get("images") or []))
 
     def blank(self) -> Pixels | None:
         """A grey picture's pixels, None for a text model."""
@@ -69,22 +74,33 @@ class PromptEncoder:
             return None
         return self._tokens([Image.new("RGB", (64, 64), (127, 127, 127))], "?", "blank").pixels
 
-    def rope(self, ids: Tensor, types: Tensor, images: Sequence[Pixels]) -> Tensor:
-        """(3, L) rotary positions of one row by the model's own rule."""
-        grids = [p.tensors["image_grid_thw"] for p in images]
-        positions, _ = self._model.model.get_rope_index(
-            ids[None], mm_token_type_ids=types[None], image_grid_thw=torch.cat(grids) if grids else None
-        )
+    def rope(self, ids: Tensor, types: Tensor, shown: Sequence[Pixels]) -> Tensor:
+        """(3, L) rotary positions of one row by the model's own rule; films are spaced by their seconds."""
+        grids = {k: [p.tensors["image_grid_thw"] for p in shown if p.kind == k] for k in ("image", "video")}
+        given = {f"{k}_grid_thw": torch.cat(v) for k, v in grids.items() if v}
+        if grids["video"]:
+            given["second_per_grid_ts"] = torch.tensor([p.seconds for p in shown if p.kind == "video"])
+        positions, _ = self._model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **given)
         return positions[:, 0]
 
+    def tokens(self, text: str, pixels: Pixels | None = None, pictures: Sequence[Image.Image] = ()) -> PromptTokens:
+        """Tokens of a text whose placeholders are spelt out, one per feature; for observations and films.
+
+        Raises:
+            PromptError: as many placeholders as `pixels` has features are not there.
+        """
+        ids = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+        types = torch.zeros_like(ids)
+        for value, token in enumerate((self.image_token, self.video_token), 1):
+            types[ids == token] = value
+        merge = getattr(self._model.config.vision_config, "spatial_merge_size", 1)
+        due = 0 if pixels is None else int(pixels.tensors["image_grid_thw"].prod(-1).sum()) // merge**2
+        if int((types > 0).sum()) != due:
+            raise PromptError(f"{int((types > 0).sum())} placeholders for {due} features in {text[:80]!r}")
+        return self._placed(ids, types, pixels, text, pictures)
+
     def _encode(self, prompt: Prompt) -> PromptTokens:
-        question = str(prompt.inputs.get("question", ""))
-        for text in self._reserved:
-            if text in question:
-                raise PromptError(
-                    f"prompt {prompt.id!r}: its text contains the model's placeholder {text!r}; remove it, images are "
-                    "given by `images` and placed before the question"
-                )
+        question = self._question(prompt)
         paths = prompt.inputs.get("images") or []
         if paths and self.image_token is None:
             raise PromptError(f"prompt {prompt.id!r} has {len(paths)} images but the model reads text only")
@@ -94,6 +110,16 @@ class PromptEncoder:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
         return self._tokens(pictures, question, prompt.id)
 
+    def _question(self, prompt: Prompt) -> str:
+        question = str(prompt.inputs.get("question", ""))
+        for text in self._reserved:
+            if text in question:
+                raise PromptError(
+                    f"prompt {prompt.id!r}: its text contains the model's placeholder {text!r}; remove it, media are "
+                    "given apart from the question and placed before it"
+                )
+        return question
+
     def _tokens(self, pictures: Sequence[Image.Image], question: str, name: str) -> PromptTokens:
         text = self._render(len(pictures), question)
         if pictures:
@@ -101,22 +127,28 @@ class PromptEncoder:
         else:
             made = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
         ids = made["input_ids"][0]
-        if len(ids) > self.settings.max_prompt_tokens:
-            raise PromptError(
-                f"prompt {name!r} has {len(ids)} tokens, {self._count(ids)} of them from {len(pictures)} images; the "
-                f"limit is policy.max_prompt_tokens={self.settings.max_prompt_tokens}. Raise it or use smaller "
-                "pictures; prompts are never cut"
-            )
         types = (ids == self.image_token).long() if self.image_token is not None else torch.zeros_like(ids)
+        self._check_length(name, types, f"{len(pictures)} images")
         pixels = self._pixels(made, pictures) if pictures else None
-        positions = self._positions(ids, types, pixels)
-        kept = tuple(pictures) if self.keep_images else ()
-        return PromptTokens(ids, types, positions, int(positions.max()) + 1, text, kept, pixels)
+        return self._placed(ids, types, pixels, text, pictures)
 
-    def _positions(self, ids: Tensor, types: Tensor, pixels: Pixels | None) -> Tensor:
+    def _check_length(self, name: str, types: Tensor, media: str) -> None:
+        if len(types) > self.settings.max_prompt_tokens:
+            raise PromptError(
+                f"prompt {name!r} has {len(types)} tokens, {int((types > 0).sum())} of them from {media}; the limit "
+                f"is policy.max_prompt_tokens={self.settings.max_prompt_tokens}. Raise it or use smaller pictures; "
+                "prompts are never cut"
+            )
+
+    def _placed(
+        self, ids: Tensor, types: Tensor, pixels: Pixels | None, text: str, pictures: Sequence[Image.Image]
+    ) -> PromptTokens:
+        positions = torch.arange(len(ids))
         if hasattr(getattr(self._model, "model", None), "get_rope_index"):
-            return self.rope(ids, types, [pixels] if pixels else [])
-        return torch.arange(len(ids))
+            positions = self.rope(ids, types, [pixels] if pixels else [])
+        kept = tuple(pictures) if self.keep_images else ()
+        # text follows the last token, whatever position a long film reached in time
+        return PromptTokens(ids, types, positions, int(positions[..., -1].max()) + 1, text, kept, pixels)
 
     def _pixels(self, made: Any, pictures: Sequence[Image.Image]) -> Pixels:
         takes = inspect.signature(self._model.model.get_image_features).parameters
@@ -160,16 +192,14 @@ class PromptEncoder:
         user = {"role": "user", "content": self._content(images, question + _CUT)}
         return self._template([*system, user], False).split(_CUT)[0]
 
-    def _count(self, ids: Tensor) -> int:
-        return 0 if self.image_token is None else int((ids == self.image_token).sum())
-
     def _reserved_texts(self) -> list[str]:
         added = self.tokenizer.get_added_vocab()
         banned = set(banned_ids(self._model.config, self.tokenizer, keep=eos_ids(self._model, self.tokenizer)))
         return [text for text, i in added.items() if i in banned]
 
 
-def _size(tokens: PromptTokens) -> int:
+def size_in_bytes(tokens: PromptTokens) -> int:
+    """Memory that encoded tokens hold, pictures included."""
     pixels = tokens.pixels.tensors.values() if tokens.pixels else ()
     return sum(t.numel() * t.element_size() for t in (tokens.ids, *pixels)) + sum(
         3 * i.width * i.height for i in tokens.images

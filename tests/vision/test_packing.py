@@ -133,7 +133,7 @@ def two_trees(family, hf, processor, file):
 
 def by_layout(network, trees, mode, style, encode, banned, grad=True):
     wanted = [torch.arange(t.packed.prompt, len(t.packed)) for t in trees]
-    job = build_job(trees, wanted, mode, style, encode.rope)
+    job = build_job(trees, wanted, mode, style)
     network.zero_grad()
     out = network(run_job, job, 0.7, banned, None, None)
     if not grad:
@@ -235,24 +235,21 @@ def test_images_in_branches_take_the_positions_of_their_rows(picture_file):
         hf, processor = load(family)
         encode, (tree, _), banned = two_trees(family, hf, processor, picture_file)
         shown = encode(Prompt("seen", {"question": "x", "images": [picture_file]}))
-        none = [torch.zeros_like(x) for x in tree.ids]
-        ids, types = list(tree.ids), [tree.prompt.types, *none[1:]]
-        for node in (2, 6):
-            ids[node], types[node] = shown.ids, shown.types
-        mixed = TokenTree(tree.prompt, PARENT, ids, {2: shown.pixels, 6: shown.pixels}, types)
+        ids = list(tree.ids)
+        ids[2] = ids[6] = shown.ids
+        mixed = TokenTree(tree.prompt, PARENT, ids, {2: shown, 6: shown})
         network, style = Network(hf), style_of(hf)
         wanted = [torch.cat([mixed.packed.start[v] + torch.arange(len(ids[v])) for v in (1, 3, 5, 7)])]
         out = {}
         for mode in ("rows", "packed", "prefix_packed"):
             with torch.no_grad():
-                out[mode] = network(
-                    run_job, build_job([mixed], wanted, mode, style, encode.rope), 1.0, banned, None, None
-                )
+                out[mode] = network(run_job, build_job([mixed], wanted, mode, style), 1.0, banned, None, None)
         torch.testing.assert_close(out["packed"]["logp"], out["rows"]["logp"], atol=1e-5, rtol=0)
         torch.testing.assert_close(out["prefix_packed"]["logp"], out["rows"]["logp"], atol=1e-5, rtol=0)
-        if family != "llava":
-            with pytest.raises(ValueError, match="need the model's rotary rule"):
-                build_job([mixed], wanted, "packed", style)
+        if family != "llava":  # node by node, positions are those of the model's own rule along every row
+            for take in rows_of(mixed.packed, PARENT, "rows"):
+                row = encode.rope(mixed.packed.ids[take], mixed.packed.types[take], mixed.images_along(take))
+                assert torch.equal(mixed.positions[:, take], row)
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -1,0 +1,74 @@
+"""What a policy needs of conversations with an environment: answers while sampling, the same ones for the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmrl.rollout import Prompt, Rollout
+from vision.environment import Environment, Replay
+from vision.growth import Node, PromptTokens
+from vision.packing import ancestors
+
+
+class Conversations:
+    """An environment, remembered, that is asked with sampled ids or with the texts of a rollout."""
+
+    def __init__(self, environment: Environment, tokenizer: Any) -> None:
+        self._replay, self._tokenizer = Replay(environment), tokenizer
+
+    def answers(
+        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens]
+    ) -> Callable[[list[Node], int], PromptTokens | None]:
+        """(nodes, index of one that ended) -> the observation after it, None where the conversation is over."""
+
+        def answer(nodes: list[Node], v: int) -> PromptTokens | None:
+            path = [v]
+            while nodes[path[-1]].parent >= 0:
+                path.append(nodes[path[-1]].parent)
+            g = nodes[v].prompt
+            turns = tuple(self._turn(nodes[u].ids) for u in reversed(path))
+            return self._replay.after(prompts[g], len(tokens[g].ids), turns).observation
+
+        return answer
+
+    def written(
+        self, prompt: Prompt, tokens: PromptTokens, g: int, turns: Sequence[list[int]], first: int
+    ) -> list[Node]:
+        """Nodes of given turns (ids with their end mark) of prompt `g`, numbered from `first`; log-prob 0.
+
+        Turns after the one that ends the conversation are left out.
+        """
+        nodes: list[Node] = []
+        for depth, ids in enumerate(turns):
+            done = tuple(self._turn(t) for t in turns[: depth + 1])
+            seen = self._replay.after(prompt, len(tokens.ids), done).observation
+            last = seen is None or depth + 1 == len(turns)
+            above = first + depth - 1 if depth else -1
+            shown = 0 if last or seen is None else len(seen.ids)
+            nodes.append(Node(g, above, depth, ids, [0.0] * len(ids), "eos" if last else "step", shown))
+            if last:
+                break
+        return nodes
+
+    def observation(self, rollout: Rollout, v: int) -> PromptTokens:
+        """What followed step `v` of a rollout.
+
+        Raises:
+            ValueError: the environment answers otherwise now.
+        """
+        tree, g = rollout.tree, int(rollout.tree.group[v])
+        path = ancestors(tree.parent.tolist(), v)[::-1]
+        turns = tuple((rollout.texts[u], int(tree.tok_end[u] - tree.tok_start[u])) for u in path)
+        start, due = int(rollout.prompt_payload["prompt_tokens"][g]), int(tree.tags["observed"][v])
+        seen = self._replay.after(rollout.prompts[g], start, turns).observation
+        if seen is None or len(seen.ids) != due:
+            now = "nothing" if seen is None else f"{len(seen.ids)} tokens"
+            raise ValueError(
+                f"prompt {rollout.prompts[g].id!r}: after {rollout.texts[v]!r} the environment shows {now} and showed "
+                f"{due} tokens when the rollout was made; use the files and settings of that run"
+            )
+        return seen
+
+    def _turn(self, ids: Sequence[int]) -> tuple[str, int]:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)), len(ids)
