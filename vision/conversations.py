@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from PIL import Image
+
 from mmrl.rollout import Prompt, Rollout
-from vision.environment import Environment, Replay
+from vision.environment import Environment, Moment, Replay
 from vision.growth import Node, PromptTokens
 from vision.packing import ancestors
 
@@ -57,18 +59,29 @@ class Conversations:
         Raises:
             ValueError: the environment answers otherwise now.
         """
-        tree, g = rollout.tree, int(rollout.tree.group[v])
-        path = ancestors(tree.parent.tolist(), v)[::-1]
-        turns = tuple((rollout.texts[u], int(tree.tok_end[u] - tree.tok_start[u])) for u in path)
-        start, due = int(rollout.prompt_payload["prompt_tokens"][g]), int(tree.tags["observed"][v])
-        seen = self._replay.after(rollout.prompts[g], start, turns).observation
+        due = int(rollout.tree.tags["observed"][v])
+        seen = self._after(rollout, self._path(rollout, v), int(rollout.tree.group[v])).observation
         if seen is None or len(seen.ids) != due:
             now = "nothing" if seen is None else f"{len(seen.ids)} tokens"
             raise ValueError(
-                f"prompt {rollout.prompts[g].id!r}: after {rollout.texts[v]!r} the environment shows {now} and showed "
-                f"{due} tokens when the rollout was made; use the files and settings of that run"
+                f"prompt {rollout.prompts[int(rollout.tree.group[v])].id!r}: after {rollout.texts[v]!r} the "
+                f"environment shows {now} and showed {due} tokens when the rollout was made; use the files and "
+                "settings of that run"
             )
         return seen
+
+    def picture(self, rollout: Rollout, v: int) -> Image.Image | None:
+        """What step `v` made the environment show, for people."""
+        before = self._after(rollout, self._path(rollout, v)[:-1], int(rollout.tree.group[v]))
+        return self._replay.environment.picture(before.state, rollout.texts[v])
+
+    def _path(self, rollout: Rollout, v: int) -> list[int]:
+        return ancestors(rollout.tree.parent.tolist(), v)[::-1]
+
+    def _after(self, rollout: Rollout, path: Sequence[int], g: int) -> Moment:
+        tree = rollout.tree
+        turns = tuple((rollout.texts[u], int(tree.tok_end[u] - tree.tok_start[u])) for u in path)
+        return self._replay.after(rollout.prompts[g], int(rollout.prompt_payload["prompt_tokens"][g]), turns)
 
     def _turn(self, ids: Sequence[int]) -> tuple[str, int]:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)), len(ids)

@@ -6,6 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from PIL import Image
+
 from mmrl.rollout import Prompt
 from vision.growth import PromptTokens
 from vision.prompts import size_in_bytes
@@ -26,6 +28,9 @@ class Environment(Protocol):
 
         used: tokens of the conversation so far, observations included.
         """
+
+    def picture(self, state: Any, text: str) -> Image.Image | None:
+        """What a person would look at to see what a turn shows from here, None where that is nothing."""
 
 
 @dataclass(frozen=True)

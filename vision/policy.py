@@ -336,9 +336,12 @@ class VisionPolicy:
             ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return torch.tensor(ids, dtype=torch.int64)
 
-    def describe(self, rollout: Rollout, steps: Tensor) -> list[str]:
-        """What the steps say."""
-        return [rollout.texts[s].strip() for s in steps.tolist()]
+    def describe(self, rollout: Rollout, steps: Tensor) -> list[Any]:
+        """What the steps say; of a conversation, with what that made the environment show, (text, picture or None)."""
+        texts = [rollout.texts[s].strip() for s in steps.tolist()]
+        if self._talks is None:
+            return texts
+        return [(t, self._talks.picture(rollout, s)) for t, s in zip(texts, steps.tolist(), strict=True)]
 
     # ---- update -----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What a run leaves for people to look at: samples of every evaluation, and rollout trees with their pictures.
 
-Outputs are pictures, (C, H, W) tensors in [0, 1] or PIL images, kept as PNG, or texts, kept as they are.
+Outputs are pictures, (C, H, W) tensors in [0, 1] or PIL images, kept as PNG, or texts, kept as they are; a turn of an
+agent is a text with the picture of what it made the environment show.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ def shown_steps(rollout: Rollout) -> Tensor:
 
 
 def save_output(output: Any, folder: Path, name: str) -> dict[str, str]:
-    """{"picture": file} or {"text": ...}."""
+    """{"picture": file} or {"text": ...}; of a (text, picture or None) both that are there."""
+    if isinstance(output, tuple):
+        text, picture = output
+        return {"text": text} | ({} if picture is None else save_output(picture, folder, name))
     if isinstance(output, str):
         return {"text": output}
     picture = output if isinstance(output, Image.Image) else to_image(output)

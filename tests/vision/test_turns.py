@@ -32,6 +32,9 @@ class Album:
         images = self.files[len(text) % len(self.files) :][:1] if self.files and len(text) % 2 == 0 else []
         return state, self.encode(Prompt("seen", {"question": "look " * (1 + len(text) % 3), "images": images}))
 
+    def picture(self, state, text):
+        return picture(len(state)) if len(text) % 2 == 0 else None
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -174,6 +177,21 @@ def test_evaluation_takes_all_turns_and_is_greedy(files):
     one, two = (policy.generate(prompts("qwen2_5_vl", files), seed=s) for s in (1, 2))
     assert [s.output for s in one] == [s.output for s in two]
     assert all(s.output.count("\n") <= 3 for s in one)
+
+
+def test_a_person_sees_the_turns_and_what_they_showed(files, tmp_path):
+    from mmrl.report.artifacts import save_tree
+    from mmrl.report.tree_picture import draw_tree
+
+    policy, _ = policy_of("qwen2_5_vl", files)
+    rollout = policy.rollout(prompts("qwen2_5_vl", files), BranchPlan({0: 3}), seed=0)
+    told = policy.describe(rollout, torch.arange(len(rollout.tree)))
+    assert [t for t, _ in told] == [t.strip() for t in rollout.texts]
+    shown = [s for s in (rollout.tree.group == 0).nonzero().flatten().tolist() if told[s][1] is not None]
+    assert shown
+    save_tree(rollout, torch.zeros(len(rollout.tree)), policy.describe, tmp_path)
+    svg = draw_tree(tmp_path)
+    assert svg.count("<image") == len(shown) + 1  # and the prompt's
 
 
 def test_searching_with_an_agent_is_refused(files):
