@@ -1,0 +1,118 @@
+"""Published formats of video questions: readers `(row, name) -> samples`, and one function that reads a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmrl.components import hint
+from mmrl.jsonl import Quarantined, RowError, as_object, check_share, read_rows
+from video.formats._values import media_file
+from video.formats.canonical import canonical
+from video.formats.video_r1 import video_r1
+from video.formats.videochat_r1 import videochat_r1
+from video.formats.videocom import videocom
+from video.records import VideoSample, as_share, check_sample
+from vision.images import ImageError, check_image
+
+FORMATS: dict[str, Callable[[Mapping[str, Any], str], list[VideoSample]]] = {
+    "canonical": canonical,
+    "video_r1": video_r1,
+    "videocom": videocom,
+    "videochat_r1": videochat_r1,
+}
+_KEYED = {"videochat_r1": "video"}  # one JSON object per file; its keys become this field of the rows
+_SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
+Finish = Callable[[VideoSample], VideoSample]
+
+
+def read_format(
+    path: str | Path,
+    name: str,
+    *,
+    media_root: str | Path | None = None,
+    max_bad: float = 0.05,
+    limit: int | None = None,
+    finish: Finish | None = None,
+) -> tuple[list[VideoSample], list[Quarantined]]:
+    """Samples of a file (JSON lines, or `.json` with one list) in a format, checked, and the rows set aside.
+
+    Args:
+        media_root: folder that videos and pictures are relative to and may not leave; None: the file's folder. Paths
+            in the samples are absolute; pictures are looked into (and give `size`), videos only have to be there.
+        max_bad: share of bad rows, in [0, 1], above which reading fails.
+        limit: samples to take from the start, None for all.
+        finish: applied to every checked sample, may raise RowError: what needs the clip (`records.with_info`).
+    Raises:
+        ValueError: unknown format, no file, no usable row, or too many bad rows (the first ones are named by line and
+            field).
+    """
+    if name not in FORMATS:
+        raise ValueError(f"format {name!r} is none of {', '.join(FORMATS)}{hint(name, FORMATS)}")
+    root = Path(path).parent if media_root is None else Path(media_root)
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def make(row: Mapping[str, Any], at: str) -> list[VideoSample]:
+        found = [with_media(check_sample(s), root, sizes) for s in FORMATS[name](row, at)]
+        return found if finish is None else [finish(s) for s in found]
+
+    if name in _KEYED:
+        return _read_keyed(Path(path), _KEYED[name], make, max_bad, limit)
+    return read_rows(path, make, max_bad=max_bad, key=lambda s: s.id, limit=limit, errors=(RowError, ImageError))
+
+
+def with_media(sample: VideoSample, root: Path, sizes: dict[str, tuple[int, int]]) -> VideoSample:
+    """The sample with absolute paths below `root`; of a single picture the size is read and boxes become shares of it.
+
+    A video without suffix may be named by its id alone. `sizes` remembers pictures that were looked into.
+
+    Raises:
+        RowError, ImageError: a file is missing, outside of `root`, or no picture.
+    """
+    if sample.video is not None:
+        name = sample.video
+        if not Path(name).suffix:
+            name = next((name + s for s in _SUFFIXES if (root / (name + s)).is_file()), name)
+        return replace(sample, video=media_file(name, root, "video"))
+    paths = tuple(media_file(p, root, "image") for p in sample.images)
+    for path in paths:
+        if path not in sizes:
+            width, height = check_image(path)
+            sizes[path] = (height, width)
+    if len(paths) != 1:
+        return replace(sample, images=paths)
+    size = sizes[paths[0]]
+    boxes = tuple(as_share(b, f"boxes[{i}]", size) for i, b in enumerate(sample.boxes))
+    return replace(sample, images=paths, size=size, boxes=boxes)
+
+
+def _read_keyed(
+    path: Path,
+    key: str,
+    make: Callable[[Mapping[str, Any], str], Iterable[VideoSample]],
+    max_bad: float,
+    limit: int | None,
+) -> tuple[list[VideoSample], list[Quarantined]]:
+    """As `mmrl.jsonl.read_rows`, of a file that is one object of rows; a row's number is its place in it."""
+    try:
+        whole = as_object(json.loads(path.read_text("utf-8-sig")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no JSON object with an entry per video ({error})") from error
+    found: list[VideoSample] = []
+    bad: list[Quarantined] = []
+    good = 0
+    for number, (name, row) in enumerate(whole.items(), start=1):
+        if limit is not None and len(found) >= limit:
+            break
+        try:
+            found += make(as_object(row) | {key: name}, f"{path.name}:{number}")
+            good += 1
+        except (RowError, ImageError) as error:
+            bad.append(Quarantined(str(path), number, f"{error} (entry {name!r})"))
+    check_share(path, bad, good, max_bad)
+    if not found:
+        raise ValueError(f"{path} has no usable entry; {bad[0].reason if bad else 'it is empty'}")
+    return found if limit is None else found[:limit], bad

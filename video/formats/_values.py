@@ -1,0 +1,87 @@
+"""What the readers share: numbers, pairs and boxes of a row, each named when it is wrong, and media below a root."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmrl.jsonl import RowError
+from video.records import Box
+
+Row = Mapping[str, Any]
+Number = TypeVar("Number", int, float)
+
+
+def typed(row: Row, key: str, kind: type, default: Any) -> Any:
+    """The value of a field, `default` where it is missing or null. RowError when it is of another kind."""
+    value = row.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise RowError(f"bad {key}: {str(value)[:80]!r} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def without_marks(question: str) -> str:
+    """The question without `<video>` and `<image>` at its ends, since media are given by their own field."""
+    return re.sub(r"\A(?:\s*<(?:video|image)>)+\s*|(?:\s*<(?:video|image)>)+\s*\Z", "", question).strip()
+
+
+def whole(value: Any, what: str) -> int:
+    """A whole number; 57.0 and "57" are some too."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
+        raise RowError(f"bad {what}: {str(value)[:60]!r} is no whole number")
+    return int(value)
+
+
+def real(value: Any, what: str) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"bad {what}: {str(value)[:60]!r} is no number")
+    return float(value)
+
+
+def pair(value: Any, what: str, kind: Callable[[Any, str], Number]) -> tuple[Number, Number]:
+    """Two numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise RowError(f"bad {what}: {str(value)[:60]!r} is no pair of numbers")
+    return kind(value[0], what), kind(value[1], what)
+
+
+def pairs(row: Row, key: str, kind: Callable[[Any, str], Number]) -> tuple[tuple[Number, Number], ...]:
+    """A field with a list of pairs, empty where it is missing."""
+    return tuple(pair(v, f"{key}[{i}]", kind) for i, v in enumerate(typed(row, key, list, [])))
+
+
+def box(value: Any, what: str) -> Box:
+    """Four numbers x1, y1, x2, y2."""
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        raise RowError(f"bad {what}: {str(value)[:60]!r} is no [x1, y1, x2, y2]")
+    x1, y1, x2, y2 = (real(v, what) for v in value)
+    return x1, y1, x2, y2
+
+
+def media_file(name: str, root: Path, what: str) -> str:
+    """The absolute path of a file below `root`. A path that starts with `/` and lies elsewhere is taken below it too.
+
+    Raises:
+        RowError: no such file, or it leads out of the root.
+    """
+    try:
+        base = root.resolve()
+        path = (base / name).resolve()
+        if not path.is_relative_to(base) and name.startswith("/"):
+            path = (base / name.lstrip("/")).resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RowError(f"bad path: {what} {name[:80]!r} ({error})") from error
+    if not path.is_relative_to(base):
+        raise RowError(f"outside the media root: {what} {name!r} leads to {path}, not below {base}")
+    if not is_file:
+        raise RowError(f"{what} missing: {path} is no file; check the path and media_root (now {base})")
+    return str(path)

@@ -1,0 +1,145 @@
+"""UI-S1: recorded trajectories of an expert on a phone, one per line, for semi-online learning.
+
+    {"goal": str, "steps": [{"action_content": {"action": str, "coordinate": [x, y], ..}, "screenshot": path,
+     "bbox" | "check_options.candidate_bbox": boxes, "thought": str, "annotation": str}]}
+
+Points and boxes are pixels of the screenshot in the file and shares of it here. What is right to do at a step is in
+`check_options` where it is there, else in `action_content`; the target's boxes are read wherever they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmrl.jsonl import Quarantined, RowError, read_rows
+from mmrl.prm.formats._row import optional_text, rest, rows, text
+from mmrl.rollout import Prompt
+from video.formats._values import Row, box, media_file, pair, real, typed
+from video.records import Box
+from vision.images import ImageError, check_image
+
+Point = tuple[float, float]
+_SPATIAL = ("coordinate", "coordinate2", "bbox", "candidate_bbox", "thought", "annotation")
+
+
+@dataclass(frozen=True)
+class ExpertStep:
+    """What the expert saw and did.
+
+    screen: path. size: (height, width) of it in pixels. action: its name; args: its other arguments (text, button,
+    direction, time, status). point, end: where it touched and where a swipe ended; boxes: each a target that counts;
+    shares of the screen, points may lie on its edge. thought, annotation: where recorded.
+    """
+
+    screen: str
+    size: tuple[int, int]
+    action: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    point: Point | None = None
+    end: Point | None = None
+    boxes: tuple[Box, ...] = ()
+    thought: str | None = None
+    annotation: str | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A goal and the steps that an expert took to reach it."""
+
+    id: str
+    goal: str
+    steps: tuple[ExpertStep, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_trajectories(
+    path: str | Path, *, media_root: str | Path | None = None, max_bad: float = 0.05, limit: int | None = None
+) -> tuple[list[Trajectory], list[Quarantined]]:
+    """Trajectories of a file and the rows set aside. Arguments as `video.formats.read_format`.
+
+    Raises:
+        ValueError: no file, no usable row, or too many bad rows.
+    """
+    root = Path(path).parent if media_root is None else Path(media_root)
+
+    def make(row: Row, name: str) -> list[Trajectory]:
+        return [trajectory(row, name, root)]
+
+    return read_rows(path, make, max_bad=max_bad, key=lambda t: t.id, limit=limit, errors=(RowError, ImageError))
+
+
+def trajectory(row: Row, name: str, root: Path) -> Trajectory:
+    """The trajectory of a row; its id is `episode_id`, else `id`, else `name`."""
+    steps = rows(row, "steps", dict)
+    if not steps:
+        raise RowError("no step: 'steps' is empty")
+    made = tuple(_step(s, f"steps[{i}]", root) for i, s in enumerate(steps))
+    own = optional_text(row, "episode_id", "id") or name
+    return Trajectory(own, text(row, "goal"), made, rest(row, "goal", "steps", "id", "episode_id"))
+
+
+def to_prompt(recorded: Trajectory) -> Prompt:
+    """inputs: the goal, the first screen under `images`, all of them under `screens`. reference: `expert`, a list of
+    steps `{action, args, point, end, boxes, thought, annotation}` without what is not known, and `meta`."""
+    expert = []
+    for s in recorded.steps:
+        row = {"action": s.action, "args": dict(s.args), "point": s.point, "end": s.end, "boxes": s.boxes}
+        row |= {"thought": s.thought, "annotation": s.annotation}
+        expert.append({k: _plain(v) for k, v in row.items() if v is not None and v != ()})
+    screens = [s.screen for s in recorded.steps]
+    inputs = {"question": recorded.goal, "images": screens[:1], "screens": screens}
+    return Prompt(recorded.id, inputs, dict(recorded.meta) | {"expert": expert})
+
+
+def _step(row: Row, what: str, root: Path) -> ExpertStep:
+    did = typed(row, "action_content", dict, None)
+    right = typed(row, "check_options", dict, did)
+    if did is None or right is None:
+        raise RowError(f"no action: {what} has no 'action_content'")
+    try:
+        screen = media_file(text(row, "screenshot"), root, "screenshot")
+        width, height = check_image(screen)
+        boxes = tuple(_share(b, what, (height, width)) for b in _boxes(right, did, row))
+        point, end = (_point(right.get(k, did.get(k)), f"{what}.{k}", (height, width)) for k in _SPATIAL[:2])
+        action = text(right, "action")
+    except RowError as error:
+        raise RowError(f"{error} (in {what})") from None
+    extra = {k: v for k, v in right.items() if k not in ("action", *_SPATIAL)}
+    thought, annotation = (optional_text(row, k) or optional_text(right, k) for k in ("thought", "annotation"))
+    return ExpertStep(screen, (height, width), action, extra, point, end, boxes, thought, annotation)
+
+
+def _boxes(*places: Row) -> list[Any]:
+    """The first boxes in `candidate_bbox` or `bbox`: a list of boxes, or one box."""
+    for place in places:
+        for key in ("candidate_bbox", "bbox"):
+            value = place.get(key)
+            if isinstance(value, list) and value:
+                return value if isinstance(value[0], list) else [value]
+    return []
+
+
+def _share(value: Any, what: str, size: tuple[int, int]) -> Box:
+    height, width = size
+    x1, y1, x2, y2 = box(value, f"{what} box")
+    # layout trees know elements that go on beyond the screen; what can be touched is on it
+    made = (max(x1 / width, 0.0), max(y1 / height, 0.0), min(x2 / width, 1.0), min(y2 / height, 1.0))
+    if made[0] >= made[2] or made[1] >= made[3]:
+        raise RowError(f"bad box: {what} has {value}, which is empty on a screen of {width} x {height}")
+    return made
+
+
+def _point(value: Any, what: str, size: tuple[int, int]) -> Point | None:
+    if value is None:
+        return None
+    x, y = pair(value, what, real)
+    if not (0 <= x <= size[1] and 0 <= y <= size[0]):
+        raise RowError(f"bad {what}: {[x, y]} lies outside of the screen of {size[1]} x {size[0]}")
+    return x / size[1], y / size[0]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,0 +1,36 @@
+"""Video-R1-260k and COT-165k: rows `problem, data_type, problem_type, options, path, solution`, and `process`."""
+
+from __future__ import annotations
+
+import re
+
+from mmrl.jsonl import RowError
+from mmrl.prm.formats._row import optional_text, rest, row_id, text
+from video.formats._values import Row, typed, without_marks
+from video.records import VideoSample, plain_options
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def video_r1(row: Row, name: str) -> list[VideoSample]:
+    """One question about a video or a picture; `process` and `solution` together are its written solution."""
+    found = _ANSWER.search(text(row, "solution"))
+    if found is None or not found.group(1).strip():
+        raise RowError("no answer: 'solution' holds no <answer>..</answer>")
+    kind, path = row.get("data_type"), text(row, "path")
+    if kind not in ("video", "image"):
+        raise RowError(f"bad data_type: {kind!r} is neither 'video' nor 'image'")
+    process = optional_text(row, "process")
+    used = ("problem_id", "problem", "data_type", "problem_type", "options", "path", "solution", "process")
+    sample = VideoSample(
+        id=row_id(row, name, "problem_id"),
+        question=without_marks(text(row, "problem")),
+        video=path if kind == "video" else None,
+        images=(path,) if kind == "image" else (),
+        options=plain_options([str(o) for o in typed(row, "options", list, [])]),
+        answer=found.group(1).strip(),
+        answer_type=text(row, "problem_type"),
+        turns=(f"{process.strip()}\n{found.group(0)}",) if process else (),
+        meta=rest(row, *used),
+    )
+    return [sample]

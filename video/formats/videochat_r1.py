@@ -1,0 +1,32 @@
+"""VideoChat-R1 grounding (Charades-STA, ActivityNet): one object, `{video: {duration, timestamps, sentences}}`."""
+
+from __future__ import annotations
+
+from mmrl.jsonl import RowError
+from mmrl.prm.formats._row import rest, rows, text
+from video.formats._values import Row, pairs, real
+from video.records import VideoSample
+
+QUESTION = 'When does this happen in the video: "{}"?'
+
+
+def videochat_r1(row: Row, name: str) -> list[VideoSample]:
+    """A question per sentence, its [start, end] seconds the answer. `row` holds its key in the file under `video`."""
+    video, sentences = text(row, "video"), rows(row, "sentences")
+    times = pairs(row, "timestamps", real)
+    if len(times) != len(sentences) or not sentences:
+        raise RowError(f"timestamps and sentences differ: {len(times)} timestamps for {len(sentences)} sentences")
+    duration = None if row.get("duration") is None else real(row["duration"], "duration")
+    meta = rest(row, "video", "timestamps", "sentences", "duration")
+    return [
+        VideoSample(
+            id=f"{video}#{i}", question=QUESTION.format(sentence.strip().rstrip(".")), video=video,
+            answer=f"{_seconds(start)} to {_seconds(end)}", answer_type="interval", segments=((start, end),),
+            duration=duration, meta=meta | {"sentence": sentence},
+        )
+        for i, (sentence, (start, end)) in enumerate(zip(sentences, times, strict=True))
+    ]  # fmt: skip
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}".rstrip("0").rstrip(".")

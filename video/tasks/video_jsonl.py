@@ -1,0 +1,80 @@
+"""Task `video_jsonl`: questions about videos from files in a published format. Bad rows are set aside and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from mmrl.jsonl import RowError
+from mmrl.rollout import Prompt, Sample
+from video.formats import read_format
+from video.reader import VideoDecodeError, VideoReader
+from video.records import VideoSample, to_prompt, with_info, with_seen
+from video.sampling import smart_resize
+from vision.tasks.jsonl import answered
+
+Format = Literal["canonical", "video_r1", "videocom", "videochat_r1"]
+
+
+class VideoJsonlTask:
+    """Questions about videos (or pictures) from two files; what prompts hold is at `video.records.to_prompt`.
+
+    Every medium has to exist. A clip is opened only where its labels need it (boxes in pixels or at a time), or all of
+    them with `probe`, which also sets clips aside that cannot be read, and labels that do not fit their clip.
+
+    Args:
+        train, eval: files, JSON lines or one JSON list; of videochat_r1 one JSON object.
+        format: canonical (`video.formats.canonical`), video_r1, videocom or videochat_r1.
+        media_root: folder that videos are relative to, and may not leave.
+        rewards: names used when the recipe lists none.
+        max_bad: share of bad rows of a file, in [0, 1], above which loading fails.
+        limit: usable samples to take from the start of each file, None for all.
+        probe: open every clip now.
+        frame_pixels, factor: most pixels of a frame that the policy shows, and side of its tokens: boxes in written
+            solutions are rewritten for frames of that size. As `policy.views.frame_pixels`; 32 for Qwen3-VL.
+    Raises:
+        ValueError: no file, no usable row, or too many bad rows (the first ones are named).
+    """
+
+    def __init__(
+        self,
+        train: str,
+        eval: str,
+        format: Format = "canonical",
+        media_root: str = ".",
+        rewards: Sequence[str] = ("video_answer",),
+        max_bad: float = 0.05,
+        limit: int | None = None,
+        probe: bool = False,
+        frame_pixels: int = 128 * 28**2,
+        factor: int = 28,
+    ) -> None:
+        self.rewards = tuple(rewards)
+        self._probe, self._frame_pixels, self._factor = probe, frame_pixels, factor
+        with VideoReader(cache_bytes=0) as self._reader:
+            loaded = [
+                read_format(f, format, media_root=media_root, max_bad=max_bad, limit=limit, finish=self._finish)
+                for f in (train, eval)
+            ]
+        (samples, bad), (held_out, bad_eval) = loaded
+        self.prompts: list[Prompt] = [to_prompt(s) for s in samples]
+        self.eval_prompts: list[Prompt] = [to_prompt(s) for s in held_out]
+        self.quarantined = bad + bad_eval
+
+    def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """answered: share of outputs that are not empty."""
+        return {"answered": answered(samples)}
+
+    def _finish(self, sample: VideoSample) -> VideoSample:
+        if sample.video is not None and (self._probe or not sample.is_located):
+            try:
+                sample = with_info(sample, self._reader.info(sample.video))
+            except VideoDecodeError as error:
+                raise RowError(f"video unreadable ({error.reason}): {error}") from error
+        if sample.turn_boxes == "pixels" and sample.size is not None:
+            least, most = min(4 * self._factor**2, self._frame_pixels), self._frame_pixels
+            seen = smart_resize(*sample.size, factor=self._factor, min_pixels=least, max_pixels=most)
+            sample = with_seen(sample, seen)
+        if not sample.is_located:
+            raise RowError("boxes not located: they are in pixels of one of several pictures; give shares instead")
+        return sample
