@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from mmrl.rollout import Prompt, Rollout
 from vision.environment import Environment, Moment, Replay
@@ -30,9 +32,14 @@ class Conversations:
                 path.append(nodes[path[-1]].parent)
             g = nodes[v].prompt
             turns = tuple(self._turn(nodes[u].ids) for u in reversed(path))
-            return self._replay.after(prompts[g], len(tokens[g].ids), turns).observation
+            return self._replay.after(prompts[g], len(tokens[g].ids), turns).answered.observation
 
         return answer
+
+    def ok(self, rollout: Rollout) -> Tensor:
+        """(N,) bool, the turns that the environment carried out, and the answers."""
+        steps = range(len(rollout.tree))
+        return torch.tensor([self._after(rollout, self._path(rollout, v), v).answered.ok for v in steps])
 
     def written(
         self, prompt: Prompt, tokens: PromptTokens, g: int, turns: Sequence[list[int]], first: int
@@ -44,7 +51,7 @@ class Conversations:
         nodes: list[Node] = []
         for depth, ids in enumerate(turns):
             done = tuple(self._turn(t) for t in turns[: depth + 1])
-            seen = self._replay.after(prompt, len(tokens.ids), done).observation
+            seen = self._replay.after(prompt, len(tokens.ids), done).answered.observation
             last = seen is None or depth + 1 == len(turns)
             above = first + depth - 1 if depth else -1
             shown = 0 if last or seen is None else len(seen.ids)
@@ -60,7 +67,7 @@ class Conversations:
             ValueError: the environment answers otherwise now.
         """
         due = int(rollout.tree.tags["observed"][v])
-        seen = self._after(rollout, self._path(rollout, v), int(rollout.tree.group[v])).observation
+        seen = self._after(rollout, self._path(rollout, v), v).answered.observation
         if seen is None or len(seen.ids) != due:
             now = "nothing" if seen is None else f"{len(seen.ids)} tokens"
             raise ValueError(
@@ -72,14 +79,15 @@ class Conversations:
 
     def picture(self, rollout: Rollout, v: int) -> Image.Image | None:
         """What step `v` made the environment show, for people."""
-        before = self._after(rollout, self._path(rollout, v)[:-1], int(rollout.tree.group[v]))
-        return self._replay.environment.picture(before.state, rollout.texts[v])
+        before = self._after(rollout, self._path(rollout, v)[:-1], v)
+        return self._replay.environment.picture(before.answered.state, rollout.texts[v])
 
     def _path(self, rollout: Rollout, v: int) -> list[int]:
         return ancestors(rollout.tree.parent.tolist(), v)[::-1]
 
-    def _after(self, rollout: Rollout, path: Sequence[int], g: int) -> Moment:
-        tree = rollout.tree
+    def _after(self, rollout: Rollout, path: Sequence[int], v: int) -> Moment:
+        """After the steps of `path`, in the conversation that step `v` belongs to."""
+        tree, g = rollout.tree, int(rollout.tree.group[v])
         turns = tuple((rollout.texts[u], int(tree.tok_end[u] - tree.tok_start[u])) for u in path)
         return self._replay.after(rollout.prompts[g], int(rollout.prompt_payload["prompt_tokens"][g]), turns)
 

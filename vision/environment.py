@@ -22,9 +22,8 @@ class Environment(Protocol):
     def start(self, prompt: Prompt) -> Any:
         """The state before the first turn."""
 
-    def step(self, state: Any, text: str, used: int) -> tuple[Any, PromptTokens | None]:
-        """What follows a turn: the new state and the observation's tokens, from behind the turn's end mark to where
-        the next turn begins; None ends the conversation.
+    def step(self, state: Any, text: str, used: int) -> Answered:
+        """What follows a turn.
 
         used: tokens of the conversation so far, observations included.
         """
@@ -34,11 +33,20 @@ class Environment(Protocol):
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A place in a conversation: the environment's state, its last observation, and the tokens so far."""
+class Answered:
+    """state: the new one. observation: tokens from behind the turn's end mark to where the next turn begins; None ends
+    the conversation. ok: the turn was understood and carried out, or is the answer."""
 
     state: Any
     observation: PromptTokens | None
+    ok: bool = True
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A place in a conversation: what was answered last, and the tokens so far."""
+
+    answered: Answered
     used: int
 
 
@@ -57,15 +65,13 @@ class Replay:
         """Where the conversation stands after `turns`, each the text and its number of tokens; `start` tokens were
         the prompt's."""
         if not turns:
-            return Moment(self.environment.start(prompt), None, start)
+            return Moment(Answered(self.environment.start(prompt), None), start)
         key = (prompt.id, str(dict(prompt.inputs)), turns)
         if key not in self._kept:
             before = self.after(prompt, start, turns[:-1])
-            text, tokens = turns[-1]
-            seen = 0 if before.observation is None else len(before.observation.ids)
-            used = before.used + seen + tokens
-            state, observation = self.environment.step(before.state, text, used)
-            self._keep(key, Moment(state, observation, used))
+            seen = before.answered.observation
+            used = before.used + (0 if seen is None else len(seen.ids)) + turns[-1][1]
+            self._keep(key, Moment(self.environment.step(before.answered.state, turns[-1][0], used), used))
         self._kept.move_to_end(key)
         return self._kept[key]
 
@@ -77,4 +83,5 @@ class Replay:
 
 
 def _size(moment: Moment) -> int:
-    return 256 if moment.observation is None else 256 + size_in_bytes(moment.observation)
+    seen = moment.answered.observation
+    return 256 if seen is None else 256 + size_in_bytes(seen)

@@ -217,7 +217,8 @@ class VisionPolicy:
         }  # fmt: skip
         size = torch.tensor([len(t.ids) for t in tokens])
         actions = Actions(logp, torch.ones(len(ids), dtype=torch.bool), {"token": ids})
-        return Rollout(list(prompts), tree, actions, {"prompt_tokens": size}, counts, about, texts)
+        rollout = Rollout(list(prompts), tree, actions, {"prompt_tokens": size}, counts, about, texts)
+        return rollout if self._talks is None else rollout.with_tree(tree.replace(ok=self._talks.ok(rollout)))
 
     def write(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Rollout:
         """A rollout of given completions, one per prompt and ended, as if sampled with log-prob 0; for imitation."""

@@ -7,6 +7,7 @@ import torch
 from families import family_folder, picture
 
 from mmrl.rollout import BranchPlan, Prompt, Rollout
+from vision.environment import Answered
 from vision.loading import load_model, load_processor, tokenizer_of
 from vision.policy import VisionPolicy
 from vision.settings import Settings
@@ -28,9 +29,10 @@ class Album:
         self.asked += 1
         state = (*state, text)
         if len(state) > self.turns:
-            return state, None
+            return Answered(state, None)
         images = self.files[len(text) % len(self.files) :][:1] if self.files and len(text) % 2 == 0 else []
-        return state, self.encode(Prompt("seen", {"question": "look " * (1 + len(text) % 3), "images": images}))
+        seen = self.encode(Prompt("seen", {"question": "look " * (1 + len(text) % 3), "images": images}))
+        return Answered(state, seen, ok=len(text) > 3)
 
     def picture(self, state, text):
         return picture(len(state)) if len(text) % 2 == 0 else None
@@ -79,6 +81,8 @@ def test_the_update_sees_what_was_sampled(family, files):
     out = policy.log_probs(rollout, torch.arange(len(tree)))
     torch.testing.assert_close(out.logp, rollout.actions.logp[out.index], atol=2e-5, rtol=0)
     assert len(rollout.actions.logp) == int((tree.tok_end - tree.tok_start).sum()) == rollout.counts["tokens"]
+    inner = ~tree.is_leaf
+    assert tree.ok[inner].tolist() == [len(rollout.texts[v]) > 3 for v in inner.nonzero().flatten()]
     assert bool((tree.tags["observed"][tree.is_leaf] == 0).all())  # the last token is always an action's
 
 

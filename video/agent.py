@@ -1,0 +1,77 @@
+"""The video agent as a Policy: a Qwen-VL model in conversation with a clip, one manipulation a turn."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Literal
+
+from video.encoding import VideoEncoder, Views
+from video.environment import Syntax, VideoEnvironment
+from video.reader import VideoReader
+from vision.backbone import trainable_model
+from vision.engine_sync import vllm_engine
+from vision.loading import load_processor, tokenizer_of
+from vision.network import bare
+from vision.policy import VisionPolicy
+from vision.settings import Settings
+from vision.step_rule import StepRule
+
+
+def video_agent(
+    model: str = "clips",
+    dtype: str = "float32",
+    attn: str = "sdpa",
+    lora_rank: int = 0,
+    train_vision: bool = False,
+    engine: Literal["transformers", "vllm"] = "transformers",
+    engine_memory: float = 0.4,
+    syntax: Syntax = "videocom",
+    coords: Literal["norm1000", "unit", "pixels"] = "pixels",
+    hints: bool = True,
+    max_context: int = 16384,
+    views: Views | None = None,
+    manipulations: tuple[str, ...] = (),
+    decode_timeout_s: float = 60.0,
+    frame_cache_mb: int = 512,
+    **settings: Any,
+) -> VisionPolicy:
+    """From a recipe's `policy:` section, name `video`.
+
+    Args:
+        model: "clips" (the built-in tiny model, made on first use), a folder, or a hub name of a Qwen-VL model.
+        dtype, attn, lora_rank, train_vision, engine, engine_memory: as in `VisionPolicy.build`.
+        syntax: videocom (`FIND_FRAME(..) = 57`) or tool_call (Qwen's JSON).
+        coords: unit of boxes: pixels of the frame the model saw, thousandths, or shares.
+        hints: write a sentence beside every observation.
+        max_context: most tokens of a conversation, observations included.
+        views: how many frames are shown, how large; see `video.encoding.Views`.
+        manipulations: modules to import whose `@manipulation` functions the agent may call too.
+        decode_timeout_s: of one read of a clip. frame_cache_mb: decoded frames kept.
+        settings: fields of `vision.settings.Settings`: at most `max_steps` turns of at most `max_new_tokens` tokens.
+    """
+    chosen = Settings(**settings)
+    for module in manipulations:
+        import_module(module)
+    if model == "clips":
+        from video.tasks.clips_base import clips_base
+
+        model = str(clips_base())
+    processor = load_processor(model)
+    hf = trainable_model(model, dtype, attn, lora_rank, train_vision, chosen.gradient_checkpointing)
+    reader = VideoReader(cache_bytes=frame_cache_mb * 2**20, timeout_s=decode_timeout_s)
+    encoder = VideoEncoder(hf, processor, chosen, reader, views or Views())
+    environment = VideoEnvironment(
+        encoder, syntax=syntax, coords=coords, turns=chosen.max_steps, max_context=max_context,
+        reserve=chosen.max_new_tokens, hints=hints,
+    )  # fmt: skip
+    rule = StepRule(tokenizer_of(processor), "line", vocab_size=bare(hf).config.get_text_config().vocab_size)
+    other = None
+    if engine == "vllm":
+        other = vllm_engine(
+            model, "", "", max_model_len=max_context + chosen.max_new_tokens, memory=engine_memory,
+            lora_rank=lora_rank, dtype=dtype,
+        )  # fmt: skip
+    return VisionPolicy(hf, processor, rule, chosen, other, environment, encoder)
+
+
+video_agent.options_of = Settings  # type: ignore[attr-defined]  # what **settings are

@@ -1,0 +1,233 @@
+"""Clips and what manipulations show become tokens: placeholders, patches and rotary positions of the Qwen-VL families.
+
+A first view and a segment are films, a frame and a crop are still images. What they look like on the way to the model
+is in `Views`; everything is decoded once per distinct look by the reader's cache and patched once per observation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from mmrl.rollout import Prompt
+from video.actions import Look, pixel_box
+from video.frame_cache import ByteCache
+from video.patches import Norm, patchify, resize
+from video.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
+from video.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
+from vision.growth import Pixels, PromptTokens
+from vision.network import bare
+from vision.prompts import PromptEncoder, PromptError, size_in_bytes
+from vision.settings import Settings
+
+OBSERVED_BYTES = 2**28  # of observations kept: group members often look at the same place
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@dataclass(frozen=True)
+class Views:
+    """How much of a clip the model sees at once.
+
+    frames, segment_frames: of the first view and of a segment; fewer where there are not as many.
+    video_pixels: most per frame of these two. frame_pixels, crop_pixels: most of a still. min_pixels: least of any
+    (a crop is enlarged up to it), None = the family's own.
+    """
+
+    frames: int = 32
+    segment_frames: int = 16
+    video_pixels: int = 360 * 420
+    frame_pixels: int = 128 * 28**2
+    crop_pixels: int = 128 * 28**2
+    min_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "segment_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"policy.views.{name}={getattr(self, name)}: at least 1")
+
+
+class VideoEncoder(PromptEncoder):
+    """Encodes prompts whose inputs name one clip under `videos`, others as its base does; and observations.
+
+    Args:
+        hf: a model of one of `FAMILIES`.
+        reader: gives the frames.
+
+    Raises:
+        ValueError: a model that takes no films in this form.
+    """
+
+    def __init__(self, hf: Any, processor: Any, settings: Settings, reader: VideoReader, views: Views) -> None:
+        super().__init__(hf, processor, settings)
+        config = bare(hf).config
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"video agents need a model of {', '.join(FAMILIES)}; this one is {config.model_type}")
+        self.reader, self.views, self._stamped = reader, views, config.model_type == "qwen3_vl"
+        vision, pictures = config.vision_config, processor.image_processor
+        self._patch, self._merge = vision.patch_size, vision.spatial_merge_size
+        self._temporal = vision.temporal_patch_size
+        self._norm = Norm(tuple(pictures.image_mean), tuple(pictures.image_std))
+        ids = (config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id)
+        self._observed = ByteCache(OBSERVED_BYTES)
+        self._closing, between = self.turns()
+        self._between = between.removeprefix(str(self.tokenizer.eos_token))
+        self._open, self._close, self._image, self._video = self.tokenizer.convert_ids_to_tokens(ids)
+
+    @property
+    def factor(self) -> int:
+        """Side of one token in pixels."""
+        return int(self._patch * self._merge)
+
+    def key(self, prompt: Prompt) -> tuple[str, ...]:
+        """What decides a prompt's tokens."""
+        return (*super().key(prompt), *map(str, prompt.inputs.get("videos") or []))
+
+    def info(self, prompt: Prompt) -> VideoInfo:
+        """The prompt's clip.
+
+        Raises:
+            PromptError: it cannot be read.
+        """
+        try:
+            return self.reader.info(str(prompt.inputs["videos"][0]))
+        except VideoDecodeError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+
+    def _encode(self, prompt: Prompt) -> PromptTokens:
+        videos = prompt.inputs.get("videos") or []
+        if not videos:
+            return super()._encode(prompt)
+        if len(videos) > 1 or prompt.inputs.get("images"):
+            raise PromptError(f"prompt {prompt.id!r}: give one clip under `videos` and no `images`, or images alone")
+        question = self._question(prompt)
+        info = self.info(prompt)
+        try:
+            marks, pixels = self._film(info, _evenly(info, 0.0, math.inf, self.views.frames))
+        except VideoDecodeError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+        tokens = self.tokens(self._render(0, marks + question), pixels)
+        self._check_length(prompt.id, tokens.types, "the clip's first view")
+        return tokens
+
+    # ---- looks -----------------------------------------------------------------------------------------------------
+
+    def observe(self, info: VideoInfo, looks: Sequence[Look], text: str) -> PromptTokens:
+        """The observation's tokens: what the chat template writes behind the turn's end mark, the media of `looks`
+        (one segment after the other as one film, or stills), `text`, and the opening of the next turn.
+
+        Raises:
+            VideoDecodeError: a frame cannot be read.
+        """
+        key = (info.path, tuple(looks), text)
+        known: PromptTokens | None = self._observed.get(key)
+        if known is None:
+            marks, pixels = self._shown(info, looks) if looks else ("", None)
+            known = self.tokens(self._between + marks + text + self._closing, pixels)
+            self._observed.put(key, known, size_in_bytes(known))
+        return known
+
+    def _shown(self, info: VideoInfo, looks: Sequence[Look]) -> tuple[str, Pixels]:
+        if looks[0].kind == "segment":
+            most = self.views.segment_frames
+            parts = [_evenly(info, look.start, look.end, look.frames or most) for look in looks]
+            return self._film(info, np.concatenate(parts))
+        stills = [self._still(info, look) for look in looks]
+        return "".join(marks for marks, _ in stills), _joined([p for _, p in stills])
+
+    def _film(self, info: VideoInfo, index: np.ndarray) -> tuple[str, Pixels]:
+        size = self.film_size(info, len(index))
+        frames = self.reader.read(info.path, index.tolist(), size)
+        rows, grid = self._patched(frames.pixels)
+        pads = self._video * (grid[1] * grid[2] // self._merge**2)
+        if self._stamped:
+            marks = "".join(f"{t}{self._open}{pads}{self._close}" for t in second_marks(frames.times))
+        else:
+            marks = f"{self._open}{pads * grid[0]}{self._close}"
+        return marks, Pixels(_key(info, index, size), _tensors(rows, grid), _spacing(info, frames))
+
+    def film_size(self, info: VideoInfo, frames: int) -> tuple[int, int]:
+        """(height, width) of the frames of a film of this clip."""
+        least = self.views.min_pixels
+        least = min(self.views.video_pixels, 128 * self.factor**2) if least is None else least
+        return frame_size(
+            info.height, info.width, frames, factor=self.factor, min_pixels=least, max_pixels=self.views.video_pixels
+        )
+
+    def still_size(self, height: int, width: int, most: int) -> tuple[int, int]:
+        """(height, width) of a still of `most` pixels."""
+        least = 4 * self.factor**2 if self.views.min_pixels is None else self.views.min_pixels
+        return smart_resize(height, width, factor=self.factor, min_pixels=min(least, most), max_pixels=most)
+
+    def _still(self, info: VideoInfo, look: Look) -> tuple[str, Pixels]:
+        """A frame, or a part of one cut out at full size: boxes are shares of the frame, whatever size was shown."""
+        assert look.frame is not None
+        if look.box is None:
+            size = self.still_size(info.height, info.width, self.views.frame_pixels)
+            pixels = self.reader.read(info.path, [look.frame], size).pixels
+        else:
+            x1, y1, x2, y2 = cut = pixel_box(look.box, (info.height, info.width))
+            size = self.still_size(y2 - y1, x2 - x1, self.views.crop_pixels)
+            whole = self.reader.read(info.path, [look.frame]).pixels
+            pixels = resize(whole[:, y1:y2, x1:x2], size)
+        rows, grid = self._patched(pixels)
+        pads = self._image * (grid[1] * grid[2] // self._merge**2)
+        where = (look.frame, *(() if look.box is None else cut))
+        return f"{self._open}{pads}{self._close}", Pixels(_key(info, where, size), _tensors(rows, grid))
+
+    def _patched(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+        return patchify(pixels, patch=self._patch, merge=self._merge, temporal=self._temporal, norm=self._norm)
+
+
+def picture(reader: VideoReader, info: VideoInfo, looks: Sequence[Look], height: int = 96) -> Image.Image:
+    """What a person would look at: four frames of a segment side by side, or the frame with its boxes drawn."""
+    size = (height, max(1, round(info.width * height / info.height)))
+    first = looks[0]
+    if first.kind == "segment":
+        shown = reader.read(info.path, _evenly(info, first.start, looks[-1].end, 4).tolist(), size).pixels
+        return Image.fromarray(np.concatenate(list(shown), axis=1))
+    assert first.frame is not None
+    shown_frame = Image.fromarray(reader.read(info.path, [first.frame], size).pixels[0])
+    pen = ImageDraw.Draw(shown_frame)
+    for look in looks:
+        if look.box is not None:
+            pen.rectangle(pixel_box(look.box, size), outline=(255, 64, 64), width=2)
+    return shown_frame
+
+
+def _evenly(info: VideoInfo, start: float, end: float, count: int) -> np.ndarray:
+    first, last = clip_range(info.starts, start, end)
+    total = last - first + 1
+    return frame_index(total, min(count, total), rule="qwen2_vl", first=first)
+
+
+def _spacing(info: VideoInfo, frames: Frames) -> float:
+    """Seconds between the film's temporal patches, by the clock of its frames."""
+    n = len(frames.index)
+    if n == 1:
+        return max(info.duration / info.frames, 1e-3)
+    step = float(frames.times[-1] - frames.times[0]) / (n - 1)
+    return seconds_per_grid(n, max(step, 1e-3) * n)
+
+
+def _tensors(rows: np.ndarray, grid: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.from_numpy(rows), "image_grid_thw": torch.tensor([grid])}
+
+
+def _joined(parts: Sequence[Pixels]) -> Pixels:
+    """Several stills of one observation."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = {k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors}
+    return Pixels("/".join(p.key for p in parts), tensors)
+
+
+def _key(info: VideoInfo, where: Sequence[int] | np.ndarray, size: tuple[int, int]) -> str:
+    told = f"{info.path}|{info.frames}|{info.duration}|{list(map(int, where))}|{size}"
+    return hashlib.sha256(told.encode()).hexdigest()

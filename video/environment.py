@@ -1,0 +1,109 @@
+"""The agent's environment: a clip that answers manipulations with frames, and wrong ones with what was wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from PIL import Image
+
+from mmrl.rollout import Prompt
+from video.actions import Look, Problem, VideoState, act, parse_turn, problem_text
+from video.encoding import VideoEncoder, picture
+from video.reader import VideoDecodeError, VideoInfo
+from vision.environment import Answered
+from vision.growth import PromptTokens
+
+Syntax = Literal["videocom", "tool_call"]
+
+# what is said beside the frames (worded after what Video-CoM tells, section 2.1 of its release)
+HINTS = {
+    "segment": "Here is the selected segment. Go on with the question.",
+    "frame": "Here is the selected frame. Go on with the question.",
+    "crop": "Here is the selected region. Go on with the question.",
+}
+LAST = "No look is left: answer now."
+NOTHING = "No manipulation and no answer was found in this turn."
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A conversation about one clip. closing: the next turn is the last, its looks are not shown any more."""
+
+    info: VideoInfo | None
+    state: VideoState | None
+    closing: bool = False
+
+
+class VideoEnvironment:
+    """Observations of manipulations; see `vision.environment.Environment`.
+
+    Args:
+        encoder: makes tokens of looks.
+        syntax: how turns are read. coords: the unit of boxes in them.
+        turns: most turns of a conversation; the last can only answer.
+        max_context: most tokens of a conversation. An observation that would leave no room for `reserve` more is not
+            shown: the agent is told to answer.
+        hints: write a sentence beside the frames; without, errors are told by their code alone.
+    """
+
+    def __init__(
+        self, encoder: VideoEncoder, *, syntax: Syntax, coords: Literal["norm1000", "unit", "pixels"], turns: int,
+        max_context: int, reserve: int, hints: bool,
+    ) -> None:  # fmt: skip
+        self.encoder, self.syntax, self.coords, self.turns = encoder, syntax, coords, turns
+        self.max_context, self.reserve, self.hints = max_context, reserve, hints
+
+    def start(self, prompt: Prompt) -> Episode:
+        """The conversation before its first turn; a prompt without a clip has no looks to ask for."""
+        if not prompt.inputs.get("videos"):
+            return Episode(None, None)
+        info = self.encoder.info(prompt)
+        seen = self.encoder.still_size(info.height, info.width, self.encoder.views.frame_pixels)
+        size = (info.height, info.width)
+        state = VideoState.start(info.starts, info.duration, size, coords=self.coords, seen=seen, turns=self.turns)
+        return Episode(info, state)
+
+    def step(self, state: Episode, text: str, used: int) -> Answered:
+        """What a turn shows, what was wrong with it, or nothing: after an answer, and where nothing more fits."""
+        turn = parse_turn(text, self.syntax)
+        if turn.answer is not None or state.closing or state.info is None or state.state is None:
+            return Answered(state, None, ok=turn.answer is not None)
+        after, looks, problem = act(state.state, turn)
+        episode = replace(state, state=after, closing=after.turns_left <= 1)
+        observation = self._observation(state.info, looks, problem, episode.closing)
+        carried_out = problem is None
+        if used + len(observation.ids) + self.reserve > self.max_context:
+            spent = Problem("budget_exceeded", LAST, {})
+            episode = replace(episode, closing=True)
+            observation = self.encoder.observe(state.info, (), self._told(spent))
+            if used + len(observation.ids) + self.reserve > self.max_context:
+                return Answered(episode, None, ok=False)
+            carried_out = False
+        return Answered(episode, observation, carried_out)
+
+    def picture(self, state: Episode, text: str) -> Image.Image | None:
+        """The frames a turn asks for: a segment's side by side, a frame, or a frame with the box of a crop."""
+        turn = parse_turn(text, self.syntax)
+        if state.info is None or state.state is None or state.closing or turn.answer is not None:
+            return None
+        _, looks, problem = act(state.state, turn)
+        if problem is not None or not looks:
+            return None
+        return picture(self.encoder.reader, state.info, looks)
+
+    def _observation(
+        self, info: VideoInfo, looks: tuple[Look, ...], problem: Problem | None, closing: bool
+    ) -> PromptTokens:
+        if problem is None and looks:
+            try:
+                return self.encoder.observe(info, looks, self._hint(looks[0].kind, closing))
+            except VideoDecodeError as error:
+                problem, looks = Problem("out_of_range", f"these frames cannot be read ({error.reason})", {}), ()
+        return self.encoder.observe(info, (), self._told(problem or Problem("parse_error", NOTHING, {})))
+
+    def _hint(self, kind: str, closing: bool) -> str:
+        return " ".join([HINTS[kind], *([LAST] if closing else [])]) if self.hints else ""
+
+    def _told(self, problem: Problem) -> str:
+        return problem_text(problem) if self.hints else problem.code

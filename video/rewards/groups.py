@@ -1,0 +1,162 @@
+"""Rewards that look at the group: the contrast with shuffled frames (T-GRPO) and curiosity (Pixel-Reasoner)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mmrl.rollout import Prompt, Sample
+from video.actions import Syntax
+from video.rewards.answers import VideoAnswer, VideoFormat
+from video.rewards.turns import count_calls, turns_of
+
+# ---- T-GRPO ---------------------------------------------------------------------------------------------------------
+
+
+def temporal_bonus(
+    accuracy: Sequence[float], shuffled: Sequence[float], *, ratio: float = 0.8, bonus: float = 0.3, above: float = 0.1
+) -> list[float]:
+    """`bonus` for each response with accuracy > `above`, if the ordered frames' mean accuracy is at least `ratio`
+    times that of the shuffled ones; else 0 for all (T-GRPO, Video-R1).
+
+    Args:
+        accuracy: of the responses on ordered frames, in [0, 1]. shuffled: of those on frames in random order; none
+            (a picture) gives no bonus.
+    """
+    if not accuracy or not shuffled:
+        return [0.0] * len(accuracy)
+    passed = sum(accuracy) / len(accuracy) >= ratio * sum(shuffled) / len(shuffled)
+    return [bonus if passed and a > above else 0.0 for a in accuracy]
+
+
+def length_bonus(
+    accuracy: Sequence[float], tokens: Sequence[int], *, low: int = 320, high: int = 512, bonus: float = 0.2,
+    above: float = 0.1,
+) -> list[float]:  # fmt: skip
+    """`bonus` for each response with accuracy > `above` and low <= tokens <= high, if at least two of the group have
+    that accuracy; else 0 (Video-R1)."""
+    right = [a > above for a in accuracy]
+    return [bonus if sum(right) > 1 and r and low <= n <= high else 0.0 for r, n in zip(right, tokens, strict=True)]
+
+
+def t_grpo(
+    accuracy: Sequence[float], shuffled: Sequence[float], well_formed: Sequence[float], tokens: Sequence[int]
+) -> list[float]:
+    """Rewards of the responses on ordered frames: accuracy + format + temporal bonus + length bonus (Video-R1)."""
+    parts = zip(accuracy, well_formed, temporal_bonus(accuracy, shuffled), length_bonus(accuracy, tokens), strict=True)
+    return [sum(p) for p in parts]
+
+
+@dataclass(frozen=True)
+class TemporalContrast:
+    """T-GRPO's whole reward without its length bonus: answer + format + 0.3 where order helps, in [0, 2.3].
+
+    A prompt's twin asks the same question on shuffled frames: its inputs hold `shuffled: true` and `twin_of: <id>`.
+    The twin is a group of its own, there for its accuracy only, and must get no gradient. As `twins` says it gets
+        zero   reward 0 for all its responses: a group without spread, to which every estimator that compares inside
+               the prompt gives the advantage 0. Holds while no other reward of the recipe tells them apart and no KL
+               is taken; they count as zero-spread groups and in a mean over tokens, so set `loss.drop_zero_spread`.
+        leave  None: they leave statistics and loss altogether, whatever else the recipe adds. They count as unscored:
+               raise `run.max_unscored` above their share, a half with one twin per prompt.
+    A prompt without twin (a picture) gets no bonus. The answer and format are part of this reward: name no other ones
+    for them. The bonus for length needs token counts, which samples do not have: see `length_bonus`.
+
+    Args:
+        syntax: how answers are written, see `VideoAnswer`. ratio, bonus, above: see `temporal_bonus`.
+    """
+
+    syntax: Literal["tags", "videocom", "tool_call"] = "tags"
+    twins: Literal["zero", "leave"] = "zero"
+    ratio: float = 0.8
+    bonus: float = 0.3
+    above: float = 0.1
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """One number per sample, None where the reference holds no answer.
+
+        Raises:
+            ValueError: a twin whose prompt is not among the samples.
+        """
+        accuracy = VideoAnswer(self.syntax)(samples)
+        groups = _by_prompt(samples)
+        shuffled = _twin_accuracy(samples, accuracy, groups)
+        out = [None if a is None else a + (f or 0.0) for a, f in zip(accuracy, VideoFormat()(samples), strict=True)]
+        for own, members in groups.items():
+            if twin_of(samples[members[0]].prompt) is not None:
+                for i in members:
+                    out[i] = 0.0 if self.twins == "zero" else None
+                continue
+            scored = [(i, a) for i in members if (a := accuracy[i]) is not None]
+            given = temporal_bonus(
+                [a for _, a in scored], shuffled.get(own, []), ratio=self.ratio, bonus=self.bonus, above=self.above
+            )
+            for (i, _), extra in zip(scored, given, strict=True):
+                out[i] = (out[i] or 0.0) + extra
+        return out
+
+
+def twin_of(prompt: Prompt) -> str | None:
+    """Id of the prompt whose frames this one shows shuffled, None for an ordinary prompt."""
+    return str(prompt.inputs["twin_of"]) if prompt.inputs.get("shuffled") else None
+
+
+def _twin_accuracy(
+    samples: Sequence[Sample], accuracy: Sequence[float | None], groups: Mapping[str, Sequence[int]]
+) -> dict[str, list[float]]:
+    """Prompt id -> accuracies of its twin's responses."""
+    out: dict[str, list[float]] = {}
+    for sample, a in zip(samples, accuracy, strict=True):
+        other = twin_of(sample.prompt)
+        if other is None:
+            continue
+        if other not in groups:
+            raise ValueError(
+                f"prompt {sample.prompt.id!r} is the shuffled twin of {other!r}, which is not in this batch; keep "
+                "twins side by side in the data and in one process"
+            )
+        if a is not None:
+            out.setdefault(other, []).append(a)
+    return out
+
+
+def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i, s in enumerate(samples):
+        groups.setdefault(s.prompt.id, []).append(i)
+    return groups
+
+
+# ---- curiosity ------------------------------------------------------------------------------------------------------
+
+
+def curiosity(calls: Sequence[int], *, z: float = 1.5) -> list[float]:
+    """0.25 max(0.3 - u, 0) / (z u) - 0.05 (k - 1) for each response with k >= 1 calls, 0 without one (Pixel-Reasoner).
+
+    Args:
+        calls: k of each response of one group; u is the share of them with k >= 1.
+        z: 1.5 for videos, 2.0 for pictures.
+    """
+    u = sum(k > 0 for k in calls) / max(1, len(calls))
+    return [0.25 * max(0.3 - u, 0.0) / (z * u) - 0.05 * (k - 1) if k else 0.0 for k in calls]
+
+
+@dataclass(frozen=True)
+class Curiosity:
+    """`curiosity` of each response among those to the same prompt; given whether or not the answer is right.
+
+    Args:
+        syntax: how calls are written; every call that can be read counts. z: see `curiosity`.
+    """
+
+    syntax: Syntax = "tool_call"
+    z: float = 1.5
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """One number per sample."""
+        out: list[float | None] = [None] * len(samples)
+        for members in _by_prompt(samples).values():
+            calls = [count_calls(turns_of(samples[i], self.syntax), self.syntax) for i in members]
+            for i, value in zip(members, curiosity(calls, z=self.z), strict=True):
+                out[i] = value
+        return out

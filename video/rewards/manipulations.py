@@ -1,0 +1,272 @@
+"""Rewards on manipulations: Video-CoM's as published, F1 against the reference, and one number per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmrl.rollout import Prompt, Rollout, Sample
+from video.rewards.answers import graded
+from video.rewards.calls import KINDS, READING, Call, Kind, Reading, Truth, TurnCalls
+from video.rewards.turns import last_answer, turns_of
+
+Mode = Literal["videocom", "f1"]
+
+
+@dataclass(frozen=True)
+class Hits:
+    """When a call hits an item of the reference: IoU >= `iou_threshold` for boxes, >= `time_threshold` for seconds.
+
+    A segment hits by its id and a frame by lying in a range.
+    """
+
+    iou_threshold: float = 0.35
+    time_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("iou_threshold", "time_threshold"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"manipulations: {name}={getattr(self, name)} must lie in (0, 1]")
+
+    def items(self, call: Call, truth: Truth) -> dict[int, float]:
+        """Item -> overlap, of the items that the call hits."""
+        least = {"segment": self.time_threshold, "frame": 1.0, "box": self.iou_threshold}[call.kind]
+        return {i: x for i, x in truth.overlaps(call).items() if x >= least}
+
+
+HITS = Hits()
+
+
+# ---- all calls of a response ----------------------------------------------------------------------------------------
+
+
+def videocom_counts(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> dict[Kind, tuple[int, int]]:
+    """Kind -> (right, predicted) as published by Video-CoM, (0, 0) for kinds without ground truth.
+
+    Segments and frames count once however often they are named, boxes every time; a box on a frame that has none in
+    the reference counts neither way.
+    """
+    truth = truth.beside(calls)
+    framed = {f for f, _ in truth.boxes}
+    out: dict[Kind, tuple[int, int]] = {}
+    for kind in KINDS:
+        mine = [c for c in calls if c.kind == kind and truth.count(kind)]
+        named = [c for c in mine if c.frame in framed] if kind == "box" else list(dict.fromkeys(mine))
+        out[kind] = (sum(bool(hits.items(c, truth)) for c in named), len(named))
+    return out
+
+
+def videocom_score(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> float:
+    """Right calls / counted calls over all kinds, in [0, 1], 0 without any (Video-CoM, RA-GRPO's step reward).
+
+    Precision only: one right call gives 1, what is missing costs nothing.
+    """
+    right, predicted = (sum(n) for n in zip(*videocom_counts(calls, truth, hits).values(), strict=True))
+    return right / predicted if predicted else 0.0
+
+
+def box_grade(overlap: float) -> float:
+    """1 from IoU 0.5 on, 0.5 from 0.3, 0.25 from 0.1, else 0 (Video-CoM's graded variant, unused there)."""
+    return next((grade for least, grade in ((0.5, 1.0), (0.3, 0.5), (0.1, 0.25)) if overlap >= least), 0.0)
+
+
+@dataclass(frozen=True)
+class Match:
+    """precision: share of the different calls of a kind that hit. recall: share of its items that were hit."""
+
+    precision: float
+    recall: float
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean, 0 when nothing was hit."""
+        both = self.precision + self.recall
+        return 2 * self.precision * self.recall / both if both else 0.0
+
+
+def match_kinds(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> dict[Kind, Match]:
+    """Kind -> precision and recall, for the kinds that have ground truth; repeated calls count once (as defined here).
+
+    No call of a kind is precision 0. A box on a frame without one in the reference is wrong.
+    """
+    truth = truth.beside(calls)
+    out: dict[Kind, Match] = {}
+    for kind in KINDS:
+        if not truth.count(kind):
+            continue
+        items = [hits.items(c, truth) for c in dict.fromkeys(calls) if c.kind == kind]
+        found = {i for hit in items for i in hit}
+        out[kind] = Match(sum(map(bool, items)) / max(1, len(items)), len(found) / truth.count(kind))
+    return out
+
+
+def f1_score(
+    calls: Sequence[Call], truth: Truth, hits: Hits = HITS, weights: Mapping[str, float] | None = None
+) -> float:
+    """Mean F1 over the kinds that have ground truth, by `weights` (kind -> >= 0, 1 where it names none), in [0, 1].
+
+    0 when the kinds with ground truth have no weight.
+    """
+    matches = match_kinds(calls, truth, hits)
+    weight = {kind: (weights or {}).get(kind, 1.0) for kind in matches}
+    total = sum(weight.values())
+    return sum(weight[k] * m.f1 for k, m in matches.items()) / total if total else 0.0
+
+
+def count_repeats(calls: Sequence[Call]) -> int:
+    """Calls that ask for a look that an earlier one asked for."""
+    return sum(any(c.repeats(earlier) for earlier in calls[:i]) for i, c in enumerate(calls))
+
+
+# ---- one number per turn --------------------------------------------------------------------------------------------
+
+
+def step_values(
+    turns: Sequence[TurnCalls],
+    truth: Truth,
+    hits: Hits = HITS,
+    *,
+    mode: Mode = "f1",
+    overlap: bool = False,
+    repeat_penalty: float = 0.0,
+    error_penalty: float = 0.0,
+) -> list[float]:
+    """r_k of each turn: the mean over its calls, NaN for a turn without an opinion (as defined here).
+
+    A call that hits is worth 1 (with `overlap` its best IoU), one that does not 0; a repeat -repeat_penalty; a refused
+    turn as a whole -error_penalty, or -repeat_penalty where the environment refused it as a duplicate. No opinion: an
+    answer, a call of a kind without ground truth, and with `videocom` a box on a frame that has none.
+    """
+    every = [c for t in turns for c in t.calls]
+    truth = truth.beside(every)
+    framed = {f for f, _ in truth.boxes}
+    values, seen = [], 0
+    for turn in turns:
+        own = []
+        for call in turn.calls:
+            before, seen = every[:seen], seen + 1
+            if not truth.count(call.kind) or (mode == "videocom" and call.kind == "box" and call.frame not in framed):
+                continue
+            met = hits.items(call, truth)
+            worth = max(met.values(), default=0.0) if overlap else float(bool(met))
+            own.append(-repeat_penalty if any(call.repeats(b) for b in before) else worth)
+        if turn.problem is not None:
+            own = [-repeat_penalty if turn.problem == "duplicate_action" else -error_penalty]
+        values.append(sum(own) / len(own) + 0.0 if own else math.nan)  # + 0.0: no -0.0
+    return values
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manipulations(Reading, Hits):
+    """Step reward r_k of each turn's manipulations, see `step_values`, given the turns before it on its path.
+
+    Args, beside those of `Reading` and `Hits`:
+        mode: f1, or videocom, which has no opinion on boxes whose frame has none in the reference.
+        overlap: count the IoU of a hit instead of 1.
+        repeat_penalty, error_penalty: >= 0.
+    """
+
+    mode: Mode = "f1"
+    overlap: bool = False
+    repeat_penalty: float = 0.0
+    error_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        Hits.__post_init__(self)
+        _refuse_negative(repeat_penalty=self.repeat_penalty, error_penalty=self.error_penalty)
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """(N,) float64, NaN for answers and for prompts whose reference names no manipulations."""
+        return last_of_paths(self, rollout, self._values)
+
+    def _values(self, turns: Sequence[TurnCalls], truth: Truth) -> list[float]:
+        return step_values(
+            turns, truth, self, mode=self.mode, overlap=self.overlap, repeat_penalty=self.repeat_penalty,
+            error_penalty=self.error_penalty,
+        )  # fmt: skip
+
+
+def last_of_paths(
+    reading: Reading, rollout: Rollout, values: Callable[[Sequence[TurnCalls], Truth], Sequence[float]]
+) -> Tensor:
+    """(N,) float64: what `values` gives for the last turn of the path to each step; NaN without ground truth."""
+    truths = [reading.truth(p) for p in rollout.prompts]
+    out = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
+    for i, (path, group) in enumerate(zip(reading.paths(rollout), rollout.tree.group.tolist(), strict=True)):
+        truth = truths[group]
+        if path is not None and truth is not None:
+            out[i] = values(path, truth)[-1]
+    return out
+
+
+@dataclass(frozen=True)
+class VideoComReward(Reading, Hits):
+    """Answer + manipulations, R in [0, 2]: RA-GRPO's reward as published (`videocom`) or with F1 in its place.
+
+    R = answer score + step score - repeat_penalty * repeated calls. The calls of the whole response count, whether
+    the environment carried them out or not. A reference without manipulations leaves the answer alone.
+
+    Args, beside those of `Reading` and `Hits`:
+        mode: see `videocom_score` and `f1_score`.
+        gate: answer = the step score counts only when the answer's score is at least 0.5.
+        weights: of the kinds segment, frame, box in F1.
+        repeat_penalty: >= 0 per repeated call.
+    """
+
+    mode: Mode = "videocom"
+    gate: Literal["none", "answer"] = "none"
+    weights: dict[str, float] = field(default_factory=dict)
+    repeat_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        Hits.__post_init__(self)
+        _refuse_negative(repeat_penalty=self.repeat_penalty, **self.weights)
+        unknown = set(self.weights) - set(KINDS)
+        if unknown:
+            raise ValueError(f"video_com: weights name {sorted(unknown)}; the kinds are {', '.join(KINDS)}")
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """One number per sample, None where the reference holds no answer."""
+        return [self._score(s.prompt, turns_of(s, self.syntax)) for s in samples]
+
+    def _score(self, prompt: Prompt, turns: Sequence[str]) -> float | None:
+        answer = graded(prompt, last_answer(turns, self.syntax))
+        truth = self.truth(prompt)
+        if answer is None or truth is None or (self.gate == "answer" and answer < 0.5):
+            return answer
+        calls = [c for t in self.replay(prompt, turns) for c in t.calls]
+        score = videocom_score(calls, truth, self) if self.mode == "videocom" else f1_score(
+            calls, truth, self, self.weights
+        )  # fmt: skip
+        return answer + score - self.repeat_penalty * count_repeats(calls)
+
+
+def manipulation_f1(samples: Sequence[Sample], reading: Reading = READING, hits: Hits = HITS) -> dict[str, float]:
+    """Means over the samples with ground truth, for a task's judges: `manipulation_f1`, and per kind precision and
+    recall; a kind that no reference has is left out."""
+    parts: dict[str, list[float]] = {}
+    for sample in samples:
+        truth = reading.truth(sample.prompt)
+        if truth is None:
+            continue
+        turns = reading.replay(sample.prompt, turns_of(sample, reading.syntax))
+        matches = match_kinds([c for t in turns for c in t.calls], truth, hits)
+        parts.setdefault("manipulation_f1", []).append(sum(m.f1 for m in matches.values()) / len(matches))
+        for kind, match in matches.items():
+            parts.setdefault(f"{kind}_precision", []).append(match.precision)
+            parts.setdefault(f"{kind}_recall", []).append(match.recall)
+    return {name: sum(values) / len(values) for name, values in parts.items()}
+
+
+def _refuse_negative(**options: float) -> None:
+    for name, value in options.items():
+        if value < 0:
+            raise ValueError(f"manipulations: {name}={value} must be at least 0")

@@ -1,0 +1,56 @@
+"""What the policy wrote, turn by turn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from mmrl.rollout import Sample
+from video.actions import Syntax, parse_turn
+
+AnswerSyntax = Literal["tags", "videocom", "tool_call"]
+
+_ANSWER = re.compile(r".*<answer>(.*?)</answer>", re.DOTALL)
+
+
+def turns_of(sample: Sample, syntax: AnswerSyntax = "tags") -> list[str]:
+    """The policy's turns, at least one, without observations.
+
+    An output that is a list or tuple holds one text per turn. A text holds them one after the other, and is cut where
+    calls end: at line ends (`videocom`; a call must stand on one line), behind `</tool_call>` (`tool_call`), nowhere
+    (`tags`). Cutting inside a turn does no harm to rewards that collect calls and find the answer, and lets all calls
+    of a turn count, as where whole responses are scored. Step rewards read exact turns from the rollout.
+
+    Raises:
+        ValueError: the output is neither; the message names the prompt.
+    """
+    output = sample.output
+    if isinstance(output, list | tuple) and all(isinstance(t, str) for t in output):
+        return list(output) or [""]
+    if not isinstance(output, str):
+        raise ValueError(
+            f"prompt {sample.prompt.id!r}: this reward reads what a policy wrote, a text or one text per turn; the "
+            f"output is a {type(output).__name__}"
+        )
+    if syntax == "tags":
+        return [output]
+    parts = output.splitlines() if syntax == "videocom" else re.split(r"(?<=</tool_call>)", output)
+    return [p for p in parts if p.strip()] or [""]
+
+
+def last_answer(turns: Sequence[str], syntax: AnswerSyntax) -> str | None:
+    """The last answer given in any turn, None without one; `tags` reads `<answer>..</answer>`."""
+    return next((a for t in reversed(turns) if (a := _answer(t, syntax)) is not None), None)
+
+
+def _answer(turn: str, syntax: AnswerSyntax) -> str | None:
+    if syntax != "tags":
+        return parse_turn(turn, syntax).answer
+    found = _ANSWER.match(turn)
+    return found.group(1).strip() if found else None
+
+
+def count_calls(turns: Sequence[str], syntax: Syntax) -> int:
+    """Calls that can be read in all turns."""
+    return sum(len(parse_turn(t, syntax).actions) for t in turns)
