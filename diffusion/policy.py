@@ -158,7 +158,7 @@ class DiffusionPolicy:
     def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
         """Log-densities of the noisy transitions among `steps`, one network row per distinct parent state.
 
-        With `reference`, `kl` is the closed Gaussian form against the initial model.
+        With `reference`, `kl` is the closed Gaussian form against the initial model, `ref_logp` its log-density.
         """
         trained = steps[rollout.actions.trainable[steps]]
         outs = [
@@ -166,7 +166,7 @@ class DiffusionPolicy:
             for d in rollout.tree.depth[trained].unique()
         ]
         joined = {}
-        for name in ("index", "logp", "kl", "mean_shift", "std", "interval"):
+        for name in ("index", "logp", "kl", "ref_logp", "mean_shift", "std", "interval"):
             parts = [x for o in outs if (x := getattr(o, name)) is not None]
             if parts:
                 joined[name] = torch.cat(parts)
@@ -187,7 +187,8 @@ class DiffusionPolicy:
         with self._reference.applied(self.model, self._bare) as model:
             ref = transition(sampling, course, depth, x, *self._predict(model, course, cond, x, depth, own))
         kl = gaussian_kl(step.mean, ref.mean, step.std, sampling.reduce)[inverse]
-        return ActionLogProbs(steps, logp, kl, **extra)
+        ref_logp = log_prob(chosen, ref.mean[inverse], step.std, sampling.reduce)
+        return ActionLogProbs(steps, logp, kl, ref_logp, **extra)
 
     def _guard_terms(
         self, rollout: Rollout, steps: Tensor, mean: Tensor, std: float, interval: Interval

@@ -183,14 +183,19 @@ class TrainingConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class Config(TrainingConfig):
+class PolicyConfig(TrainingConfig):
+    """What every recipe has that trains a policy."""
+
+    policy: Component
+    rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
+    step_rewards: list[StepRewardConfig] = Field(default_factory=list)  # for what reads them: estimators, pairs
+
+
+class Config(PolicyConfig):
     """A recipe of branch GRPO."""
 
     trainer: Literal["branch_grpo"] = "branch_grpo"
-    policy: Component
     plan: dict[int, int]
-    rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
-    step_rewards: list[StepRewardConfig] = Field(default_factory=list)  # for estimators that use them
     online: OnlineConfig | None = None  # one of them learns along
     credit: CreditConfig = CreditConfig()
     prune: PruneConfig = PruneConfig()
@@ -204,6 +209,27 @@ class RewardModelConfig(TrainingConfig):
     trainer: Literal["step_reward"] = "step_reward"
     scorer: Component
     loss: RewardLossConfig = RewardLossConfig()
+
+
+class SftConfig(PolicyConfig):
+    """A recipe of imitation: the policy learns written solutions, or the best of its own samples."""
+
+    trainer: Literal["imitation"] = "imitation"
+    source: Literal["reference", "samples"] = "reference"
+    plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the samples
+    keep_above: float = 0.0  # outcome above which a sample is learned
+    per_prompt: PositiveInt = 1  # at most so many samples of a prompt, the best ones
+
+
+class StepPreferenceConfig(PolicyConfig):
+    """A recipe of step-level preference optimisation."""
+
+    trainer: Literal["step_preference"] = "step_preference"
+    plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the rollouts
+    rollouts: Path | None = None  # stored ones (`mmrl.trainers.rollouts.StoredRollouts`) in place of sampled ones
+    loss: Component = Component(name="dpo")  # of mmrl.losses.preference.PRESETS; other keys change its settings
+    pairs: Component | None = None  # of mmrl.preference.BUILDERS; null = the builder that belongs to the loss
+    guide: Component | None = None  # a policy trained by DPO whose log-ratios weight the actions (TGDPO)
 
 
 class JobConfig(Section):
@@ -260,7 +286,12 @@ class SearchConfig(JobConfig):
     max_tokens: PositiveInt | None = None  # generated per prompt
 
 
-TRAINERS: dict[str, type[TrainingConfig]] = {"branch_grpo": Config, "step_reward": RewardModelConfig}
+TRAINERS: dict[str, type[TrainingConfig]] = {
+    "branch_grpo": Config,
+    "step_reward": RewardModelConfig,
+    "imitation": SftConfig,
+    "step_preference": StepPreferenceConfig,
+}
 
 C = TypeVar("C", bound=Section)
 

@@ -15,12 +15,18 @@ Overrides = Sequence[str]
 @dataclass(frozen=True)
 class Demo:
     """title: of its section in the report. shown: the recipe whose run is shown, beside: runs with the same budget to
-    compare with. after: the demo whose model it starts from."""
+    compare with. after: the demo whose model it starts from. seeds: each recipe runs once per seed from 0 on."""
 
     title: str
     shown: str
     beside: tuple[str, ...] = ()
     after: str | None = None
+    seeds: int = 1
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """(recipe, seed) of every run, the shown one first."""
+        return [(recipe, seed) for seed in range(self.seeds) for recipe in (self.shown, *self.beside)]
 
 
 DEMOS: dict[str, Demo] = {
@@ -30,6 +36,12 @@ DEMOS: dict[str, Demo] = {
         beside=("vision/shapes_outcome.yaml",),
     ),
     "prm": Demo("A process reward model judges its steps", "vision/shapes_prm.yaml", after="vision"),
+    "video": Demo(
+        "A video agent learns from rewarded manipulations",
+        "video/clips_steps.yaml",
+        beside=("video/clips_answer.yaml",),
+        seeds=2,
+    ),
     "diffusion": Demo("A diffusion model is aligned by branch rollouts", "diffusion/digits_branch.yaml"),
 }
 
@@ -81,24 +93,25 @@ def _start(name: str, folder: Path, overrides: Overrides) -> subprocess.Popen[by
 
 
 def _section(demo: Demo, folder: Path) -> tuple[str, Path, list[Path]]:
-    return demo.title, _run(folder, demo.shown), [_run(folder, b) for b in demo.beside]
+    shown, *beside = (_run(folder, recipe, seed) for recipe, seed in demo.runs)
+    return demo.title, shown, beside
 
 
-def _run(folder: Path, recipe: str) -> Path:
+def _run(folder: Path, recipe: str, seed: int = 0) -> Path:
     """Where a recipe's run lies."""
-    return folder / Path(recipe).stem
+    return folder / (Path(recipe).stem + (f"_seed{seed}" if seed else ""))
 
 
 def _train_all(demo: Demo, folder: Path, overrides: Overrides) -> None:
-    for recipe in (demo.shown, *demo.beside):
-        _train(recipe, folder, overrides)
+    for recipe, seed in demo.runs:
+        _train(recipe, folder, [f"run.seed={seed}", *overrides] if seed else overrides, seed)
 
 
-def _train(recipe: str, folder: Path, overrides: Overrides) -> None:
+def _train(recipe: str, folder: Path, overrides: Overrides, seed: int = 0) -> None:
     from mmrl.config import load_config
     from mmrl.trainers import trainer_of
 
-    output = _run(folder, recipe)
+    output = _run(folder, recipe, seed)
     config = load_config(recipe_path(recipe), [*overrides, f"run.output={output}", "run.report=false"])
     trainer_of(config).train()
 

@@ -316,7 +316,8 @@ def reinforced(args: argparse.Namespace, folder: Path, model: Path, seed: int, t
     Returns rows (iteration, question, tokens, steps, right) of training, means over the question's group, and of the
     greedy evaluations.
     """
-    from mmrl.trainers.branch_grpo import EVAL_SEED, BranchGrpo
+    from mmrl.trainers.branch_grpo import BranchGrpo
+    from mmrl.trainers.rollouts import EVAL_SEED
     from vision.tasks.shapes import ShapesAnswer, split_steps
 
     if (rows := folder / "rows.json").exists():

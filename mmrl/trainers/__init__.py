@@ -7,7 +7,12 @@ from typing import Any
 
 from mmrl.config import TrainingConfig
 
-_CLASSES = {"branch_grpo": "branch_grpo.BranchGrpo", "step_reward": "step_reward.StepRewardTrainer"}
+_CLASSES = {
+    "branch_grpo": "branch_grpo.BranchGrpo",
+    "step_reward": "step_reward.StepRewardTrainer",
+    "imitation": "sft.ImitationTrainer",
+    "step_preference": "step_preference.StepPreferenceTrainer",
+}
 
 
 def trainer_of(config: TrainingConfig) -> Any:

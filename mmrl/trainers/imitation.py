@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrl.rollout import Policy, Prompt, Rollout
+from mmrl.tree import StepTree
 
 
 @runtime_checkable
@@ -49,11 +50,47 @@ def references(policy: Policy, prompts: Sequence[Prompt]) -> Rollout | None:
     return policy.write([p for p, _ in known], [t for _, t in known]) if known else None
 
 
-def imitation_losses(policy: Policy, rollout: Rollout, denominator: float) -> list[Callable[[], Tensor]]:
-    """Per micro-batch, the negative log-likelihood of the rollout's actions over `denominator` actions in all."""
-    parts = policy.micro_batches(rollout, torch.arange(len(rollout.tree)))
-    return [partial(_loss, policy, rollout, denominator, steps) for steps in parts]
+def best_leaves(tree: StepTree, above: float, per_prompt: int = 1) -> Tensor:
+    """(L,) ascending finished leaves with an outcome above `above`, of each prompt at most the `per_prompt` best.
+
+    Equal outcomes: the earlier leaf first.
+    """
+    leaves = (tree.is_finished & (tree.outcome > above)).nonzero().flatten()
+    leaves = leaves[torch.argsort(tree.outcome[leaves], descending=True, stable=True)]
+    leaves = leaves[torch.argsort(tree.group[leaves], stable=True)]
+    count = torch.bincount(tree.group[leaves], minlength=tree.num_groups)
+    rank = torch.arange(len(leaves)) - (count.cumsum(0) - count)[tree.group[leaves]]
+    return leaves[rank < per_prompt].sort().values
 
 
-def _loss(policy: Policy, rollout: Rollout, denominator: float, steps: Tensor) -> Tensor:
-    return -policy.log_probs(rollout, steps).logp.sum() / denominator
+def imitation_losses(
+    policy: Policy,
+    rollout: Rollout,
+    denominator: float,
+    *,
+    weight: Tensor | None = None,
+    sums: list[Tensor] | None = None,
+) -> list[Callable[[], Tensor]]:
+    """Per micro-batch, the weighted negative log-likelihood of the rollout's trainable actions over `denominator`.
+
+    weight: (N,) of each step's actions, by default 1; steps of weight 0 are not run. sums: collects what the losses
+        were.
+    """
+    tree, trainable = rollout.tree, rollout.actions.trainable
+    owner = tree.step_of_action(trainable.numel())
+    each = torch.ones(len(tree)) if weight is None else weight
+    steps = torch.unique(owner[trainable & (owner >= 0)])
+    steps = steps[each[steps] > 0]
+    parts = policy.micro_batches(rollout, steps) if len(steps) else []
+    per_action = each[owner.clamp(min=0)].float()
+    return [partial(_loss, policy, rollout, denominator, per_action, part, sums) for part in parts]
+
+
+def _loss(
+    policy: Policy, rollout: Rollout, denominator: float, weight: Tensor, steps: Tensor, sums: list[Tensor] | None
+) -> Tensor:
+    new = policy.log_probs(rollout, steps)
+    loss = -(weight[new.index].to(new.logp.device) * new.logp).sum() / denominator
+    if sums is not None:
+        sums.append(loss.detach().cpu())
+    return loss

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mmrl.components import build
-from mmrl.config import Config, RewardConfig
+from mmrl.config import PolicyConfig, RewardConfig
 from mmrl.rewards import Isolated
 from mmrl.rollout import OutcomeReward, Prompt, Sample, StepReward
 
@@ -25,7 +25,7 @@ class Task(Protocol):
 FOREIGN_TIMEOUT_S = 60.0  # of a batch, for rewards that are named by a dotted path
 
 
-def build_rewards(config: Config, task: Task) -> dict[str, tuple[OutcomeReward, float]]:
+def build_rewards(config: PolicyConfig, task: Task) -> dict[str, tuple[OutcomeReward, float]]:
     """name -> (reward, weight), from the recipe or the task's default. Dotted paths run in a killable process."""
     chosen = config.rewards or [RewardConfig(name=name) for name in task.rewards]
     out: dict[str, tuple[OutcomeReward, float]] = {}
@@ -36,7 +36,7 @@ def build_rewards(config: Config, task: Task) -> dict[str, tuple[OutcomeReward, 
     return out
 
 
-def build_step_rewards(config: Config) -> dict[str, tuple[StepReward, float]]:
+def build_step_rewards(config: PolicyConfig) -> dict[str, tuple[StepReward, float]]:
     """name -> (step reward, weight), from the recipe."""
     out: dict[str, tuple[StepReward, float]] = {}
     for i, r in enumerate(config.step_rewards):

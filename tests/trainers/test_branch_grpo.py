@@ -205,7 +205,6 @@ def test_broken_rewards_stop_the_run(tiny_model, tmp_path, reward, message):
         ({"run": {"prompts_per_iteration": 11}}, "the task has 10 prompts"),
         ({"policy": {"model": "nowhere"}}, "no transformer/config.json there"),
         ({"policy": {"kernal": "ode"}}, r"did you mean kernel\?"),
-        ({"loss": {"kl_form": "k3"}}, "this policy gives no reference log-probs; use exact"),
     ],
 )
 def test_recipes_that_cannot_run(tiny_model, tmp_path, sections, message):

@@ -1,0 +1,399 @@
+"""One preference loss over step segments, and the settings under which it is the published methods.
+
+For a pair (w, l) of segments with actions i, rho_i = ln pi(i) - ln pi_ref(i), step weights a and action weights g:
+
+    S(y) = sum over i of a_step(i) g_i rho_i
+    h    = beta (S(w) - S(l)) - margin
+    L    = -(1 - eps) ln sigmoid(h) - eps ln sigmoid(-h)  +  nll * mean over i in w of -ln pi(i)  +  regulariser
+
+Weights, margins and eps are constants: no gradient flows through them. It knows no modality: a token and a denoising
+transition are both one action with a log-probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmrl.components import hint
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Settings of the loss. `PRESETS` has those of the published methods.
+
+    beta: scale of the log-ratio, > 0. form: `sigmoid`, or `ipo`: (S(w) - S(l) - margin / beta - 1 / (2 beta))^2.
+    margin: what h must exceed; gap_margin: further margin per unit of the gap between the pair's scores.
+    smoothing: eps in [0, 1/2]; smooth_by_visits: eps from a search's visit counts instead (`visit_smoothing`), where
+        the tree has them (tag `visits`).
+    nll: weight of the chosen segment's mean negative log-likelihood.
+    clip: bound c on the ratio exp S(y): S is clamped to [ln(1 - c), ln(1 + c)]. None = none.
+    length_power: S is divided by (number of weighted actions)^this.
+    reference_free: rho_i = ln pi(i).
+    gamma: step weights softmax(gamma r) T for the chosen steps, softmax(-gamma r) T for the rejected ones, r their
+        rewards; 0 = all 1 (`reward_weights`).
+    guide: action weights 1 + guide beta rho^G (chosen) and 1 - guide beta rho^G (rejected), rho^G the log-ratio of a
+        policy trained by DPO (`guide_weights`).
+    regulariser: weight of T-REG's token term (`token_regulariser`).
+    """
+
+    beta: float = 0.1
+    form: Literal["sigmoid", "ipo"] = "sigmoid"
+    margin: float = 0.0
+    gap_margin: float = 0.0
+    smoothing: float = 0.0
+    smooth_by_visits: bool = False
+    nll: float = 0.0
+    clip: float | None = None
+    length_power: float = 0.0
+    reference_free: bool = False
+    gamma: float = 0.0
+    guide: float = 0.0
+    regulariser: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"loss.beta={self.beta}: the scale of the log-ratio is above 0")
+        if not 0 <= self.smoothing <= 0.5:
+            raise ValueError(f"loss.smoothing={self.smoothing} must lie in [0, 0.5]; above it the pair is swapped")
+        if self.clip is not None and not 0 < self.clip < 1:
+            raise ValueError(f"loss.clip={self.clip} must lie between 0 and 1")
+        if self.form not in ("sigmoid", "ipo"):
+            raise ValueError(f"loss.form={self.form!r} is none of sigmoid, ipo")
+        if self.form == "ipo" and (self.smoothing or self.smooth_by_visits):
+            raise ValueError("loss.smoothing belongs to form sigmoid; ipo has no label to smooth")
+
+    @property
+    def needs_actions(self) -> str | None:
+        """What the loss reads of every action besides its log-probs: `guide`, `token_reward`, or None."""
+        return "guide" if self.guide else "token_reward" if self.regulariser else None
+
+
+@dataclass(frozen=True)
+class Side:
+    """The actions of one side of P pairs, in any order.
+
+    logp: (A,) log-probs under the policy, differentiable. ref_logp: (A,) under the reference; None without one.
+    pair: (A,) int in 0..P-1. step_weight, action_weight: (A,) a of the action's step and its own g, default 1; an
+        action of weight 0 has no gradient at all, unless nll asks for it.
+    token_reward: (A,) T-REG's reward of each action in (-1/2, 1/2).
+    """
+
+    logp: Tensor
+    ref_logp: Tensor | None
+    pair: Tensor
+    step_weight: Tensor | None = None
+    action_weight: Tensor | None = None
+    token_reward: Tensor | None = None
+
+
+class PairLoss(NamedTuple):
+    """Per pair, (P,) float32: the loss (differentiable); without gradient h before the margin, and beta S of each."""
+
+    loss: Tensor
+    margin: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
+
+    def metrics(self) -> dict[str, Tensor]:
+        """(P,) terms for the log; accuracy is 1 where the chosen segment has the higher implicit reward."""
+        return {
+            "loss": self.loss.detach(), "accuracy": (self.margin > 0).float(), "margin": self.margin,
+            "chosen_reward": self.chosen_reward, "rejected_reward": self.rejected_reward,
+        }  # fmt: skip
+
+
+def preference_loss(
+    chosen: Side,
+    rejected: Side,
+    num_pairs: int,
+    settings: Preference,
+    *,
+    gap: Tensor | None = None,
+    smoothing: Tensor | None = None,
+) -> PairLoss:
+    """The loss of each of P pairs; see the module. All arithmetic is float32.
+
+    Args:
+        gap: (P,) difference of the pair's scores, for settings.gap_margin.
+        smoothing: (P,) eps of each pair in [0, 1/2], in place of settings.smoothing.
+
+    Raises:
+        ValueError: no reference where one is needed, a pair without actions on a side, or a gap or token reward that
+            the settings ask for and nobody gave.
+    """
+    _check_side("chosen", chosen, num_pairs, settings)
+    _check_side("rejected", rejected, num_pairs, settings)
+    s_w, s_l = (_score(side, num_pairs, settings) for side in (chosen, rejected))
+    h = settings.beta * (s_w - s_l)
+    margin: Tensor | float = settings.margin
+    if settings.gap_margin:
+        if gap is None:
+            raise ValueError(f"loss.gap_margin={settings.gap_margin} needs the gap of each pair's scores")
+        margin = settings.margin + settings.gap_margin * gap.to(h)
+    loss = _main_loss(h - margin, settings, smoothing)
+    if settings.nll:
+        loss = loss + settings.nll * _mean_nll(chosen, num_pairs)
+    if settings.regulariser:
+        loss = loss + settings.regulariser * token_regulariser(chosen, rejected, h, settings.beta)
+    return PairLoss(loss, h.detach(), settings.beta * s_w.detach(), settings.beta * s_l.detach())
+
+
+def _check_side(name: str, side: Side, num_pairs: int, settings: Preference) -> None:
+    if side.ref_logp is None and not settings.reference_free:
+        raise ValueError(
+            f"the {name} actions have no reference log-probs; the policy must give ref_logp (log_probs with "
+            "reference=True), or set loss.reference_free"
+        )
+    empty = (torch.bincount(side.pair, minlength=num_pairs) == 0).nonzero().flatten()
+    if len(empty):
+        raise ValueError(f"pair {int(empty[0])} has no {name} action with a density ({len(empty)} such pairs)")
+    if settings.regulariser and side.token_reward is None:
+        raise ValueError(f"loss.regulariser needs a token reward for the {name} actions (see token_rewards)")
+
+
+def _weights(side: Side) -> Tensor:
+    one = torch.ones_like(side.logp, dtype=torch.float32)
+    step = one if side.step_weight is None else side.step_weight.to(one)
+    return step if side.action_weight is None else step * side.action_weight.to(one)
+
+
+def _score(side: Side, num_pairs: int, settings: Preference) -> Tensor:
+    """(P,) S(y), clipped and normalised as the settings say."""
+    rho, weight = side.logp.float(), _weights(side)
+    if not settings.reference_free:
+        assert side.ref_logp is not None
+        rho = rho - side.ref_logp.detach().to(rho)
+    total = _sum_by(weight.detach() * rho, side.pair, num_pairs)
+    if settings.length_power:
+        length = _sum_by((weight != 0).float(), side.pair, num_pairs)
+        total = total / length.clamp(min=1) ** settings.length_power
+    if settings.clip is not None:
+        total = total.clamp(math.log1p(-settings.clip), math.log1p(settings.clip))
+    return total
+
+
+def _main_loss(h: Tensor, settings: Preference, smoothing: Tensor | None) -> Tensor:
+    if settings.form == "ipo":
+        return (h / settings.beta - 1 / (2 * settings.beta)) ** 2
+    loss = -F.logsigmoid(h)
+    if smoothing is None and settings.smoothing == 0:
+        return loss
+    eps = settings.smoothing if smoothing is None else smoothing.to(h)
+    return (1 - eps) * loss - eps * F.logsigmoid(-h)
+
+
+def _mean_nll(side: Side, num_pairs: int) -> Tensor:
+    """(P,) mean -ln pi over the actions of each segment."""
+    count = torch.bincount(side.pair, minlength=num_pairs).to(side.logp.device)
+    return -_sum_by(side.logp.float(), side.pair, num_pairs) / count
+
+
+def _sum_by(x: Tensor, pair: Tensor, num_pairs: int) -> Tensor:
+    return x.new_zeros(num_pairs).index_add(0, pair.to(x.device), x)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def reward_weights(rewards: Tensor, segment: Tensor, gamma: float) -> Tensor:
+    """(M,) step weights softmax(gamma r) T within each segment, T its number of steps; gamma 0 gives exactly 1.
+
+    The factor T keeps the sum of the weights, and with it the meaning of beta. For rejected segments give -gamma: the
+    worst step counts most (Full-Step-DPO; from its text, its code was not available).
+
+    Args:
+        rewards: (M,) reward of each step. segment: (M,) int, the segment it belongs to.
+
+    Raises:
+        ValueError: a step without reward.
+    """
+    if gamma == 0:
+        return torch.ones_like(rewards, dtype=torch.float32)
+    if bool(rewards.isnan().any()):
+        row = int(rewards.isnan().nonzero()[0])
+        raise ValueError(
+            f"step weights by reward: a step of segment {int(segment[row])} has no reward; score all steps (by the "
+            "recipe's step_rewards), or set loss.gamma=0"
+        )
+    _, place = torch.unique(segment, return_inverse=True)
+    n = int(place.max()) + 1 if len(place) else 0
+    r = gamma * rewards.double()
+    top = torch.full((n,), -math.inf, dtype=r.dtype, device=r.device).scatter_reduce(0, place, r, "amax")
+    e = (r - top[place]).exp()
+    size = torch.bincount(place, minlength=n)
+    return (e / e.new_zeros(n).index_add(0, place, e)[place] * size[place]).float()
+
+
+def guide_weights(guide: Tensor, alpha: float, beta: float, *, chosen: bool) -> Tensor:
+    """(A,) 1 + alpha beta rho^G for chosen actions, 1 - alpha beta rho^G for rejected ones (TGDPO).
+
+    guide: (A,) rho^G, log-ratio of the action under a frozen policy trained by DPO against the reference.
+    """
+    sign = 1.0 if chosen else -1.0
+    return 1 + sign * alpha * beta * guide.detach().float()
+
+
+def visit_smoothing(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(P,) eps = min(1 - c, 1/2), c = 1 / (1 + N_l / max(1, N_w)), N = visits of each branch (MCTS-DPO)."""
+    confidence = 1 / (1 + rejected.double() / chosen.double().clamp(min=1))
+    return (1 - confidence).clamp(max=0.5).float()
+
+
+def token_rewards(better_logp: Tensor, worse_logp: Tensor) -> Tensor:
+    """(A,) sigmoid(ln p(y_i | better) - ln p(y_i | worse)) - 1/2 (T-REG).
+
+    better_logp, worse_logp: log-probs of the same actions under the reference, told to revise for the better and for
+    the worse.
+    """
+    return torch.sigmoid(better_logp.float() - worse_logp.float()) - 0.5
+
+
+def token_regulariser(chosen: Side, rejected: Side, h: Tensor, beta: float) -> Tensor:
+    """(P,) w (R(w) + R(l)), R(y) = -sum beta rhat_i ln pi(i), w = sigmoid(-h) without gradient (T-REG).
+
+    h: (P,) difference of the implicit rewards. Without w the method loses its gain.
+    """
+    total = torch.zeros_like(h)
+    for side in (chosen, rejected):
+        assert side.token_reward is not None
+        rhat = side.token_reward.detach().to(h)
+        total = total + _sum_by(-beta * rhat * side.logp.float(), side.pair, len(h))
+    return torch.sigmoid(-h.detach()) * total
+
+
+def error_logp(error: Tensor) -> Tensor:
+    """-e / 2: stands for a log-prob where a model predicts noise with mean squared error e (Diffusion-DPO)."""
+    return -error.float() / 2
+
+
+def value_ranking(chosen: Tensor, rejected: Tensor, *, margin: float = 0.0) -> Tensor:
+    """max(0, margin - (v_w - v_l)): a value head learns the order of the pair (SVPO's auxiliary loss).
+
+    chosen, rejected: (P,) values of the states after the two steps.
+    """
+    return (margin - (chosen.float() - rejected.float())).clamp(min=0)
+
+
+# --- presets -----------------------------------------------------------------------------------------------------
+
+
+def dpo() -> Preference:
+    """-ln sigmoid(beta (ln pi/ref (w) - ln pi/ref (l))) on whole responses, beta .1 (Rafailov et al. 2023)."""
+    return Preference(beta=0.1)
+
+
+def step_dpo() -> Preference:
+    """DPO on the first wrong step against a right one after the same, right steps: weight 1 there, 0 on the prefix.
+
+    beta .4 as in the authors' README; their recipe files have .05 (Step-DPO, 2024).
+    """
+    return Preference(beta=0.4)
+
+
+def full_step_dpo() -> Preference:
+    """DPO on whole responses with step weights softmax(gamma r) T (w) and softmax(-gamma r) T (l), r = step rewards.
+
+    beta .05, gamma 1: from the paper's text (Full-Step-DPO, 2025); gamma 0 is DPO.
+    """
+    return Preference(beta=0.05, gamma=1.0)
+
+
+def mcts_dpo() -> Preference:
+    """DPO on the best against the worst sibling at each depth of the best path, beta .1, labels smoothed by visits.
+
+    eps = min(1 - c, 1/2), c = 1 / (1 + N_l / max(1, N_w)); as in the authors' code (MCTS-DPO / IPL, 2024), which also
+    offers length_power 1.25.
+    """
+    return Preference(beta=0.1, smooth_by_visits=True)
+
+
+def svpo() -> Preference:
+    """DPO on siblings whose values differ by a margin, plus the chosen step's NLL (SVPO, 2024; weights as set here).
+
+    Its value head's loss is `value_ranking`.
+    """
+    return Preference(beta=0.1, nll=1.0)
+
+
+def pdpo() -> Preference:
+    """DPO, beta .1, on the better and the worse of two steps after one prefix, at contrastively selected steps.
+
+    Process DPO of video-SALMONN-o1 (2025); the published code has the selection, the loss is the text's.
+    """
+    return Preference(beta=0.1)
+
+
+def tgdpo() -> Preference:
+    """DPO with action weights 1 + alpha beta rho^G (w) and 1 - alpha beta rho^G (l), rho^G of a frozen DPO model.
+
+    beta .1, alpha .5, as in the authors' code (TGDPO, 2025).
+    """
+    return Preference(beta=0.1, guide=0.5)
+
+
+def t_reg() -> Preference:
+    """DPO + alpha w (R(w) + R(l)), R(y) = -sum beta rhat_i ln pi(i), w = sigmoid(r(l) - r(w)); beta .1, alpha .25.
+
+    rhat_i comes from the model's own opinion of each token under opposite instructions (T-REG, 2024).
+    """
+    return Preference(beta=0.1, regulariser=0.25)
+
+
+def lpo() -> Preference:
+    """-ln sigmoid(beta (ln rho_w - ln rho_l)), rho = clamp(pi / pi_ref, 1 - .1, 1 + .1) of one transition, beta 500.
+
+    Log-probs are means over the latent's elements, hence the large beta. Pairs: best and worst of k candidates after
+    one latent by a latent reward model, dynamic threshold (LPO, 2025; as in the authors' code).
+    """
+    return Preference(beta=500.0, clip=0.1)
+
+
+def spo() -> Preference:
+    """As `lpo` with beta 10: candidates are judged by a step-aware preference model on pictures (SPO, 2024)."""
+    return Preference(beta=10.0, clip=0.1)
+
+
+def diffusion_dpo() -> Preference:
+    """-ln sigmoid(-beta/2 ((e_w - e_l) - (eref_w - eref_l))), e = mean squared error of predicted noise, beta 5000.
+
+    Both pictures share noise and time. With `error_logp` in the place of log-probs it is this loss (Diffusion-DPO,
+    2023; authors' code).
+    """
+    return Preference(beta=5000.0)
+
+
+PRESETS: Mapping[str, Callable[[], Preference]] = {
+    "dpo": dpo,
+    "step_dpo": step_dpo,
+    "full_step_dpo": full_step_dpo,
+    "mcts_dpo": mcts_dpo,
+    "svpo": svpo,
+    "pdpo": pdpo,
+    "tgdpo": tgdpo,
+    "t_reg": t_reg,
+    "lpo": lpo,
+    "spo": spo,
+    "diffusion_dpo": diffusion_dpo,
+}
+
+
+def preset(name: str, **changes: Any) -> Preference:
+    """The settings of a published method, some of them changed.
+
+    Raises:
+        ValueError: unknown name or setting (the nearest is named), or a value out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"loss.name={name!r} is none of {', '.join(PRESETS)}{hint(name, list(PRESETS))}")
+    known = [f.name for f in fields(Preference)]
+    for key in changes:
+        if key not in known:
+            raise ValueError(f"unknown key loss.{key}{hint(key, known)}; known: {', '.join(known)}")
+    return replace(PRESETS[name](), **changes)

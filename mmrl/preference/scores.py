@@ -1,0 +1,111 @@
+"""What makes one step better than another: scores of steps, thresholds on their gaps, steps worth comparing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmrl.tree import StepTree
+from mmrl.tree_ops import backup
+
+Spread = Literal["depth", "std"]
+
+
+def step_scores(tree: StepTree, by: str) -> Tensor:
+    """(N,) float64 score of each step, NaN where it has none.
+
+    by: `outcome` (mean outcome of the finished leaves below), `best` (the best of them), `value`, `step_reward`, `ok`
+        (1 right, 0 wrong), or `tags.<name>`.
+
+    Raises:
+        ValueError: unknown name, or no step has such a score.
+    """
+    if by in ("outcome", "best"):
+        lifted = backup(tree, "leaf_mean" if by == "outcome" else "leaf_max")
+        score = torch.where(tree.valid, lifted, torch.nan)
+    elif by in ("value", "step_reward"):
+        score = getattr(tree, by)
+    elif by == "ok":
+        score = torch.full((len(tree),), torch.nan) if tree.ok is None else tree.ok.double()
+    elif by.startswith("tags."):
+        score = _tag(tree, by.removeprefix("tags."))
+    else:
+        raise ValueError(f"pairs.by={by!r} is none of outcome, best, value, step_reward, ok, tags.<name>")
+    if len(tree) and bool(score.isnan().all()):
+        raise ValueError(f"pairs.by={by!r}: no step of the rollout has one; {_REMEDY.get(by, 'write that tag')}")
+    return score.double()
+
+
+_REMEDY = {
+    "outcome": "reward its leaves", "best": "reward its leaves", "value": "give values, or take by: outcome",
+    "step_reward": "name a step reward in the recipe's step_rewards, or take by: outcome",
+    "ok": "mark right steps, or take by: step_reward",
+}  # fmt: skip
+
+
+def _tag(tree: StepTree, name: str) -> Tensor:
+    if name not in tree.tags:
+        raise ValueError(f"the rollout has no tag {name!r}; it has {', '.join(tree.tags) or 'none'}")
+    x = tree.tags[name]
+    if x.ndim != 1:
+        raise ValueError(f"tag {name!r} has shape {tuple(x.shape)}; a score is one number per step")
+    return x.double()
+
+
+def dynamic_threshold(
+    std: Tensor, low: float, high: float, *, std_min: float | None = None, std_max: float | None = None
+) -> Tensor:
+    """low + (std - std_min) / (std_max - std_min) (high - low): noisy steps must differ more (LPO).
+
+    Args:
+        std: (N,) standard deviation of each step's kernel. std_min, std_max: of the whole course, by default the
+            smallest and largest of `std`. Equal ones give `high`.
+    """
+    known = std[~std.isnan()].double()
+    a = float(known.min()) if std_min is None else std_min
+    b = float(known.max()) if std_max is None else std_max
+    if b <= a:
+        return torch.full_like(std, high, dtype=torch.float64)
+    return low + (std.double() - a) / (b - a) * (high - low)
+
+
+def thresholds(tree: StepTree, threshold: float | Sequence[float], spread: Spread) -> Tensor:
+    """(N,) the gap that a pair of each step must exceed: one number, or [low, high] from quiet to noisy steps.
+
+    spread: `std`: by the kernel's standard deviation, tag `std`. `depth`: from high at the first step to low at the
+        last, as noise falls along a denoising course.
+
+    Raises:
+        ValueError: not one or two numbers, low above high, or no tag `std`.
+    """
+    if isinstance(threshold, (int, float)):
+        return torch.full((len(tree),), float(threshold), dtype=torch.float64)
+    if len(threshold) != 2 or threshold[0] > threshold[1]:
+        raise ValueError(f"pairs.threshold={list(threshold)}: give one number, or [low, high] with low <= high")
+    low, high = threshold
+    if spread == "std":
+        return dynamic_threshold(_tag(tree, "std"), low, high)
+    return dynamic_threshold(-tree.depth.double(), low, high)
+
+
+def select_steps(divergences: Sequence[float], k: int = 2) -> list[int]:
+    """Ascending indices of the k largest divergences; all steps when there are at most k. Ties: the earlier one.
+
+    pDPO compares alternatives where the answer depends most on what is seen.
+    """
+    if len(divergences) <= k:
+        return list(range(len(divergences)))
+    order = sorted(range(len(divergences)), key=lambda i: (-divergences[i], i))
+    return sorted(order[:k])
+
+
+def token_kl(logits: Tensor, other: Tensor) -> Tensor:
+    """(...,) KL(softmax(logits) || softmax(other)) over the last dimension, float32.
+
+    The divergence of a step is its mean over the step's tokens, `other` from inputs made unreadable (pDPO).
+    """
+    p, q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

@@ -1,0 +1,254 @@
+"""What trainers that sample share: an iteration's prompts, rewarded rollouts, evaluation, rollouts on disk."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from mmrl.components import build
+from mmrl.config import PolicyConfig
+from mmrl.report.artifacts import save_samples, save_tree
+from mmrl.rewards import score
+from mmrl.rewards.scoring import Scored, write_outcomes
+from mmrl.rewards.steps import ScoredSteps, score_steps
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, check_prompts
+from mmrl.seeding import named_generator
+from mmrl.trainers.data import Admission, prompt_batch
+from mmrl.trainers.loop import Loop
+from mmrl.trainers.task import Task, build_rewards, build_step_rewards
+
+EVAL_SEED = 20_000_003  # evaluation noise is the same in every run, whatever run.seed
+
+
+class Rollouts:
+    """Task, policy, rewards and loop of one run, and what an iteration of it measured.
+
+    Args:
+        policy, task, rewards: in place of those the recipe names.
+        reference: keep the policy's initial weights, for losses that compare with them.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        policy: Policy | None = None,
+        task: Task | None = None,
+        rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
+        *,
+        reference: bool = False,
+    ) -> None:
+        self.config = config
+        self.task: Task = task or build("mmrl.tasks", "task", config.task.name, config.task.options)
+        self.policy: Policy = policy or build("mmrl.policies", "policy", config.policy.name, config.policy.options)
+        self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
+        self.step_rewards = build_step_rewards(config)
+        check_prompts(self.task.prompts)
+        check_prompts(self.task.eval_prompts)
+        if reference:
+            self.policy.freeze_reference()
+        self.loop = Loop(config, self.policy.model)
+        self.policy.model = self.loop.model
+        for reward, _ in self.step_rewards.values():
+            if isinstance(model := getattr(reward, "model", None), torch.nn.Module):
+                model.to(self.loop.accelerator.device)
+        self.admission = Admission(self.policy.admit, config.run.max_unusable)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin an iteration: forget the last one's scores, costs and times."""
+        self.scores: list[Scored] = []  # of every rollout of the iteration
+        self.step_scores: list[ScoredSteps] = []
+        self.cost: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+
+    # ---- sampling ---------------------------------------------------------------------------------------------
+
+    def mine(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """This rank's share of `prompts`."""
+        acc = self.loop.accelerator
+        return list(prompts)[acc.process_index :: acc.num_processes]
+
+    def prompts(self, iteration: int, among: Sequence[Prompt] | None = None) -> list[Prompt]:
+        """This rank's usable prompts of the iteration, of `among` (default the task's)."""
+        run, known = self.config.run, self.task.prompts if among is None else among
+        chosen = prompt_batch(known, run.prompts_per_iteration, iteration, run.seed)
+        return self.admission.fill(self.mine(chosen), self.mine(known))
+
+    def rewarded(self, prompts: Sequence[Prompt], plan: BranchPlan, iteration: int, attempt: int = 0) -> Rollout:
+        """A rollout with the outcomes of its leaves and the rewards of its steps; adds to the iteration's scores.
+
+        attempt: counts rollouts of one prompt in one iteration; each draws other noise.
+        """
+        with self.timed("rollout"):
+            seed = self.config.run.seed + attempt * 1_000_003
+            rollout = self.policy.rollout(prompts, plan, seed=seed, iteration=iteration)
+        self.cost.update(rollout.counts)
+        return self.reward_steps(self.reward_leaves(rollout))
+
+    def reward_leaves(self, rollout: Rollout) -> Rollout:
+        """The rollout with the outcomes of its decoded leaves."""
+        with self.timed("rollout"):
+            samples = self.policy.samples(rollout)
+        with self.timed("reward"):
+            scored = score(samples, self.rewards, self.config.run.max_unscored)
+        self.scores.append(scored)
+        return write_outcomes(rollout, samples, scored.total)
+
+    def reward_steps(self, rollout: Rollout) -> Rollout:
+        """The rollout with the recipe's step rewards, when it has any."""
+        if not self.step_rewards:
+            return rollout
+        with self.timed("reward"):
+            rollout, scored = score_steps(rollout, self.step_rewards)
+        self.step_scores.append(scored)
+        return rollout
+
+    def sampled(self, plan: BranchPlan, iteration: int) -> Rollout:
+        """This rank's share of the iteration's prompts, rolled out and rewarded."""
+        return self.rewarded(self.prompts(iteration), plan, iteration)
+
+    # ---- evaluation -------------------------------------------------------------------------------------------
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Reward, judges and diversity on the evaluation prompts, side by side; samples go to the run folder."""
+        prompts = list(self.task.eval_prompts)
+        own = self.policy.generate(self.admission.good(self.mine(prompts)), seed=EVAL_SEED)
+        samples = gather_object(own) if self.loop.accelerator.num_processes > 1 else own
+        place = {p.id: i for i, p in enumerate(prompts)}
+        samples.sort(key=lambda s: place[s.prompt.id])  # the order of one process, whatever the number of ranks
+        scored = score(samples, self.rewards, max_unscored=1.0)
+        metrics = {"eval/reward": float(scored.total.nanmean())}
+        if len(scored.parts) > 1:
+            metrics |= {f"eval/reward/{k}": float(v.nanmean()) for k, v in scored.parts.items()}
+        metrics |= {f"eval/{k}": v for k, v in self.task.judges(samples).items()}
+        if self.loop.is_main:
+            save_samples(samples, scored.total.tolist(), self.loop.folder.root / "samples" / f"{iteration:06d}")
+        return metrics
+
+    # ---- records ----------------------------------------------------------------------------------------------
+
+    def save_model(self) -> None:
+        """The trained model in its ecosystem's format, under model/."""
+        state = self.loop.full_state()  # on all ranks
+        if self.loop.is_main:
+            self.policy.save(self.loop.folder.root / "model", state)
+
+    def keep_tree(self, rollout: Rollout, mark: Tensor, iteration: int) -> None:
+        """The tree of the first prompt, with a number (N,) per step, of the first and the last iteration."""
+        names = {self.config.run.iterations - 1: "last", 0: "first"}
+        if self.loop.is_main and iteration in names:
+            folder = self.loop.folder.root / "trees" / names[iteration]
+            save_tree(rollout, mark, self.policy.describe, folder)
+
+    def metrics(self) -> dict[str, float]:
+        """Rewards and costs of the iteration over all ranks, this rank's times, the unusable prompts so far.
+
+        Empty of rewards and costs when nothing was sampled. All ranks must call it.
+        """
+        sums: dict[str, float] = {}
+        nothing = torch.zeros(0, dtype=torch.float64)
+        sums |= moments("reward", torch.cat([nothing, *(s.total for s in self.scores)]))
+        for name in self.rewards:
+            sums |= moments(f"reward/{name}", torch.cat([nothing, *(s.parts[name] for s in self.scores)]))
+        for name in self.step_rewards:
+            parts = torch.cat([nothing, *(s.parts[name] for s in self.step_scores)])
+            sums |= moments(f"step_reward/{name}", parts)
+        sums |= {f"cost/{k}": float(v) for k, v in self.cost.items()}
+        sums["samples"] = float(sum(len(s.total) for s in self.scores))
+        sums["bad"] = float(len(self.admission.bad))
+        sums = dict(zip(sums, self.loop.all_sum(*sums.values()), strict=True))
+        metrics = {f"time/{k}_s": v for k, v in self.seconds.items()} | {"rollout/unusable_prompts": sums["bad"]}
+        if leaves := sums.get("cost/leaves"):
+            spent = {k[5:]: v for k, v in sums.items() if k.startswith("cost/") and k != "cost/leaves"}
+            metrics |= {f"rollout/{k}_per_leaf": v / leaves for k, v in spent.items()}
+        if sums["samples"]:
+            metrics["reward/unscored_frac"] = 1 - sums["reward/n"] / sums["samples"]
+        names = ["reward", *(f"reward/{n}" for n in self.rewards if len(self.rewards) > 1)]
+        names += [f"step_reward/{n}" for n in self.step_rewards]
+        for name in names:
+            if n := sums[f"{name}/n"]:
+                mean = sums[f"{name}/sum"] / n
+                metrics["reward/mean" if name == "reward" else name] = mean
+                if name == "reward":
+                    metrics["reward/std"] = max(sums["reward/sq"] / n - mean**2, 0) ** 0.5
+        return metrics
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the block's wall time to `time/<phase>_s`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def moments(name: str, x: Tensor) -> dict[str, float]:
+    """Count, sum and sum of squares of what is not NaN."""
+    x = x[~x.isnan()]
+    return {f"{name}/n": float(x.numel()), f"{name}/sum": float(x.sum()), f"{name}/sq": float((x**2).sum())}
+
+
+def some_part(policy: Policy, rollout: Rollout) -> Tensor:
+    """One micro-batch of trainable steps, whatever they are worth: the forward of a rank with nothing to train."""
+    owner = rollout.tree.step_of_action(rollout.actions.logp.numel())
+    return policy.micro_batches(rollout, torch.unique(owner[rollout.actions.trainable & (owner >= 0)]))[0]
+
+
+class StoredRollouts:
+    """Rollouts on disk as a source of batches: what iteration i gets is a pure function of i.
+
+    A batch never mixes rollouts, since each has its own course (`about`). Those of an epoch come in a fresh order.
+
+    Args:
+        folder: a rollout of `Rollout.save`, or a folder of such folders.
+        size: prompts per batch over all processes. What a rollout has left below `size` is a batch of its own when
+            every process gets a prompt of it, else it is left out; `left_out` counts these prompts.
+
+    Raises:
+        ValueError: no rollout there, or none with a prompt for every process.
+    """
+
+    def __init__(self, folder: str | Path, size: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        folder = Path(folder)
+        found = [folder, *sorted(p for p in folder.glob("*") if p.is_dir())] if folder.is_dir() else []
+        self.folders = [f for f in found if (f / "rollout.json").exists()]
+        if not self.folders:
+            raise ValueError(
+                f"{folder} holds no rollouts (no rollout.json there or one level below); write some first"
+            )
+        self._seed, self._rank, self._world = seed, rank, world
+        counts = [len(Rollout.load(f).prompts) for f in self.folders]
+        chunks = [(f, list(range(a, min(a + size, n)))) for f, n in enumerate(counts) for a in range(0, n, size)]
+        self._chunks = [c for c in chunks if len(c[1]) >= world]
+        self.left_out = sum(counts) - sum(len(own) for _, own in self._chunks)
+        if not self._chunks:
+            raise ValueError(f"{folder}: no rollout has a prompt for each of {world} processes")
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._chunks)
+
+    def batch(self, iteration: int) -> Rollout:
+        """This rank's share of the iteration's batch."""
+        epoch, k = divmod(iteration, len(self))
+        order = torch.randperm(len(self), generator=named_generator(self._seed, "stored", epoch))
+        file, prompts = self._chunks[int(order[k])]
+        return Rollout.load(self.folders[file]).select(prompts[self._rank :: self._world])
+
+
+def store_rollouts(rollouts: Rollouts, plan: BranchPlan, folder: str | Path, iterations: int) -> list[Path]:
+    """Sample and reward `iterations` batches of prompts and save each below `folder`, one folder per rank and batch.
+
+    They hold everything that GRPO, step rewards and preferences need.
+    """
+    rank, made = rollouts.loop.accelerator.process_index, []
+    for i in range(iterations):
+        rollouts.clear()
+        made.append(rollouts.sampled(plan, i).save(Path(folder) / f"{i:06d}-{rank:02d}"))
+    return made

@@ -1,0 +1,122 @@
+"""Imitation: the policy learns written solutions, or the best of its own samples, by weighted log-likelihood.
+
+`source: reference` is supervised fine-tuning on the task's own solutions, the start that reinforcement learning of a
+new format needs. `source: samples` is rejection sampling: sample, keep what is above a threshold, learn it (RAFT, RFT,
+the self-training of STaR).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mmrl.config import SftConfig
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.trainers.imitation import Writer, best_leaves, imitation_losses, references, solution
+from mmrl.trainers.rollouts import Rollouts, some_part
+from mmrl.trainers.task import Task
+
+log = logging.getLogger(__name__)
+
+
+class ImitationTrainer:
+    """The trainer behind `trainer: imitation`."""
+
+    def __init__(
+        self,
+        config: SftConfig,
+        policy: Policy | None = None,
+        task: Task | None = None,
+        rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: references are asked for but no prompt has one, or the policy cannot write them.
+        """
+        self.config = config
+        self.rollouts = Rollouts(config, policy, task, rewards)
+        self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
+        self.plan = BranchPlan(config.plan)
+        self.prompts = list(self.rollouts.task.prompts)
+        if config.source == "reference":
+            self._keep_solved()
+        else:
+            self.policy.forecast(self.plan)  # a plan that does not fit is refused here
+
+    def _keep_solved(self) -> None:
+        if not isinstance(self.policy, Writer):
+            raise ValueError("source: reference needs a policy that writes; take source: samples for this one")
+        asked = len(self.prompts)
+        self.prompts = [p for p in self.prompts if solution(p) is not None]
+        if not self.prompts:
+            raise ValueError(
+                f"none of {asked} prompts has a reference solution (reference.solution or reference.steps); take "
+                "source: samples, or another task"
+            )
+        if len(self.prompts) < asked:
+            log.warning(
+                "%d of %d prompts have no reference solution and are not used", asked - len(self.prompts), asked
+            )
+
+    def train(self) -> dict[str, float]:
+        """Run to the end; returns the last metrics."""
+        return self.loop.run(self)
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One optimizer step on the solutions of this iteration's prompts."""
+        self.rollouts.clear()
+        rollout, weight = self.solutions(iteration)
+        metrics: dict[str, float] = {}
+        with self.rollouts.timed("update"):
+            for _ in range(self.config.optim.updates_per_rollout):
+                metrics = self.update(rollout, weight)
+        self.rollouts.keep_tree(rollout, weight, iteration)
+        return metrics | self.rollouts.metrics()
+
+    def solutions(self, iteration: int) -> tuple[Rollout, Tensor]:
+        """What this rank learns from: a rollout and (N,) how many chosen solutions go through each step."""
+        if self.config.source == "samples":
+            prompts = self.rollouts.prompts(iteration, self.prompts)
+            rollout = self.rollouts.rewarded(prompts, self.plan, iteration)
+            leaves = best_leaves(rollout.tree, self.config.keep_above, self.config.per_prompt)
+            chosen = torch.zeros(len(rollout.tree), dtype=torch.float64).index_fill(0, leaves, 1.0)
+            return rollout, rollout.tree.accumulate(chosen)
+        written = references(self.policy, self.rollouts.prompts(iteration, self.prompts))
+        assert written is not None  # prompts without a solution were taken out
+        return written, torch.ones(len(written.tree), dtype=torch.float64)
+
+    def update(self, rollout: Rollout, weight: Tensor) -> dict[str, float]:
+        """The mean negative log-likelihood per action over all ranks, and one optimizer step on it."""
+        tree, trainable = rollout.tree, rollout.actions.trainable
+        owner = tree.step_of_action(trainable.numel())
+        actions = float(weight[owner[trainable & (owner >= 0)]].sum())
+        learned = float((weight[tree.is_leaf]).sum())
+        total, learned, asked = self.loop.all_sum(actions, learned, len(rollout.prompts))
+        sums: list[Tensor] = []
+        losses = imitation_losses(self.policy, rollout, max(total, 1.0), weight=weight, sums=sums)
+        norm = self.loop.update(losses, partial(self._idle, rollout))
+        loss = self.loop.all_sum(float(torch.stack(sums).sum()) if sums else 0.0)[0]
+        return {
+            "imitation/nll": loss, "policy/grad_norm": norm, "imitation/actions": total,
+            "imitation/solutions_per_prompt": learned / asked,
+        }  # fmt: skip
+
+    def _idle(self, rollout: Rollout) -> Tensor:
+        return self.policy.log_probs(rollout, some_part(self.policy, rollout)).logp.sum()
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Reward and judges on the evaluation prompts."""
+        return self.rollouts.evaluate(iteration)
+
+    def save_model(self) -> None:
+        """The trained model in its ecosystem's format, under model/."""
+        self.rollouts.save_model()
+
+
+def train(config: SftConfig) -> dict[str, float]:
+    """Build everything a recipe names and run it."""
+    return ImitationTrainer(config).train()

@@ -1,0 +1,288 @@
+"""Pairs from trees: which steps each builder compares, on trees small enough to check by eye."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import flatten, random_forest
+
+from mmrl.components import ComponentError
+from mmrl.preference import (
+    BUILDERS,
+    PAIRS_OF,
+    Pairs,
+    action_values,
+    build_pairs,
+    dynamic_threshold,
+    fork_of,
+    pick_action,
+    segment_steps,
+    select_steps,
+    token_kl,
+)
+from mmrl.tree import StepTree
+
+n = math.nan
+
+# standard deviations of DDIM-eta with 20 steps, t = 1, 51, ..., 951
+STDS = [.0206, .0406, .1673, .2144, .2509, .2836, .3144, .3442, .3732, .4016, .4293, .4565, .4829, .5087, .5336,
+        .5576, .5807, .6029, .6241, .6444]  # fmt: skip
+
+
+def tree(parent, outcome, group=None, **more):
+    """A tree whose leaves have the given outcomes (NaN: unfinished); inner steps have None."""
+    inner = set(parent)
+    status = [0 if i in inner else (2 if o != o else 1) for i, o in enumerate(outcome)]
+    return StepTree(parent, group or [0] * len(parent), status, outcome, **more)
+
+
+def candidates(scores, **more):
+    """Steps after one state, with step rewards."""
+    return tree([-1] * len(scores), [n] * len(scores), step_reward=scores, **more)
+
+
+def rows(pairs):
+    return list(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True))
+
+
+def ends(pairs):
+    return list(zip(pairs.chosen_end.tolist(), pairs.rejected_end.tolist(), strict=True))
+
+
+@pytest.fixture
+def fork():
+    """Steps 0 and 1 after the prompt; 2, 3 after 0; 4, 5 after 1. Leaves 1, 0, 0, 0.2: values .5 and .1."""
+    return tree([-1, -1, 0, 0, 1, 1], [n, n, 1.0, 0.0, 0.0, 0.2])
+
+
+# --- builders ----------------------------------------------------------------------------------------------------
+
+
+def test_siblings_takes_every_pair_above_the_threshold():
+    t = candidates([0.2, 0.9, 0.5, 0.5])
+    got = build_pairs(t, "siblings", {"by": "step_reward", "threshold": 0.35})
+    assert rows(got) == [(1, 2), (1, 3), (1, 0)]
+    torch.testing.assert_close(got.gap, torch.tensor([0.4, 0.4, 0.7]))
+    assert got.counts == {"forks": 1, "unscored": 0, "equal": 1, "below_threshold": 2}
+
+
+def test_lpo_picks_best_and_worst_by_softmax_difference():
+    t = candidates([20.1, 19.3, 20.9, 19.8])
+    options = {"by": "step_reward", "squash": True}
+    got = build_pairs(t, "extremes", {**options, "threshold": 0.6})
+    assert rows(got) == [(2, 1)] and float(got.gap) == pytest.approx(0.664037, abs=1e-6)
+    assert not len(build_pairs(t, "extremes", {**options, "threshold": 0.67}))
+
+
+@pytest.mark.parametrize("tau, gap", [(0.35, 0.730888), (0.5, 1.098612), (0.6, 1.386294)])
+def test_score_gap_that_a_threshold_asks_for(tau, gap):
+    for extra, kept in ((1e-4, 1), (-1e-4, 0)):
+        t = candidates([0.0, gap + extra])
+        assert len(build_pairs(t, "extremes", {"by": "step_reward", "squash": True, "threshold": tau})) == kept
+
+
+def test_dynamic_thresholds_of_lpo():
+    std = torch.tensor(STDS, dtype=torch.float64)
+    at = [0, 1, 2, 5, 10, 15, 19]
+    want = torch.tensor([0.35, 0.3548, 0.3853, 0.4132, 0.4483, 0.4791, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(dynamic_threshold(std, 0.35, 0.5)[at], want, atol=5e-5, rtol=0)
+    torch.testing.assert_close(dynamic_threshold(std, 0.45, 0.6)[at], want + 0.1, atol=5e-5, rtol=0)
+    assert dynamic_threshold(torch.ones(2), 0.35, 0.5).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("spread", ["depth", "std"])
+def test_noisy_steps_must_differ_more(spread):
+    """A first fork (0, 1) and a last one (2, 3) with one gap of .4: only the quiet one passes [.3, .5]."""
+    t = tree([-1, -1, 0, 0, 1], [n] * 5, step_reward=[0.0, 0.4, 0.4, 0.0, n],
+             tags={"std": torch.tensor([1.0, 1.0, 0.1, 0.1, 0.1])})  # fmt: skip
+    got = build_pairs(t, "extremes", {"by": "step_reward", "threshold": [0.3, 0.5], "spread": spread})
+    assert rows(got) == [(2, 3)] and got.counts["below_threshold"] == 1
+
+
+def test_depth_range():
+    t = tree([-1, -1, 0, 0, 1], [n] * 5, step_reward=[0.0, 0.4, 0.4, 0.0, n])
+    assert rows(build_pairs(t, "extremes", {"by": "step_reward", "first_depth": 1})) == [(2, 3)]
+    assert rows(build_pairs(t, "extremes", {"by": "step_reward", "last_depth": 0})) == [(1, 0)]
+
+
+def test_values_decide_contrastive_pairs():
+    scores = {"by": "value", "divergence": "tags.d"}
+    for values, want in (([0.2, 0.9, 0.5], [(1, 0)]), ([0.3, 0.3], [])):
+        t = tree([-1] * len(values), [0.0] * len(values), value=values, tags={"d": torch.ones(len(values))})
+        assert rows(build_pairs(t, "contrastive", scores)) == want
+
+
+def test_contrastive_uses_the_steps_that_depend_most_on_what_is_seen():
+    """Path 0, 2, 4 diverges by 1, 5, 3; each has an alternative, whose own divergence is unknown."""
+    t = tree([-1, -1, 0, 0, 2, 2], [n, 0.0, n, 0.0, 1.0, 0.0], tags={"divergence": torch.tensor([1.0, n, 5, n, 3, n])})
+    assert rows(build_pairs(t, "contrastive", {"k": 2})) == [(2, 3), (4, 5)]
+    assert rows(build_pairs(t, "contrastive", {"k": 1})) == [(2, 3)]
+    assert rows(build_pairs(t, "contrastive", {"k": 3})) == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_select_steps_and_divergence():
+    assert select_steps([0.1, 0.5, 0.2, 0.5]) == [1, 3]
+    assert select_steps([0.3, 0.3, 0.3], 1) == [0]
+    assert select_steps([0.1, 0.2]) == [0, 1]
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.34, 0.33, 0.33]]).log()
+    q = torch.tensor([[0.4, 0.4, 0.2], [0.33, 0.34, 0.33]]).log()
+    torch.testing.assert_close(token_kl(p, q + 3), torch.tensor([0.18379, 0.000299]), atol=1e-5, rtol=0)
+
+
+def test_leaves_part_at_their_fork(fork):
+    got = build_pairs(fork, "leaves", {})
+    assert rows(got) == [(2, 3)] and ends(got) == [(2, 3)] and float(got.gap) == 1  # both lie below step 0
+    deep = tree([-1, -1, 0, 1, 2], [n, n, n, 0.3, 0.9])
+    got = build_pairs(deep, "leaves", {})
+    assert rows(got) == [(0, 1)] and ends(got) == [(4, 3)]
+    assert got.segments(deep, "chosen")[0].tolist() == [0, 2, 4]
+    assert got.segments(deep, "rejected")[0].tolist() == [1, 3]
+    assert build_pairs(deep, "leaves", {"threshold": 0.7}).counts["below_threshold"] == 1
+
+
+def test_first_wrong_step():
+    """0 right, then 2 wrong against right 3 (.9) and 4 (.7); below the wrong 1 nothing is compared."""
+    t = tree([-1, -1, 0, 0, 0, 1, 1], [n, n, 0.0, 1.0, 1.0, 0.0, 1.0],
+             step_reward=[0.8, 0.1, 0.2, 0.9, 0.7, 0.1, 0.9], ok=[True, False, False, True, True, False, True])  # fmt: skip
+    assert rows(build_pairs(t, "first_wrong", {"by": "step_reward"})) == [(0, 1), (3, 2)]
+    assert rows(build_pairs(t, "first_wrong", {})) == [(0, 1), (3, 2)]  # by ok: the first of the right ones
+    one_sided = t.replace(ok=torch.tensor([True, True, False, False, False, False, False]))
+    got = build_pairs(one_sided, "first_wrong", {})
+    assert not len(got) and got.counts["one_sided"] == 3
+    unscored = t.replace(step_reward=torch.tensor([n, 0.1, 0.2, 0.9, 0.7, 0.1, 0.9]))
+    assert rows(build_pairs(unscored, "first_wrong", {"by": "step_reward"})) == []  # an unknown prefix is not right
+
+
+def test_best_path_compares_along_the_best_steps_only():
+    """Q: 0 (.9) over 1 (.2); below 0: 2 (.4) over 3 (.1); below 1: 4, 5, off the path."""
+    t = tree([-1, -1, 0, 0, 1, 1], [n, n, 1.0, 0.0, 1.0, 0.0], value=[0.9, 0.2, 0.4, 0.1, 0.8, 0.0])
+    assert rows(build_pairs(t, "best_path", {"by": "value"})) == [(0, 1), (2, 3)]
+
+
+def test_recalibrated_continuation():
+    """Step 1 lowers the value (.5 -> 0) and fails below; sibling 0 reaches the right leaf 4 by 2."""
+    t = tree([-1, -1, 0, 1, 2, 2], [n, n, n, 0.0, 1.0, 0.5])
+    got = build_pairs(t, "recalibrated", {})
+    assert rows(got)[0] == (0, 1) and ends(got)[0] == (4, 3)
+    assert got.segments(t, "chosen")[0][:3].tolist() == [0, 2, 4]
+    assert float(got.gap[0]) == 0.75
+    # leaf 5 (.5, not right) deviates from 2, worth .75, and its right sibling is leaf 4
+    assert rows(got)[1] == (4, 5)
+    hopeless = tree([-1, -1], [0.0, 0.0])
+    assert build_pairs(hopeless, "recalibrated", {}).counts == {"failed": 2, "one_sided": 2}
+
+
+# --- properties --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 3000), st.sampled_from(sorted(set(BUILDERS) - {"contrastive"})))
+@settings(max_examples=60, deadline=None)
+def test_pairs_of_any_tree_are_siblings_with_a_gap(seed, name):
+    t = random_forest(seed)
+    got = build_pairs(t, name, {})  # checked inside
+    assert bool((t.parent[got.chosen] == t.parent[got.rejected]).all())
+    assert bool((t.group[got.chosen] == t.group[got.rejected]).all()) and bool((got.gap > 0).all())
+    steps = got.steps(t)
+    assert len(steps) == len(torch.unique(steps))
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_scores_moved_alike_give_the_same_pairs(seed):
+    t = random_forest(seed)
+    moved = t.replace(value=t.value * 2 + 3)
+    for name in ("extremes", "siblings", "best_path"):
+        assert rows(build_pairs(t, name, {"by": "value"})) == rows(build_pairs(moved, name, {"by": "value"}))
+
+
+def test_chains_of_a_tree_give_the_same_leaf_pairs():
+    """Leaves are compared alike whether their common steps are shared or written out."""
+    for seed in range(10):
+        t = random_forest(seed, unfinished=0.0)
+        chains, source = flatten(t)
+        a, b = build_pairs(t, "leaves", {}), build_pairs(chains, "leaves", {})
+        assert len(a) == len(b)
+        torch.testing.assert_close(a.gap, b.gap)
+        assert t.outcome[a.chosen_end].tolist() == t.outcome[source[b.chosen_end]].tolist()
+
+
+# --- the Q model -------------------------------------------------------------------------------------------------
+
+
+def test_a_q_model_picks_by_mean_log_ratio():
+    """Candidate 0 has ratios .3, .1 (mean .2), candidate 1 has .25: the longer sum does not win."""
+    logp, ref = torch.tensor([-0.7, -0.9, -0.75]), torch.full((3,), -1.0)
+    q = action_values(logp, ref, torch.tensor([0, 0, 1]), 2, beta=0.5)
+    torch.testing.assert_close(q, torch.tensor([0.1, 0.125]))
+    assert pick_action(q) == 1 and pick_action(torch.tensor([0.2, 0.2])) == 0
+    with pytest.raises(ValueError, match="candidate 2 has no actions"):
+        action_values(logp, ref, torch.tensor([0, 0, 1]), 3)
+    with pytest.raises(ValueError, match="cannot choose among values"):
+        pick_action(torch.tensor([n, 1.0]))
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def made(w, l, gap=1.0):  # noqa: E741
+    one = torch.ones(1)
+    w, l = torch.tensor([w]), torch.tensor([l])  # noqa: E741
+    return Pairs(w, l, w, l, gap * one, one)
+
+
+@pytest.mark.parametrize(
+    "w, l, gap, message",
+    [
+        (2, 4, 1.0, "pair 0: steps 2 and 4 share no parent"),
+        (2, 2, 1.0, "compare a step with itself"),
+        (2, 3, 0.0, r"steps 2 and 3 have equal scores \(gap 0\)"),
+    ],
+)
+def test_bad_pairs(fork, w, l, gap, message):  # noqa: E741
+    with pytest.raises(ValueError, match=message):
+        made(w, l, gap).check(fork)
+    assert rows(made(2, 3).check(fork).swap()) == [(3, 2)]
+
+
+def test_bad_segments(fork):
+    with pytest.raises(ValueError, match="segment 0: step 4 does not lie below step 0"):
+        segment_steps(fork, torch.tensor([0]), torch.tensor([4]))
+    with pytest.raises(ValueError, match="one lies above the other"):
+        fork_of(fork, 0, 2)
+    with pytest.raises(ValueError, match="belong to two prompts"):
+        fork_of(tree([-1, -1], [0.0, 1.0], group=[0, 1]), 0, 1)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("extreme", {}, r"pairs.name='extreme' is none of .*did you mean extremes"),
+        ("extremes", {"bye": "value"}, r"unknown key pairs.bye='value' \(did you mean by\?\)"),
+        ("extremes", {"by": "values"}, "is none of outcome, best, value"),
+        ("extremes", {"by": "step_reward"}, "no step of the rollout has one; name a step reward"),
+        ("extremes", {"threshold": [0.5, 0.3]}, "low <= high"),
+        ("extremes", {"threshold": [0.3, 0.5], "spread": "std"}, "has no tag 'std'"),
+        ("first_wrong", {}, "no step of the rollout has one; mark right steps"),
+        ("contrastive", {}, "has no tag 'divergence'"),
+    ],
+)
+def test_errors(fork, name, options, message):
+    with pytest.raises((ValueError, ComponentError), match=message):
+        build_pairs(fork, name, options)
+
+
+def test_equal_and_missing_scores_are_counted():
+    """The fork after the prompt has equal scores, the one below step 0 one score only; 4 has no sibling."""
+    t = tree([-1, -1, 0, 0, 1], [n] * 5, step_reward=[0.5, 0.5, 0.3, n, 0.1])
+    got = build_pairs(t, "extremes", {"by": "step_reward"})
+    assert not len(got) and got.counts == {"forks": 1, "unscored": 1, "equal": 1, "below_threshold": 0}
+    assert got.left_out() == "0 pairs (1 forks, 1 unscored, 1 equal, 0 below threshold)"
+
+
+def test_every_preset_has_a_builder():
+    from mmrl.losses.preference import PRESETS
+
+    assert set(PRESETS) - set(PAIRS_OF) == {"diffusion_dpo"}
+    assert {p["name"] for p in PAIRS_OF.values()} <= set(BUILDERS)
