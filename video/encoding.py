@@ -168,18 +168,14 @@ class VideoEncoder(PromptEncoder):
     def _still(self, info: VideoInfo, look: Look) -> tuple[str, Pixels]:
         """A frame, or a part of one cut out at full size: boxes are shares of the frame, whatever size was shown."""
         assert look.frame is not None
-        if look.box is None:
-            size = self.still_size(info.height, info.width, self.views.frame_pixels)
-            pixels = self.reader.read(info.path, [look.frame], size).pixels
-        else:
-            x1, y1, x2, y2 = cut = pixel_box(look.box, (info.height, info.width))
-            size = self.still_size(y2 - y1, x2 - x1, self.views.crop_pixels)
-            whole = self.reader.read(info.path, [look.frame]).pixels
-            pixels = resize(whole[:, y1:y2, x1:x2], size)
+        whole = self.reader.read(info.path, [look.frame]).pixels  # at full size: zooms into it decode nothing
+        x1, y1, x2, y2 = cut = pixel_box(look.box or (0.0, 0.0, 1.0, 1.0), (info.height, info.width))
+        most = self.views.frame_pixels if look.box is None else self.views.crop_pixels
+        size = self.still_size(y2 - y1, x2 - x1, most)
+        pixels = resize(whole[:, y1:y2, x1:x2], size)
         rows, grid = self._patched(pixels)
         pads = self._image * (grid[1] * grid[2] // self._merge**2)
-        where = (look.frame, *(() if look.box is None else cut))
-        return f"{self._open}{pads}{self._close}", Pixels(_key(info, where, size), _tensors(rows, grid))
+        return f"{self._open}{pads}{self._close}", Pixels(_key(info, (look.frame, *cut), size), _tensors(rows, grid))
 
     def _patched(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
         return patchify(pixels, patch=self._patch, merge=self._merge, temporal=self._temporal, norm=self._norm)

