@@ -50,6 +50,11 @@ def video_agent(
         settings: fields of `vision.settings.Settings`: at most `max_steps` turns of at most `max_new_tokens` tokens.
     """
     chosen = Settings(**settings)
+    if chosen.max_prompt_tokens >= max_context:
+        raise ValueError(
+            f"policy.max_context={max_context} must exceed policy.max_prompt_tokens={chosen.max_prompt_tokens}: a "
+            "conversation begins with its prompt"
+        )
     for module in manipulations:
         import_module(module)
     if model == "clips":
@@ -69,7 +74,7 @@ def video_agent(
     if engine == "vllm":
         other = vllm_engine(
             model, "", "", max_model_len=max_context + chosen.max_new_tokens, memory=engine_memory,
-            lora_rank=lora_rank, dtype=dtype,
+            lora_rank=lora_rank, dtype=dtype, films=True,
         )  # fmt: skip
     return VisionPolicy(hf, processor, rule, chosen, other, environment, encoder)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from mmrl.sharding import is_sharded, whole
 from vision.growth import Decoding, Node, PromptTokens
 from vision.network import bare
 from vision.step_rule import StepRule
+from vision.turns import Answer
+from vision.turns_engine import grow_turns
 
 if TYPE_CHECKING:
     from vision.engine_vllm import VllmEngine
@@ -44,11 +47,35 @@ class SyncedEngine:
         Raises:
             ValueError: several processes train against one server.
         """
+        with self._awake(hf):
+            return self.engine.grow(prompts, plan, decoding, rule, seeds)
+
+    def grow_turns(
+        self,
+        hf: Any,
+        prompts: Sequence[PromptTokens],
+        plan: BranchPlan,
+        decoding: Decoding,
+        rule: StepRule,
+        seeds: Sequence[int],
+        answer: Answer,
+    ) -> list[Node]:
+        """As vision.turns.grow_turns, by the engine with the weights of `hf`, which follow as in `grow`.
+
+        `rule` is not asked: a step is a turn.
+
+        Raises:
+            ValueError: also what `vision.turns_engine.grow_turns` refuses.
+        """
+        with self._awake(hf):
+            return grow_turns(self.engine, prompts, plan, decoding, seeds, answer)
+
+    @contextmanager
+    def _awake(self, hf: Any) -> Iterator[None]:
         self.engine.wake()
         self._follow(hf)
-        nodes = self.engine.grow(prompts, plan, decoding, rule, seeds)
+        yield
         self.engine.sleep()
-        return nodes
 
     def _follow(self, hf: Any) -> None:
         stamp = sum(p._version for p in hf.parameters() if p.requires_grad)  # every in-place update counts up
@@ -72,14 +99,16 @@ def _adapter(hf: Any) -> dict[str, torch.Tensor]:
 
 
 def vllm_engine(
-    folder: str, url: str, exchange: str, *, max_model_len: int, memory: float, lora_rank: int, dtype: str
-) -> SyncedEngine:
+    folder: str, url: str, exchange: str, *, max_model_len: int, memory: float, lora_rank: int, dtype: str,
+    films: bool = False,
+) -> SyncedEngine:  # fmt: skip
     """vLLM in this process, or the server at `url`; see `vision.engine_vllm`."""
     from vision.engine_vllm import VllmEngine
 
     if url:
         return SyncedEngine(VllmEngine.server(url, folder=folder, exchange=exchange or None), shared=True)
     engine = VllmEngine.in_process(
-        folder, max_model_len=max_model_len, gpu_memory_utilization=memory, lora_rank=lora_rank, dtype=dtype
-    )
+        folder, max_model_len=max_model_len, gpu_memory_utilization=memory, lora_rank=lora_rank, dtype=dtype,
+        films=films,
+    )  # fmt: skip
     return SyncedEngine(engine, shared=False)

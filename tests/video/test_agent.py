@@ -109,6 +109,18 @@ def test_the_first_view_spans_the_clip_by_its_clock(clip):
     assert "<3.1 seconds>" in stamped.text and "<15.6 seconds>" in stamped.text
 
 
+def test_text_after_a_film_goes_on_behind_its_largest_position(clip):
+    """As Qwen2.5-VL was released: the second row in time lies 12 s x tokens per second later, the text behind that."""
+    policy = agent(str(family_folder("qwen2_5_vl")), scripted=False)
+    tokens = policy.encode(prompts(clip)[0])
+    film = tokens.types == 2
+    last = int(film.nonzero()[-1])
+    assert int(tokens.positions[0, last]) > int(tokens.positions[1:, last].max())  # time is what reached furthest
+    after = tokens.positions[:, last + 1]
+    assert after.tolist() == [int(tokens.positions[:, film].max()) + 1] * 3
+    assert tokens.next_position == int(tokens.positions.max()) + 1
+
+
 def test_equal_looks_are_one_picture_for_the_encoder(clip):
     """Group members that look at the same frame share its features."""
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=60)
