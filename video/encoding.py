@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from mmrl.byte_cache import ByteCache
 from mmrl.rollout import Prompt
 from video.actions import Look, pixel_box
-from video.frame_cache import ByteCache
 from video.patches import Norm, patchify, resize
 from video.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
 from video.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mmrl.byte_cache import ByteCache
 from video.clip import Frames, ReadLimits, Reason, VideoDecodeError, VideoInfo
-from video.frame_cache import ByteCache
 from video.worker import DecodeWorker, File
 
 __all__ = ["Frames", "ReadLimits", "Reason", "VideoDecodeError", "VideoInfo", "VideoReader"]

@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.byte_cache import ByteCache
 from mmrl.rollout import Prompt
 from mmrl.tree import StepTree
 from vision.attention import FLEX, attend_by, style_of
 from vision.loading import load_model, tokenizer_of
 from vision.lora import add_lora, image_parameters
-from vision.network import FeatureCache, Network, bare, freeze_idle
+from vision.network import Network, bare, freeze_idle
 from vision.packing import Mode, choose_mode, rows_of, split
 from vision.passes import Job, TokenTree
 from vision.prompts import PromptEncoder, PromptError
 from vision.settings import Settings
 
 log = logging.getLogger(__name__)
+
+FEATURE_BYTES = 2**30  # of pictures kept as a frozen encoder made them
 
 
 class Backbone:
@@ -44,7 +47,7 @@ class Backbone:
         self.style = style_of(bare(hf))
         self.modes = _allowed(settings.mode, self.style.plain, settings.gradient_checkpointing, bare(hf))
         trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))
-        self.features = None if trained_images else FeatureCache()
+        self.features = None if trained_images else ByteCache(FEATURE_BYTES)
         self.blank = self.encode.blank() if trained_images else None
         if self.blank is not None:
             freeze_idle(hf, self.blank, image_parameters(bare(hf)))

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.byte_cache import ByteCache
 from mmrl.rollout import BranchPlan
 from vision.growth import Decoding, Node, PromptTokens
-from vision.network import FeatureCache, bare, encode_images, encoder_outputs, masked_scores
+from vision.network import bare, encode_images, encoder_outputs, masked_scores
 from vision.passes import left_pad, pad_positions
 from vision.step_rule import StepRule
 
@@ -36,7 +37,7 @@ def grow(
     decoding: Decoding,
     rule: StepRule,
     seeds: Sequence[int],
-    cache: FeatureCache | None = None,
+    cache: ByteCache | None = None,
 ) -> list[Node]:
     """Sample the tree of every prompt under `plan`; parents come before children.
 
@@ -60,7 +61,7 @@ class _Decoder:
         self.eos = set(decoding.eos)
         self.noise = torch.stack([noise_table(s, decoding.max_new_tokens, plan.leaves) for s in seeds])
 
-    def run(self, cache: FeatureCache | None) -> list[Node]:
+    def run(self, cache: ByteCache | None) -> list[Node]:
         logits, past, mask = prefill(self.hf, self.prompts, cache)
         rows: list[_Row] = []
         origin: list[int] = []
@@ -133,7 +134,7 @@ class _Decoder:
         return where if self.prompts[0].positions.ndim == 1 else where.expand(3, -1, -1)
 
 
-def prefill(hf: Any, prompts: Sequence[PromptTokens], cache: FeatureCache | None) -> tuple[Tensor, Any, Tensor | None]:
+def prefill(hf: Any, prompts: Sequence[PromptTokens], cache: ByteCache | None) -> tuple[Tensor, Any, Tensor | None]:
     """(G, V) logits after each prompt, the cache, the mask of left-padded prompts."""
     device = bare(hf).device
     ids, mask = left_pad([p.ids for p in prompts])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
 
+from mmrl.byte_cache import ByteCache
 from mmrl.rollout import Prompt
 from vision.growth import PromptTokens
 from vision.prompts import size_in_bytes
@@ -57,9 +57,7 @@ class Replay:
     """
 
     def __init__(self, environment: Environment, max_bytes: int = 2**29) -> None:
-        self.environment, self.max_bytes = environment, max_bytes
-        self._kept: OrderedDict[tuple[Any, ...], Moment] = OrderedDict()
-        self._bytes = 0
+        self.environment, self._kept = environment, ByteCache(max_bytes)
 
     def after(self, prompt: Prompt, start: int, turns: tuple[tuple[str, int], ...]) -> Moment:
         """Where the conversation stands after `turns`, each the text and its number of tokens; `start` tokens were
@@ -67,21 +65,16 @@ class Replay:
         if not turns:
             return Moment(Answered(self.environment.start(prompt), None), start)
         key = (prompt.id, str(dict(prompt.inputs)), turns)
-        if key not in self._kept:
+        known: Moment | None = self._kept.get(key)
+        if known is None:
             before = self.after(prompt, start, turns[:-1])
             seen = before.answered.observation
             used = before.used + (0 if seen is None else len(seen.ids)) + turns[-1][1]
-            self._keep(key, Moment(self.environment.step(before.answered.state, turns[-1][0], used), used))
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def _keep(self, key: tuple[Any, ...], moment: Moment) -> None:
-        self._kept[key] = moment
-        self._bytes += _size(moment)
-        while self._bytes > self.max_bytes and len(self._kept) > 1:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
+            known = Moment(self.environment.step(before.answered.state, turns[-1][0], used), used)
+            self._kept.put(key, known, _size(known))
+        return known
 
 
 def _size(moment: Moment) -> int:
     seen = moment.answered.observation
-    return 256 if seen is None else 256 + size_in_bytes(seen)
+    return 0 if seen is None else size_in_bytes(seen)

@@ -5,7 +5,6 @@ Whatever wraps the module (DDP, autocast, FSDP) sees one call per micro-batch, i
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmrl.byte_cache import ByteCache
 from vision.growth import Pixels
 from vision.passes import Job, Pass
 
@@ -55,29 +55,9 @@ class Features:
         return torch.stack([t.float().sum() for t in (self.tokens, *self.deep)]).sum()
 
 
-class FeatureCache:
-    """Features of frozen image encoders, newest kept, up to `max_bytes`. Empty and unused when they are trained."""
-
-    def __init__(self, max_bytes: int = 2**30) -> None:
-        self.max_bytes, self.held = max_bytes, 0
-        self._items: OrderedDict[str, Features] = OrderedDict()
-
-    def get(self, key: str) -> Features | None:
-        """The features of `key`, now the newest."""
-        if key in self._items:
-            self._items.move_to_end(key)
-        return self._items.get(key)
-
-    def put(self, key: str, features: Features) -> None:
-        """Keep `features`; the oldest go when the limit is passed."""
-        self._items[key] = features
-        self.held += features.nbytes
-        while self.held > self.max_bytes and len(self._items) > 1:
-            self.held -= self._items.popitem(last=False)[1].nbytes
-
-
-def encode_images(hf: Any, images: Iterable[Pixels], cache: FeatureCache | None = None) -> dict[str, Features]:
-    """Features by key; each distinct key is encoded once, those in `cache` not at all."""
+def encode_images(hf: Any, images: Iterable[Pixels], cache: ByteCache | None = None) -> dict[str, Features]:
+    """Features by key; each distinct key is encoded once, those in `cache` not at all. A cache is for frozen encoders
+    alone."""
     distinct = {p.key: p for p in images}
     out = {k: f for k in distinct if cache is not None and (f := cache.get(k)) is not None}
     todo = [p for k, p in distinct.items() if k not in out]
@@ -85,7 +65,7 @@ def encode_images(hf: Any, images: Iterable[Pixels], cache: FeatureCache | None 
         for pixels, features in zip(part, _encode(bare(hf), part), strict=True):
             out[pixels.key] = features
             if cache is not None:
-                cache.put(pixels.key, features)
+                cache.put(pixels.key, features, features.nbytes)
     return out
 
 
@@ -156,7 +136,7 @@ def _encoder_output(features: Sequence[Features]) -> Any:
 
 
 def run_job(
-    hf: Any, job: Job, temperature: float, banned: Sequence[int], cache: FeatureCache | None, blank: Pixels | None
+    hf: Any, job: Job, temperature: float, banned: Sequence[int], cache: ByteCache | None, blank: Pixels | None
 ) -> dict[str, Tensor]:
     """Log-probs of the job's tokens under logits / temperature without the banned ids, in float32.
 
@@ -195,7 +175,7 @@ class StepHead(nn.Module):
 
 def read_job(
     hf: Any, head: StepHead | None, job: Job, tokens: Sequence[int], owner: Tensor,
-    cache: FeatureCache | None, blank: Pixels | None,
+    cache: ByteCache | None, blank: Pixels | None,
 ) -> Tensor:  # fmt: skip
     """(S, C) float32 outputs at the job's slots: `head` on the last hidden states, or without a head the logits of
     two `tokens` as one difference, first minus second (C = 1).
@@ -223,7 +203,7 @@ def _likelihood(hf: Any, hidden: Tensor, tokens: Tensor, owner: Tensor, slots: i
 
 
 def _outputs(
-    hf: Any, job: Job, cache: FeatureCache | None, blank: Pixels | None, hidden: bool = False
+    hf: Any, job: Job, cache: ByteCache | None, blank: Pixels | None, hidden: bool = False
 ) -> tuple[list[Tensor], Tensor | None]:
     """Logits, or last hidden states, of the job's passes as (rows, V or H) each, and a 0 that depends on the image
     encoder where the job shows no image."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmrl.byte_cache import ByteCache
 from mmrl.rollout import Prompt
 from vision.growth import Pixels, PromptTokens
 from vision.images import Limits, image_key, load_image
@@ -43,12 +43,11 @@ class PromptEncoder:
     ) -> None:  # fmt: skip
         self._model, self.processor, self.settings = bare(hf), processor, settings
         self.tokenizer = tokenizer_of(processor)
-        self.limits, self.keep_images, self.max_bytes, self.opening = limits, keep_images, max_bytes, opening
+        self.limits, self.keep_images, self.opening = limits, keep_images, opening
         self.image_token = image_token_id(self._model.config)
         self.video_token = getattr(self._model.config, "video_token_id", None)
         self._reserved = self._reserved_texts()
-        self._kept: OrderedDict[tuple[str, ...], PromptTokens] = OrderedDict()
-        self._bytes = 0
+        self._kept = ByteCache(max_bytes)
 
     def __call__(self, prompt: Prompt) -> PromptTokens:
         """The prompt's tokens.
@@ -56,13 +55,12 @@ class PromptEncoder:
         Raises:
             PromptError: a broken or missing image, placeholders in the text, images unlike placeholders, too long.
         """
-        key = self.key(prompt)
-        if key not in self._kept:  # by content: training and evaluation files may use an id twice
-            self._kept[key] = tokens = self._encode(prompt)
-            self._bytes += size_in_bytes(tokens)
-            while self._bytes > self.max_bytes and len(self._kept) > 1:
-                self._bytes -= size_in_bytes(self._kept.popitem(last=False)[1])
-        return self._kept[key]
+        key = self.key(prompt)  # by content: training and evaluation files may use an id twice
+        known: PromptTokens | None = self._kept.get(key)
+        if known is None:
+            known = self._encode(prompt)
+            self._kept.put(key, known, size_in_bytes(known))
+        return known
 
     def key(self, prompt: Prompt) -> tuple[str, ...]:
         """What decides a prompt's tokens."""

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.byte_cache import ByteCache
 from mmrl.rollout import BranchPlan
 from vision.decode import draw, noise_table, prefill
 from vision.growth import Decoding, Node, PromptTokens
-from vision.network import FeatureCache, bare, encode_images, encoder_outputs
+from vision.network import bare, encode_images, encoder_outputs
 from vision.passes import left_pad, pad_positions
 
 # (all nodes, the index of one that just ended) -> the observation after it, None = the conversation is over
@@ -58,7 +59,7 @@ def grow_turns(
     decoding: Decoding,
     seeds: Sequence[int],
     answer: Answer,
-    cache: FeatureCache | None = None,
+    cache: ByteCache | None = None,
 ) -> list[Node]:
     """Sample the tree of every prompt under `plan`, where a step is a turn of at most `max_new_tokens` that ends with
     an end mark, and a conversation has at most `max_steps`.
@@ -78,7 +79,7 @@ class _Turns:
 
     def __init__(
         self, hf: Any, prompts: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding, seeds: Sequence[int],
-        answer: Answer, cache: FeatureCache | None,
+        answer: Answer, cache: ByteCache | None,
     ) -> None:  # fmt: skip
         self.hf, self.device, self.cache = hf, bare(hf).device, cache
         self.prompts, self.plan, self.decoding, self.answer = prompts, plan, decoding, answer

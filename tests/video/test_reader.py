@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_clips import number, write_avi, write_clip
 
+from mmrl.byte_cache import ByteCache
 from video.clip_index import index_clip
-from video.frame_cache import ByteCache
 from video.reader import ReadLimits, VideoDecodeError, VideoInfo, VideoReader
 
 SIZE = (96, 128)
