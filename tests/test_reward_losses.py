@@ -194,7 +194,7 @@ def test_q_rank_pulls_right_up_and_wrong_down():
 
 
 def test_only_ranking_needs_solutions():
-    assert [n for n in ALL if needs_path(n)] == ["q_rank"]
+    assert [n for n in ALL if needs_path(n)] == ["preference", "q_rank"]
     with pytest.raises(ValueError, match="give `path`"):
         step_loss("q_rank")(torch.zeros(1, 1), tensor(1))
 

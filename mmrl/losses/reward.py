@@ -182,6 +182,33 @@ def q_rank(logits: Tensor, labels: Tensor, path: Tensor, *, zeta: float = 4.0, a
     return (total / count.clamp(min=1))[solution]
 
 
+def preference(logits: Tensor, labels: Tensor, path: Tensor, *, center: float = 0.0) -> Tensor:
+    """Bradley-Terry on the steps of a path, which are alternatives to each other: KL(labels || softmax of logits).
+
+    A pair labelled 1, 0 gives -ln sigmoid(q_1 - q_0), a tie 1/2, 1/2 at least 0 (LRM's loss); labels are divided by
+    their sum. Every step carries the loss of its path, so weights mean the same as in the pointwise losses.
+    center: adds center times the squared mean logit of the path. The loss itself reads differences only; with it,
+    sigmoid(logit) is the probability of beating an average alternative (Eisenstein et al. 2023, Helping or Herding).
+
+    Raises:
+        ValueError: a path whose labels are all 0.
+    """
+    q = good_logit(logits)
+    _, pair = torch.unique(path, return_inverse=True)
+    size = torch.bincount(pair)
+    mass = labels.new_zeros(len(size)).index_add(0, pair, labels)
+    if bool((mass == 0).any()):
+        raise ValueError(f"path {int(path[(mass == 0)[pair]][0])} has no label above 0: a preference needs a better "
+                         "step, or a tie of 1/2 each")  # fmt: skip
+    target = labels / mass[pair]
+    top = q.detach().new_full((len(size),), -math.inf).scatter_reduce(0, pair, q.detach(), "amax")[pair]
+    total = q.new_zeros(len(size)).index_add(0, pair, (q - top).exp())
+    logp = q - top - total.log()[pair]
+    each = torch.xlogy(target, target) - target * logp
+    mean = q.new_zeros(len(size)).index_add(0, pair, q) / size
+    return (q.new_zeros(len(size)).index_add(0, pair, each) + center * mean**2)[pair]
+
+
 def _logsumexp(x: Tensor, among: Tensor, with_zero: bool) -> Tensor:
     """(R,) ln sum e^{x_j} over `among` (R, L); with_zero adds e^0. No row may be empty of both."""
     rows = x.expand(among.shape).masked_fill(~among, -math.inf)
@@ -208,6 +235,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "atanh_huber": atanh_huber,
     "free_prm": free_prm,
     "q_rank": q_rank,
+    "preference": preference,
 }
 
 

@@ -169,6 +169,8 @@ class StepRewardTrainer:
             [scores[r].tolist() for r in good], labels, [[data.kinds[i] for i in r] for r in good]
         )
         kept = {k: v for k, v in measures.items() if k.split("/")[-1] == "auc" or k in MEASURES}
+        if own := getattr(self.task, "measures", None):  # (data, scores of its rows) -> the task's own measures
+            kept |= own(data, scores)
         return {f"eval/{k}": v for k, v in kept.items() if v == v} | {
             "eval/unread_solutions": float(len(rows) - len(good))
         }
