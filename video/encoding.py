@@ -27,6 +27,7 @@ from vision.network import bare
 from vision.prompts import PromptEncoder, PromptError, size_in_bytes
 from vision.settings import Settings
 
+SMALLEST_DECODED = 64  # side in pixels: below, decord's own scaling fails at times
 OBSERVED_BYTES = 2**28  # of observations kept: group members often look at the same place
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -143,8 +144,8 @@ class VideoEncoder(PromptEncoder):
 
     def _film(self, info: VideoInfo, index: np.ndarray) -> tuple[str, Pixels]:
         size = self.film_size(info, len(index))
-        frames = self.reader.read(info.path, index.tolist(), size)
-        rows, grid = self._patched(frames.pixels)
+        frames = self.reader.read(info.path, index.tolist(), size if min(size) >= SMALLEST_DECODED else None)
+        rows, grid = self._patched(resize(frames.pixels, size))
         pads = self._video * (grid[1] * grid[2] // self._merge**2)
         if self._stamped:
             marks = "".join(f"{t}{self._open}{pads}{self._close}" for t in second_marks(frames.times))

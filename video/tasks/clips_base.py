@@ -1,0 +1,264 @@
+"""What the clips task starts from: a tiny Qwen2.5-VL that finds and reads strong events and often misses weak ones.
+
+Made once from random weights by a fixed recipe (no download) and kept in the user's cache folder, in the layout of any
+transformers model. Two stages: *align* (every token of a look names what it shows) and imitation of correct episodes,
+with doubt. No film is encoded: clips are drawn small, with noise in place of what encoding does to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmrl.cache import cache_root, made_once
+from video.tasks.clips_model import (
+    WORDS,
+    Episode,
+    hidden_states,
+    look_features,
+    new_model,
+    save,
+    text_positions,
+)
+from video.tasks.clips_scene import (
+    ANSWER,
+    COLOURS,
+    FRAME,
+    GRID,
+    PER_SEGMENT,
+    QUESTIONS,
+    SEGMENT,
+    SEGMENTS,
+    ZOOM,
+    Clip,
+    Pixels,
+    cell_name,
+    sample_clip,
+    second_of,
+    solve,
+)
+from vision.loading import load_model, load_processor
+from vision.tasks.shapes_scene import generator
+from vision.tasks.tiny_vl import END, PAD, SPECIAL, cosine, optimizer_of, pad_examples, progress, set_lr, update
+
+log = logging.getLogger(__name__)
+
+NOISE = 1.5  # levels of a shown pixel: about what encoding changes, see tests/video/test_clips.py
+LONGEST_TURN = 9  # tokens, the end mark included
+
+_ID = WORDS.ids
+_UNSAID = [_ID[word] for word in SPECIAL if word != END]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """TODO"""
+
+    pool: int = 2000  # clips, each with one question
+    contrast: tuple[float, float] = (0.5, 1.0)
+    align_steps: int = 150
+    align_batch: int = 64
+    steps: int = 300  # of imitation
+    batch: int = 32
+    doubt: tuple[float, float, float, float] = (0.2, 0.3, 0.12, 0.1)  # segment, frame, corner of a box, answer
+    width: int = 128
+    layers: int = 3
+    lr: float = 3e-3
+    seed: int = 0
+    version: int = 1  # raise when the code below, the clips or the network change what it makes
+
+    @property
+    def key(self) -> str:
+        """Folder name in the cache: a hash of everything that decides the weights."""
+        return "clips-" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def clips_base(recipe: Recipe | None = None) -> Path:
+    """The folder of model and processor, made first if it is not there. One process makes it, the others wait.
+
+    Raises:
+        RuntimeError: the cached files are damaged.
+    """
+    recipe = recipe or Recipe()
+    folder = made_once(cache_root() / recipe.key, partial(_make, recipe))
+    try:
+        load_model(folder), load_processor(folder)
+    except Exception as error:
+        raise RuntimeError(
+            f"the cached clips model in {folder} is damaged ({error}); delete that folder and run again, "
+            "it is made anew in about 2 minutes"
+        ) from error
+    return folder
+
+
+def _make(recipe: Recipe, work: Path) -> None:
+    log.info("pre-training the clips model (about 2 minutes on one core, once); cache: %s", work.parent)
+    model = train_base(recipe)
+    right = accuracy(model, contrast=recipe.contrast, number=64)
+    level = logging.INFO if right >= 0.9 else logging.WARNING
+    log.log(level, "the clips model answers %.0f%% of 64 held-out questions right (usually all of them)", 100 * right)
+    save(model, work)
+    (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+
+
+def train_base(recipe: Recipe) -> Any:
+    """The trained model, the same for the same recipe on the same hardware and number of threads."""
+    rng = generator("clips-base", recipe.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        model = new_model(recipe.width, recipe.layers)
+    pool = [_sample_solved(rng, recipe) for _ in progress(range(recipe.pool), "drawing clips")]
+    align(model, pool, recipe, rng)
+    imitate(model, pool, recipe, rng)
+    return model.eval()
+
+
+def _sample_solved(rng: np.random.Generator, recipe: Recipe) -> Episode:
+    question = QUESTIONS[int(rng.choice(3, p=(0.25, 0.25, 0.5)))]
+    return solved(sample_clip(rng, "sft", contrast=recipe.contrast), question)
+
+
+def solved(clip: Clip, question: str) -> Episode:
+    """The correct episode."""
+    episode = Episode(clip, question)
+    for turn in solve(clip, question):
+        episode.say(turn)
+    return episode
+
+
+def align(model: Any, pool: Sequence[Episode], recipe: Recipe, rng: np.random.Generator) -> None:
+    """Train the tower and the embeddings until each token of a look, read through the output matrix, names what it
+    shows: two words at probability 1/2 each."""
+    embedding = model.get_input_embeddings().weight
+    optimizer = optimizer_of([*model.model.visual.parameters(), embedding], recipe.lr)
+    for step in progress(range(recipe.align_steps), "aligning pictures and words (clips)"):
+        set_lr(optimizer, recipe.lr * cosine(step / recipe.align_steps))
+        batch = [pool[i] for i in rng.integers(len(pool), size=recipe.align_batch)]
+        names = torch.tensor([[_ID[a], _ID[b]] for e in batch for a, b in names_of(e)])
+        logits = look_features(model, noisy(batch, rng)) @ embedding.T
+        update(model, optimizer, -logits.log_softmax(-1).gather(-1, names).mean())
+
+
+def names_of(episode: Episode) -> list[tuple[str, str]]:
+    """Two words for each token of a correct episode's looks: which segment, and its lamp; which pair of frames, and
+    which of them has the box; the box's cell; its colour."""
+    clip, pairs = episode.clip, PER_SEGMENT // 2
+    out = [(str(s + 1), "lit" if s == clip.segment else "dark") for s in range(SEGMENTS)]
+    pair, late = divmod(clip.frame, 2)
+    for k in range(pairs * clip.segment, pairs * (clip.segment + 1)):
+        out.append((str(2 * k + 1), "empty" if k != pair else "second" if late else "first"))
+    quadrant = 2 * (clip.cell // (2 * GRID)) + clip.cell % GRID // 2
+    out += [(cell_name(clip.cell),) * 2 if q == quadrant else ("empty",) * 2 for q in range(4)]
+    return [*out, (list(COLOURS)[clip.colour],) * 2] if episode.question == "colour" else out
+
+
+def noisy(batch: Sequence[Episode], rng: np.random.Generator) -> list[Pixels]:
+    """The looks of some episodes with fresh noise, the same on both copies of a still."""
+    out = []
+    for episode in batch:
+        for view, look in zip(episode.views, episode.looks, strict=True):
+            noise = rng.standard_normal(look.shape, dtype=np.float32)
+            if view.times == 1:
+                noise[1] = noise[0]
+            out.append(np.rint(look + NOISE * noise).clip(0, 255).astype(np.uint8))
+    return out
+
+
+def imitate(model: Any, pool: Sequence[Episode], recipe: Recipe, rng: np.random.Generator) -> None:
+    """Cross-entropy of the turns of correct episodes, in doubt about what they name."""
+    optimizer = optimizer_of(model.parameters(), recipe.lr)
+    targets = [targets_of(e, recipe.doubt) for e in pool]
+    for step in progress(range(recipe.steps), "learning to look and to answer (clips)"):
+        set_lr(optimizer, recipe.lr * min(1.0, (step + 1) / 50) * cosine(step / recipe.steps))
+        drawn = rng.integers(len(pool), size=recipe.batch)
+        batch = [pool[i] for i in drawn]
+        logits = said_logits(model, batch, noisy(batch, rng))
+        update(model, optimizer, F.cross_entropy(logits, torch.cat([targets[i] for i in drawn])))
+
+
+def targets_of(episode: Episode, doubt: Sequence[float]) -> Tensor:
+    """(said, words) the share of each word where the model speaks: 1 for what is right, but what a turn names (a
+    segment, a frame, a corner, the answer) shares `doubt` with all that could stand there."""
+    frames = range(PER_SEGMENT * episode.clip.segment, PER_SEGMENT * (episode.clip.segment + 1))
+    answers = {"when": map(second_of, frames), "where": map(cell_name, range(GRID**2)), "colour": COLOURS}
+    named = {  # places in a turn, and the words that could stand there
+        SEGMENT: ((2,), [str(s + 1) for s in range(SEGMENTS)]),
+        FRAME: ((2,), [str(f + 1) for f in frames]),
+        ZOOM: ((3, 4), [f"{1000 * k // GRID}," for k in range(GRID)]),
+        ANSWER: ((1,), list(answers[episode.question])),
+    }
+    out = []
+    for turn in episode.turns:
+        rows = F.one_hot(torch.tensor([*WORDS.encode(turn), _ID[END]]), len(_ID)).float()
+        kind = turn.split(" ")[0]
+        places, words = named[kind]
+        share = doubt[list(named).index(kind)]
+        for place in places:
+            rows[place] *= 1 - share
+            rows[place, [_ID[w] for w in words]] += share / len(words)
+        out.append(rows)
+    return torch.cat(out)
+
+
+def said_logits(model: Any, batch: Sequence[Episode], looks: Sequence[Pixels]) -> Tensor:
+    """(S, words) logits of the tokens that the model said in some episodes, row by row."""
+    ids, said = pad_examples([(e.ids, e.said) for e in batch], _ID[PAD])
+    positions = _stack_positions([e.positions for e in batch], ids.shape[1])
+    hidden = hidden_states(model, ids, positions, look_features(model, looks))
+    return hidden[:, :-1][said[:, 1:]] @ model.get_input_embeddings().weight.T
+
+
+@torch.no_grad()
+def play(
+    model: Any, clips: Sequence[Clip], questions: Sequence[str], *, temperature: float = 0.0, seed: int = 0
+) -> list[Episode]:
+    """Episodes with the model's own turns: the most likely, or sampled at a temperature."""
+    episodes = [Episode(c, q) for c, q in zip(clips, questions, strict=True)]
+    random = torch.Generator().manual_seed(seed)
+    while live := [e for e in episodes if not e.done]:
+        for episode, turn in zip(live, _next_turns(model, live, temperature, random), strict=True):
+            episode.say(turn)
+    return episodes
+
+
+def _next_turns(model: Any, live: Sequence[Episode], temperature: float, random: torch.Generator) -> list[str]:
+    features = look_features(model, [look for e in live for look in e.looks])
+    rows = [list(e.ids) for e in live]
+    for n in range(LONGEST_TURN):
+        ids, _ = pad_examples([(row, []) for row in rows], _ID[PAD])
+        places = [torch.cat([e.positions, text_positions(n, e.next)], dim=1) for e in live]
+        hidden = hidden_states(model, ids, _stack_positions(places, ids.shape[1]), features)
+        last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+        logits = last @ model.get_input_embeddings().weight.T
+        logits[:, _UNSAID] = -torch.inf
+        likely = logits.argmax(-1)
+        if temperature:
+            likely = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random).flatten()
+        for row, token in zip(rows, likely.tolist(), strict=True):
+            row.append(token)
+    return [WORDS.decode(row[len(e.ids) :]) for row, e in zip(rows, live, strict=True)]
+
+
+def _stack_positions(rows: Sequence[Tensor], length: int) -> Tensor:
+    """(3, B, length), 0 on padding."""
+    return torch.stack([F.pad(row, (0, length - row.shape[1])) for row in rows], dim=1)
+
+
+def accuracy(model: Any, *, contrast: tuple[float, float], number: int = 256) -> float:
+    """Share of right answers, greedy, on `number` held-out clips."""
+    rng = generator("clips-accuracy", contrast)
+    clips = [sample_clip(rng, "held_out", contrast=contrast) for _ in range(number)]
+    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(number)]
+    played = play(model, clips, questions)
+    return sum(e.turns[-1] == solve(e.clip, e.question)[-1] for e in played) / number
