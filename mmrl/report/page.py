@@ -19,7 +19,15 @@ from mmrl.report.tree_picture import draw_tree
 PANELS: list[tuple[str, list[str]]] = [
     (
         "On the evaluation prompts",
-        ["eval/reward", "eval/judge", "eval/diversity", "eval/accuracy", "eval/steps", "eval/format"],
+        [
+            "eval/reward",
+            "eval/judge",
+            "eval/diversity",
+            "eval/accuracy",
+            "eval/manipulation_f1",
+            "eval/steps",
+            "eval/format",
+        ],
     ),
     (
         "On labelled steps held out",

@@ -19,6 +19,7 @@ from mmrl.rollout import Prompt, Sample
 from video.rewards import manipulation_f1
 from video.rewards.calls import Reading
 from video.tasks.clips_files import write_mp4
+from video.tasks.clips_scene import ANSWER as ANSWER_WORD
 from video.tasks.clips_scene import (
     FPS,
     FRAMES,
@@ -33,7 +34,6 @@ from video.tasks.clips_scene import (
     sample_clip,
     solve,
 )
-from video.tasks.clips_scene import ANSWER as ANSWER_WORD
 from vision.tasks.shapes_scene import generator
 from vision.tasks.tiny_vl import progress
 
