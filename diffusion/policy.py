@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.adapters.base import Adapter, Cond
+from diffusion.adapters.base import Adapter, Cond, Level
 from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, sample_forest, sample_ode, transition
-from diffusion.schedule import Course, Sampling, plan_course, record
+from diffusion.schedule import Course, Sampling, candidates, plan_course, record
 from mmrl.reference import Reference, unwrap
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
+
+if TYPE_CHECKING:
+    from mmrl.trainers.sample_loss import Rewards, Term
+
+# (latents (N, *D), their noise level, conditions, prompt of each (N,)) -> (N,) scores, such as LatentReward.score
+Judge = Callable[[Tensor, Level, Cond, Tensor], Tensor]
 
 
 class DiffusionPolicy:
@@ -94,11 +101,41 @@ class DiffusionPolicy:
     def _predict(
         self, model: nn.Module, course: Course, cond: Cond, x: Tensor, i: int, own: Tensor
     ) -> tuple[Tensor, Tensor]:
+        return self._predict_level(model, course.levels[i], cond, x, own)
+
+    def _predict_level(
+        self, model: nn.Module, level: Level, cond: Cond, x: Tensor, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
         parts = [
-            self.adapter.predict(model, a.to(self._device), course.levels[i], cond, b.to(self._device))
+            self.adapter.predict(model, a.to(self._device), level, cond, b.to(self._device))
             for a, b in zip(x.split(self.max_batch), own.split(self.max_batch), strict=True)
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def levels(self) -> list[Level]:
+        """The noise levels at which the sampler calls the network, the noisiest first."""
+        return self.adapter.schedule(self.sampling.steps)[:-1]
+
+    def predict_at(
+        self, rollout: Rollout, x: Tensor, level: Level, own: Tensor, *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(x0, eps), each (N, *D) float32, of latents `x` at one level; `own` (N,) is the prompt of each.
+
+        Differentiable where gradients are on; with `reference`, by the initial model, without gradient.
+        """
+        if reference:
+            with self._reference.applied(self.model, self._bare) as model:
+                return self._predict_level(model, level, _cond(rollout), x, own)
+        model = self.model if torch.is_grad_enabled() else self._bare
+        return self._predict_level(model, level, _cond(rollout), x, own)
+
+    def sample_loss(
+        self, name: str, options: Mapping[str, Any], rollout: Rollout, rewards: Rewards, key: tuple[int, int]
+    ) -> list[Term]:
+        """A loss on whole samples, one of `diffusion.baselines.LOSSES`, for `trainer: sample_loss`."""
+        from diffusion.baselines import sample_loss
+
+        return sample_loss(self, name, options, rollout, rewards, key)
 
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
@@ -118,11 +155,18 @@ class DiffusionPolicy:
         """Cost of one prompt; trained states are the states before noisy steps."""
         course = self.course(plan)
         noisy = [i for i, n in enumerate(course.noisy) if n]
-        return plan.forecast(len(course), trained_depths=noisy, full_steps=self.sampling.steps)
+        cost = plan.forecast(len(course), trained_depths=noisy, full_steps=self.sampling.steps)
+        side = sum(plan.width(i) * (candidates(self.sampling, plan, course, i) - 1) for i in noisy)
+        return replace(cost, steps=cost.steps + side)
 
     @torch.no_grad()
-    def rollout(self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0) -> Rollout:
-        """Sample a tree per prompt; all leaves of a prompt start from one initial latent."""
+    def rollout(
+        self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0, judge: Judge | None = None
+    ) -> Rollout:
+        """Sample a tree per prompt; all leaves of a prompt start from one initial latent.
+
+        judge: of `Sampling.candidates` the one with its highest score goes on, not a random one: a search.
+        """
         course, cond = self.course(plan, iteration), self.adapter.encode(prompts)
         generators = [named_generator(seed, iteration, p.id) for p in prompts]
         init = torch.stack([self.adapter.init(g) for g in generators]).to(self._device)
@@ -130,7 +174,12 @@ class DiffusionPolicy:
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
             return self._predict(self._bare, course, cond, x, i, own)
 
-        forest = sample_forest(predict, init, plan, self.sampling, course, generators)
+        def choose(x: Tensor, level: Level, own: Tensor) -> Tensor:
+            assert judge is not None
+            return judge(x, level, cond, own)
+
+        best = None if judge is None else choose
+        forest = sample_forest(predict, init, plan, self.sampling, course, generators, best)
         about = record(self.sampling, course) | {"seed": seed, "iteration": iteration}
         latents = {"latent": forest.latent} | ({"mean": forest.mean} if self.sampling.keep_mean else {})
         payload = {"init": init.to(getattr(torch, self.sampling.storage)).cpu()}
@@ -144,10 +193,14 @@ class DiffusionPolicy:
         )
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
-        """Steps of one depth at a time, siblings together, at most `max_batch` parent states each."""
+        """Steps of one depth at a time, siblings together, at most `max_batch` parent states each.
+
+        With `whole_prompts`, prompts that share a part while it has at most `max_batch` steps.
+        """
         tree = rollout.tree
         if whole_prompts:
-            return [steps[tree.group[steps] == g] for g in tree.group[steps].unique()]
+            group, size = torch.unique(tree.group[steps], return_inverse=True, return_counts=True)[1:]
+            return [steps[torch.isin(group, torch.tensor(part))] for part in _packed(size.tolist(), self.max_batch)]
         parts = []
         for depth in tree.depth[steps].unique():
             level = steps[tree.depth[steps] == depth]
@@ -161,6 +214,9 @@ class DiffusionPolicy:
         With `reference`, `kl` is the closed Gaussian form against the initial model, `ref_logp` its log-density.
         """
         trained = steps[rollout.actions.trainable[steps]]
+        if not len(trained):
+            none = torch.zeros(0, device=self._device)
+            return ActionLogProbs(trained, none, ref_logp=none if reference else None)
         outs = [
             self._log_probs_at(rollout, trained[rollout.tree.depth[trained] == d], int(d), reference)
             for d in rollout.tree.depth[trained].unique()
@@ -202,8 +258,9 @@ class DiffusionPolicy:
         return {"mean_shift": shift, "std": torch.full_like(shift, std), "interval": width}
 
     def samples(self, rollout: Rollout) -> list[Sample]:
-        """Decoded leaves."""
-        leaves = rollout.tree.is_leaf.nonzero().flatten()
+        """Decoded leaves, without the candidates that nothing follows."""
+        tree = rollout.tree
+        leaves = (tree.is_leaf & ~tree.tags["side"] if "side" in tree.tags else tree.is_leaf).nonzero().flatten()
         pictures = self.describe(rollout, leaves)
         owner = rollout.tree.group[leaves].tolist()
         return [Sample(rollout.prompts[g], p, s) for g, p, s in zip(owner, pictures, leaves.tolist(), strict=True)]
@@ -252,10 +309,27 @@ class DiffusionPolicy:
 
 
 def _as_tree(forest: Forest, num_steps: int) -> StepTree:
-    """Every transition a step; a leaf counts as unfinished until a reward is written into it."""
-    status = torch.where(forest.depth == num_steps - 1, UNFINISHED, INTERNAL)
+    """Every transition a step; a leaf counts as unfinished until a reward is written into it, a side candidate always.
+
+    Tags: `std` of the step's kernel, and `side` where there are such candidates.
+    """
+    status = torch.where((forest.depth == num_steps - 1) | forest.side, UNFINISHED, INTERNAL)
     outcome = torch.full((len(status),), torch.nan)
-    return StepTree(forest.parent, forest.group, status, outcome, logp=forest.logp)
+    tags = {"std": forest.std} | ({"side": forest.side} if bool(forest.side.any()) else {})
+    return StepTree(forest.parent, forest.group, status, outcome, logp=forest.logp, tags=tags)
+
+
+def _packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Consecutive indices in parts whose sizes add up to at most `limit`; a larger one is a part of its own."""
+    parts: list[list[int]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(i)
+        room -= size
+    return parts
 
 
 def _cond(rollout: Rollout) -> Cond:

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.adapters.base import Level
 from diffusion.kernels import KERNELS, Transition, correlated_noise, log_prob
-from diffusion.schedule import Course, Sampling
+from diffusion.schedule import Course, Sampling, candidates
 from mmrl.rollout import BranchPlan
 
 # (latents (N, *D), step index, prompt of each (N,)) -> (x0, eps)
 Predict = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
+# (latents (N, *D), their noise level, prompt of each (N,)) -> (N,) scores
+Choose = Callable[[Tensor, Level, Tensor], Tensor]
 
 
 class Forest(NamedTuple):
@@ -23,6 +26,7 @@ class Forest(NamedTuple):
     parent, group, depth: (E,) int. latent: (E, *D) state after the step, in storage dtype.
     logp: (E,) float32, NaN on deterministic steps. calls: network rows evaluated.
     mean: (E, *D) float32 transition means, empty unless `keep_mean`.
+    std: (E,) float32 of each step's kernel, NaN on deterministic ones. side: (E,) bool, what nothing follows.
     """
 
     parent: Tensor
@@ -31,6 +35,8 @@ class Forest(NamedTuple):
     latent: Tensor
     logp: Tensor
     mean: Tensor
+    std: Tensor
+    side: Tensor
     calls: int
 
 
@@ -56,37 +62,65 @@ def sample_forest(
     sampling: Sampling,
     course: Course,
     generators: list[torch.Generator],
+    choose: Choose | None = None,
 ) -> Forest:
-    """Sample a tree per prompt from `init` (G, *D). Siblings share their parent's forward pass."""
+    """Sample a tree per prompt from `init` (G, *D). Siblings share their parent's forward pass.
+
+    choose: of several candidates the one with the highest score goes on; None = a random one.
+    """
     storage = getattr(torch, sampling.storage)
     x = init.to(storage).float()
     own, parent = torch.arange(len(init)), torch.full((len(init),), -1)
-    rows: dict[str, list[Tensor]] = {k: [] for k in ("parent", "group", "depth", "latent", "logp", "mean")}
+    rows: dict[str, list[Tensor]] = {k: [] for k in Forest._fields if k != "calls"}
     made = calls = 0
     for i in range(len(course)):
         x0, eps = predict(x, i, own)
         calls += len(x)
         step = transition(sampling, course, i, x, x0, eps)
-        k = plan.factor(i)
+        tried = candidates(sampling, plan, course, i)
+        k = plan.factor(i) * tried
         own, parent = own.repeat_interleave(k), parent.repeat_interleave(k)
         mean = step.mean.repeat_interleave(k, 0)
-        logp = torch.full((len(mean),), torch.nan)
-        if course.noisy[i]:
-            if step.std <= 0:
-                raise ValueError(f"step {i} should draw noise, but kernel {sampling.kernel!r} has std 0 there")
-            noise = _noise(mean.shape, k, sampling, generators).to(mean.device)
-            # rounded to storage first: the old log-prob belongs to the latent that the update will read back
-            x = (mean + step.std * noise).to(storage).float()
-            logp = log_prob(x, mean, step.std, sampling.reduce).cpu()
-        else:
-            x = mean.to(storage).float()
-        for name, value in (("parent", parent), ("group", own), ("latent", x.to(storage).cpu()), ("logp", logp)):
+        x, logp = _draw(step, mean, k, course.noisy[i], sampling, generators)
+        score = choose(x, course.levels[i + 1], own) if choose is not None and tried > 1 else None
+        kept = _kept(len(x), tried, generators, score)
+        side = torch.ones(len(x), dtype=torch.bool).index_fill(0, kept, False)
+        row = {"parent": parent, "group": own, "latent": x.to(storage).cpu(), "logp": logp, "side": side}
+        row |= {"mean": (mean if sampling.keep_mean else mean[:0]).cpu(), "depth": torch.full_like(own, i)}
+        row["std"] = torch.full((len(x),), step.std if course.noisy[i] else torch.nan)
+        for name, value in row.items():
             rows[name].append(value)
-        rows["mean"].append(mean.cpu() if sampling.keep_mean else mean[:0].cpu())
-        rows["depth"].append(torch.full_like(own, i))
-        parent = torch.arange(made, made + len(x))
-        made += len(x)
+        parent, made = made + kept, made + len(x)
+        x, own = x[kept.to(x.device)], own[kept]
     return Forest(**{k: torch.cat(v) for k, v in rows.items()}, calls=calls)
+
+
+def _draw(
+    step: Transition, mean: Tensor, k: int, noisy: bool, sampling: Sampling, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Latents (N, *D) drawn around `mean`, and their log-probs (N,); `mean` itself and NaN on deterministic steps."""
+    storage = getattr(torch, sampling.storage)
+    if not noisy:
+        return mean.to(storage).float(), torch.full((len(mean),), torch.nan)
+    if step.std <= 0:
+        raise ValueError(f"a step that should draw noise has std 0 by kernel {sampling.kernel!r}")
+    noise = _noise(mean.shape, k, sampling, generators).to(mean.device)
+    # rounded to storage first: the old log-prob belongs to the latent that the update will read back
+    x = (mean + step.std * noise).to(storage).float()
+    return x, log_prob(x, mean, step.std, sampling.reduce).cpu()
+
+
+def _kept(n: int, tried: int, generators: list[torch.Generator], score: Tensor | None) -> Tensor:
+    """Ascending rows of the n latents that go on: one of every `tried` in a row, the best or a random one."""
+    if tried == 1:
+        return torch.arange(n)
+    states = n // tried
+    if score is None:
+        per_prompt = states // len(generators)
+        pick = torch.cat([torch.randint(tried, (per_prompt,), generator=g) for g in generators])
+    else:
+        pick = score.cpu().view(states, tried).argmax(1)
+    return torch.arange(states) * tried + pick
 
 
 def _noise(shape: torch.Size, k: int, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:

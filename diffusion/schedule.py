@@ -28,6 +28,8 @@ class Sampling:
     tail: steps after the last noisy one, ODE; None keeps the schedule's own.
     split_noise: siblings share part of their noise (`correlated`: correlation 1/(1 + split_scale^2)), none of it
         (`independent`), or draw with `split_scale` times the std in sampling and in both log-probs (`scaled`).
+    candidates: latents drawn after every state at a noisy step where the plan does not split; a random one goes on,
+        the others are leaves without outcome and cost no network call (LPO, SPO).
     final_step: what becomes of the last transition: its mean, the clean estimate x0, or a trained sample of it.
     reduce: log-prob averaged or summed over latent elements.
     keep_mean: store the transition means too (GRPO-Guard needs them); doubles a rollout's memory.
@@ -43,6 +45,7 @@ class Sampling:
     tail: int | None = None
     split_noise: SplitNoise = "correlated"
     split_scale: float = 4.0
+    candidates: int = 1
     final_step: FinalStep = "mean"
     reduce: Reduce = "mean"
     storage: Literal["float32", "bfloat16"] = "float32"
@@ -55,6 +58,8 @@ class Sampling:
             raise ValueError(f"policy.kernel={self.kernel!r} is none of {', '.join(KERNELS)}")
         if self.tail is not None and self.tail < 1:
             raise ValueError(f"policy.tail={self.tail}: the ODE tail needs at least 1 step; leave it out to keep all")
+        if self.candidates < 1:
+            raise ValueError(f"policy.candidates={self.candidates}: at least 1, which goes on")
         if self.window_size < 1 or self.window_every < 1:
             raise ValueError("policy.window_size and policy.window_every must be at least 1")
 
@@ -99,6 +104,11 @@ def noisy_steps(sampling: Sampling, splits: Sequence[int], iteration: int = 0) -
     return [i in noisy for i in range(sampling.steps)]
 
 
+def candidates(sampling: Sampling, plan: BranchPlan, course: Course, i: int) -> int:
+    """Latents drawn after a state at step i of which one goes on; 1 where the plan splits, since there all go on."""
+    return sampling.candidates if course.noisy[i] and plan.factor(i) == 1 else 1
+
+
 def plan_course(sampling: Sampling, plan: BranchPlan, levels: Sequence[Level], iteration: int = 0) -> Course:
     """Lay out a rollout.
 
@@ -117,6 +127,11 @@ def plan_course(sampling: Sampling, plan: BranchPlan, levels: Sequence[Level], i
     noisy = noisy_steps(sampling, plan.splits, iteration)
     if not any(noisy):
         raise ValueError("no step of this rollout draws noise: the plan has no split and policy.noise is 'split'")
+    if sampling.candidates > 1 and all(i in plan.splits for i, n in enumerate(noisy) if n):
+        raise ValueError(
+            f"policy.candidates={sampling.candidates} are drawn at noisy steps where the plan does not split; there "
+            "are none; set policy.noise: all"
+        )
     kept = list(levels)
     if sampling.tail is not None:
         first = max(i for i, n in enumerate(noisy) if n) + 1

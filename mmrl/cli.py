@@ -35,6 +35,8 @@ def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
 
     if not isinstance(config, Config):
         raise ValueError(f"doctor examines recipes of branch_grpo; {recipe} has trainer: {config.trainer}")
+    if config.rollouts is not None:
+        raise ValueError("doctor examines what a recipe samples; leave its stored rollouts out: rollouts=null")
 
     for line in examine(config):
         typer.echo(line)
@@ -81,6 +83,22 @@ def annotate(recipe: Recipe, overrides: Overrides = None) -> None:
 
     report = run_annotate(config)
     typer.echo(f"{report['records']} records, {report['steps']} steps: {config.output / 'records.jsonl'}")
+
+
+@app.command()
+def rollouts(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Folder; repeat the command to go on where it was cut short")],
+    overrides: Overrides = None,
+) -> None:
+    """Sample and reward branch rollouts and keep them: run.iterations batches for `rollouts: DIR` of other recipes."""
+    config = _load(recipe, overrides)
+    from mmrl.jobs import run_rollouts
+
+    told = run_rollouts(config, out)
+    if told:
+        typer.echo(f"{told['rollouts']} rollouts, {told['prompts']} prompts, {told['leaves']} leaves, "
+                   f"mean reward {told['reward']:.3f}: {out}")  # fmt: skip
 
 
 @app.command()

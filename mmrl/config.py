@@ -196,6 +196,7 @@ class Config(PolicyConfig):
 
     trainer: Literal["branch_grpo"] = "branch_grpo"
     plan: dict[int, int]
+    rollouts: Path | None = None  # stored ones (`mmrl rollouts`) in place of sampled ones
     online: OnlineConfig | None = None  # one of them learns along
     credit: CreditConfig = CreditConfig()
     prune: PruneConfig = PruneConfig()
@@ -226,7 +227,7 @@ class StepPreferenceConfig(PolicyConfig):
 
     trainer: Literal["step_preference"] = "step_preference"
     plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the rollouts
-    rollouts: Path | None = None  # stored ones (`mmrl.trainers.rollouts.StoredRollouts`) in place of sampled ones
+    rollouts: Path | None = None  # stored ones (`mmrl rollouts`) in place of sampled ones
     loss: Component = Component(name="dpo")  # of mmrl.losses.preference.PRESETS; other keys change its settings
     pairs: Component | None = None  # of mmrl.preference.BUILDERS; null = the builder that belongs to the loss
     guide: Component | None = None  # a policy trained by DPO whose log-ratios weight the actions (TGDPO)
@@ -286,11 +287,21 @@ class SearchConfig(JobConfig):
     max_tokens: PositiveInt | None = None  # generated per prompt
 
 
+class SampleLossConfig(PolicyConfig):
+    """A recipe of a loss on whole samples."""
+
+    trainer: Literal["sample_loss"] = "sample_loss"
+    plan: dict[int, int] = Field(default_factory=lambda: {0: 8})  # of the rollouts
+    loss: Component  # one that the policy knows; for diffusion, of diffusion.baselines.LOSSES
+    old_decay: float = Field(0.0, ge=0, lt=1)  # samples are drawn by an average of the weights; 0 = the newest ones
+
+
 TRAINERS: dict[str, type[TrainingConfig]] = {
     "branch_grpo": Config,
     "step_reward": RewardModelConfig,
     "imitation": SftConfig,
     "step_preference": StepPreferenceConfig,
+    "sample_loss": SampleLossConfig,
 }
 
 C = TypeVar("C", bound=Section)

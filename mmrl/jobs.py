@@ -1,4 +1,4 @@
-"""The verbs that are not training: annotate, score, search, bench. A recipe in, files and a report out."""
+"""The verbs that are not training: annotate, rollouts, score, search, bench. A recipe in, files and a report out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ from mmrl.annotate.refine import consensus, scan
 from mmrl.annotate.run import RULES, LabelRule, annotate, merge_ranks
 from mmrl.annotate.store import CompletionStore
 from mmrl.components import build, call, hint
-from mmrl.config import AnnotateConfig, Component, ConfigError, JobConfig, RewardConfig, SearchConfig
+from mmrl.config import (
+    AnnotateConfig,
+    Component,
+    ConfigError,
+    JobConfig,
+    PolicyConfig,
+    RewardConfig,
+    SearchConfig,
+    TrainingConfig,
+)
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Kind, SolutionRecord, Step
@@ -187,6 +196,36 @@ def _refined(refine: Component, records: Sequence[SolutionRecord], job: _Job) ->
 
 def _with_kinds(record: SolutionRecord, kind_of: Callable[[str], Any]) -> SolutionRecord:
     return replace(record, steps=tuple(Step(s.text, kind_of(s.text)) for s in record.steps))
+
+
+# ---- rollouts -------------------------------------------------------------------------------------------------------
+
+
+def run_rollouts(config: TrainingConfig, out: Path) -> dict[str, Any]:
+    """Store the rollouts of `run.iterations` iterations of a recipe; numbers on all of them (main process only).
+
+    Raises:
+        ConfigError: a recipe that samples nothing, or a folder with rollouts of another one.
+    """
+    from mmrl.rollout import BranchPlan
+    from mmrl.trainers.rollouts import Rollouts, store_rollouts
+    from mmrl.tree import StepTree
+
+    factors = getattr(config, "plan", None)
+    if not isinstance(config, PolicyConfig) or factors is None:
+        raise ConfigError(
+            f"mmrl rollouts takes a recipe with a policy and a plan; trainer={config.trainer!r} has none"
+        )
+    made, model = Rollouts(config), _stamp(str(config.policy.options.get("model", "")))
+    store_rollouts(made, BranchPlan(factors), out, config.run.iterations, model=model)
+    if not made.loop.is_main:
+        return {}
+    trees = [StepTree.load(f.parent) for f in sorted(out.glob("[!.]*/rollout.json"))]
+    outcome = [x for t in trees for x in t.outcome[t.is_finished].tolist()]
+    return {
+        "rollouts": len(trees), "prompts": sum(t.num_groups for t in trees),
+        "leaves": sum(int(t.is_leaf.sum()) for t in trees), "reward": sum(outcome) / max(len(outcome), 1),
+    }  # fmt: skip
 
 
 # ---- score, search, bench -------------------------------------------------------------------------------------------

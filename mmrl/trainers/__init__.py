@@ -12,6 +12,7 @@ _CLASSES = {
     "step_reward": "step_reward.StepRewardTrainer",
     "imitation": "sft.ImitationTrainer",
     "step_preference": "step_preference.StepPreferenceTrainer",
+    "sample_loss": "sample_loss.SampleLossTrainer",
 }
 
 

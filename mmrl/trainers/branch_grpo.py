@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl.config import Config
+from mmrl.config import Config, ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.select import prune_depths, prune_width
 from mmrl.rewards.scoring import Scored
@@ -44,6 +44,9 @@ class BranchGrpo:
         self.step_rewards = self.rollouts.step_rewards
         self.plan = BranchPlan(config.plan)
         self.forecast = self.policy.forecast(self.plan)
+        self.stored = self.rollouts.open_stored(config.rollouts, self.plan)
+        if self.stored is not None and config.run.refill:
+            raise ConfigError("run.refill samples further prompts, which stored rollouts cannot; set run.refill=0")
         self._credit_how: dict[str, Any] = {
             "kind": config.credit.step_reward_kind, "whiten": config.credit.whiten,
             "allow_double_norm": config.credit.allow_double_norm, "counting": config.credit.counting,
@@ -58,7 +61,8 @@ class BranchGrpo:
     def train(self) -> dict[str, float]:
         """Run to the end; returns the last metrics."""
         if self.loop.is_main:
-            log.info("plan %s: %s", dict(self.plan.factors), self.forecast)
+            told = f"rollouts of {self.config.rollouts}" if self.stored else self.forecast
+            log.info("plan %s: %s", dict(self.plan.factors), told)
         return self.loop.run(self)
 
     # ---- one iteration ----------------------------------------------------------------------------------------
@@ -84,7 +88,9 @@ class BranchGrpo:
         return metrics | self.rollouts.metrics() | self._rollout_metrics(rollout, credit, batch)
 
     def sample(self, iteration: int) -> Rollout:
-        """This rank's share of the iteration's prompts, rolled out, rewarded and refilled."""
+        """This rank's share of the iteration's prompts, rolled out, rewarded and refilled; or read from disk."""
+        if self.stored is not None:
+            return self.rollouts.read(self.stored, iteration)
         rollout = self.rollouts.sampled(self.plan, iteration)
         if rounds := self.config.run.refill:
             bad = self.rollouts.admission.bad
@@ -133,6 +139,8 @@ class BranchGrpo:
         metrics["policy/grad_norm"] = norm
         if first:
             metrics["policy/ratio_dev_max"] = self._check_ratio(sums.ratio_dev)
+            if self.stored is not None and self.loop.state.iteration == 0:
+                self._check_stored(*self.loop.all_sum(sums.values["clip_frac"], float(batch.weight.sum())))
         return metrics
 
     def imitate(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
@@ -158,16 +166,27 @@ class BranchGrpo:
         return keep
 
     def _check_ratio(self, deviation: float) -> float:
-        """Before the first update of a rollout every ratio must be 1."""
+        """Before the first update of a rollout every ratio must be 1; of stored ones, before the first of the run."""
         worst = self.loop.all_max(deviation)[0]
         limit = min(self.config.loss.clip_low, self.config.loss.clip_high) / 2
-        if worst > limit and self.loop.is_main:
+        moved = self.stored is not None and self.loop.state.iteration > 0  # away from the policy that sampled
+        if worst > limit and not moved and self.loop.is_main:
             log.warning(
                 "ratio deviates from 1 by %.2e before the first update (half the clip range is %.2e): rollout and "
                 "update disagree; try loss.recompute_old_logp=true",
                 worst, limit,
             )  # fmt: skip
         return worst
+
+    def _check_stored(self, clipped: float, weight: float) -> None:
+        """Raises ValueError when this policy would clip most of the stored actions before it has learned anything."""
+        if clipped > 0.5 * weight:
+            raise ValueError(
+                f"{self.config.rollouts}: {clipped / weight:.0%} of the stored actions lie outside the clip range "
+                "before the first update, so this policy is not the one that sampled them. Start from that model "
+                "(policy.model), store rollouts anew, or, for engines that round differently, set "
+                "loss.recompute_old_logp=true"
+            )
 
     # ---- evaluation and records -------------------------------------------------------------------------------
 
@@ -182,7 +201,7 @@ class BranchGrpo:
     def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batch: Batch) -> dict[str, float]:
         sums = {"flat": float(credit.info["zero_spread_groups"]), "groups": float(credit.info["groups"])}
         sums["trained"] = float(torch.unique(rollout.tree.sib[batch.steps]).numel())
-        sums["leaves"] = float(self.rollouts.cost["leaves"])
+        sums["leaves"] = float(self.rollouts.cost["leaves"] or rollout.tree.is_finished.sum())  # sampled, or read
         sums = dict(zip(sums, self.loop.all_sum(*sums.values()), strict=True))
         metrics = {
             "reward/zero_spread_frac": sums["flat"] / sums["groups"],

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from rich.progress import track
 from torch import Tensor
 
 from mmrl.components import build
-from mmrl.config import PolicyConfig
+from mmrl.config import ConfigError, PolicyConfig
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, check_prompts
-from mmrl.seeding import named_generator
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
+from mmrl.trainers.stored import RECIPE, StoredRollouts
 from mmrl.trainers.task import Task, build_rewards, build_step_rewards
+
+log = logging.getLogger(__name__)
 
 EVAL_SEED = 20_000_003  # evaluation noise is the same in every run, whatever run.seed
 
@@ -114,6 +121,51 @@ class Rollouts:
         """This rank's share of the iteration's prompts, rolled out and rewarded."""
         return self.rewarded(self.prompts(iteration), plan, iteration)
 
+    # ---- rollouts on disk -------------------------------------------------------------------------------------
+
+    def open_stored(self, folder: Path | None, plan: BranchPlan | None = None) -> StoredRollouts | None:
+        """The rollouts on disk that a recipe names, checked against its task and policy; None when it names none.
+
+        Args:
+            plan: the one they must have been sampled by, None = any.
+        Raises:
+            ValueError: there are none, or this recipe's policy and task could not have made them.
+        """
+        if folder is None:
+            return None
+        run, acc = self.config.run, self.loop.accelerator
+        stored = StoredRollouts(
+            folder, run.prompts_per_iteration, seed=run.seed, rank=acc.process_index, world=acc.num_processes
+        )
+        stored.check(self.policy, self.task.prompts, plan)
+        if stored.left_out and self.loop.is_main:
+            log.warning("%d prompts of the stored rollouts are too few for a batch and left out", stored.left_out)
+        if self._others_rewarded(stored) and self.loop.is_main:
+            log.info("the rewards of this recipe are not those stored: every leaf is rewarded anew")
+        return stored
+
+    def read(self, stored: StoredRollouts, iteration: int) -> Rollout:
+        """This rank's share of the iteration's batch, with the outcomes of its leaves and the rewards of its steps.
+
+        Outcomes are those stored, unless there are none or the recipe names other rewards; step rewards that the
+        recipe names are computed anew.
+        """
+        rollout = stored.batch(iteration)
+        if self._others_rewarded(stored) or not bool(rollout.tree.is_finished.any()):
+            return self.reward_steps(self.reward_leaves(rollout))
+        nothing = torch.zeros(0, dtype=torch.float64)  # single rewards are not stored, their sum is
+        known = rollout.tree.outcome[rollout.tree.is_finished]
+        self.scores.append(Scored(known, dict.fromkeys(self.rewards, nothing), {}, {}))
+        return self.reward_steps(rollout)
+
+    def _others_rewarded(self, stored: StoredRollouts) -> bool:
+        return stored.recipe.get("rewards", self.reward_names()) != self.reward_names()
+
+    def reward_names(self) -> list[dict[str, Any]]:
+        """Name, weight and options of every reward."""
+        options = {r.name: r.options for r in self.config.rewards}
+        return [{"name": k, "weight": w, **options.get(k, {})} for k, (_, w) in self.rewards.items()]
+
     # ---- evaluation -------------------------------------------------------------------------------------------
 
     def evaluate(self, iteration: int) -> dict[str, float]:
@@ -200,55 +252,66 @@ def some_part(policy: Policy, rollout: Rollout) -> Tensor:
     return policy.micro_batches(rollout, torch.unique(owner[rollout.actions.trainable & (owner >= 0)]))[0]
 
 
-class StoredRollouts:
-    """Rollouts on disk as a source of batches: what iteration i gets is a pure function of i.
-
-    A batch never mixes rollouts, since each has its own course (`about`). Those of an epoch come in a fresh order.
-
-    Args:
-        folder: a rollout of `Rollout.save`, or a folder of such folders.
-        size: prompts per batch over all processes. What a rollout has left below `size` is a batch of its own when
-            every process gets a prompt of it, else it is left out; `left_out` counts these prompts.
-
-    Raises:
-        ValueError: no rollout there, or none with a prompt for every process.
-    """
-
-    def __init__(self, folder: str | Path, size: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        folder = Path(folder)
-        found = [folder, *sorted(p for p in folder.glob("*") if p.is_dir())] if folder.is_dir() else []
-        self.folders = [f for f in found if (f / "rollout.json").exists()]
-        if not self.folders:
-            raise ValueError(
-                f"{folder} holds no rollouts (no rollout.json there or one level below); write some first"
-            )
-        self._seed, self._rank, self._world = seed, rank, world
-        counts = [len(Rollout.load(f).prompts) for f in self.folders]
-        chunks = [(f, list(range(a, min(a + size, n)))) for f, n in enumerate(counts) for a in range(0, n, size)]
-        self._chunks = [c for c in chunks if len(c[1]) >= world]
-        self.left_out = sum(counts) - sum(len(own) for _, own in self._chunks)
-        if not self._chunks:
-            raise ValueError(f"{folder}: no rollout has a prompt for each of {world} processes")
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return len(self._chunks)
-
-    def batch(self, iteration: int) -> Rollout:
-        """This rank's share of the iteration's batch."""
-        epoch, k = divmod(iteration, len(self))
-        order = torch.randperm(len(self), generator=named_generator(self._seed, "stored", epoch))
-        file, prompts = self._chunks[int(order[k])]
-        return Rollout.load(self.folders[file]).select(prompts[self._rank :: self._world])
-
-
-def store_rollouts(rollouts: Rollouts, plan: BranchPlan, folder: str | Path, iterations: int) -> list[Path]:
+def store_rollouts(
+    rollouts: Rollouts, plan: BranchPlan, folder: str | Path, iterations: int, *, model: str = ""
+) -> list[Path]:
     """Sample and reward `iterations` batches of prompts and save each below `folder`, one folder per rank and batch.
 
-    They hold everything that GRPO, step rewards and preferences need.
+    They hold everything that GRPO, step rewards and preferences need. Those that are there already are kept, so that
+    a call that was cut short can be repeated; `recipe.json` beside them says what made them.
+
+    Args:
+        model: which weights sample, where the recipe's `policy.model` does not say it all.
+    Returns:
+        this rank's folders.
+    Raises:
+        ConfigError: the folder has rollouts of another recipe or of an unknown one.
     """
-    rank, made = rollouts.loop.accelerator.process_index, []
-    for i in range(iterations):
-        rollouts.clear()
-        made.append(rollouts.sampled(plan, i).save(Path(folder) / f"{i:06d}-{rank:02d}"))
+    folder, loop = Path(folder), rollouts.loop
+    if loop.is_main:
+        _open_store(folder, recipe_record(rollouts, plan) | {"model": model})
+    loop.accelerator.wait_for_everyone()
+    made = []
+    for i in track(range(iterations), description="rollouts", disable=not loop.is_main):
+        made.append(folder / f"{i:06d}-{loop.accelerator.process_index:02d}")
+        complete = (made[-1] / "rollout.json").exists()
+        if loop.all_max(float(not complete))[0]:  # engines sample on all ranks or on none
+            rollouts.clear()
+            _replace(rollouts.sampled(plan, i), made[-1])
+    loop.accelerator.wait_for_everyone()
     return made
+
+
+def recipe_record(rollouts: Rollouts, plan: BranchPlan) -> dict[str, Any]:
+    """What decides the contents of stored rollouts, as JSON values."""
+    c, run = rollouts.config, rollouts.config.run
+    return json.loads(json.dumps({
+        "task": c.task.model_dump(mode="json"), "policy": c.policy.model_dump(mode="json"),
+        "plan": {str(d): k for d, k in sorted(plan.factors.items())}, "rewards": rollouts.reward_names(),
+        "step_rewards": [r.model_dump(mode="json") for r in c.step_rewards], "seed": run.seed,
+        "prompts_per_iteration": run.prompts_per_iteration, "processes": rollouts.loop.accelerator.num_processes,
+    }))  # fmt: skip
+
+
+def _open_store(folder: Path, record: dict[str, Any]) -> None:
+    """Create the folder, or check that it is of the same recipe."""
+    file = folder / RECIPE
+    if file.exists():
+        known = json.loads(file.read_text())
+        changed = [f"{k}: {known.get(k)} -> {record[k]}" for k in record if record[k] != known.get(k)]
+        if changed:
+            raise ConfigError(f"{folder} holds rollouts of another recipe: {'; '.join(changed)}. Use another folder")
+    elif any(folder.glob("*/rollout.json")):
+        raise ConfigError(
+            f"{folder} holds rollouts without {RECIPE}, so what made them is unknown; use another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _replace(rollout: Rollout, folder: Path) -> None:
+    """Save under another name and rename: complete or absent, never half."""
+    part = folder.with_name(f".{folder.name}.part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    rollout.save(part).rename(folder)

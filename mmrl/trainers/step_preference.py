@@ -28,7 +28,7 @@ from mmrl.losses.preference import (
 )
 from mmrl.preference import PAIRS_OF, Pairs, build_pairs
 from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout
-from mmrl.trainers.rollouts import Rollouts, StoredRollouts, some_part
+from mmrl.trainers.rollouts import Rollouts, some_part
 from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class StepPreferenceTrainer:
         if config.guide is not None:
             self.guide = build("mmrl.policies", "guide", config.guide.name, config.guide.options)
             self.guide.model.to(self.loop.accelerator.device).requires_grad_(False)
-        self.stored, self._empty = self._stored(), 0
+        self.stored, self._empty = self.rollouts.open_stored(config.rollouts), 0
         if self.stored is None:
             self.policy.forecast(self.plan)  # a plan that does not fit is refused here
 
@@ -124,18 +124,6 @@ class StepPreferenceTrainer:
             )
         if self.config.guide is not None and not self.settings.guide:
             raise ValueError("the recipe has a `guide` but its loss uses none; set loss.guide, or take it out")
-
-    def _stored(self) -> StoredRollouts | None:
-        run, acc = self.config.run, self.loop.accelerator
-        if self.config.rollouts is None:
-            return None
-        stored = StoredRollouts(
-            self.config.rollouts, run.prompts_per_iteration, seed=run.seed, rank=acc.process_index,
-            world=acc.num_processes,
-        )  # fmt: skip
-        if stored.left_out and self.loop.is_main:
-            log.warning("%d prompts of the stored rollouts are too few for a batch and left out", stored.left_out)
-        return stored
 
     def train(self) -> dict[str, float]:
         """Run to the end; returns the last metrics."""
@@ -162,10 +150,7 @@ class StepPreferenceTrainer:
         """This rank's rollout of the iteration, rewarded."""
         if self.stored is None:
             return self.rollouts.sampled(self.plan, iteration)
-        rollout = self.stored.batch(iteration)
-        if not bool(rollout.tree.is_finished.any()):  # stored without rewards
-            rollout = self.rollouts.reward_leaves(rollout)
-        return self.rollouts.reward_steps(rollout)
+        return self.rollouts.read(self.stored, iteration)
 
     def batch(self, rollout: Rollout) -> Batch:
         """The pairs of a rollout with their weights; warns when no rank has one."""

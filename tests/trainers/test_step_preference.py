@@ -219,13 +219,14 @@ def test_a_run_resumes_where_it_stopped(tiny_model, tmp_path):
 
 
 def test_nothing_to_compare_is_told(tiny_model, tmp_path, caplog):
-    tree = latent(tiny_model, tmp_path / "r", rewards=[{"name": "tiny:constant", "timeout_s": 0}])
+    rewards = [{"name": "tiny:constant", "timeout_s": 0}]
+    tree = latent(tiny_model, tmp_path / "r", rewards=rewards)
     before = load_file(tiny_model / MODEL["latent"])
     trainer = run(tree)
     assert "nothing to learn in this iteration: 0 pairs" in caplog.text and "equal" in caplog.text
     assert_close(before, load_file(tmp_path / "r" / "model" / MODEL["latent"]), 0)
     store_rollouts(trainer.rollouts, trainer.plan, tmp_path / "disk", 1)
-    stored = latent(tiny_model, tmp_path / "s", rollouts=str(tmp_path / "disk"))
+    stored = latent(tiny_model, tmp_path / "s", rewards=rewards, rollouts=str(tmp_path / "disk"))
     with pytest.raises(ValueError, match="none of the stored rollouts in .* gives a pair"):
         run(stored)
 

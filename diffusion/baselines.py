@@ -1,0 +1,241 @@
+"""Published methods to compare with, on the sampler and rollouts of the others: their losses as terms of a rollout.
+
+`trainer: sample_loss` runs Diffusion-DPO, ReFL and DiffusionNFT (`LOSSES`); DDPO is a plan and an estimator of branch
+GRPO, SPO a preset of step preferences with `CleanReward` as its judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.adapters.base import Level
+from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
+from diffusion.policy import DiffusionPolicy
+from diffusion.schedule import Course
+from mmrl.components import build, call, hint
+from mmrl.credit import estimate
+from mmrl.preference import build_pairs
+from mmrl.rollout import Rollout, Sample
+from mmrl.seeding import named_generator
+from mmrl.trainers.sample_loss import Rewards, Term
+
+Key = tuple[int, int]  # (run.seed, iteration)
+
+
+def sample_loss(
+    policy: DiffusionPolicy, name: str, options: Mapping[str, Any], rollout: Rollout, rewards: Rewards, key: Key
+) -> list[Term]:
+    """The terms of the loss called `name`.
+
+    Raises:
+        ValueError: unknown name or option (the nearest is named), or what the loss itself refuses.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss.name={name!r} is none of {', '.join(LOSSES)}{hint(name, list(LOSSES))}")
+    terms: list[Term] = call(LOSSES[name], "loss", options, policy, rollout, rewards, key)
+    return terms
+
+
+def diffusion_dpo(
+    policy: DiffusionPolicy, rollout: Rollout, rewards: Rewards, key: Key, *, beta: float = 5000.0, levels: int = 4
+) -> list[Term]:
+    """Best against worst sample of each prompt, noised alike at `levels` random levels of the sampler.
+
+    Published on fixed pairs of pictures and one level each; here the pairs are the rollout's own.
+    """
+    pairs = build_pairs(rollout.tree, "leaves", {})
+    terms = []
+    for level, noise in _noised(policy, rollout, pairs.chosen_end, key, levels):
+        for p in _chunks(len(pairs), max(policy.max_batch // 2, 1)):
+            both = torch.cat([pairs.chosen_end[p], pairs.rejected_end[p]])
+            terms.append(
+                Term(len(p), partial(_dpo_term, policy, rollout, both, level, torch.cat([noise[p], noise[p]]), beta))
+            )
+    return terms
+
+
+def _dpo_term(
+    policy: DiffusionPolicy, rollout: Rollout, leaves: Tensor, level: Level, eps: Tensor, beta: float
+) -> Tensor:
+    """(P,) loss of pairs whose samples are the first and the second half of `leaves`."""
+    x0, own = _latents(rollout, leaves), rollout.tree.group[leaves]
+    x = level.a * x0 + level.s * eps
+
+    def errors(reference: bool) -> tuple[Tensor, ...]:
+        x0_hat, eps_hat = policy.predict_at(rollout, x, level, own, reference=reference)
+        return prediction_error(x0_hat, eps_hat, x0.to(x0_hat), eps.to(x0_hat), level).chunk(2)
+
+    return diffusion_dpo_loss(*errors(False), *errors(True), beta=beta)
+
+
+def refl(
+    policy: DiffusionPolicy,
+    rollout: Rollout,
+    rewards: Rewards,
+    key: Key,
+    *,
+    target: float = 2.0,
+    weight: float = 1e-3,
+    window: float = 0.25,
+) -> list[Term]:
+    """The reward's own gradient at the clean estimate of one of the last steps, drawn from the last `window` of them.
+
+    The steps before it have no gradient. ReFL's pre-training loss, which keeps the model on its data, is not here.
+
+    Raises:
+        ValueError: a reward without gradient.
+    """
+    score = _differentiable(rewards)
+    course = Course.from_record(rollout.about["course"])
+    first = max(1, math.ceil(len(course) * (1 - window)))
+    step = int(torch.randint(first, len(course), (), generator=named_generator("refl", *key)))
+    states = (rollout.tree.depth == step - 1).nonzero().flatten()
+    term = partial(_refl_term, policy, rollout, score, course.levels[step], target, weight)
+    return [Term(len(p), partial(term, p)) for p in states.split(policy.max_batch)]
+
+
+def _refl_term(
+    policy: DiffusionPolicy,
+    rollout: Rollout,
+    score: Callable[[list[Sample]], Tensor],
+    level: Level,
+    target: float,
+    weight: float,
+    states: Tensor,
+) -> Tensor:
+    own = rollout.tree.group[states]
+    x0, _ = policy.predict_at(rollout, _latents(rollout, states), level, own)
+    pictures = policy.adapter.decode(x0)
+    rows = zip(own.tolist(), pictures, states.tolist(), strict=True)
+    return refl_loss(score([Sample(rollout.prompts[g], x, s) for g, x, s in rows]), target=target, weight=weight)
+
+
+def _differentiable(rewards: Rewards) -> Callable[[list[Sample]], Tensor]:
+    """The weighted sum of the rewards as a tensor (N,) with gradient."""
+    for name, (reward, _) in rewards.items():
+        if not hasattr(reward, "values"):
+            raise ValueError(
+                f"reward {name!r} gives numbers without a gradient, which ReFL needs: give it a method "
+                "values(samples) -> (N,) tensor that is differentiable in their outputs, or take another loss"
+            )
+
+    def score(samples: list[Sample]) -> Tensor:
+        parts: list[Tensor] = [weight * getattr(r, "values")(samples) for r, weight in rewards.values()]  # noqa: B009
+        return torch.stack(parts).sum(0)
+
+    return score
+
+
+def nft(
+    policy: DiffusionPolicy,
+    rollout: Rollout,
+    rewards: Rewards,
+    key: Key,
+    *,
+    b: float = 0.1,
+    beta: float = 1e-4,
+    levels: int = 4,
+) -> list[Term]:
+    """DiffusionNFT: every sample noised at `levels` random levels of the sampler, its advantage as its `nft_share`.
+
+    b: how far policy and reflection lie from the old policy, 0.1 .. 1. beta: weight of the distance to the reference.
+    Advantages are Flow-GRPO's per prompt; a prompt with equal rewards has share 1/2 and still pulls both ways.
+    """
+    tree = rollout.tree
+    leaves = tree.is_finished.nonzero().flatten()
+    share = nft_share(estimate(tree, "grpo", preset="flow_grpo").adv[leaves])
+    terms = []
+    for level, noise in _noised(policy, rollout, leaves, key, levels):
+        for p in _chunks(len(leaves), policy.max_batch):
+            x0, own = _latents(rollout, leaves[p]), tree.group[leaves[p]]
+            x = level.a * x0 + level.s * noise[p]
+            with torch.no_grad():  # by the weights that drew the samples
+                old, _ = policy.predict_at(rollout, x, level, own)
+            terms.append(Term(len(p), partial(_nft_term, policy, rollout, x, level, own, old, x0, share[p], b, beta)))
+    return terms
+
+
+def _nft_term(
+    policy: DiffusionPolicy,
+    rollout: Rollout,
+    x: Tensor,
+    level: Level,
+    own: Tensor,
+    old: Tensor,
+    x0: Tensor,
+    share: Tensor,
+    b: float,
+    beta: float,
+) -> Tensor:
+    x0_hat, _ = policy.predict_at(rollout, x, level, own)
+    loss = nft_loss(x0_hat, old, x0.to(x0_hat), share.to(x0_hat), b=b)
+    if beta == 0:
+        return loss
+    return loss + beta * drift(x0_hat, policy.predict_at(rollout, x, level, own, reference=True)[0], level)
+
+
+LOSSES: Mapping[str, Callable[..., list[Term]]] = {"diffusion_dpo": diffusion_dpo, "refl": refl, "nft": nft}
+
+
+# --- shared ------------------------------------------------------------------------------------------------------
+
+
+def _latents(rollout: Rollout, steps: Tensor) -> Tensor:
+    """(S, *D) float32 states after these steps."""
+    return rollout.actions.payload["latent"][steps].float()
+
+
+def _chunks(rows: int, size: int) -> list[Tensor]:
+    """0 .. rows - 1 in runs of at most `size`; none for 0 rows."""
+    return list(torch.arange(rows).split(size)) if rows else []
+
+
+def _noised(
+    policy: DiffusionPolicy, rollout: Rollout, steps: Tensor, key: Key, count: int
+) -> Iterator[tuple[Level, Tensor]]:
+    """`count` distinct levels, the same on all ranks, each with noise (S, *D) drawn prompt by prompt."""
+    known = policy.levels()
+    if not 1 <= count <= len(known):
+        raise ValueError(f"loss.levels={count}: the sampler has {len(known)} noise levels (policy.steps)")
+    own, shape = rollout.tree.group[steps], rollout.actions.payload["latent"].shape[1:]
+    for i in torch.randperm(len(known), generator=named_generator("levels", *key))[:count].tolist():
+        noise = torch.zeros(len(steps), *shape)
+        for g in own.unique().tolist():
+            generator = named_generator("noised", *key, i, rollout.prompts[g].id)
+            noise[own == g] = torch.randn((int((own == g).sum()), *shape), generator=generator)
+        yield known[i], noise
+
+
+class CleanReward:
+    """A step reward for denoising steps: an outcome reward on the clean picture predicted after each step.
+
+    The step-aware judge of SPO with a reward that knows no noise: one network row and one decoding per step, which a
+    latent reward saves.
+
+    Args:
+        reward: of the group `mmrl.rewards`, or a dotted path; called in this process.
+        model: what predicts the clean picture, frozen; as `policy.model`.
+    """
+
+    def __init__(self, reward: str = "legible_symmetric", model: str = "digits") -> None:
+        self._policy = DiffusionPolicy.build(model)
+        self._reward = build("mmrl.rewards", "step_rewards.reward", reward, {})
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that predicts."""
+        return self._policy.model
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """(N,) float64, NaN where the reward has no opinion."""
+        pictures = self._policy.describe(rollout, torch.arange(len(rollout.tree)))
+        owner = rollout.tree.group.tolist()
+        samples = [Sample(rollout.prompts[g], x, i) for i, (g, x) in enumerate(zip(owner, pictures, strict=True))]
+        scores = self._reward(samples)
+        return torch.tensor([math.nan if r is None else r for r in scores], dtype=torch.float64)

@@ -1,0 +1,82 @@
+"""Losses on whole samples of a diffusion model: Diffusion-DPO, ReFL, DiffusionNFT. Pure functions, one number per row.
+
+None of them needs the density of a transition, so any solver may have drawn the samples. A noised sample is
+x = a x0 + s eps, as in `diffusion.kernels`, and a network's answer is a clean estimate x0 and a noise estimate eps, so
+that flow, epsilon and v models share every line. All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffusion.adapters.base import Level
+from mmrl.losses.preference import Side, error_logp, preference_loss, preset
+
+
+def prediction_error(x0_hat: Tensor, eps_hat: Tensor, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+    """(N,) mean squared error of what the network predicts, from its two estimates (N, *D) and the truth (N, *D).
+
+    Flow matching (a + s = 1): of the velocity eps - x0. Otherwise: of the noise.
+    """
+    error = eps_hat.float() - eps.float()
+    if abs(level.a + level.s - 1) < 1e-4:
+        error = error - (x0_hat.float() - x0.float())
+    return (error**2).flatten(1).mean(1)
+
+
+def diffusion_dpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float = 5000.0
+) -> Tensor:
+    """(P,) -ln sigmoid(-beta/2 ((e_w - e_l) - (eref_w - eref_l))) (Diffusion-DPO, 2023; authors' code).
+
+    Args:
+        chosen, rejected: (P,) `prediction_error` of the policy on the two samples of a pair, noised to the same level
+            with the same noise. ref_chosen, ref_rejected: (P,) of the reference; they get no gradient.
+    """
+    pair = torch.arange(len(chosen), device=chosen.device)
+    better = Side(error_logp(chosen), error_logp(ref_chosen), pair)
+    worse = Side(error_logp(rejected), error_logp(ref_rejected), pair)
+    return preference_loss(better, worse, len(chosen), preset("diffusion_dpo", beta=beta)).loss
+
+
+def refl_loss(reward: Tensor, *, target: float = 2.0, weight: float = 1e-3) -> Tensor:
+    """(N,) weight * max(0, target - r), r the differentiable reward of a clean estimate (ReFL, 2023; authors' code).
+
+    Rewards from `target` on have no gradient. The defaults belong to ImageReward, which is about N(0, 1).
+    """
+    return weight * (target - reward.float()).clamp(min=0)
+
+
+def nft_share(advantage: Tensor, *, clip: float = 5.0) -> Tensor:
+    """(N,) r = A / (2 clip) + 1/2 in [0, 1], A clamped to +-clip: how much a sample counts as a positive one."""
+    return (advantage.float() / (2 * clip) + 0.5).clamp(0, 1)
+
+
+def nft_loss(
+    x0_hat: Tensor, x0_old: Tensor, x0: Tensor, share: Tensor, *, b: float = 0.1, clip: float = 5.0
+) -> Tensor:
+    """(N,) clip/b (r |x+ - x0|^2 / w+ + (1 - r) |x- - x0|^2 / w-), means over D (DiffusionNFT, 2025; authors' code).
+
+    x+ = b x0_hat + (1 - b) x0_old and x- = (1 + b) x0_old - b x0_hat: a good sample draws the policy towards itself, a
+    bad one draws the policy's reflection in the old policy. w = max(mean |x - x0|, 1e-5), without gradient. Clean
+    estimates are linear in the velocity at a fixed noised sample, so this is the published form with velocities.
+
+    Args:
+        x0_hat: (N, *D) clean estimate of the policy (differentiable). x0_old: of the policy that drew the samples.
+        x0: the samples. share: (N,) `nft_share`.
+    """
+    old, x0 = x0_old.detach().float(), x0.float()
+    plus = b * x0_hat.float() + (1 - b) * old
+    minus = (1 + b) * old - b * x0_hat.float()
+    return clip / b * (share * _scaled_error(plus, x0) + (1 - share) * _scaled_error(minus, x0))
+
+
+def _scaled_error(x: Tensor, x0: Tensor) -> Tensor:
+    error = (x - x0).flatten(1)
+    return (error**2).mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)
+
+
+def drift(x0_hat: Tensor, x0_ref: Tensor, level: Level) -> Tensor:
+    """(N,) mean (x0_hat - x0_ref)^2 / s^2, for flow models mean (v - v_ref)^2 (DiffusionNFT's regulariser)."""
+    return ((x0_hat.float() - x0_ref.detach().float()) ** 2).flatten(1).mean(1) / level.s**2

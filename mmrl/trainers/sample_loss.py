@@ -1,0 +1,139 @@
+"""Learning from whole samples, without densities of steps: sample, reward, then a loss that the policy itself knows.
+
+For methods that compare with step-level ones: Diffusion-DPO, ReFL, DiffusionNFT. The policy turns a rewarded rollout
+into terms; this trainer samples, sums them over micro-batches and processes, and steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mmrl.config import SampleLossConfig
+from mmrl.credit import estimate
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.trainers.ema import Ema
+from mmrl.trainers.rollouts import Rollouts, some_part
+from mmrl.trainers.task import Task
+
+log = logging.getLogger(__name__)
+
+Rewards = Mapping[str, tuple[OutcomeReward, float]]
+
+
+class Term(NamedTuple):
+    """One micro-batch: its number of rows, and the loss of each of them (rows,), differentiable."""
+
+    rows: int
+    loss: Callable[[], Tensor]
+
+
+@runtime_checkable
+class SampleLearner(Protocol):
+    """A policy that knows losses on its own samples."""
+
+    def sample_loss(
+        self, name: str, options: Mapping[str, Any], rollout: Rollout, rewards: Rewards, key: tuple[int, int]
+    ) -> list[Term]:
+        """The loss called `name` on a rewarded rollout; its random numbers depend on (key, prompt id) alone.
+
+        Called with the weights that drew the samples; the terms are evaluated with those of the update.
+        """
+
+
+class SampleLossTrainer:
+    """The trainer behind `trainer: sample_loss`."""
+
+    def __init__(
+        self,
+        config: SampleLossConfig,
+        policy: Policy | None = None,
+        task: Task | None = None,
+        rewards: Rewards | None = None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: the policy knows no such losses, or the plan does not fit it.
+        """
+        self.config = config
+        self.rollouts = Rollouts(config, policy, task, rewards, reference=True)
+        self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
+        if not isinstance(self.policy, SampleLearner):
+            raise ValueError(
+                f"loss {config.loss.name!r} is for policies that know losses on whole samples (sample_loss); "
+                f"{config.policy.name!r} knows none, take another trainer"
+            )
+        self._terms = partial(self.policy.sample_loss, config.loss.name, config.loss.options)
+        self.plan = BranchPlan(config.plan)
+        self.policy.forecast(self.plan)  # a plan that does not fit is refused here
+        self.old = Ema(self.loop.parameters, config.old_decay) if config.old_decay else None
+        if self.old:
+            self.loop.accelerator.register_for_checkpointing(self.old)
+
+    def train(self) -> dict[str, float]:
+        """Run to the end; returns the last metrics."""
+        return self.loop.run(self)
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """Sample, reward, update."""
+        self.rollouts.clear()
+        with self._old_weights():
+            rollout = self.rollouts.sampled(self.plan, iteration)
+            with self.rollouts.timed("update"):
+                terms = self.terms(rollout, iteration)
+        total = self.loop.all_sum(sum(t.rows for t in terms))[0]
+        metrics: dict[str, float] = {"sample_loss/rows": total}
+        for _ in range(self.config.optim.updates_per_rollout):
+            with self.rollouts.timed("update"):
+                metrics |= self.update(rollout, terms, total)
+        if self.old:
+            self.old.update()
+        self.rollouts.keep_tree(rollout, estimate(rollout.tree, "grpo").adv, iteration)
+        return metrics | self.rollouts.metrics()
+
+    def terms(self, rollout: Rollout, iteration: int) -> list[Term]:
+        """This rank's part of the loss; none where nothing differs."""
+        return self._terms(rollout, self.rollouts.rewards, (self.config.run.seed, iteration))
+
+    def update(self, rollout: Rollout, terms: list[Term], total: float) -> dict[str, float]:
+        """One optimizer step on the mean over the rows of all ranks; warns when there are none."""
+        if total == 0 and self.loop.is_main:
+            log.warning("nothing to learn in this iteration: no reward of a prompt differs from the others")
+        sums: list[Tensor] = []
+        norm = self.loop.update([partial(_share, t, total, sums) for t in terms], partial(self._idle, rollout))
+        loss = self.loop.all_sum(float(torch.stack(sums).sum()) if sums else 0.0)[0]
+        return {"sample_loss/loss": loss, "policy/grad_norm": norm}
+
+    @contextmanager
+    def _old_weights(self) -> Iterator[None]:
+        """The weights that sample."""
+        with self.old.applied() if self.old else nullcontext():
+            yield
+
+    def _idle(self, rollout: Rollout) -> Tensor:
+        return self.policy.log_probs(rollout, some_part(self.policy, rollout)).logp.sum()
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Reward and judges on the evaluation prompts."""
+        return self.rollouts.evaluate(iteration)
+
+    def save_model(self) -> None:
+        """The trained model in its ecosystem's format, under model/."""
+        self.rollouts.save_model()
+
+
+def _share(term: Term, total: float, sums: list[Tensor]) -> Tensor:
+    loss = term.loss().sum() / total
+    sums.append(loss.detach().cpu())
+    return loss
+
+
+def train(config: SampleLossConfig) -> dict[str, float]:
+    """Build everything a recipe names and run it."""
+    return SampleLossTrainer(config).train()

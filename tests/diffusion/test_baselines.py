@@ -1,0 +1,345 @@
+"""Baselines on whole samples: losses on worked numbers (diffusion.md, 11.4), terms on rollouts, every recipe in small."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import TinyTask, brightness, recipe
+
+from diffusion.adapters.base import Level
+from diffusion.baselines import CleanReward, sample_loss
+from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
+from diffusion.policy import DiffusionPolicy
+from mmrl.config import Config, StepPreferenceConfig, parse_config
+from mmrl.credit import estimate
+from mmrl.rewards.scoring import write_outcomes
+from mmrl.rollout import BranchPlan
+from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.sample_loss import SampleLossConfig, SampleLossTrainer
+from mmrl.trainers.step_preference import StepPreferenceTrainer
+from mmrl.tree import StepTree
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+T = torch.tensor
+
+
+class Brightness:
+    """The tiny reward with a gradient."""
+
+    def values(self, samples):
+        return torch.stack([s.output.mean() for s in samples])
+
+    def __call__(self, samples):
+        return self.values(samples).tolist()
+
+
+REWARDS = {"brightness": (Brightness(), 1.0)}
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+def test_diffusion_dpo_on_worked_numbers():
+    """-2500 ((.1 - .12) - (.1002 - .1199)) = .75."""
+    e = [T([x], requires_grad=True) for x in (0.1, 0.12, 0.1002, 0.1199)]
+    loss = diffusion_dpo_loss(*e)
+    assert float(loss.detach()) == pytest.approx(0.386871, abs=2e-5)
+    loss.sum().backward()
+    pull = 2500 * (1 - torch.sigmoid(T(0.75)))  # d loss / d e_w = beta/2 sigmoid(-h)
+    assert float(e[0].grad) == pytest.approx(float(pull), rel=1e-4) and float(e[1].grad) == -float(e[0].grad)
+    assert e[2].grad is None and e[3].grad is None
+    assert float(diffusion_dpo_loss(*(T([0.1]),) * 4)) == pytest.approx(np.log(2))
+    swapped = diffusion_dpo_loss(e[1], e[0], e[3], e[2])
+    assert float((swapped - loss).detach()) == pytest.approx(0.75, abs=1e-4)  # -ln s(-h) + ln s(h) = h
+
+
+@pytest.mark.parametrize("level, want", [(Level(0.4, 0.6, 600), 0.025), (Level(0.8, 0.6, 500), 0.045)])
+def test_prediction_error_is_of_what_the_network_predicts(level, want):
+    """eps errors (.3, 0), x0 errors (.2, -.2): velocity errors (.1, .2) on a flow, noise errors otherwise."""
+    x0, eps = T([[1.0, 2.0]]), T([[0.5, -1.0]])
+    assert float(prediction_error(x0 + T([0.2, -0.2]), eps + T([0.3, 0.0]), x0, eps, level)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("r, want, slope", [(0.5, 1.5e-3, -1e-3), (2.5, 0.0, 0.0)])
+def test_refl_on_worked_numbers(r, want, slope):
+    reward = T([r], requires_grad=True)
+    loss = refl_loss(reward)
+    loss.sum().backward()
+    assert float(loss) == pytest.approx(want) and float(reward.grad) == pytest.approx(slope)
+
+
+def test_nft_on_worked_numbers():
+    """x0 (.2, -.1), eps (1, -.5), t .5, v_old (.7, -.3), v (.9, -.45), b .1, A 2.5 -> r .75, 2.2830029."""
+    x0, eps, t = T([[0.2, -0.1]]), T([[1.0, -0.5]]), 0.5
+    x = (1 - t) * x0 + t * eps
+    v, v_old = T([[0.9, -0.45]], requires_grad=True), T([[0.7, -0.3]], requires_grad=True)
+    assert nft_share(T([2.5, 9.0, -9.0, 0.0])).tolist() == [0.75, 1.0, 0.0, 0.5]
+    loss = nft_loss(x - t * v, x - t * v_old, x0, nft_share(T([2.5])))
+    assert float(loss) == pytest.approx(2.2830029, abs=1e-5)
+    only = [float(nft_loss(x - t * v, x - t * v_old, x0, T([r]))) / 50 for r in (1.0, 0.0)]
+    assert only == pytest.approx([0.0412879, 0.0587766], abs=1e-6)
+    loss.sum().backward()
+    assert v_old.grad is None and bool((v.grad != 0).all())
+
+
+def test_nft_pulls_good_samples_and_pushes_bad_ones():
+    """From the old policy on, the gradient is (2r - 1) times the same direction: 0 where nothing is known."""
+    x0, old = torch.randn(1, 5), torch.randn(1, 5)
+
+    def gradient(share):
+        x = old.clone().requires_grad_()
+        nft_loss(x, old, x0, T([share])).sum().backward()
+        return x.grad
+
+    torch.testing.assert_close(gradient(0.0), -gradient(1.0))
+    torch.testing.assert_close(gradient(0.75), 0.5 * gradient(1.0))
+    torch.testing.assert_close(gradient(0.5), torch.zeros(1, 5))
+    assert float((gradient(1.0) * (old - x0)).sum()) > 0  # descent goes towards the sample
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 1), st.floats(0.1, 1))
+def test_nft_and_drift_equal_their_velocity_forms(seed, t, b):
+    g = torch.Generator().manual_seed(seed)
+    x0, eps, v, old, share = (torch.randn(3, 4, generator=g) for _ in range(5))
+    share, x = share[:, 0].sigmoid(), (1 - t) * x0 + t * eps
+
+    def error(u):
+        e = x - t * u - x0
+        return (e**2).mean(1) / e.abs().mean(1).clamp(min=1e-5)
+
+    want = 5 / b * (share * error(b * v + (1 - b) * old) + (1 - share) * error((1 + b) * old - b * v))
+    torch.testing.assert_close(nft_loss(x - t * v, x - t * old, x0, share, b=b), want, rtol=1e-3, atol=1e-4)
+    drifted = drift(x - t * v, x - t * old, Level(1 - t, t, 0))
+    torch.testing.assert_close(drifted, ((v - old) ** 2).mean(1), rtol=1e-3, atol=1e-4)
+
+
+def test_ddpo_advantages_are_its_per_prompt_statistics():
+    """A second implementation: a buffer of 16 rewards per prompt, numpy's std (ddof 0) plus 1e-6."""
+    rewards = np.random.default_rng(0).normal(size=(3, 16)) * [[1.0], [0.1], [3.0]]
+    tree = StepTree([-1] * 48, [i // 16 for i in range(48)], [1] * 48, rewards.flatten().tolist())
+    options = yaml.safe_load((CONFIGS / "digits_ddpo.yaml").read_text())["credit"]["estimators"][0]
+    want = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-6)
+    torch.testing.assert_close(estimate(tree, **options).adv, T(want).flatten(), rtol=1e-6, atol=1e-6)
+
+
+# --- terms of a rollout ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def policy(tiny_model):
+    made = DiffusionPolicy.build(str(tiny_model), steps=6, noise="split", split_noise="independent")
+    made.freeze_reference()
+    return made
+
+
+def rewarded(policy, leaves=4, prompts=3):
+    rollout = policy.rollout(TinyTask().prompts[:prompts], BranchPlan({0: leaves}), seed=0)
+    samples = policy.samples(rollout)
+    return write_outcomes(rollout, samples, T(brightness(samples), dtype=torch.float64))
+
+
+def inputs_of(policy, terms):
+    """(x, timestep, rows) of every network call while the terms run with gradient."""
+    seen = []
+    hook = policy.model.register_forward_hook(
+        lambda m, a, kw, out: seen.append((a[0], kw["timestep"])) if torch.is_grad_enabled() else None,
+        with_kwargs=True,
+    )
+    losses = [t.loss() for t in terms]
+    hook.remove()
+    return seen, losses
+
+
+def test_the_two_samples_of_a_pair_are_noised_alike(policy):
+    rollout = rewarded(policy)
+    terms = sample_loss(policy, "diffusion_dpo", {"levels": 3}, rollout, REWARDS, (0, 0))
+    seen, losses = inputs_of(policy, terms)
+    latent, outcome = rollout.actions.payload["latent"], rollout.tree.outcome
+    best = [
+        int(torch.where(rollout.tree.group == g, outcome, torch.nan).nan_to_num(nan=-9).argmax()) for g in range(3)
+    ]
+    worst = [
+        int(torch.where(rollout.tree.group == g, outcome, torch.nan).nan_to_num(nan=9).argmin()) for g in range(3)
+    ]
+    assert [t.rows for t in terms] == [3, 3, 3] and len({float(t[0]) for _, t in seen}) == 3
+    for x, t in seen:
+        a, (w, l) = 1 - float(t[0]) / 1000, x.chunk(2)  # noqa: E741
+        torch.testing.assert_close(w - a * latent[best], l - a * latent[worst], atol=1e-5, rtol=1e-5)
+    for loss in losses:
+        torch.testing.assert_close(loss, torch.full((3,), np.log(2)), rtol=1e-5, atol=1e-6)
+
+
+def test_refl_goes_through_one_late_step_alone(policy):
+    rollout = rewarded(policy)
+    late = {round(policy.levels()[i].t) for i in (3, 4, 5)}
+    drawn = set()
+    for k in range(12):
+        terms = sample_loss(policy, "refl", {"window": 0.5}, rollout, REWARDS, (0, k))
+        seen, losses = inputs_of(policy, terms)
+        assert len(seen) == 1 and seen[0][0].shape[0] == terms[0].rows == 12 and not seen[0][0].requires_grad
+        drawn.add(round(float(seen[0][1][0])))
+        assert losses[0].requires_grad and bool((losses[0] > 0).all())
+    assert drawn == late
+
+
+def test_nft_asks_the_old_policy_when_terms_are_made(policy):
+    """The old estimate belongs to the weights that drew the samples, the new one to those of the update."""
+    rollout = rewarded(policy)
+    make = partial(sample_loss, policy, "nft", {"levels": 2, "beta": 0.0}, rollout, REWARDS, (0, 0))
+    before = torch.cat([t.loss() for t in make()])
+    terms = make()
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    moved = torch.cat([t.loss() for t in terms])
+    assert before.shape == moved.shape == (24,) and not torch.allclose(before, moved)
+    assert not torch.allclose(moved, torch.cat([t.loss() for t in make()]))
+    drifting = sample_loss(policy, "nft", {"levels": 2, "beta": 0.5}, rollout, REWARDS, (0, 0))
+    plain = make()
+    assert all(bool((a.loss() > b.loss()).all()) for a, b in zip(drifting, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", ["diffusion_dpo", "refl", "nft"])
+def test_micro_batches_and_other_prompts_change_nothing(policy, name):
+    grads = []
+    for size in (256, 3):
+        policy.max_batch = size
+        terms = sample_loss(policy, name, {}, rewarded(policy), REWARDS, (0, 0))
+        policy.model.zero_grad()
+        for t in terms:
+            loss = t.loss()
+            assert loss.shape == (t.rows,)
+            loss.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]))
+    assert float(grads[0].norm()) > 0
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-4 * float(grads[0].abs().max()), rtol=1e-3)
+    policy.max_batch = 256
+    some, more = (sample_loss(policy, name, {}, rewarded(policy, prompts=n), REWARDS, (0, 0)) for n in (2, 3))
+    for a, b in zip(some, more, strict=True):
+        first = torch.arange(a.rows) if name != "diffusion_dpo" else torch.arange(2)
+        torch.testing.assert_close(a.loss(), b.loss()[first], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("nftt", {}, r"loss.name='nftt' is none of diffusion_dpo, refl, nft \(did you mean nft\?\)"),
+        ("nft", {"bb": 1}, r"unknown key loss.bb=1"),
+        ("nft", {"levels": 7}, r"loss.levels=7: the sampler has 6 noise levels"),
+        ("refl", {}, r"reward 'plain' gives numbers without a gradient"),
+    ],
+)
+def test_losses_that_cannot_run(policy, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_loss(policy, name, options, rewarded(policy), {"plain": (brightness, 1.0)}, (0, 0))
+
+
+# --- the trainer -------------------------------------------------------------------------------------------------
+
+
+def small(model, output, name, **sections):
+    """A recipe of configs/diffusion on the tiny model: its own loss, plan shape and credit."""
+    own = yaml.safe_load((CONFIGS / f"digits_{name}.yaml").read_text())
+    tree = recipe(model, output, **{k: v for k, v in sections.items() if k != "loss"})
+    tree |= {"loss": sections.get("loss")}
+    tree |= {k: v for k, v in own.items() if k not in ("task", "policy", "rewards", "run", "optim", *sections)}
+    tree["policy"] = own["policy"] | tree["policy"]
+    tree["policy"].pop("tail", None)
+    if "step_rewards" in tree:
+        tree["step_rewards"] = [tree["step_rewards"][0] | {"reward": "tiny:brightness", "model": str(model)}]
+        tree["pairs"] |= {"threshold": 0.0, "first_depth": 1}
+        tree["plan"] = {1: 2, 3: 2}
+    return tree
+
+
+def build(tree):
+    kinds = {
+        "branch_grpo": (BranchGrpo, Config, {}),
+        "step_preference": (StepPreferenceTrainer, StepPreferenceConfig, {}),
+        "sample_loss": (SampleLossTrainer, SampleLossConfig, {"rewards": REWARDS}),
+    }
+    trainer, model, more = kinds[tree["trainer"]]
+    return trainer(parse_config(tree, model=model), **more)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["ddpo", "spo", "diffusion_dpo", "refl", "nft"])
+def test_every_recipe_runs(tiny_model, tmp_path, name):
+    build(small(tiny_model, tmp_path, name, run={"iterations": 3}, optim={"lr": 1e-4})).train()
+    told = [r for r in rows(tmp_path) if "reward/mean" in r]
+    assert len(told) == 3 and all(r["policy/grad_norm"] > 0 for r in told)
+    start, end = load_file(tiny_model / WEIGHTS), load_file(tmp_path / "model" / WEIGHTS)
+    assert any(not torch.equal(start[k], end[k]) for k in start)
+
+
+@pytest.mark.parametrize("name, options", [("diffusion_dpo", {"beta": 5}), ("refl", {}), ("nft", {})])
+def test_every_loss_raises_the_reward(tiny_model, tmp_path, name, options):
+    sections = {"run": {"iterations": 20, "eval_every": 20}, "optim": {"lr": 5e-3}, "loss": {"name": name, **options}}
+    build(small(tiny_model, tmp_path, name, **sections)).train()
+    evals = [r["eval/reward"] for r in rows(tmp_path) if "eval/reward" in r]
+    assert evals[-1] > evals[0] + 0.2
+
+
+def test_equal_rewards_teach_nothing(tiny_model, tmp_path, caplog):
+    tree = small(tiny_model, tmp_path, "diffusion_dpo", run={"iterations": 2})
+    config = parse_config(tree | {"rewards": [{"name": "tiny:constant", "timeout_s": 0}]}, model=SampleLossConfig)
+    SampleLossTrainer(config).train()
+    assert "nothing to learn" in caplog.text
+    assert all(r["sample_loss/rows"] == r["policy/grad_norm"] == 0 for r in rows(tmp_path) if "reward/mean" in r)
+
+
+def test_samples_come_from_the_average_of_the_weights(tiny_model, tmp_path):
+    trainer = build(small(tiny_model, tmp_path, "nft", old_decay=0.9))
+    start = [p.detach().clone() for p in trainer.loop.parameters]
+    trainer.iterate(0)
+    with trainer._old_weights():
+        for p, first, shadow in zip(trainer.loop.parameters, start, trainer.old.shadow, strict=True):
+            torch.testing.assert_close(p, shadow)
+            assert float((p - first).abs().max()) <= 0.11 * trainer.config.optim.lr  # a tenth of one step
+    assert any(not torch.equal(p, s) for p, s in zip(trainer.loop.parameters, trainer.old.shadow, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_run_resumes_where_it_stopped(tiny_model, tmp_path, decay):
+    def train(name, **run):
+        options = {"iterations": 4, "checkpoint_every": 2, "eval_every": 4, **run}
+        build(small(tiny_model, tmp_path / name, "nft", run=options, old_decay=decay)).train()
+        return load_file(tmp_path / name / "model" / WEIGHTS)
+
+    whole = train("whole")
+    train("parts", iterations=2)
+    parts = train("parts", resume=True)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_policy_without_such_losses(tiny_model, tmp_path):
+    class Bare:
+        """A policy without them."""
+
+        def __init__(self, inner):
+            self.model, self.admit, self.freeze_reference = inner.model, inner.admit, inner.freeze_reference
+
+    config = parse_config(small(tiny_model, tmp_path, "nft"), model=SampleLossConfig)
+    with pytest.raises(ValueError, match="'diffusion' knows none, take another trainer"):
+        SampleLossTrainer(config, Bare(DiffusionPolicy.build(str(tiny_model))))
+
+
+def test_clean_reward_judges_predicted_pictures(tiny_model, policy):
+    rollout = rewarded(policy)
+    judge = CleanReward("tiny:brightness", str(tiny_model))
+    pictures = policy.describe(rollout, torch.arange(len(rollout.tree)))
+    want = T([float(p.mean()) for p in pictures], dtype=torch.float64)
+    torch.testing.assert_close(judge(rollout), want, atol=1e-6, rtol=1e-6)
+    leaves = rollout.tree.is_leaf
+    torch.testing.assert_close(judge(rollout)[leaves], rollout.tree.outcome[leaves], atol=1e-6, rtol=1e-6)
