@@ -15,12 +15,14 @@ Overrides = Sequence[str]
 @dataclass(frozen=True)
 class Demo:
     """title: of its section in the report. shown: the recipe whose run is shown, beside: runs with the same budget to
-    compare with. after: the demo whose model it starts from. seeds: each recipe runs once per seed from 0 on."""
+    compare with. after: the demo whose model it starts from. judge: title and recipe of the step reward that is
+    trained first and has a section of its own. seeds: each recipe runs once per seed from 0 on."""
 
     title: str
     shown: str
     beside: tuple[str, ...] = ()
     after: str | None = None
+    judge: tuple[str, str] | None = None
     seeds: int = 1
 
     @property
@@ -43,6 +45,11 @@ DEMOS: dict[str, Demo] = {
         seeds=2,
     ),
     "diffusion": Demo("A diffusion model is aligned by branch rollouts", "diffusion/digits_branch.yaml"),
+    "latent": Demo(
+        "It aligns the diffusion model at every step, without decoding",
+        "diffusion/digits_lpo.yaml",
+        judge=("A latent reward judges noisy latents", "diffusion/digits_latent_reward.yaml"),
+    ),
 }
 
 
@@ -67,7 +74,7 @@ def run_demo(name: str, folder: Path, overrides: Overrides = ()) -> Path:
     if demo.after is not None and not (_run(folder, DEMOS[demo.after].shown) / "model").is_dir():
         _train(DEMOS[demo.after].shown, folder, overrides)
     _JOBS.get(name, _train_all)(demo, folder, overrides)
-    return write_overview([_section(demo, folder)], _run(folder, demo.shown) / "report.html")
+    return write_overview(_sections(demo, folder), _run(folder, demo.shown) / "report.html")
 
 
 def run_all(folder: Path, overrides: Overrides = ()) -> Path:
@@ -85,16 +92,18 @@ def run_all(folder: Path, overrides: Overrides = ()) -> Path:
     failed = [name for name in DEMOS if name not in jobs or jobs[name].wait() != 0]
     if failed:
         raise DemoError(f"demo {', '.join(failed)} failed; its messages are above. Alone: mmrl demo {failed[0]}")
-    return write_overview([_section(demo, folder) for demo in DEMOS.values()], folder / "report.html")
+    sections = [section for demo in DEMOS.values() for section in _sections(demo, folder)]
+    return write_overview(sections, folder / "report.html")
 
 
 def _start(name: str, folder: Path, overrides: Overrides) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "mmrl", "demo", name, "--folder", str(folder), *overrides])
 
 
-def _section(demo: Demo, folder: Path) -> tuple[str, Path, list[Path]]:
+def _sections(demo: Demo, folder: Path) -> list[tuple[str, Path, list[Path]]]:
     shown, *beside = (_run(folder, recipe, seed) for recipe, seed in demo.runs)
-    return demo.title, shown, beside
+    own = [(demo.title, shown, beside)]
+    return own if demo.judge is None else [(demo.judge[0], _run(folder, demo.judge[1]), []), *own]
 
 
 def _run(folder: Path, recipe: str, seed: int = 0) -> Path:
@@ -103,6 +112,9 @@ def _run(folder: Path, recipe: str, seed: int = 0) -> Path:
 
 
 def _train_all(demo: Demo, folder: Path, overrides: Overrides) -> None:
+    if demo.judge is not None:
+        _train(demo.judge[1], folder, overrides)
+        overrides = [f"step_rewards.0.model={_run(folder, demo.judge[1]) / 'model'}", *overrides]
     for recipe, seed in demo.runs:
         _train(recipe, folder, [f"run.seed={seed}", *overrides] if seed else overrides, seed)
 

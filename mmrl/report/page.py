@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ PANELS: list[tuple[str, list[str]]] = [
         ["eval/auc", "eval/macro_f1", "eval/first_error_f1", "eval/ece", "eval/perception/auc", "eval/reasoning/auc"],
     ),
     ("Loss on labelled steps", ["loss/mean"]),
+    ("Loss on pairs of steps, and share of pairs ordered rightly", ["preference/loss", "preference/accuracy"]),
     ("Reward of the rollouts", ["reward/mean", "reward/std"]),
     ("Entropy of the actions", ["policy/entropy"]),
     ("Divergence from the initial model (KL)", ["policy/kl"]),
@@ -48,6 +50,8 @@ _SAMPLED = (
     "is being hacked."
 )
 _LABELLED = "Evaluation on labelled steps held out. A step is called right from a score of 1/2 on."
+
+_AT_LEVEL = re.compile(r"eval/(.+)/s(\d+\.\d+)")  # a metric at one noise level s, such as eval/pair_acc/s0.30
 
 Rows = list[dict[str, float]]
 
@@ -84,6 +88,7 @@ def _section(title: str, run: Path, against: Sequence[Path]) -> dict[str, Any]:
             )
     rows = read_metrics(run / "metrics.jsonl")
     others = {p.name: read_metrics(p / "metrics.jsonl") for p in against}
+    panels = [_panel(*panel, rows, {} if i else others) for i, panel in enumerate(PANELS)]
     grids = sorted(p for p in (run / "samples").glob("[0-9]*") if (p / "samples.json").exists())
     trees = [run / "trees" / n for n in ("first", "last") if (run / "trees" / n / "outputs.json").exists()]
     return {
@@ -91,7 +96,7 @@ def _section(title: str, run: Path, against: Sequence[Path]) -> dict[str, Any]:
         "note": _LABELLED if any("eval/auc" in r for r in rows) else _SAMPLED,
         "headline": _headline(rows, others),
         "others": list(others),
-        "panels": [svg for i, panel in enumerate(PANELS) if (svg := _panel(*panel, rows, {} if i else others))],
+        "panels": [svg for svg in (panels[0], _by_level(rows), *panels[1:]) if svg],
         "grids": [_grid(p) for p in dict.fromkeys([*grids[:1], *grids[-1:]])],
         "search": search_panel(run / "search.json"),
         "trees": [{"name": p.name, "svg": draw_tree(p)} for p in trees],
@@ -119,7 +124,7 @@ def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
 
 def _headline(rows: Rows, others: Mapping[str, Rows]) -> list[dict[str, Any]]:
     """First and last value of every evaluation metric, and the last one of the runs compared with."""
-    names = dict.fromkeys(k for r in rows for k in r if k.startswith("eval/"))
+    names = dict.fromkeys(k for r in rows for k in r if k.startswith("eval/") and not _AT_LEVEL.fullmatch(k))
     out = []
     for name in names:
         _, y = series(rows, name)
@@ -131,8 +136,6 @@ def _headline(rows: Rows, others: Mapping[str, Rows]) -> list[dict[str, Any]]:
 
 def _panel(title: str, names: list[str], rows: Rows, others: Mapping[str, Rows]) -> str | None:
     """An SVG with one line per metric, None when none was logged or all are 0; the other runs' lines are dashed."""
-    from matplotlib.figure import Figure
-
     found: list[tuple[str, list[float], list[float]]] = []
     for name in names:
         x, y = series(rows, name)
@@ -140,19 +143,45 @@ def _panel(title: str, names: list[str], rows: Rows, others: Mapping[str, Rows])
             found.append((name, x, y))
     if not found:
         return None
-    figure = Figure(figsize=(5.2, 3.4 if others else 2.7), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes(title, "iteration", 3.4 if others else 2.7)
     for name, x, y in found:
         (line,) = axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3, linewidth=1.6, label=name)
         for other, its in others.items():
             axes.plot(*series(its, name), "--", linewidth=1.3, color=line.get_color(), label=f"{name}, {other}")
+    if len(found) > 1 or others:
+        figure.legend(fontsize=7 if others else 8, frameon=False, loc="outside lower center", ncols=2)
+    return _svg(figure)
+
+
+def _by_level(rows: Rows) -> str | None:
+    """An SVG of the last evaluation's metrics over the noise level, None when none was logged by level."""
+    last: dict[str, dict[float, float]] = {}
+    for name, value in ((k, v) for r in rows for k, v in r.items()):
+        if found := _AT_LEVEL.fullmatch(name):
+            last.setdefault(found[1], {})[float(found[2])] = value
+    if not last:
+        return None
+    figure, axes = _axes("By noise level, at the end", "noise level s", 2.7)
+    for label, points in last.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=3, linewidth=1.6, label=label)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
+    return _svg(figure)
+
+
+def _axes(title: str, across: str, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    axes = figure.subplots()
     axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("iteration", fontsize=8)
+    axes.set_xlabel(across, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(found) > 1 or others:
-        figure.legend(fontsize=7 if others else 8, frameon=False, loc="outside lower center", ncols=2)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     svg = buffer.getvalue()

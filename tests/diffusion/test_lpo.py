@@ -35,6 +35,8 @@ SD_STD = [.0206, .0406, .1673, .2144, .2509, .2836, .3144, .3442, .3732, .4016,
 class EpsilonAdapter:
     """Predicts noise on Stable Diffusion's schedule, as its 20 DDIM steps see it; a linear net on 4 latent values."""
 
+    prediction = "epsilon"
+
     def __init__(self):
         torch.manual_seed(0)
         self.model = nn.Linear(5, 4)
@@ -317,7 +319,7 @@ def test_the_judge_score_rises(tiny_model, tmp_path):
     assert reward[-1] > reward[0] + 0.02
 
 
-@pytest.mark.parametrize("name", ["lpo_sd15", "lpo_sdxl"])
+@pytest.mark.parametrize("name", ["digits_lpo", "lpo_sd15", "lpo_sdxl"])
 def test_recipes_are_read(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     sampling = {k: v for k, v in config.policy.options.items() if k in Sampling.__dataclass_fields__}
