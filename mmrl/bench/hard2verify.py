@@ -13,9 +13,9 @@ from typing import Any
 
 from mmrl.bench.base import Benchmark, Item, Result, Scored, mean
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import first_zero, plain_steps, rows, same_length, text
 from mmrl.prm.metrics import first_error
-from mmrl.prm.records import SolutionRecord
+from mmrl.prm.records import SolutionRecord, plain_steps
+from mmrl.rows import first_zero, rows, same_length, text
 
 
 def read_row(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from mmrl.bench.base import Benchmark, Item, Result, Scored, mean, of_groups, response_steps, total
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import images, row_id, text, without_image_marks
 from mmrl.prm.records import SolutionRecord
+from mmrl.rows import images, row_id, text, without_image_marks
 
 Outcome = Literal["agree", "reject", "doesnt_matter", "other"]
 

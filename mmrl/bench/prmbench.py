@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrl.bench.base import Benchmark, Item, Result, Scored, mean
-from mmrl.prm.formats._row import plain_steps, rows, text
 from mmrl.prm.formats.benches import numbered, prmbench
+from mmrl.prm.records import plain_steps
+from mmrl.rows import rows, text
 
 CATEGORIES = {
     "simplicity": ("redundency", "circular"),

@@ -19,6 +19,11 @@ class Step:
     kind: Kind = "unknown"
 
 
+def plain_steps(texts: Sequence[str]) -> tuple[Step, ...]:
+    """Steps of unknown kind."""
+    return tuple(Step(t) for t in texts)
+
+
 @dataclass(frozen=True)
 class Counts:
     """A Monte-Carlo estimate: `correct` of `total` completions reached a right answer; total 0 = not sampled."""

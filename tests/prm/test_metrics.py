@@ -20,6 +20,7 @@ from mmrl.prm.metrics import (
     mcc,
     pearson,
     pr_auc,
+    rank_auc,
     roc_auc,
 )
 
@@ -57,6 +58,15 @@ def test_auc_is_the_share_of_ordered_pairs(rows):
         return
     wins = sum((a > b) + (a == b) / 2 for a in right for b in wrong)
     assert got == pytest.approx(wins / (len(right) * len(wrong)))
+
+
+def test_auc_on_resampled_ranks():
+    """Ranks of all scores stay ranks of a resample, though some do not occur in it."""
+    rank, y = np.unique(SCORES, return_inverse=True)[1], LABELS == 1
+    drawn = np.array([0, 0, 2, 3, 3])  # right .9 twice and .4 twice against wrong .55: half of the pairs
+    assert rank_auc(rank[drawn], y[drawn]) == roc_auc(SCORES[drawn], y[drawn]) == 0.5
+    with pytest.raises(ValueError, match="score 1 of 2 is NaN"):
+        roc_auc([0.5, math.nan], [1, 0])
 
 
 def test_undefined_measures():

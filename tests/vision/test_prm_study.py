@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrl.prm.metrics import roc_auc
 from mmrl.prm.records import SolutionRecord, Step
 
 TOOL = Path(__file__).parents[2] / "tools" / "prm_study.py"
@@ -65,14 +64,6 @@ def test_measures_of_a_reward_model_by_hand():
     gap = study.gaps(test, [good, good], [bad, good], 20)
     assert gap["auc"]["seeds"] == pytest.approx([0.8, 0.0])  # of bad: two ties among five right steps, AUC .2
     assert gap["auc"]["value"] == pytest.approx(0.4)
-
-
-def test_auc_by_ranks_is_the_auc():
-    rng = np.random.default_rng(0)
-    scores, right = rng.integers(0, 8, 60) / 8, rng.random(60) < 0.6  # with ties
-    level = np.unique(scores, return_inverse=True)[1]
-    assert study.auc(level, right) == pytest.approx(roc_auc(scores, right))
-    assert np.isnan(study.auc(level, np.ones(60, bool)))
 
 
 def scorer_of(scores):

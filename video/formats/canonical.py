@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import optional_text, rest, row_id, text
+from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, box, pair, pairs, real, typed, whole
 from video.records import BoxLabel, VideoSample, check_sample, plain_options
 

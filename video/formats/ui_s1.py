@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, RowError, read_rows
-from mmrl.prm.formats._row import optional_text, rest, rows, text
 from mmrl.rollout import Prompt
+from mmrl.rows import optional_text, rest, rows, text
 from video.formats._values import Row, box, media_file, pair, real, typed
 from video.records import Box
 from vision.images import ImageError, check_image

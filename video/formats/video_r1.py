@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import optional_text, rest, row_id, text
+from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, typed, without_marks
 from video.records import VideoSample, plain_options
 

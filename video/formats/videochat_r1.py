@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import rest, rows, text
+from mmrl.rows import rest, rows, text
 from video.formats._values import Row, pairs, real
 from video.records import VideoSample
 

@@ -7,7 +7,7 @@ import string
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import rest, row_id, rows, text
+from mmrl.rows import rest, row_id, rows, text
 from video.formats._values import Row, box, pairs, typed, whole, without_marks
 from video.records import BoxLabel, VideoSample
 

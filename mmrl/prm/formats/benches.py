@@ -7,12 +7,13 @@ import re
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import (
+from mmrl.prm.records import SolutionRecord, plain_steps
+from mmrl.prm.records_io import record_from_json
+from mmrl.rows import (
     Row,
     first_zero,
     images,
     optional_text,
-    plain_steps,
     rest,
     row_id,
     rows,
@@ -21,8 +22,6 @@ from mmrl.prm.formats._row import (
     up_to_first_error,
     without_image_marks,
 )
-from mmrl.prm.records import SolutionRecord
-from mmrl.prm.records_io import record_from_json
 
 _VERDICT = {1: 1.0, 0: None, -1: 0.0}
 

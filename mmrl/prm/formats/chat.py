@@ -7,13 +7,13 @@ import re
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import (
+from mmrl.prm.records import Counts, Kind, SolutionRecord, Step, plain_steps
+from mmrl.rows import (
     Row,
     first_zero,
     images,
     number,
     optional_text,
-    plain_steps,
     rest,
     row_id,
     rows,
@@ -21,7 +21,6 @@ from mmrl.prm.formats._row import (
     up_to_first_error,
     without_image_marks,
 )
-from mmrl.prm.records import Counts, Kind, SolutionRecord, Step
 
 _QUESTION = re.compile(r"\A\s*### Question:\n(.*?)\n\n### Solution Process:\n(.*)\Z", re.DOTALL)
 _SECTION = re.compile(r"\A\[(Visual Elements|Perception|Reasoning)\]\s*")

@@ -5,20 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import (
-    Row,
-    first_zero,
-    images,
-    number,
-    optional_text,
-    plain_steps,
-    rest,
-    row_id,
-    rows,
-    same_length,
-    text,
-)
-from mmrl.prm.records import SolutionRecord
+from mmrl.prm.records import SolutionRecord, plain_steps
+from mmrl.rows import Row, first_zero, images, number, optional_text, rest, row_id, rows, same_length, text
 
 Neutral = Literal["positive", "negative", "drop"]
 _MARK = "ки"

@@ -10,20 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats._row import (
-    Row,
-    images,
-    number,
-    optional_text,
-    plain_steps,
-    rest,
-    row_id,
-    rows,
-    same_length,
-    text,
-)
-from mmrl.prm.records import Counts, SolutionRecord
+from mmrl.prm.records import Counts, SolutionRecord, plain_steps
 from mmrl.prm.records_io import check_markers
+from mmrl.rows import Row, images, number, optional_text, rest, row_id, rows, same_length, text
 
 PRM = "<prm>"
 Node = tuple[str, float, Counts | None]  # text, value, counts where the tree has them

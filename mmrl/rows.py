@@ -1,4 +1,4 @@
-"""What the importers share: typed columns of a row, and labels from the position of the first error."""
+"""What readers of published files share: typed columns of a row, and labels from the position of the first error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.prm.records import Step
 
 Row = Mapping[str, Any]
 
@@ -67,11 +66,6 @@ def number(value: Any, what: str) -> float:
 def without_image_marks(question: str) -> str:
     """The question without `<image>` at its ends, since pictures are given by their column."""
     return re.sub(r"\A(?:\s*<image>)+\s*|\s*(?:<image>\s*)+\Z", "", question)
-
-
-def plain_steps(texts: Sequence[str]) -> tuple[Step, ...]:
-    """Steps of unknown kind."""
-    return tuple(Step(t) for t in texts)
 
 
 def same_length(labels: Sequence[Any], steps: Sequence[Any]) -> None:
