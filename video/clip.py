@@ -81,6 +81,7 @@ class VideoInfo:
         height, width: pixels as presented.
         backend: who decodes it: `decord`, `av`, or the dotted path of one of your own.
         lost: what a damaged file promises and does not hold, empty for a sound one.
+        order: the frame that is seen in the place of each, None = itself. Times belong to places.
     """
 
     path: str
@@ -90,6 +91,7 @@ class VideoInfo:
     height: int
     backend: str
     lost: str = ""
+    order: tuple[int, ...] | None = None
 
     @property
     def frames(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from mmrl.byte_cache import ByteCache
 from mmrl.rollout import Prompt
+from mmrl.seeding import named_generator
 from video.actions import Look, pixel_box
 from video.patches import Norm, patchify, resize
 from video.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
@@ -88,18 +89,23 @@ class VideoEncoder(PromptEncoder):
 
     def key(self, prompt: Prompt) -> tuple[str, ...]:
         """What decides a prompt's tokens."""
-        return (*super().key(prompt), *map(str, prompt.inputs.get("videos") or []))
+        order = [prompt.id] if prompt.inputs.get("shuffled") else []
+        return (*super().key(prompt), *map(str, prompt.inputs.get("videos") or []), *order)
 
     def info(self, prompt: Prompt) -> VideoInfo:
-        """The prompt's clip.
+        """The prompt's clip; with `shuffled: true` among its inputs, in an order fixed by the prompt's id.
 
         Raises:
             PromptError: it cannot be read.
         """
         try:
-            return self.reader.info(str(prompt.inputs["videos"][0]))
+            info = self.reader.info(str(prompt.inputs["videos"][0]))
         except VideoDecodeError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+        return shuffled(info, self._first_view(info), prompt.id) if prompt.inputs.get("shuffled") else info
+
+    def _first_view(self, info: VideoInfo) -> np.ndarray:
+        return _evenly(info, 0.0, math.inf, self.views.frames)
 
     def _encode(self, prompt: Prompt) -> PromptTokens:
         videos = prompt.inputs.get("videos") or []
@@ -110,7 +116,7 @@ class VideoEncoder(PromptEncoder):
         question = self._question(prompt)
         info = self.info(prompt)
         try:
-            marks, pixels = self._film(info, _evenly(info, 0.0, math.inf, self.views.frames))
+            marks, pixels = self._film(info, self._first_view(info))
         except VideoDecodeError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
         tokens = self.tokens(self._render(0, marks + question), pixels)
@@ -126,7 +132,7 @@ class VideoEncoder(PromptEncoder):
         Raises:
             VideoDecodeError: a frame cannot be read.
         """
-        key = (info.path, tuple(looks), text)
+        key = (info.path, info.order, tuple(looks), text)
         known: PromptTokens | None = self._observed.get(key)
         if known is None:
             marks, pixels = self._shown(info, looks) if looks else ("", None)
@@ -144,7 +150,7 @@ class VideoEncoder(PromptEncoder):
 
     def _film(self, info: VideoInfo, index: np.ndarray) -> tuple[str, Pixels]:
         size = self.film_size(info, len(index))
-        frames = self.reader.read(info.path, index.tolist(), size if min(size) >= SMALLEST_DECODED else None)
+        frames = seen(self.reader, info, index, size if min(size) >= SMALLEST_DECODED else None)
         rows, grid = self._patched(resize(frames.pixels, size))
         pads = self._video * (grid[1] * grid[2] // self._merge**2)
         if self._stamped:
@@ -169,7 +175,7 @@ class VideoEncoder(PromptEncoder):
     def _still(self, info: VideoInfo, look: Look) -> tuple[str, Pixels]:
         """A frame, or a part of one cut out at full size: boxes are shares of the frame, whatever size was shown."""
         assert look.frame is not None
-        whole = self.reader.read(info.path, [look.frame]).pixels  # at full size: zooms into it decode nothing
+        whole = seen(self.reader, info, [look.frame]).pixels  # at full size: zooms into it decode nothing
         x1, y1, x2, y2 = cut = pixel_box(look.box or (0.0, 0.0, 1.0, 1.0), (info.height, info.width))
         most = self.views.frame_pixels if look.box is None else self.views.crop_pixels
         size = self.still_size(y2 - y1, x2 - x1, most)
@@ -182,15 +188,34 @@ class VideoEncoder(PromptEncoder):
         return patchify(pixels, patch=self._patch, merge=self._merge, temporal=self._temporal, norm=self._norm)
 
 
+def shuffled(info: VideoInfo, view: np.ndarray, name: str) -> VideoInfo:
+    """The clip in a random order fixed by `name`: the frames of `view` change places among themselves (T-GRPO's
+    shuffled first view), the others too, so that later looks are into the same shuffled clip."""
+    generator = named_generator("shuffled", name)
+    order = np.arange(info.frames)
+    for places in (np.unique(view), np.setdiff1d(order, view)):
+        order[places] = places[torch.randperm(len(places), generator=generator).numpy()]
+    return replace(info, order=tuple(order.tolist()))
+
+
+def seen(
+    reader: VideoReader, info: VideoInfo, index: Sequence[int] | np.ndarray, size: tuple[int, int] | None = None
+) -> Frames:
+    """What is seen at the places `index` of a clip, with the times of these places; as `VideoReader.read`."""
+    places = np.asarray(index, np.int64)
+    frames = reader.read(info.path, (places if info.order is None else np.array(info.order)[places]).tolist(), size)
+    return replace(frames, index=places, times=info.starts[places])
+
+
 def picture(reader: VideoReader, info: VideoInfo, looks: Sequence[Look], height: int = 96) -> Image.Image:
     """What a person would look at: four frames of a segment side by side, or the frame with its boxes drawn."""
     size = (height, max(1, round(info.width * height / info.height)))
     first = looks[0]
     if first.kind == "segment":
-        shown = reader.read(info.path, _evenly(info, first.start, looks[-1].end, 4).tolist(), size).pixels
+        shown = seen(reader, info, _evenly(info, first.start, looks[-1].end, 4), size).pixels
         return Image.fromarray(np.concatenate(list(shown), axis=1))
     assert first.frame is not None
-    shown_frame = Image.fromarray(reader.read(info.path, [first.frame], size).pixels[0])
+    shown_frame = Image.fromarray(seen(reader, info, [first.frame], size).pixels[0])
     pen = ImageDraw.Draw(shown_frame)
     for look in looks:
         if look.box is not None:
@@ -226,5 +251,5 @@ def _joined(parts: Sequence[Pixels]) -> Pixels:
 
 
 def _key(info: VideoInfo, where: Sequence[int] | np.ndarray, size: tuple[int, int]) -> str:
-    told = f"{info.path}|{info.frames}|{info.duration}|{list(map(int, where))}|{size}"
+    told = f"{info.path}|{info.frames}|{info.duration}|{list(map(int, where))}|{size}|{info.order or ''}"
     return hashlib.sha256(told.encode()).hexdigest()

@@ -99,7 +99,8 @@ class VideoEnvironment:
             try:
                 return self.encoder.observe(info, looks, self._hint(looks[0].kind, closing))
             except VideoDecodeError as error:
-                problem, looks = Problem("out_of_range", f"these frames cannot be read ({error.reason})", {}), ()
+                told = f"the file is damaged here ({error.reason}); look elsewhere, or answer."
+                problem = Problem("unreadable_frames", told)
         return self.encoder.observe(info, (), self._told(problem or Problem("parse_error", NOTHING, {})))
 
     def _hint(self, kind: str, closing: bool) -> str:

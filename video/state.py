@@ -24,7 +24,7 @@ from video.segments import Segment, segment_table
 Coords = Literal["norm1000", "unit", "pixels"]
 Code = Literal[
     "parse_error", "unknown_action", "out_of_range", "empty_range", "inverted_box", "box_too_small",
-    "no_frame_selected", "whole_video", "duplicate_action", "budget_exceeded",
+    "no_frame_selected", "whole_video", "duplicate_action", "budget_exceeded", "unreadable_frames",
 ]  # fmt: skip
 Box = tuple[float, float, float, float]
 

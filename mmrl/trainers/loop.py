@@ -160,33 +160,49 @@ class Loop:
     # ---- one update -------------------------------------------------------------------------------------------
 
     def update(self, losses: Sequence[Loss], idle: Loss) -> float:
-        """Backward over all micro-batches, one optimizer step; returns the gradient norm.
+        """Backward over all micro-batches, one optimizer step; returns the gradient norm, 0 with nothing to train.
 
-        Every rank runs as many micro-batches as the busiest one; `idle` is a forward whose gradient is multiplied by
-        0, so that collectives stay in step even where a rank has nothing to train. A non-finite norm skips the step
-        on all ranks (they see the same reduced gradient) and is counted.
+        A non-finite norm skips the step on all ranks and is counted.
         """
-        rounds = int(self.all_max(len(losses))[0])
+        rounds = self.busiest(losses)
         if rounds == 0:
             return 0.0
         self._set_lr()
+        norm = self.descend(self.model, self.optimizer, losses, idle, rounds)
+        if not math.isfinite(norm):
+            self.state.skipped_updates += 1
+            log.warning("iteration %d: gradient norm is %s, update skipped", self.state.iteration, norm)
+        elif self.ema:
+            self.ema.update()
+        return norm
+
+    def busiest(self, losses: Sequence[Loss]) -> int:
+        """Micro-batches of the rank that has most of them."""
+        return int(self.all_max(len(losses))[0])
+
+    def descend(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: Sequence[Loss], idle: Loss, rounds: int
+    ) -> float:
+        """One optimizer step of any prepared model on the sum of `losses`; returns the gradient norm before clipping.
+
+        Every rank makes `rounds` backwards, as many as the busiest one; `idle` is a forward whose gradient is
+        multiplied by 0, so that collectives stay in step even where a rank has nothing to train. A non-finite norm
+        skips the step on all ranks: they see the same reduced gradient.
+        """
+        sharded = is_sharded(model)
         for j in range(rounds):
             # sharded gradients are reduced every time: held back, they would take a whole model's memory on each rank
-            last = j == rounds - 1 or self.sharded
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            last = j == rounds - 1 or sharded
+            with nullcontext() if last else self.accelerator.no_sync(model):
                 loss = losses[j]() if j < len(losses) else idle() * 0.0
                 # DDP and FSDP average over ranks; the losses are shares of one global sum
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm))
-        finite = math.isfinite(norm)
-        if not finite:
-            self.state.skipped_updates += 1
-            log.warning("iteration %d: gradient norm is %s, update skipped", self.state.iteration, norm)
-        if finite or self.config.run.mixed_precision == "fp16":  # the fp16 scaler must see overflows; it skips itself
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        if finite and self.ema:
-            self.ema.update()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norm = float(self.accelerator.clip_grad_norm_(trained, self.config.optim.max_grad_norm))
+        # the fp16 scaler must see overflows; it skips the step itself
+        if math.isfinite(norm) or self.config.run.mixed_precision == "fp16":
+            optimizer.step()
+        optimizer.zero_grad()
         return norm
 
     def _set_lr(self) -> None:

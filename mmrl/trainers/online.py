@@ -62,16 +62,10 @@ class OnlineScorer:
         own[steps] = True
         sums: list[float] = []
         losses = [partial(self._part, rollout, part[own[part]], label, total, sums) for part in parts]
-        for j in range(int(self.loop.all_max(len(losses))[0])):
-            loss = losses[j]() if j < len(losses) else self._idle(rollout)
-            self.loop.accelerator.backward(loss * self.loop.accelerator.num_processes)
-        limit = self.loop.config.optim.max_grad_norm
-        norm = float(self.loop.accelerator.clip_grad_norm_(self.scorer.model.parameters(), limit))
-        if math.isfinite(norm):  # the same on all ranks: gradients are reduced
-            self.optimizer.step()
-        else:
+        idle = partial(self._idle, rollout)
+        norm = self.loop.descend(self.scorer.model, self.optimizer, losses, idle, self.loop.busiest(losses))
+        if not math.isfinite(norm):
             log.warning("online: gradient norm is %s, update of the scorer skipped", norm)
-        self.optimizer.zero_grad()
         return {"online/loss": self.loop.all_sum(sum(sums))[0]}
 
     def labels(self, rollout: Rollout) -> Tensor:
@@ -91,6 +85,6 @@ class OnlineScorer:
         return loss
 
     def _idle(self, rollout: Rollout) -> Tensor:
-        """A forward without gradient's effect, for a rank that has fewer parts."""
+        """A forward of something, for a rank that has fewer parts."""
         first = self.scorer.readable(rollout).nonzero().flatten()[:1]
-        return self.scorer.logits(rollout, first).sum() * 0.0
+        return self.scorer.logits(rollout, first).sum()

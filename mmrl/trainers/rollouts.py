@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, check_prompts
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, check_prompts
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.stored import RECIPE, StoredRollouts
@@ -96,15 +97,34 @@ class Rollouts:
         with self.timed("rollout"):
             seed = self.config.run.seed + attempt * 1_000_003
             rollout = self.policy.rollout(prompts, plan, seed=seed, iteration=iteration)
+            controls = self._controls(prompts, plan, seed=seed, iteration=iteration)
         self.cost.update(rollout.counts)
-        return self.reward_steps(self.reward_leaves(rollout))
+        return self.reward_steps(self.reward_leaves(rollout, controls))
 
-    def reward_leaves(self, rollout: Rollout) -> Rollout:
-        """The rollout with the outcomes of its decoded leaves."""
+    def _controls(
+        self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int
+    ) -> dict[str, list[Sample]]:
+        """For each reward that compares with other prompts, samples of those; see `OutcomeReward`."""
+        out: dict[str, list[Sample]] = {}
+        few = BranchPlan({0: max(1, plan.leaves // 2)}, plan.max_leaves)
+        for name, (reward, _) in self.rewards.items():
+            if not (others := reward.controls(prompts) if hasattr(reward, "controls") else []):
+                continue
+            rollout = self.policy.rollout(others, few, seed=seed, iteration=iteration)
+            self.cost.update({k: n for k, n in rollout.counts.items() if k != "leaves"})  # per trained leaf
+            out[name] = self.policy.samples(rollout)
+        return out
+
+    def reward_leaves(self, rollout: Rollout, controls: Mapping[str, Sequence[Sample]] | None = None) -> Rollout:
+        """The rollout with the outcomes of its decoded leaves. controls: see `_controls`."""
         with self.timed("rollout"):
             samples = self.policy.samples(rollout)
+        rewards = dict(self.rewards)
+        for name, others in (controls or {}).items():
+            reward: Any = rewards[name][0]
+            rewards[name] = (partial(reward, controls=others), rewards[name][1])
         with self.timed("reward"):
-            scored = score(samples, self.rewards, self.config.run.max_unscored)
+            scored = score(samples, rewards, self.config.run.max_unscored)
         self.scores.append(scored)
         return write_outcomes(rollout, samples, scored.total)
 
@@ -152,11 +172,20 @@ class Rollouts:
         """
         rollout = stored.batch(iteration)
         if self._others_rewarded(stored) or not bool(rollout.tree.is_finished.any()):
+            self._need_no_controls()
             return self.reward_steps(self.reward_leaves(rollout))
         nothing = torch.zeros(0, dtype=torch.float64)  # single rewards are not stored, their sum is
         known = rollout.tree.outcome[rollout.tree.is_finished]
         self.scores.append(Scored(known, dict.fromkeys(self.rewards, nothing), {}, {}))
         return self.reward_steps(rollout)
+
+    def _need_no_controls(self) -> None:
+        comparing = [k for k, (reward, _) in self.rewards.items() if hasattr(reward, "controls")]
+        if comparing:
+            raise ConfigError(
+                f"rewards: {comparing[0]} compares with prompts that stored rollouts do not have; write the rollouts "
+                "with it among their rewards (mmrl rollouts)"
+            )
 
     def _others_rewarded(self, stored: StoredRollouts) -> bool:
         return stored.recipe.get("rewards", self.reward_names()) != self.reward_names()

@@ -45,7 +45,7 @@ def check_look(state, look):
         assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
 
 
-def run(state, turn):
+def check_run(state, turn):
     """One turn: the state after it if something was shown (else the one before), the looks, the problem."""
     after, looks, problem = act(state, turn)
     assert (problem is not None) + bool(looks) + (turn.answer is not None) == 1
@@ -57,7 +57,7 @@ def run(state, turn):
     return (after if looks else state), looks, problem
 
 
-def read(text, syntax):
+def check_read(text, syntax):
     turn = parse_turn(text, syntax)
     assert isinstance(turn, Turn) and bool(turn.actions) + (turn.answer is not None) + (turn.problem is not None) == 1
     if turn.answer is not None:
@@ -181,8 +181,8 @@ def test_ten_thousand_calls():
         syntax = SYNTAXES[i % 2]
         if i % 20 == 0:
             state = rng.choice(CLIPS)
-        turn = read("".join(one_call(rng, syntax) for _ in range(rng.choice([1, 1, 1, 2, 3]))), syntax)
-        state, looks, problem = run(state, turn)
+        turn = check_read("".join(one_call(rng, syntax) for _ in range(rng.choice([1, 1, 1, 2, 3]))), syntax)
+        state, looks, problem = check_run(state, turn)
         for look in looks:
             shown[look.kind] += 1
         codes |= {problem.code} if problem else set()
@@ -207,15 +207,15 @@ JSON = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(st.lists(PIECES | ANY_TEXT, max_size=12).map("".join), st.sampled_from(SYNTAXES), st.sampled_from(CLIPS))
 def test_any_text(text, syntax, state):
-    run(state, read(text, syntax))
+    check_run(state, check_read(text, syntax))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([*MANIPULATIONS, "fly", None, 3]), JSON, st.sampled_from(CLIPS))
 def test_any_arguments(name, args, state):
     call = json.dumps({"name": name, "arguments": args})
-    run(state, read(f"<tool_call>{call}</tool_call>", "tool_call"))
-    run(state, read(f"{name}(x) = {json.dumps(args)}", "videocom"))
+    check_run(state, check_read(f"<tool_call>{call}</tool_call>", "tool_call"))
+    check_run(state, check_read(f"{name}(x) = {json.dumps(args)}", "videocom"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -225,7 +225,7 @@ def test_any_arguments(name, args, state):
     st.sampled_from(CLIPS),
 )
 def test_any_action_made_by_hand(name, args, state):
-    run(state, Turn((VideoAction(name, args),)))
+    check_run(state, Turn((VideoAction(name, args),)))
 
 
 NUMBER = st.floats() | st.integers(-(10**400), 10**400) | st.integers(-5, 2010) | st.floats(-1, 80)
@@ -243,7 +243,7 @@ def test_any_numbers(numbers, state):
         ("spatial_zoom", {"bbox": numbers, "frame": 1}),
         ("spatial_zoom", {"bbox": [0, 0, *numbers[2:]], "frame": 1}),
     ]:
-        state, _, _ = run(state, Turn((VideoAction(name, args),)))
+        state, _, _ = check_run(state, Turn((VideoAction(name, args),)))
 
 
 # ---- every frame, every segment -------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def seconds(text, syntax):
         best = min(best, time.process_time() - begin)
         if best < LIMIT_S:
             break
-    run(CLIPS[2], turn)
+    check_run(CLIPS[2], turn)
     return best
 
 

@@ -5,18 +5,25 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from agent_tiny import Questions, agent
 from families import family_folder
 from make_clips import number, write_clip
 from safetensors.torch import load_file
 
+from mmrl.config import parse_config
 from mmrl.rollout import BranchPlan, Prompt
+from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.rollouts import Rollouts
 from video.encoding import Views
 from video.patches import unpatchify
+from video.reader import VideoDecodeError
+from video.rewards import TemporalContrast
 from vision.prompts import PromptError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -109,6 +116,53 @@ def test_the_first_view_spans_the_clip_by_its_clock(clip):
     assert "<3.1 seconds>" in stamped.text and "<15.6 seconds>" in stamped.text
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_shuffled_clip_has_its_frames_in_another_order_and_its_clock(family, clip):
+    """T-GRPO: the first view's frames change places, their times do not; later looks are into the same clip."""
+    policy = agent(str(family_folder(family)), scripted=False, max_new_tokens=60)
+    policy.encode.views = replace(policy.encode.views, frames=10)
+    ordered = prompts(clip)[0]
+    (twin,) = TemporalContrast().controls([ordered])
+    views = [policy.encode(p) for p in (ordered, twin)]
+    frames = [[number(f) for f in frames_of(policy, v)] for v in views]
+    assert frames[0] == list(range(0, 250, 25)) and sorted(frames[1]) == frames[0] and frames[1] != frames[0]
+    assert views[0].text == views[1].text and torch.equal(views[0].positions, views[1].positions)
+    assert views[0].pixels.key != views[1].pixels.key and views[0].pixels.seconds == views[1].pixels.seconds
+    turns = ["FIND_FRAME(x) = 26", "FIND_SEGMENT(x) = 2", "FINAL_ANSWER: B"]
+    written = policy.write([twin], ["\n".join(turns)])
+    still, film = (frames_of(policy, policy._talks.observation(written, v)) for v in range(2))
+    assert number(still[0]) == frames[1][1]  # frame 25 from 0 is the second one of the first view
+    order = policy.encode.info(twin).order
+    assert sorted(order) == list(range(250)) and order == policy.encode.info(twin).order
+    assert [number(f) for f in film] == [order[125 + 125 * k // 4] for k in range(4)]
+    other = policy.encode.info(replace(twin, id="other"))
+    assert other.order != order
+
+
+def test_training_with_shuffled_twins(clip, tmp_path):
+    """Twins are sampled for the prompt with a clip alone, half as often, and are no part of what is trained on."""
+    task = SimpleNamespace(prompts=prompts(clip), eval_prompts=prompts(clip), rewards=(), judges=lambda samples: {})
+    config = parse_config({
+        "task": {"name": "-"}, "policy": {"name": "-"}, "plan": {0: 4},
+        "run": {"output": str(tmp_path), "prompts_per_iteration": 2, "cpu": True, "trackers": []},
+    })  # fmt: skip
+    rollouts = Rollouts(config, agent(str(family_folder("qwen2_5_vl"))), task, {"t": (Parity(), 1.0)})
+    rollout = rollouts.sampled(BranchPlan({0: 4}), 0)
+    assert sorted(p.id for p in rollout.prompts) == ["a", "b"]
+    assert [s.prompt.id for s in Parity.seen] == ["a/shuffled"] * 2
+    assert rollouts.cost["leaves"] == 8 and rollouts.cost["tokens"] > rollout.counts["tokens"]
+
+
+class Parity(TemporalContrast):
+    """With an answer that an untrained model can give."""
+
+    seen = ()
+
+    def __call__(self, samples, controls=()):
+        Parity.seen = controls
+        return [float(len(s.output) % 2) for s in samples]
+
+
 def test_text_after_a_film_goes_on_behind_its_largest_position(clip):
     """As Qwen2.5-VL was released: the second row in time lies 12 s x tokens per second later, the text behind that."""
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False)
@@ -138,6 +192,22 @@ def test_wrong_calls_are_told_and_the_conversation_goes_on(clip):
     assert "no_frame_selected" in told[0]
     assert "out_of_range" in told[1] and "frame 1 to 250" in told[1]
     assert "parse_error" in told[2]
+
+
+def test_frames_that_cannot_be_read_are_told_by_a_name_of_their_own(clip, monkeypatch):
+    policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=60)
+    environment = policy._talks._replay.environment
+    state = environment.start(prompts(clip)[0])
+
+    def broken(path, index, size=None):
+        raise VideoDecodeError(path, "corrupt_frame", f"frame {index[0]}")
+
+    monkeypatch.setattr(environment.encoder.reader, "read", broken)
+    answered = environment.step(state, "FIND_FRAME(x) = 9", 0)
+    assert answered.observation.pixels is None
+    assert "Error unreadable_frames: the file is damaged here (corrupt_frame)" in answered.observation.text
+    environment.hints = False
+    assert "unreadable_frames" in environment.step(state, "FIND_FRAME(x) = 10", 0).observation.text
 
 
 def test_a_full_context_asks_for_the_answer_and_then_ends(clip):
@@ -212,12 +282,9 @@ def test_greedy_evaluation_and_pictures_for_people(clip):
 @pytest.mark.multiproc
 def test_two_processes_one_of_them_with_text_alone(tmp_path):
     """Prompts go to ranks in turn: with one clip among eight questions a rank often trains on text alone."""
-    import yaml
-
     (tmp_path / "clips").mkdir()
-    runs = {}
-    for processes in (1, 2):
-        tree = {
+    trees = {
+        processes: {
             "task": {"name": "agent_tiny:Questions", "folder": str(tmp_path / "clips"), "films": 1},
             "policy": {"name": "agent_tiny:agent", "model": str(family_folder("qwen2_5_vl")), "train_vision": True},
             "plan": {0: 4}, "rewards": [{"name": "agent_tiny:digits", "timeout_s": 0}],
@@ -226,15 +293,18 @@ def test_two_processes_one_of_them_with_text_alone(tmp_path):
             "run": {"output": str(tmp_path / f"r{processes}"), "iterations": 2, "prompts_per_iteration": 4,
                     "eval_every": 2, "checkpoint_every": 2, "trackers": [], "report": False, "cpu": True,
                     "processes": processes},
-        }  # fmt: skip
-        file = tmp_path / f"r{processes}.yaml"
-        file.write_text(yaml.safe_dump(tree))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run(
-            [*launch, "-m", "mmrl", "train", str(file)], env=os.environ | {"PYTHONPATH": str(TESTS)}, timeout=240,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        runs[processes] = load_file(tmp_path / f"r{processes}" / "model" / "model.safetensors")
-    for name, tensor in runs[1].items():
-        torch.testing.assert_close(runs[2][name], tensor, atol=2e-4, rtol=0)
+        }
+        for processes in (1, 2)
+    }  # fmt: skip
+    BranchGrpo(parse_config(trees[1])).train()
+    file = tmp_path / "r2.yaml"
+    file.write_text(yaml.safe_dump(trees[2]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "mmrl", "train", str(file)], env=os.environ | {"PYTHONPATH": str(TESTS)}, timeout=240,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / f"r{n}" / "model" / "model.safetensors") for n in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0)

@@ -48,7 +48,7 @@ def ragged(shift=0.0, bonus=0.0):
     return chains([2, 3, 3], [1.0 + shift, 0.0 + shift, 1.0 + shift], rewards)
 
 
-def close(got, want):
+def check_close(got, want):
     torch.testing.assert_close(got, torch.as_tensor(want, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
@@ -57,36 +57,36 @@ def close(got, want):
 
 def test_sum_is_video_com_s_group():
     tree = chains([2, 1, 3, 1], [1.75, 0.75, 1.0, 0.0], None)
-    close(credit("sum", tree).adv, [1.2123] * 2 + [-0.1732] + [0.1732] * 3 + [-1.2123])
+    check_close(credit("sum", tree).adv, [1.2123] * 2 + [-0.1732] + [0.1732] * 3 + [-1.2123])
 
 
 def test_future_compares_the_same_turn():
     tree = chains([4, 1, 1, 1], [0.0] * 4, [1, 1, 1, 1, 1.0, 0.55, 1.5])
-    close(credit("future", tree).adv[[0, 4, 5, 6]], [1.1127, -0.3997, -1.1775, 0.4645])
-    close(credit("future", tree).adv[1:4], [0.0] * 3)  # nobody else has a second turn
+    check_close(credit("future", tree).adv[[0, 4, 5, 6]], [1.1127, -0.3997, -1.1775, 0.4645])
+    check_close(credit("future", tree).adv[1:4], [0.0] * 3)  # nobody else has a second turn
     two = chains([2, 2], [0.0, 0.0], [1.0, 1.0, 0.0, 0.0])  # G: 1.5, 1 and 0, 0
-    close(credit("future", two).adv, [0.7071, 0.7071, -0.7071, -0.7071])
+    check_close(credit("future", two).adv, [0.7071, 0.7071, -0.7071, -0.7071])
 
 
 def test_random_group_is_immediate():
     tree = ragged()
     z = norm(tree.step_reward, torch.zeros(8, dtype=torch.long)).z  # eight turns fit into one set of 16
-    close(credit("random_group", tree).adv, z)
+    check_close(credit("random_group", tree).adv, z)
 
 
 def test_mix_is_the_weighted_sum():
     tree = ragged()
     episode = compose(tree, [{"name": "grpo"}]).adv
-    close(credit("mix", tree).adv, episode + credit("future", tree).adv)
-    close(credit("srgpo", tree).adv, episode + 0.5 * credit("random_group", tree).adv)
+    check_close(credit("mix", tree).adv, episode + credit("future", tree).adv)
+    check_close(credit("srgpo", tree).adv, episode + 0.5 * credit("random_group", tree).adv)
     scores = norm(tree.step_reward, tree.group).z
-    close(credit("ui_s1", tree).adv, scores + credit("future", tree).adv)
+    check_close(credit("ui_s1", tree).adv, scores + credit("future", tree).adv)
 
 
 def test_bonus_is_added_as_it_is():
     tree = chains([4, 2], [1.0, 0.0], [0.5, -0.05, -0.1, 0.5, -0.1, math.nan])
     want = [0.7071 + c for c in (0.5, -0.05, -0.1, 0.5)] + [-0.7071 - 0.1, -0.7071]
-    close(credit("bonus", tree).adv, want)
+    check_close(credit("bonus", tree).adv, want)
 
 
 def test_delta_telescopes():
@@ -96,10 +96,10 @@ def test_delta_telescopes():
     r = torch.tensor(increments)
     z = (r - r.mean()) / (r.std() + 1e-6)
     want = [float(z[k:4].sum()) for k in range(4)] + [float(z[4:].sum()), float(z[5])]
-    close(credit("delta", tree).adv, want)
+    check_close(credit("delta", tree).adv, want)
     scores = tree.replace(step_reward=torch.tensor([x for path in p for x in path]))
     red = compose(scores, [{"name": "process_grpo"}], ["red"], kind="value")  # of a model that scores the state
-    close(red.adv, want)
+    check_close(red.adv, want)
 
 
 # ---- invariants -----------------------------------------------------------------------------------------------------
@@ -137,12 +137,12 @@ def test_groups_of_one_give_nothing(mode):
 def test_the_outcome_of_a_group_of_one_gives_nothing(mode):
     """What is left there comes from comparing turns with one another, or is the bonus."""
     low, high = (credit(mode, chains([3], [r], [0.1, 0.9, 0.4])).adv for r in (0.0, 5.0))
-    close(low, high)
+    check_close(low, high)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_constant_on_every_outcome_changes_nothing(mode):
-    close(credit(mode, ragged(shift=3.0)).adv, credit(mode, ragged()).adv)
+    check_close(credit(mode, ragged(shift=3.0)).adv, credit(mode, ragged()).adv)
 
 
 @pytest.mark.parametrize("mode", NORMALISED)
@@ -151,7 +151,7 @@ def test_a_constant_on_every_step_reward_changes_nothing(mode):
         pair = [chains([3, 3], [1.0, 0.0], torch.tensor([0.0, 1, 0, 1, 1, 0]) + c) for c in (0.0, 2.0)]
     else:
         pair = [ragged(), ragged(bonus=2.0)]
-    close(credit(mode, pair[1]).adv, credit(mode, pair[0]).adv)
+    check_close(credit(mode, pair[1]).adv, credit(mode, pair[0]).adv)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -169,10 +169,10 @@ def test_any_lengths_and_branches(mode, seed):
 def test_a_second_question_changes_nothing(mode):
     one = ragged()
     two = StepTree.concatenate([one, chains([1, 2], [5.0, -5.0], [3.0, 0.0, 9.0])])
-    close(credit(mode, two).adv[:8], credit(mode, one).adv)
+    check_close(credit(mode, two).adv[:8], credit(mode, one).adv)
 
 
 def test_a_short_response_leaves_the_others_alone():
     """Where one response ended early, the later turns are compared among the rest only."""
     tree, without = ragged(), chains([3, 3], [0.0, 1.0], [0, 1.0, 0, 1.0, 0, 1.0])
-    close(credit("future", tree).adv[[4, 7]], credit("future", without).adv[[2, 5]])
+    check_close(credit("future", tree).adv[[4, 7]], credit("future", without).adv[[2, 5]])

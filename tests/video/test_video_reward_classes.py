@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mmrl.components import ComponentError, build
-from mmrl.rewards.scoring import score, write_outcomes
 from mmrl.rewards.steps import score_steps
 from mmrl.rollout import Actions, Prompt, Rollout, Sample
 from mmrl.tree import StepTree
@@ -53,7 +52,7 @@ def rollout(parents, texts, prompts=None, groups=None, tags=None):
     return Rollout(prompts or [prompt()], tree, Actions(torch.zeros(n), torch.ones(n, dtype=torch.bool)), texts=texts)
 
 
-def same(got, want):
+def check_same(got, want):
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-4, rtol=0, equal_nan=True)
 
 
@@ -140,30 +139,30 @@ def test_boxes_in_every_unit():
     }
     for coords, box in zooms.items():
         turns = [FRAME, f"SPATIAL_ZOOM(cup) = {[round(x, 5) for x in box]}"]
-        same(Manipulations(coords=coords, overlap=True)(rollout([-1, 0], turns)), [1.0, 0.36])
+        check_same(Manipulations(coords=coords, overlap=True)(rollout([-1, 0], turns)), [1.0, 0.36])
     shown = prompt(size=[1080, 1920])  # a still of 100352 pixels is seen at 224 x 420
     whole = rollout([-1, 0], [FRAME, "SPATIAL_ZOOM(cup) = [0, 0, 150, 80]"], [shown])
-    same(Manipulations()(whole), [1.0, 1.0])
+    check_same(Manipulations()(whole), [1.0, 1.0])
 
 
 def test_step_rewards_along_a_tree():
     # 0 segment; 1 frame -> 3 zoom -> 5 answer; 2 the same segment again -> 4 answer
     texts = [SEGMENT, FRAME, SEGMENT, ZOOM, RIGHT, RIGHT]
     tree = rollout([-1, 0, 0, 1, 2, 3], texts)
-    same(Manipulations()(tree), [0.5, 1.0, 0.0, 1.0, math.nan, math.nan])
-    same(Manipulations(repeat_penalty=0.2)(tree), [0.5, 1.0, -0.2, 1.0, math.nan, math.nan])
-    same(VideoAnswerStep("videocom")(tree), [math.nan] * 4 + [1.0, 1.0])
+    check_same(Manipulations()(tree), [0.5, 1.0, 0.0, 1.0, math.nan, math.nan])
+    check_same(Manipulations(repeat_penalty=0.2)(tree), [0.5, 1.0, -0.2, 1.0, math.nan, math.nan])
+    check_same(VideoAnswerStep("videocom")(tree), [math.nan] * 4 + [1.0, 1.0])
     both, _ = score_steps(tree, {"m": (Manipulations(), 1.0), "a": (VideoAnswerStep("videocom"), 1.0)})
-    same(both.tree.step_reward, [0.5, 1.0, 0.0, 1.0, 1.0, 1.0])
+    check_same(both.tree.step_reward, [0.5, 1.0, 0.0, 1.0, 1.0, 1.0])
 
 
 def test_refused_turns():
     texts = [ZOOM, "FIND_FRAME(x) = 601", "hm", "FIND_SEGMENT(x) = [1, 2, 3, 4, 5, 6]"]
     chain = rollout([-1, 0, 1, 2], texts)  # no frame yet, out of range, nothing there, the whole video
-    same(Manipulations()(chain), [0.0] * 4)
-    same(Manipulations(error_penalty=0.25)(chain), [-0.25] * 4)
+    check_same(Manipulations()(chain), [0.0] * 4)
+    check_same(Manipulations(error_penalty=0.25)(chain), [-0.25] * 4)
     marked = rollout([-1, 0], [SEGMENT, FRAME], tags={"error": torch.tensor([True, False])})
-    same(Manipulations(error_penalty=0.25)(marked), [-0.25, 1.0])
+    check_same(Manipulations(error_penalty=0.25)(marked), [-0.25, 1.0])
 
 
 def test_prompts_without_manipulations_have_no_opinion():
@@ -191,7 +190,7 @@ def test_seconds_and_tool_calls():
         '<tool_call>{"name": "find_segment", "arguments": {"start": 40, "end": 50}}</tool_call>',
     ]
     got = Manipulations(syntax="tool_call", coords="norm1000", overlap=True)(rollout([-1, -1, -1], calls, [truth]))
-    same(got, [5 / 6, 0.6, 0.0])
+    check_same(got, [5 / 6, 0.6, 0.0])
 
 
 def test_virl_for_video():
@@ -205,17 +204,17 @@ def test_virl_for_video():
         zoom(100, "0, 0, 140, 140"),
         RIGHT,
     ]
-    same(VideoViRL()(rollout([-1, 0, 1, 2, 3], texts, [two])), [0.5, -0.05, -0.1, 0.5, math.nan])
-    same(VideoViRL()(rollout([-1, 0], [FRAME, texts[0]], [two])), [0.0, 0.5])  # finding the frame is no error
-    same(VideoViRL(redundant=0.2)(rollout([-1, 0, 0], [texts[0], texts[0], texts[3]], [two])), [0.5, -0.2, 0.5])
+    check_same(VideoViRL()(rollout([-1, 0, 1, 2, 3], texts, [two])), [0.5, -0.05, -0.1, 0.5, math.nan])
+    check_same(VideoViRL()(rollout([-1, 0], [FRAME, texts[0]], [two])), [0.0, 0.5])  # finding the frame is no error
+    check_same(VideoViRL(redundant=0.2)(rollout([-1, 0, 0], [texts[0], texts[0], texts[3]], [two])), [0.5, -0.2, 0.5])
 
 
 def test_lcs_progress():
     texts = [FRAME, SEGMENT, FRAME.replace("56", "58"), ZOOM.replace("(cup)", "(x)"), RIGHT]
     one = prompt(segment_ids=[2], boxes=[{"frame": 57, "box": [0, 0, 100 / 280, 100 / 280]}])
     chain = rollout([-1, 0, 1, 2, 3], texts, [one])
-    same(LcsProgress(increments=False)(chain), [1 / 3, 1 / 3, 2 / 3, 1.0, math.nan])
-    same(LcsProgress()(chain), [1 / 3, 0.0, 1 / 3, 1 / 3, 0.0])
+    check_same(LcsProgress(increments=False)(chain), [1 / 3, 1 / 3, 2 / 3, 1.0, math.nan])
+    check_same(LcsProgress()(chain), [1 / 3, 0.0, 1 / 3, 1 / 3, 0.0])
 
 
 def test_manipulation_f1():
@@ -231,36 +230,22 @@ def test_manipulation_f1():
 GOOD, BAD = "<think>a</think><answer>B</answer>", "<think>a</think><answer>A</answer>"
 
 
-def twins(ordered, shuffled):
-    twin = prompt("q/shuffled", inputs={"shuffled": True, "twin_of": "q"})
-    return [Sample(prompt(), t, i) for i, t in enumerate(ordered)] + [
-        Sample(twin, t, 10 + i) for i, t in enumerate(shuffled)
-    ]
+def of(prompt, *texts):
+    return [Sample(prompt, t, i) for i, t in enumerate(texts)]
 
 
 def test_temporal_contrast():
-    samples = twins([GOOD, GOOD, BAD, BAD], [GOOD, BAD])
-    assert TemporalContrast()(samples) == pytest.approx([2.3, 2.3, 1.0, 1.0, 0.0, 0.0])
-    assert TemporalContrast()(twins([BAD, GOOD, BAD, BAD], [GOOD, BAD])) == pytest.approx([1, 2, 1, 1, 0, 0])
-    assert TemporalContrast(twins="leave")(samples)[4:] == [None, None]
-    assert TemporalContrast()([*samples[4:], *samples[:4]])[2] == pytest.approx(2.3)  # in any order
-    assert TemporalContrast()(samples[:4])[0] == 2.0  # a prompt without twin gets no bonus
-    with pytest.raises(ValueError, match=r"twin of 'q', which is not in this batch"):
-        TemporalContrast()(samples[4:])
-
-
-@pytest.mark.parametrize("kind", ["zero", "leave"])
-def test_twins_get_no_gradient(kind):
-    from mmrl.credit import compose
-
-    groups, texts = [0, 0, 0, 0, 1, 1], [GOOD, GOOD, BAD, BAD, GOOD, BAD]
-    twin = prompt("q/shuffled", inputs={"shuffled": True, "twin_of": "q"})
-    forest = rollout([-1] * 6, texts, [prompt(), twin], groups)
-    samples = [Sample(forest.prompts[g], t, i) for i, (g, t) in enumerate(zip(groups, texts, strict=True))]
-    scored = score(samples, {"t": (TemporalContrast(twins=kind), 1.0)}, max_unscored=0.5)
-    out = compose(write_outcomes(forest, samples, scored.total).tree, [{"name": "grpo", "preset": "trl"}])
-    same(out.adv, [0.8659, 0.8659, -0.8659, -0.8659, 0.0, 0.0])
-    assert out.valid.tolist() == [True] * 4 + [kind == "zero"] * 2
+    reward = TemporalContrast()
+    picture = Prompt("picture", {"question": "?", "images": ["a.png"]}, REFERENCE)
+    (twin,) = reward.controls([prompt(), picture])
+    assert twin.id == "q/shuffled" and twin.inputs["shuffled"] and twin.inputs["twin_of"] == "q"
+    assert twin.inputs["videos"] == ["clip.mp4"] and twin.reference == REFERENCE
+    mixed = of(twin, GOOD, BAD)  # half of them right
+    assert reward(of(prompt(), GOOD, GOOD, BAD, BAD), mixed) == pytest.approx([2.3, 2.3, 1.0, 1.0])
+    assert reward(of(prompt(), BAD, GOOD, BAD, BAD), mixed) == pytest.approx([1, 2, 1, 1])  # 0.25 < 0.8 * 0.5
+    assert reward([*of(picture, GOOD), *of(prompt(), GOOD)], mixed) == pytest.approx([2.0, 2.3])
+    assert reward(of(prompt(), GOOD)) == [2.0]  # evaluation has no twins
+    assert reward(of(prompt(answer=None), GOOD), mixed) == [None]
 
 
 def test_curiosity_per_group():

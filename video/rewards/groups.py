@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,41 +52,39 @@ def t_grpo(
 class TemporalContrast:
     """T-GRPO's whole reward without its length bonus: answer + format + 0.3 where order helps, in [0, 2.3].
 
-    A prompt's twin asks the same question on shuffled frames: its inputs hold `shuffled: true` and `twin_of: <id>`.
-    The twin is a group of its own, there for its accuracy only, and must get no gradient. As `twins` says it gets
-        zero   reward 0 for all its responses: a group without spread, to which every estimator that compares inside
-               the prompt gives the advantage 0. Holds while no other reward of the recipe tells them apart and no KL
-               is taken; they count as zero-spread groups and in a mean over tokens, so set `loss.drop_zero_spread`.
-        leave  None: they leave statistics and loss altogether, whatever else the recipe adds. They count as unscored:
-               raise `run.max_unscored` above their share, a half with one twin per prompt.
-    A prompt without twin (a picture) gets no bonus. The answer and format are part of this reward: name no other ones
-    for them. The bonus for length needs token counts, which samples do not have: see `length_bonus`.
+    In training every prompt with a clip has a twin, the same question on its frames in random order (inputs
+    `shuffled: true`, `twin_of: <id>`), which a policy samples half as often; see `mmrl.rollout.OutcomeReward`. Twins
+    lend their accuracy and nothing else. Without twins (pictures, evaluation) there is no bonus. The answer and format
+    are part of this reward: name no other ones for them. The bonus for length needs token counts, which samples do
+    not have: see `length_bonus`.
 
     Args:
         syntax: how answers are written, see `VideoAnswer`. ratio, bonus, above: see `temporal_bonus`.
     """
 
     syntax: Literal["tags", "videocom", "tool_call"] = "tags"
-    twins: Literal["zero", "leave"] = "zero"
     ratio: float = 0.8
     bonus: float = 0.3
     above: float = 0.1
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        """One number per sample, None where the reference holds no answer.
+    def controls(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The twins of those prompts that have a clip."""
+        return [
+            Prompt(f"{p.id}/shuffled", {**p.inputs, "shuffled": True, "twin_of": p.id}, p.reference)
+            for p in prompts
+            if p.inputs.get("videos")
+        ]
 
-        Raises:
-            ValueError: a twin whose prompt is not among the samples.
-        """
-        accuracy = VideoAnswer(self.syntax)(samples)
-        groups = _by_prompt(samples)
-        shuffled = _twin_accuracy(samples, accuracy, groups)
+    def __call__(self, samples: Sequence[Sample], controls: Sequence[Sample] = ()) -> list[float | None]:
+        """One number per sample, None where the reference holds no answer. controls: samples of the twins."""
+        answer = VideoAnswer(self.syntax)
+        shuffled: dict[str, list[float]] = {}
+        for twin, a in zip(controls, answer(controls), strict=True):
+            if a is not None:
+                shuffled.setdefault(str(twin.prompt.inputs["twin_of"]), []).append(a)
+        accuracy = answer(samples)
         out = [None if a is None else a + (f or 0.0) for a, f in zip(accuracy, VideoFormat()(samples), strict=True)]
-        for own, members in groups.items():
-            if twin_of(samples[members[0]].prompt) is not None:
-                for i in members:
-                    out[i] = 0.0 if self.twins == "zero" else None
-                continue
+        for own, members in _by_prompt(samples).items():
             scored = [(i, a) for i in members if (a := accuracy[i]) is not None]
             given = temporal_bonus(
                 [a for _, a in scored], shuffled.get(own, []), ratio=self.ratio, bonus=self.bonus, above=self.above
@@ -94,30 +92,6 @@ class TemporalContrast:
             for (i, _), extra in zip(scored, given, strict=True):
                 out[i] = (out[i] or 0.0) + extra
         return out
-
-
-def twin_of(prompt: Prompt) -> str | None:
-    """Id of the prompt whose frames this one shows shuffled, None for an ordinary prompt."""
-    return str(prompt.inputs["twin_of"]) if prompt.inputs.get("shuffled") else None
-
-
-def _twin_accuracy(
-    samples: Sequence[Sample], accuracy: Sequence[float | None], groups: Mapping[str, Sequence[int]]
-) -> dict[str, list[float]]:
-    """Prompt id -> accuracies of its twin's responses."""
-    out: dict[str, list[float]] = {}
-    for sample, a in zip(samples, accuracy, strict=True):
-        other = twin_of(sample.prompt)
-        if other is None:
-            continue
-        if other not in groups:
-            raise ValueError(
-                f"prompt {sample.prompt.id!r} is the shuffled twin of {other!r}, which is not in this batch; keep "
-                "twins side by side in the data and in one process"
-            )
-        if a is not None:
-            out.setdefault(other, []).append(a)
-    return out
 
 
 def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[int]]:
