@@ -20,6 +20,7 @@ from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 
 if TYPE_CHECKING:
+    from mmrl.search.samples import Found
     from mmrl.trainers.sample_loss import Rewards, Term
 
 # (latents (N, *D), their noise level, conditions, prompt of each (N,)) -> (N,) scores, such as LatentReward.score
@@ -180,7 +181,8 @@ class DiffusionPolicy:
 
         best = None if judge is None else choose
         forest = sample_forest(predict, init, plan, self.sampling, course, generators, best)
-        about = record(self.sampling, course) | {"seed": seed, "iteration": iteration}
+        about = record(self.sampling, course) | {"prediction": self.adapter.prediction}
+        about |= {"seed": seed, "iteration": iteration}
         latents = {"latent": forest.latent} | ({"mean": forest.mean} if self.sampling.keep_mean else {})
         payload = {"init": init.to(getattr(torch, self.sampling.storage)).cpu()}
         return Rollout(
@@ -191,6 +193,12 @@ class DiffusionPolicy:
             {"calls": forest.calls, "leaves": plan.leaves * len(prompts)},
             about,
         )
+
+    def search(self, prompts: Sequence[Prompt], scorer: Any, *, n: int, k: int, seed: int) -> Found:
+        """n samples per prompt, the best of k candidates at every noisy step: `diffusion.search.best_of_k`."""
+        from diffusion.search import best_of_k
+
+        return best_of_k(self, prompts, scorer, n=n, k=k, seed=seed)
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
         """Steps of one depth at a time, siblings together, at most `max_batch` parent states each.

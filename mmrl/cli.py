@@ -124,7 +124,7 @@ def search(recipe: Recipe, overrides: Overrides = None) -> None:
     from mmrl.jobs import run_search
 
     report = run_search(config)
-    for name, row in report["accuracy"].items():
+    for name, row in report["reward" if "reward" in report else "accuracy"].items():
         typer.echo(f"{name:24} {row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
 
 

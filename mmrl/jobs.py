@@ -40,6 +40,7 @@ from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
 from mmrl.search.budget import Budget
 from mmrl.search.run import search
+from mmrl.search.samples import best_of_k
 from mmrl.trainers.task import Task, build_reward
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
     rule = LabelRule(config.label.name, config.label.after, config.label.options)
     given, bad = _solutions(config)
     job = _Job(config)
+    job.writes()
     name, options = config.method.name, config.method.options
     with job.files:
         if name in ("monte_carlo", "omega"):
@@ -250,6 +252,9 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     """Search every prompt as the recipe says; writes results.jsonl and report.json below its output."""
     job = _Job(config)
     job.alone("mmrl search")
+    if config.method.name == "best_of_k":
+        return _best_of_k(config, job)
+    job.writes()
     scorer = job.scorer(config.scorer) if config.scorer else None
     prompts = admitted(scorer, job.prompts) if scorer else job.prompts
 
@@ -276,6 +281,31 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     report["unreadable_steps"] = unread  # met in this run; they count as score 0
     report["examples"] = disagreements(rows, prompts)
     return write_report(config.output / "report.json", report)
+
+
+def _best_of_k(config: SearchConfig, job: _Job) -> dict[str, Any]:
+    """`run_search` for a policy that searches along its own steps."""
+    if not hasattr(job.policy, "search"):
+        raise ConfigError(
+            f"method.name='best_of_k' is for policies that search along their own steps (denoising); "
+            f"policy.name={config.policy.name!r} writes: take best_of_n or greedy"
+        )
+    if config.scorer is None or config.max_tokens is not None:
+        raise ConfigError("method.name='best_of_k' needs a `scorer` that ranks candidates, and has no tokens to limit")
+    scorer = job.scorer(config.scorer)
+    options = call(_candidates, "method", config.method.options)
+    report = best_of_k(
+        job.prompts, job.policy, scorer, job.verifier, folder=config.output, **options,
+        judges=getattr(job.task, "judges", None), seed=config.seed, prompts_per_batch=config.batch,
+        about={"policy": job.fingerprint, "scorer": _stamp(config.scorer)},
+    )  # fmt: skip
+    report["unusable_prompts"] = job.lost
+    report["parameters"] = {"policy": parameters(job.policy), "scorer": parameters(scorer)}
+    return write_report(config.output / "report.json", report)
+
+
+def _candidates(n: int = 8, k: tuple[int, ...] = (4,)) -> dict[str, Any]:
+    return {"n": n, "k": k}
 
 
 def run_benchmark(name: str, data: Path, scorer: str, out: Path | None, **options: Any) -> dict[str, Any]:
@@ -314,8 +344,6 @@ class _Job:
         self.policy: Any = on_device(
             build("mmrl.policies", "policy", config.policy.name, config.policy.options), config.cpu
         )
-        if not hasattr(self.policy, "extend"):
-            raise ConfigError(f"policy.name={config.policy.name!r} cannot go on from a prefix (no `extend`)")
         verifier = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
         self.verifier: OutcomeReward = build_reward(verifier, "verifier")
         self.lost = 0  # prompts that the policy cannot take; the log says why
@@ -344,6 +372,14 @@ class _Job:
         """What a judge has said so far."""
         store = CompletionStore(self.config.output / "judge" / "store.jsonl", fingerprint=self.fingerprint)
         return self.files.enter_context(store)
+
+    def writes(self) -> None:
+        """ConfigError when the policy cannot go on from a text."""
+        if not hasattr(self.policy, "extend"):
+            also = "; of the searches it takes method.name=best_of_k" if hasattr(self.policy, "search") else ""
+            raise ConfigError(
+                f"policy.name={self.config.policy.name!r} cannot go on from a prefix (no `extend`){also}"
+            )
 
     def alone(self, what: str) -> None:
         """ConfigError when several processes were started for what one does."""

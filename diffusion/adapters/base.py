@@ -1,4 +1,4 @@
-"""What a model family must offer: six functions. Everything else in diffusion/ is shared."""
+"""What a model family must offer: six functions, and what its network predicts. The rest of diffusion/ is shared."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusion.kernels import Prediction
 from mmrl.rollout import Prompt
 
 Cond = dict[str, Tensor]  # every entry has one row per prompt
@@ -26,6 +27,7 @@ class Adapter(Protocol):
     """N live nodes, B prompts, D any latent shape. `own` (N,) is the prompt of each node."""
 
     model: nn.Module
+    prediction: Prediction  # what the network predicts; a latent reward judges only samples of its own kind
 
     def encode(self, prompts: Sequence[Prompt]) -> Cond:
         """Conditioning, B rows, computed once and reused by all nodes and all updates."""

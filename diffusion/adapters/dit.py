@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond, Level
-from diffusion.kernels import shifted_sigmas, to_x0_eps
+from diffusion.kernels import Prediction, shifted_sigmas, to_x0_eps
 from mmrl.rollout import Prompt
 
 
@@ -20,6 +20,8 @@ class DiTAdapter:
     guidance_scale 1 is plain conditional sampling; above 1 the null class doubles every batch, in the update too.
     The model runs in eval() for rollout and update: in train() it drops labels, and the first ratio is not 1.
     """
+
+    prediction: Prediction = "flow"
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class DiTAdapter:
         if self.guidance_scale != 1.0:
             cond_v, null_v = velocity.chunk(2)
             velocity = null_v + self.guidance_scale * (cond_v - null_v)
-        return to_x0_eps(x, velocity, level.a, level.s, "flow")
+        return to_x0_eps(x, velocity, level.a, level.s, self.prediction)
 
     def _velocity(self, model: nn.Module, x: Tensor, t: float, label: Tensor) -> Tensor:
         if self.guidance_scale != 1.0:

@@ -26,8 +26,8 @@ def sizes(n: int) -> list[int]:
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
-def best_of_k(scores: Sequence[Sequence[float]], correct: Sequence[Sequence[bool]], ks: Sequence[int]) -> Floats:
-    """(P, K) expected accuracy of the best of a random k-subset.
+def best_of_k(scores: Sequence[Sequence[float]], correct: Sequence[Sequence[float]], ks: Sequence[int]) -> Floats:
+    """(P, K) expected accuracy (or, of rewards in place of verdicts, reward) of the best of a random k-subset.
 
     With candidates sorted by score (stable, so ties go to the earlier one) the one at rank j is the best of a
     k-subset with probability C(n-1-j, k-1) / C(n, k).

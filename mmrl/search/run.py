@@ -89,7 +89,7 @@ def search(
     problem = Problem(extender, scorer, limits, seed, prompt_tokens=prompt_tokens, stop=stop)
     options |= {"canonical": canonical} if "canonical" in inspect.signature(METHODS[method]).parameters else {}
     todo = [p for p in prompts if p.id not in rows]
-    with (folder / "results.jsonl").open("a") as file, _bar(len(prompts), len(rows), progress) as advance:
+    with (folder / "results.jsonl").open("a") as file, bar(len(prompts), len(rows), progress) as advance:
         for i in range(0, len(todo), prompts_per_batch):
             batch = todo[i : i + prompts_per_batch]
             new = _rows(METHODS[method](problem, batch, **options), batch, verifier, canonical)
@@ -169,19 +169,25 @@ def _open(folder: Path, record: Mapping[str, Any], prompts: Sequence[Prompt]) ->
     """Prepare the folder; the rows that it already holds for these prompts."""
     if not prompts:
         raise ValueError("search: no prompts")
+    claim(folder, record)
+    results = folder / "results.jsonl"
+    rows = _read(results) if results.exists() else {}
+    for p in prompts:
+        if p.id in rows and rows[p.id]["prompt"] != _digest(p):
+            raise ValueError(f"{results}: prompt {p.id!r} was searched with another question; take another folder")
+    return {p.id: rows[p.id] for p in prompts if p.id in rows}
+
+
+def claim(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make the folder and note in search.json what is searched there; ValueError when it holds another search."""
     folder.mkdir(parents=True, exist_ok=True)
-    known, results = folder / "search.json", folder / "results.jsonl"
+    known = folder / "search.json"
     if known.exists():
         old, new = json.loads(known.read_text()), json.loads(json.dumps(record))
         changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in new if old.get(k) != new.get(k)]
         if changed:
             raise ValueError(f"{folder} holds another search ({'; '.join(changed)}); take another folder")
     known.write_text(json.dumps(record, indent=1) + "\n")
-    rows = _read(results) if results.exists() else {}
-    for p in prompts:
-        if p.id in rows and rows[p.id]["prompt"] != _digest(p):
-            raise ValueError(f"{results}: prompt {p.id!r} was searched with another question; take another folder")
-    return {p.id: rows[p.id] for p in prompts if p.id in rows}
 
 
 def _read(results: Path) -> dict[str, dict[str, Any]]:
@@ -204,7 +210,8 @@ def _digest(prompt: Prompt) -> str:
 
 
 @contextmanager
-def _bar(total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def bar(total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over prompts; gives the function that advances it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
