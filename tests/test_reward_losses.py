@@ -28,6 +28,7 @@ from mmrl.losses.reward import (
     q_rank,
     smooth,
     step_loss,
+    value_margin,
 )
 
 NAN = math.nan
@@ -193,8 +194,43 @@ def test_q_rank_pulls_right_up_and_wrong_down():
     assert q.grad[3, 0] == 0
 
 
+# --- children of a state
+
+
+def logit(*p):
+    return torch.logit(tensor(*p))[:, None]
+
+
+def test_value_margin():
+    """p (.6, .5, .3), y (.9, .4, .45), margin .1: squares .09, .01, .0225; two pairs, the first over the others."""
+    loss = step_loss("value_margin")
+    q, y = logit(0.6, 0.5, 0.3), tensor(0.9, 0.4, 0.45)
+    worked(loss(q, y, path=paths(3)), [0.1225 / 3] * 3)  # gaps of .1 and .3 suffice, .05 is no pair
+    far = [0.1225 / 3 + 2 * (0.3 + 0.1) / 2] * 3  # margin .4: short by .3 and .1
+    worked(value_margin(q, y, paths(3), margin=0.4, weight=2.0), far)
+    worked(value_margin(q, y, paths(3), margin=0.4, weight=0.0), [0.1225 / 3] * 3)
+
+
+def test_value_margin_is_zero_at_the_values_and_apart_by_fork():
+    y = tensor(0.9, 0.2, 0.5, 0.5)
+    fork = torch.tensor([4, 4, 1, 7])
+    worked(value_margin(logit(0.9, 0.2, 0.5, 0.5), y, fork), [0] * 4)
+    q = logit(0.4, 0.5, 0.5, 0.1)  # the first two in the wrong order; only children have no pair
+    worked(value_margin(q, y, fork), [(0.25 + 0.09) / 2 + 0.2] * 2 + [0, 0.16])
+
+
+def test_value_margin_puts_siblings_in_order():
+    """Values .55 and .45 of states that look alike: the margin term moves them apart faster than regression."""
+    grads = []
+    for weight in (0.0, 1.0):
+        q = logit(0.5, 0.5).requires_grad_()
+        value_margin(q, tensor(0.55, 0.45), paths(2), weight=weight)[0].backward()
+        grads.append(q.grad.flatten())
+    assert grads[1][0] < grads[0][0] < 0 < grads[0][1] < grads[1][1]
+
+
 def test_only_ranking_needs_solutions():
-    assert [n for n in ALL if needs_path(n)] == ["preference", "q_rank"]
+    assert [n for n in ALL if needs_path(n)] == ["preference", "q_rank", "value_margin"]
     with pytest.raises(ValueError, match="give `path`"):
         step_loss("q_rank")(torch.zeros(1, 1), tensor(1))
 

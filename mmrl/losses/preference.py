@@ -317,7 +317,7 @@ def mcts_dpo() -> Preference:
 def svpo() -> Preference:
     """DPO on siblings whose values differ by a margin, plus the chosen step's NLL (SVPO, 2024; weights as set here).
 
-    Its value head's loss is `value_ranking`.
+    Its value head is a step scorer trained by `mmrl.losses.reward.value_margin`.
     """
     return Preference(beta=0.1, nll=1.0)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmrl.components import hint
+from mmrl.losses.preference import value_ranking
 
 
 class StepLoss(Protocol):
@@ -209,6 +210,26 @@ def preference(logits: Tensor, labels: Tensor, path: Tensor, *, center: float = 
     return (q.new_zeros(len(size)).index_add(0, pair, each) + center * mean**2)[pair]
 
 
+def value_margin(logits: Tensor, labels: Tensor, path: Tensor, *, margin: float = 0.1, weight: float = 1.0) -> Tensor:
+    """SVPO's value head on the children of a state, the steps of a path: regression to their values, and their order.
+
+    With p = sigmoid of the logit and y the value of the state after a step, in [0, 1] (mean outcome below it, a
+    search's q), a path has mean (p_i - y_i)^2 + weight * mean over its pairs of max(0, margin - (p_w - p_l)), 0
+    without a pair. Pairs are those with y_w - y_l >= margin, so that p = y costs nothing. Every step carries the loss
+    of its path. SVPO (2024) names both terms; margin and weight are set here.
+    """
+    p = good_logit(logits).sigmoid()
+    _, fork = torch.unique(path, return_inverse=True)
+    count = torch.bincount(fork).float()
+    squares = p.new_zeros(len(count)).index_add(0, fork, (p - labels) ** 2)
+    better = (labels[:, None] - labels[None, :] >= margin - 1e-6) & (fork[:, None] == fork[None, :])
+    better &= labels[:, None] > labels[None, :]
+    w, l = better.nonzero().unbind(1)  # noqa: E741
+    short = p.new_zeros(len(count)).index_add(0, fork[w], value_ranking(p[w], p[l], margin=margin))
+    pairs = torch.bincount(fork[w], minlength=len(count)).clamp(min=1)
+    return (squares / count + weight * short / pairs)[fork]
+
+
 def _logsumexp(x: Tensor, among: Tensor, with_zero: bool) -> Tensor:
     """(R,) ln sum e^{x_j} over `among` (R, L); with_zero adds e^0. No row may be empty of both."""
     rows = x.expand(among.shape).masked_fill(~among, -math.inf)
@@ -236,6 +257,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "free_prm": free_prm,
     "q_rank": q_rank,
     "preference": preference,
+    "value_margin": value_margin,
 }
 
 
