@@ -24,13 +24,16 @@ class LegibleSymmetric:
     def __init__(self, base: DigitsBase | None = None) -> None:
         self.classifier = (base or _base()).classifier
 
+    def values(self, samples: Sequence[Sample]) -> Tensor:
+        """(N,) float32, differentiable in the pictures, as ReFL needs it."""
+        x, label = _stack(samples)
+        p = self.classifier(x).softmax(1).gather(1, label[:, None])[:, 0]
+        return p - (x - x.flip(3)).abs().mean((1, 2, 3))
+
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample."""
-        x, label = _stack(samples)
-        p = self.classifier(x).softmax(1).gather(1, label[:, None])[:, 0]
-        asymmetry = (x - x.flip(3)).abs().mean((1, 2, 3))
-        return list((p - asymmetry).tolist())
+        return list(self.values(samples).tolist())
 
 
 class DigitsTask:

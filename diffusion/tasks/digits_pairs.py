@@ -49,7 +49,7 @@ class DigitsPairs:
 
     def __init__(
         self,
-        sets_per_class: int = 75,
+        sets_per_class: int = 50,
         set_size: int = 8,
         eval_pairs_per_class: int = 100,
         eval_sigmas: Sequence[float] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9),

@@ -15,7 +15,7 @@ from diffusion.schedule import Sampling
 from diffusion.tasks.digits import DigitsTask, LegibleSymmetric, diversity
 from diffusion.tasks.digits_base import Recipe, digits_base, digits_halves
 
-SHORT = Recipe(steps=40, width=48, layers=2, batch=64, classifier_steps=300)
+SHORT = Recipe(steps=40, width=48, layers=2, batch=64, classifier_steps=250)
 
 
 @pytest.fixture(scope="module")
