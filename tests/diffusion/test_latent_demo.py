@@ -1,6 +1,7 @@
 """The latent reward demo as a user runs it: figures of docs/latent_reward.md and docs/lpo.md."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_a_latent_reward_orders_noisy_latents_and_lifts_the_policy(tmp_path):
     report = run_demo("latent", tmp_path, ["run.trackers=[]", "run.cpu=true"])
     last = evaluations(tmp_path / "digits_latent_reward", "eval/pair_acc")[-1]
     own, pixel = ([last[f"eval/{kind}pair_acc/s{s}"] for s in LEVELS] for kind in ("", "pixel_"))
-    assert all(b <= a + 0.03 for a, b in zip(own, own[1:], strict=False))
+    assert all(b <= a + 0.03 for a, b in pairwise(own))
     assert min(own[:3]) > 0.7
     assert all(a > b for a, b in zip(own[2:], pixel[2:], strict=True))
     steps = evaluations(tmp_path / "digits_lpo", "eval/reward")
