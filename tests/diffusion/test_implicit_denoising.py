@@ -1,5 +1,6 @@
 """The implicit process reward on denoising steps: the same form, and the same code, as on tokens."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from mmrl.prm.implicit import ImplicitPrm
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan
 from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.tree import FINISHED, INTERNAL, StepTree
 from mmrl.tree_ops import path_sum
 
-CONFIG = Path(__file__).parents[2] / "configs" / "diffusion" / "digits_implicit.yaml"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "diffusion" / "digits_implicit.yaml"
 PLAN = BranchPlan({0: 2, 2: 2})
 
 
@@ -141,3 +144,38 @@ def test_whole_prompts_share_a_micro_batch_while_they_fit(tiny_model, size, part
     assert sum(map(len, owners)) == 4 and set.union(*owners) == {0, 1, 2, 3}
     for p in split:
         torch.testing.assert_close(prm.logits(rollout, p)[:, 0], whole[torch.searchsorted(leaves, p)])
+
+
+# ---- tools/implicit_advantage.py ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    spec = importlib.util.spec_from_file_location("implicit_advantage", ROOT / "tools" / "implicit_advantage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "FORKS", (0, 1))
+    return module
+
+
+def test_correlations_by_hand(tool):
+    """Leaves 1, 0 | 1, 1: advantages -1/4, 1/4 of the first steps and 1/2, -1/2, 0, 0 of the second ones."""
+    status = torch.tensor([INTERNAL] * 2 + [FINISHED] * 4)
+    outcome = torch.tensor([torch.nan, torch.nan, 1.0, 0.0, 1.0, 1.0])
+    tree = StepTree([-1, -1, 0, 0, 1, 1], [0] * 6, status, outcome)
+    assert tool.paths(tree).tolist() == [[0, 2], [0, 3], [1, 4], [1, 5]]
+    broadcast = tool.centred(tree, outcome[2:, None].expand(4, 2))
+    # deviations 1/4, -3/4, 1/4, 1/4 against -1/4, -1/4, 1/4, 1/4 and against 1/2, -1/2, 0, 0; all: .75 / sqrt(.75 * 1.5)
+    assert tool.correlations(tree, broadcast) == {"depth 0": 0.577, "depth 1": 0.816, "all": 0.707}
+    truth = torch.tensor([[-0.25, 0.5], [-0.25, -0.5], [0.25, 0.0], [0.25, 0.0]])
+    assert tool.correlations(tree, truth) == {"depth 0": 1.0, "depth 1": 1.0, "all": 1.0}
+
+
+def test_the_tool_trains_on_a_stored_set(tool, tiny_model, tmp_path):
+    """Its loss falls on one batch seen again and again."""
+    actor, prm = policy(tiny_model), ImplicitPrm(policy(tiny_model), beta=5.0)
+    rollout_of(actor).save(tmp_path / "a")
+    optimizer = torch.optim.AdamW(prm.model.parameters(), lr=3e-3)
+    stored = tool.StoredRollouts(tmp_path, 4)
+    losses = [tool.train(prm, stored, optimizer, range(i, i + 10)) for i in (0, 10, 20)]
+    assert losses[2] < losses[1] < losses[0]
