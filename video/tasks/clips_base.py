@@ -82,7 +82,8 @@ class Recipe:
     @property
     def key(self) -> str:
         """Folder name in the cache: a hash of everything that decides the weights."""
-        return "clips-" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        decides = asdict(self) | {"words": WORDS.words}  # the vocabulary grows with the problems an agent is told of
+        return "clips-" + hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def clips_base(recipe: Recipe | None = None) -> Path:
