@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,8 @@ class DiffusionPolicy:
         """From a recipe's `policy:` section.
 
         Args:
-            model: "digits" (the built-in base, made on first use) or a folder with transformer/ and scheduler/.
+            model: "digits" (the built-in base, made on first use), a folder with a DiT's transformer/ and scheduler/,
+                or a saved Stable Diffusion (1.5, 2.1, XL) pipeline.
             lora_rank: 0 trains all weights; above 0 trains LoRA on the attention projections, and the reference for
                 the KL is the model with the adapter off, so that no second copy is kept.
             sampling: fields of `Sampling`.
@@ -66,17 +68,7 @@ class DiffusionPolicy:
         Raises:
             ValueError: the folder holds no such model.
         """
-        from diffusion.adapters.dit import DiTAdapter
-
-        if model == "digits":
-            from diffusion.tasks.digits_base import digits_base
-
-            folder = digits_base().folder
-        else:
-            folder = Path(model)
-            if not (folder / "transformer" / "config.json").exists():
-                raise ValueError(f"policy.model={model!r}: no transformer/config.json there; give a saved DiT folder")
-        policy = cls(DiTAdapter.from_pretrained(folder, guidance_scale), Sampling(**sampling), max_batch)
+        policy = cls(_load_adapter(model, guidance_scale), Sampling(**sampling), max_batch)
         if lora_rank:
             policy.add_lora(lora_rank)
         return policy
@@ -314,6 +306,33 @@ class DiffusionPolicy:
 
     def _replay(self, rollout: Rollout) -> tuple[Sampling, Course]:
         return Sampling(**rollout.about["sampling"]), Course.from_record(rollout.about["course"])
+
+
+def _load_adapter(model: str, guidance_scale: float) -> Adapter:
+    """The model family of a folder, by what it holds."""
+    if model == "digits":
+        from diffusion.tasks.digits_base import digits_base
+
+        model = str(digits_base().folder)
+    if (Path(model) / "unet" / "config.json").exists():
+        from diffusion.adapters.unet import UNetAdapter
+
+        return UNetAdapter.from_pretrained(model, guidance_scale)
+    config = Path(model) / "transformer" / "config.json"
+    if not config.exists():
+        raise ValueError(
+            f"policy.model={model!r}: no transformer/config.json there and no unet/config.json; give the folder of a "
+            "saved DiT or Stable Diffusion (1.5, 2.1, XL) pipeline"
+        )
+    kind = json.loads(config.read_text()).get("_class_name")
+    if kind != "DiTTransformer2DModel":
+        raise ValueError(
+            f"policy.model={model!r}: its transformer is a {kind}; known are DiTTransformer2DModel, and Stable "
+            "Diffusion's UNets. A further family is an adapter of six functions, see diffusion/adapters/base.py"
+        )
+    from diffusion.adapters.dit import DiTAdapter
+
+    return DiTAdapter.from_pretrained(model, guidance_scale)
 
 
 def _as_tree(forest: Forest, num_steps: int) -> StepTree:
