@@ -48,7 +48,7 @@ def paths(n):
     return torch.zeros(n, dtype=torch.long)
 
 
-def worked(value, want):
+def check_worked(value, want):
     assert value.tolist() == pytest.approx(want, abs=1e-6)
 
 
@@ -58,24 +58,24 @@ def worked(value, want):
 @pytest.mark.parametrize("y, want", [(1.0, 0.2014133), (0.0, 1.7014133), (0.75, 0.5764133)])
 def test_two_token_cross_entropy(y, want):
     logits = torch.tensor([[2.0, 0.5]])
-    worked(good_logit(logits).sigmoid(), [0.8175745])
-    worked(bce(logits, tensor(y)), [want])
-    worked(bce(torch.tensor([[1.5]]), tensor(y)), [want])  # a scalar head with the same log-odds
+    check_worked(good_logit(logits).sigmoid(), [0.8175745])
+    check_worked(bce(logits, tensor(y)), [want])
+    check_worked(bce(torch.tensor([[1.5]]), tensor(y)), [want])  # a scalar head with the same log-odds
 
 
 def test_two_sided_is_the_sum_over_both_classes():
-    worked(bce_two_sided(torch.tensor([[2.0, 0.5]]), tensor(1.0)), [0.4028266])
+    check_worked(bce_two_sided(torch.tensor([[2.0, 0.5]]), tensor(1.0)), [0.4028266])
 
 
 def test_token_pair_of_a_model_form():
     """Specification C1: z (1.2, -.3) -> p .817574, CE .201413."""
     logits = torch.tensor([[1.2, -0.3]])
-    worked(good_logit(logits).sigmoid(), [0.817574])
-    worked(bce(logits, tensor(1.0)), [0.201413])
+    check_worked(good_logit(logits).sigmoid(), [0.817574])
+    check_worked(bce(logits, tensor(1.0)), [0.201413])
 
 
 def test_a_judges_log_probabilities_are_two_logits():
-    worked(good_logit(torch.tensor([[-0.2, -1.9]])).sigmoid(), [0.8455347])
+    check_worked(good_logit(torch.tensor([[-0.2, -1.9]])).sigmoid(), [0.8455347])
 
 
 @pytest.mark.parametrize("name, want", [("bce", 1.300502), ("mse", 0.459170)])
@@ -99,11 +99,11 @@ def test_label_smoothing_and_last_step_labels():
 
 
 def test_signed_targets_and_their_distance():
-    worked(atanh_target(tensor(0.5, 1.0, -1.0)), [0.549306, 1.831781, -1.831781])
+    check_worked(atanh_target(tensor(0.5, 1.0, -1.0)), [0.549306, 1.831781, -1.831781])
     logits, labels = torch.tensor([[1.0], [8.0]]), tensor(0.75, 1.0)  # v = .5 and 1
-    worked(step_loss("atanh_mse")(logits, labels), [(0.5 - 0.549306) ** 2, (4 - math.atanh(0.95)) ** 2])
+    check_worked(step_loss("atanh_mse")(logits, labels), [(0.5 - 0.549306) ** 2, (4 - math.atanh(0.95)) ** 2])
     huber = step_loss("atanh_huber")(logits, labels)
-    worked(huber, [(0.5 - 0.549306) ** 2 / 2, 4 - 1.831781 - 0.5])
+    check_worked(huber, [(0.5 - 0.549306) ** 2 / 2, 4 - 1.831781 - 0.5])
     at_target = torch.tensor([[2 * math.atanh(0.5)]])
     assert good_logit(at_target).sigmoid().item() == pytest.approx(0.75)  # the optimum scores the label
     with pytest.raises(ValueError, match="atanh of"):
@@ -113,14 +113,14 @@ def test_signed_targets_and_their_distance():
 def test_three_class_loss_with_buffer():
     logits = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.7, 0.1]]).log()
     loss = buffered_nll(logits, tensor(1, 1), tensor(1, 0))
-    worked(loss, [0.105361, 1.609438])
+    check_worked(loss, [0.105361, 1.609438])
     assert loss.mean().item() == pytest.approx(0.857399, abs=1e-6)
-    worked(buffered_nll(logits, tensor(0, 0), tensor(0, 1)), [-math.log(0.1), -math.log(0.8)])
-    worked(
+    check_worked(buffered_nll(logits, tensor(0, 0), tensor(0, 1)), [-math.log(0.1), -math.log(0.8)])
+    check_worked(
         free_prm(logits, tensor(1, 0)), [-(math.log(0.6) + math.log(0.9)) / 2, -(math.log(0.7) + math.log(0.8)) / 2]
     )
-    worked(buffer_share(logits), 0.2)
-    worked(good_logit(logits).sigmoid(), [0.6 / 0.7, 0.2 / 0.9])
+    check_worked(buffer_share(logits), 0.2)
+    check_worked(good_logit(logits).sigmoid(), [0.6 / 0.7, 0.2 / 0.9])
 
 
 def test_buffer_alone_is_no_optimum():
@@ -132,7 +132,7 @@ def test_buffer_alone_is_no_optimum():
 
 def test_full_vocabulary_cross_entropy():
     logits = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]).log()
-    worked(ce_full(logits, tensor(1, 0)), [-math.log(0.5), -math.log(0.3)])
+    check_worked(ce_full(logits, tensor(1, 0)), [-math.log(0.5), -math.log(0.3)])
     with pytest.raises(ValueError, match="C = 2"):
         ce_full(logits[:, :2], tensor(1, 0))
 
@@ -159,13 +159,13 @@ def test_soft_label_gradient_on_two_tokens():
 @pytest.mark.parametrize("zeta, want", [(2.0, 0.9660485), (0.0, 0.3781851)])
 def test_q_rank_without_anchor(zeta, want):
     logits, labels = torch.tensor([[0.5], [1.0], [-1.0]]), tensor(1, 1, 0)
-    worked(q_rank(logits, labels, paths(3), zeta=zeta, anchor=False), [want] * 3)
+    check_worked(q_rank(logits, labels, paths(3), zeta=zeta, anchor=False), [want] * 3)
 
 
 def test_q_rank_with_anchor():
     loss = step_loss("q_rank")
-    worked(loss(torch.tensor([[0.5], [0.2], [-1.0]]), tensor(1, 1, 0), path=paths(3)), [2.882888] * 3)
-    worked(loss(torch.tensor([[0.5], [0.2]]), tensor(1, 1), path=paths(2)), [0.813682] * 2)
+    check_worked(loss(torch.tensor([[0.5], [0.2], [-1.0]]), tensor(1, 1, 0), path=paths(3)), [2.882888] * 3)
+    check_worked(loss(torch.tensor([[0.5], [0.2]]), tensor(1, 1), path=paths(2)), [0.813682] * 2)
 
 
 def test_q_rank_keeps_solutions_apart_and_weighs_them():
@@ -174,7 +174,7 @@ def test_q_rank_keeps_solutions_apart_and_weighs_them():
     loss = step_loss("q_rank")
     got = loss(q, y, path=path)
     alone = loss(q[[1, 3]], y[[1, 3]], path=paths(2))
-    worked(got, [2.882888, alone[0].item(), 2.882888, alone[1].item(), 2.882888, 0])
+    check_worked(got, [2.882888, alone[0].item(), 2.882888, alone[1].item(), 2.882888, 0])
     weight = tensor(5 / 6, 5 / 4, 5 / 6, 5 / 4, 5 / 6, 0)  # equal shares of the two solutions
     mean = loss(q, y, weight, path).sum() / weight.sum()
     assert mean.item() == pytest.approx((2.882888 + alone[0].item()) / 2, abs=1e-6)
@@ -182,9 +182,9 @@ def test_q_rank_keeps_solutions_apart_and_weighs_them():
 
 def test_q_rank_without_a_right_step():
     q, y = torch.tensor([[0.0], [1.0]]), tensor(0, 0)
-    worked(q_rank(q, y, paths(2), anchor=False), [0, 0])
+    check_worked(q_rank(q, y, paths(2), anchor=False), [0, 0])
     want = math.log(1 + math.exp(4) + math.exp(5))  # the anchor alone
-    worked(q_rank(q, y, paths(2)), [want] * 2)
+    check_worked(q_rank(q, y, paths(2)), [want] * 2)
 
 
 def test_q_rank_pulls_right_up_and_wrong_down():
@@ -205,18 +205,18 @@ def test_value_margin():
     """p (.6, .5, .3), y (.9, .4, .45), margin .1: squares .09, .01, .0225; two pairs, the first over the others."""
     loss = step_loss("value_margin")
     q, y = logit(0.6, 0.5, 0.3), tensor(0.9, 0.4, 0.45)
-    worked(loss(q, y, path=paths(3)), [0.1225 / 3] * 3)  # gaps of .1 and .3 suffice, .05 is no pair
+    check_worked(loss(q, y, path=paths(3)), [0.1225 / 3] * 3)  # gaps of .1 and .3 suffice, .05 is no pair
     far = [0.1225 / 3 + 2 * (0.3 + 0.1) / 2] * 3  # margin .4: short by .3 and .1
-    worked(value_margin(q, y, paths(3), margin=0.4, weight=2.0), far)
-    worked(value_margin(q, y, paths(3), margin=0.4, weight=0.0), [0.1225 / 3] * 3)
+    check_worked(value_margin(q, y, paths(3), margin=0.4, weight=2.0), far)
+    check_worked(value_margin(q, y, paths(3), margin=0.4, weight=0.0), [0.1225 / 3] * 3)
 
 
 def test_value_margin_is_zero_at_the_values_and_apart_by_fork():
     y = tensor(0.9, 0.2, 0.5, 0.5)
     fork = torch.tensor([4, 4, 1, 7])
-    worked(value_margin(logit(0.9, 0.2, 0.5, 0.5), y, fork), [0] * 4)
+    check_worked(value_margin(logit(0.9, 0.2, 0.5, 0.5), y, fork), [0] * 4)
     q = logit(0.4, 0.5, 0.5, 0.1)  # the first two in the wrong order; only children have no pair
-    worked(value_margin(q, y, fork), [(0.25 + 0.09) / 2 + 0.2] * 2 + [0, 0.16])
+    check_worked(value_margin(q, y, fork), [(0.25 + 0.09) / 2 + 0.2] * 2 + [0, 0.16])
 
 
 def test_value_margin_puts_siblings_in_order():
@@ -350,20 +350,20 @@ def test_bradley_terry_gradient_is_finite_at_extremes(gamma):
 def test_implicit_rewards():
     logp, ref = tensor(-1, -0.5, -0.2, -0.8), tensor(-1.2, -0.4, -0.6, -0.5)
     got = implicit_rewards(logp, ref, torch.tensor([0, 0, 1, 1]), 2)
-    worked(got.token, [0.01, -0.005, 0.02, -0.015])
-    worked(got.step, [0.005, 0.005])
-    worked(got.q, [0.005, 0.01])
+    check_worked(got.token, [0.01, -0.005, 0.02, -0.015])
+    check_worked(got.step, [0.005, 0.005])
+    check_worked(got.q, [0.005, 0.01])
     outside = implicit_rewards(logp, ref, torch.tensor([0, -1, 2, -1]), 3)
-    worked(outside.step, [0.01, 0, 0.02])
+    check_worked(outside.step, [0.01, 0, 0.02])
 
 
 def test_implicit_objectives():
-    worked(implicit_ce(tensor(0.5, 0.5), tensor(1, 0)), [0.474077, 0.974077])
-    worked(nca(tensor(0.4), tensor(0.1)), [1.341721])
+    check_worked(implicit_ce(tensor(0.5, 0.5), tensor(1, 0)), [0.474077, 0.974077])
+    check_worked(nca(tensor(0.4), tensor(0.1)), [1.341721])
     got = kto(tensor(2, 2), torch.tensor([True, False]), 0.5, beta=0.1)
-    worked(got, [0.462570, 0.537430])
+    check_worked(got, [0.462570, 0.537430])
     weighed = kto(tensor(2, 2), torch.tensor([True, False]), 0.5, beta=0.1, w_desirable=2.0, w_undesirable=0.5)
-    worked(weighed, [2 * 0.462570, 0.5 * 0.537430])
+    check_worked(weighed, [2 * 0.462570, 0.5 * 0.537430])
 
 
 def test_kto_reference_is_a_constant_and_not_negative():
@@ -391,4 +391,4 @@ def test_head_distance():
 
 
 def test_mse_worked_by_hand():
-    worked(mse(torch.tensor([[0.0], [math.log(3)]]), tensor(1.0, 0.5)), [0.25, 0.0625])
+    check_worked(mse(torch.tensor([[0.0], [math.log(3)]]), tensor(1.0, 0.5)), [0.25, 0.0625])

@@ -18,9 +18,10 @@ from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.select import prune_depths, prune_width
 from mmrl.rewards.scoring import Scored
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward
+from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.imitation import imitation_losses, references, unsolved
 from mmrl.trainers.online import OnlineScorer
-from mmrl.trainers.policy_update import Batch, Sums, build_batch, idle_loss, policy_loss, recompute_old_logp
+from mmrl.trainers.policy_update import Batch, Sums, build_batch, policy_loss, recompute_old_logp
 from mmrl.trainers.refill import refill
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
@@ -131,7 +132,7 @@ class BranchGrpo:
         parts = self.policy.micro_batches(batch.rollout, batch.steps, whole_prompts=whole) if len(batch.steps) else []
         sums = Sums()
         losses = [partial(policy_loss, self.policy, batch, self.config.loss, steps, sums) for steps in parts]
-        norm = self.loop.update(losses, partial(idle_loss, self.policy, batch))
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, batch.rollout))
         total = self.loop.all_sum(*sums.values.values())
         metrics = {f"policy/{k}": v / batch.denominator for k, v in zip(sums.values, total, strict=True)}
         if metrics["policy/entropy"] == 0:  # a policy that gives none
@@ -151,7 +152,7 @@ class BranchGrpo:
         count = 0 if written is None else written.actions.logp.numel()
         total, prompts, asked = self.loop.all_sum(count, len(failed), len(rollout.prompts))
         losses = [] if written is None else imitation_losses(self.policy, written, total / c.weight)
-        norm = self.loop.update(losses, partial(idle_loss, self.policy, batch))
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, batch.rollout))
         return {"imitation/unsolved_frac": prompts / asked, "imitation/grad_norm": norm}
 
     def _unpruned(self, rollout: Rollout, iteration: int) -> Tensor:

@@ -23,6 +23,7 @@ from mmrl.losses.policy import (
     sapo,
 )
 from mmrl.rollout import ActionLogProbs, Policy, Rollout
+from mmrl.trainers.idle import some_part
 from mmrl.tree import StepTree
 from mmrl.tree_ops import path_pairs
 
@@ -95,7 +96,7 @@ def current_logp(policy: Policy, rollout: Rollout, steps: Tensor, rounds: Callab
         new = policy.log_probs(rollout, part)
         logp[new.index] = new.logp.cpu()
     for _ in range(surplus):
-        policy.log_probs(rollout, _some_part(policy, rollout))
+        policy.log_probs(rollout, some_part(policy, rollout))
     return logp
 
 
@@ -141,17 +142,6 @@ def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor,
         loss = loss + config.kl * (weight * kl).sum()
     sums.values["loss"] += float(loss.detach())
     return loss / batch.denominator
-
-
-def idle_loss(policy: Policy, batch: Batch) -> Tensor:
-    """A forward through every trained weight; the loop multiplies it by 0."""
-    return policy.log_probs(batch.rollout, _some_part(policy, batch.rollout)).logp.sum()
-
-
-def _some_part(policy: Policy, rollout: Rollout) -> Tensor:
-    """One micro-batch of trainable steps, whatever they are worth."""
-    owner = rollout.tree.step_of_action(rollout.actions.logp.numel())
-    return policy.micro_batches(rollout, torch.unique(owner[rollout.actions.trainable]))[0]
 
 
 def ratio_rows(

@@ -275,12 +275,6 @@ def moments(name: str, x: Tensor) -> dict[str, float]:
     return {f"{name}/n": float(x.numel()), f"{name}/sum": float(x.sum()), f"{name}/sq": float((x**2).sum())}
 
 
-def some_part(policy: Policy, rollout: Rollout) -> Tensor:
-    """One micro-batch of trainable steps, whatever they are worth: the forward of a rank with nothing to train."""
-    owner = rollout.tree.step_of_action(rollout.actions.logp.numel())
-    return policy.micro_batches(rollout, torch.unique(owner[rollout.actions.trainable & (owner >= 0)]))[0]
-
-
 def store_rollouts(
     rollouts: Rollouts, plan: BranchPlan, folder: str | Path, iterations: int, *, model: str = ""
 ) -> list[Path]:

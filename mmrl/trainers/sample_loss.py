@@ -19,7 +19,8 @@ from mmrl.config import SampleLossConfig
 from mmrl.credit import estimate
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.ema import Ema
-from mmrl.trainers.rollouts import Rollouts, some_part
+from mmrl.trainers.idle import idle_loss
+from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class SampleLossTrainer:
         if total == 0 and self.loop.is_main:
             log.warning("nothing to learn in this iteration: no reward of a prompt differs from the others")
         sums: list[Tensor] = []
-        norm = self.loop.update([partial(_share, t, total, sums) for t in terms], partial(self._idle, rollout))
+        losses = [partial(_share, t, total, sums) for t in terms]
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, rollout))
         loss = self.loop.all_sum(float(torch.stack(sums).sum()) if sums else 0.0)[0]
         return {"sample_loss/loss": loss, "policy/grad_norm": norm}
 
@@ -115,9 +117,6 @@ class SampleLossTrainer:
         """The weights that sample."""
         with self.old.applied() if self.old else nullcontext():
             yield
-
-    def _idle(self, rollout: Rollout) -> Tensor:
-        return self.policy.log_probs(rollout, some_part(self.policy, rollout)).logp.sum()
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Reward and judges on the evaluation prompts."""

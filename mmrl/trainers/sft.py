@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mmrl.config import SftConfig
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.imitation import Writer, best_leaves, imitation_losses, references, solution
-from mmrl.trainers.rollouts import Rollouts, some_part
+from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
@@ -98,15 +99,12 @@ class ImitationTrainer:
         total, learned, asked = self.loop.all_sum(actions, learned, len(rollout.prompts))
         sums: list[Tensor] = []
         losses = imitation_losses(self.policy, rollout, max(total, 1.0), weight=weight, sums=sums)
-        norm = self.loop.update(losses, partial(self._idle, rollout))
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, rollout))
         loss = self.loop.all_sum(float(torch.stack(sums).sum()) if sums else 0.0)[0]
         return {
             "imitation/nll": loss, "policy/grad_norm": norm, "imitation/actions": total,
             "imitation/solutions_per_prompt": learned / asked,
         }  # fmt: skip
-
-    def _idle(self, rollout: Rollout) -> Tensor:
-        return self.policy.log_probs(rollout, some_part(self.policy, rollout)).logp.sum()
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Reward and judges on the evaluation prompts."""

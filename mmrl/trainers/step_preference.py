@@ -28,7 +28,8 @@ from mmrl.losses.preference import (
 )
 from mmrl.preference import PAIRS_OF, Pairs, build_pairs
 from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout
-from mmrl.trainers.rollouts import Rollouts, some_part
+from mmrl.trainers.idle import idle_loss
+from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,8 @@ class StepPreferenceTrainer:
         """One optimizer step over all pairs in micro-batches."""
         sums: dict[str, float] = {}
         losses = [partial(self.loss, batch, steps, sums) for steps in batch.parts(self.policy)]
-        norm = self.loop.update(losses, partial(self._idle, batch))
+        idle = partial(idle_loss, self.policy, batch.rollout, reference=not self.settings.reference_free)
+        norm = self.loop.update(losses, idle)
         names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
         total = self.loop.all_sum(*(sums.get(k, 0.0) for k in names))
         told = {f"preference/{k}": v / batch.total for k, v in zip(names, total, strict=True)}
@@ -255,11 +257,6 @@ class StepPreferenceTrainer:
                 )
             return rollout.actions.payload["token_reward"][new.index.cpu()].to(new.logp)
         return None
-
-    def _idle(self, batch: Batch) -> Tensor:
-        """A forward of a rank that has nothing to train; with the reference where the others run it."""
-        part = some_part(self.policy, batch.rollout)
-        return self.policy.log_probs(batch.rollout, part, reference=not self.settings.reference_free).logp.sum()
 
     def _counts(self, batch: Batch) -> dict[str, float]:
         """Pairs of all ranks, and what was left out, per prompt."""

@@ -101,7 +101,7 @@ def weights(output):
     return found | ({f"head.{k}": v for k, v in load_file(head).items()} if head.exists() else {})
 
 
-def same(a, b, atol=1e-6):
+def check_same(a, b, atol=1e-6):
     assert a.keys() == b.keys()
     for k in a:
         torch.testing.assert_close(a[k], b[k], atol=atol, rtol=0, msg=lambda m, k=k: f"{k}: {m}")
@@ -178,7 +178,7 @@ def test_accumulation_changes_nothing(tmp_path, loss):
     """Small micro-batches equal one: losses are shares of one global mean (prm.md, convention 2)."""
     for name, size in (("whole", 100_000), ("parts", 50)):
         run(tmp_path / name, scorer={"max_tokens": size}, loss=loss, run={"iterations": 1})
-    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    check_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     a, b = rows(tmp_path / "whole")[1], rows(tmp_path / "parts")[1]
     assert a["loss/mean"] == pytest.approx(b["loss/mean"], abs=1e-6)
     assert a["data/labelled_steps"] == b["data/labelled_steps"] > 20
@@ -388,7 +388,7 @@ def test_two_processes_equal_one(tmp_path, sections):
     sections = sections | {"run": {"iterations": 3, **sections.get("run", {})}}
     launch(tmp_path, "two", 2, **sections)
     run(tmp_path / "one", **sections)
-    same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-6)
+    check_same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-6)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys()
         for k in a:
@@ -402,7 +402,7 @@ def test_a_rank_without_pictures_keeps_in_step(tmp_path):
                 "run": {"iterations": 3, "prompts_per_iteration": 8}}  # fmt: skip
     launch(tmp_path, "two", 2, "idefics3", **sections)
     run(tmp_path / "one", "idefics3", **sections)
-    same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=5e-6)
+    check_same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=5e-6)
 
 
 def test_class_balance_gives_the_worked_number():

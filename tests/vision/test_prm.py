@@ -60,7 +60,7 @@ def scores(prm, prompts, solutions):
     return torch.tensor([s for own in out for one in own for s in one], dtype=torch.float64)
 
 
-def close(a, b):
+def check_close(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
@@ -81,10 +81,10 @@ def test_a_whole_solution_scores_as_each_of_its_prefixes(family, form, pictures)
     prm, p = prm_of(family, form), prompt(pictures, family)
     whole = scores(prm, [p], [[WHOLE]])
     prefixes = [scores(prm, [p], [[WHOLE[: t + 1]]])[-1] for t in range(len(WHOLE))]
-    close(whole, torch.stack(prefixes))
+    check_close(whole, torch.stack(prefixes))
     assert whole.std() > 1e-4 and ((whole > 0) & (whole < 1)).all()
     changed = scores(prm, [p], [[[*WHOLE[:2], "quite another", WHOLE[3]]]])
-    close(changed[:2], whole[:2])
+    check_close(changed[:2], whole[:2])
     assert (changed[2:] - whole[2:]).abs().min() > 1e-6
 
 
@@ -116,7 +116,7 @@ def test_permutation_of_candidates_and_prompts(pictures):
     candidates = [[["a", str(i), "c" * k] for k in range(1, 4)] for i in range(3)]
     one = score_solutions(prm, prompts, candidates)
     two = score_solutions(prm, prompts[::-1], [own[::-1] for own in candidates[::-1]])
-    close(torch.tensor(one), torch.tensor([own[::-1] for own in two[::-1]]))
+    check_close(torch.tensor(one), torch.tensor([own[::-1] for own in two[::-1]]))
 
 
 @pytest.mark.parametrize("budget", [40, 70, 10_000])
@@ -128,7 +128,7 @@ def test_micro_batches_change_no_score(pictures, budget):
     parts = cut.micro_batches(rollout, torch.arange(len(rollout.tree)))
     assert (len(parts) > 1) == (budget < 10_000)
     assert sorted(torch.cat(parts).tolist()) == list(range(len(rollout.tree)))
-    close(scores(cut, prompts, candidates), scores(prm_of(), prompts, candidates))
+    check_close(scores(cut, prompts, candidates), scores(prm_of(), prompts, candidates))
 
 
 @pytest.mark.parametrize("family", [f for f in FIVE if f != "text"])
@@ -165,7 +165,7 @@ def test_the_filled_in_answer_of_a_turn_does_not_leak_into_its_own_score(family,
     assert run[-1] == plus
     prm._known[WHOLE[1]] = [*run[:-1], minus]
     after = scores(prm, [p], [[WHOLE]])
-    close(after[:2], before[:2])
+    check_close(after[:2], before[:2])
     assert (after[2:] - before[2:]).abs().min() > 1e-5
 
 
@@ -203,7 +203,7 @@ def test_blank_steps_have_no_score_and_leave_no_trace(pictures):
         prm, p = prm_of("qwen2_5_vl", form), prompt(pictures)
         whole = scores(prm, [p], [[["", *WHOLE[:2], " \n", WHOLE[2]]]])
         assert whole.isnan().tolist() == [True, False, False, True, False]
-        close(whole[~whole.isnan()], scores(prm, [p], [[WHOLE[:3]]]))
+        check_close(whole[~whole.isnan()], scores(prm, [p], [[WHOLE[:3]]]))
 
 
 def test_too_long_solutions_lose_whole_steps_from_the_end(pictures, caplog):
@@ -215,7 +215,7 @@ def test_too_long_solutions_lose_whole_steps_from_the_end(pictures, caplog):
         short = make_prm(max_length=size + room)
         got = scores(short, [p], [[steps]])
         assert got.isnan().tolist() == [t >= kept for t in range(3)] and short.dropped == 3 - kept
-        close(got[:kept], full[:kept])
+        check_close(got[:kept], full[:kept])
     assert "2 steps of a batch have no score" in caplog.text
 
 
@@ -296,7 +296,7 @@ def test_logits_follow_the_order_they_are_asked_in(pictures):
     rollout, _ = solution_forest(prompts, [[["a", "b"], ["a", "c"]], [["d", "e"]]])
     whole = prm.logits(rollout, torch.arange(5))
     some = torch.tensor([4, 0, 3, 2])
-    close(prm.logits(rollout, some), whole[some])
+    check_close(prm.logits(rollout, some), whole[some])
     assert whole.dtype == torch.float32 and whole.shape == (5, 1)
     assert prm_of("qwen2_5_vl", "buffer").logits(rollout, some).shape == (4, 3)
 
@@ -513,7 +513,7 @@ def test_a_saved_model_loads_and_scores_in_plain_transformers(family, form, pict
             z = model(**inputs).logits[0, slots]
             plus, minus = (encode(f[k])[0] for k in ("positive", "negative"))
             got = z[:, [plus, minus]].softmax(1)[:, 0]
-    close(got.double(), want)
+    check_close(got.double(), want)
 
 
 def test_a_saved_text_model_and_adapter_score_in_plain_transformers(tmp_path):
@@ -534,7 +534,7 @@ def test_a_saved_text_model_and_adapter_score_in_plain_transformers(tmp_path):
     with torch.no_grad():
         z = model(ids).logits[0, [n - 1 for n in plus]]
     assert ids[0, plus].tolist() == encode("+") * 4
-    close(z[:, [encode("+")[0], encode("-")[0]]].softmax(1)[:, 0].double(), scores(prm, [p], [[WHOLE]]))
+    check_close(z[:, [encode("+")[0], encode("-")[0]]].softmax(1)[:, 0].double(), scores(prm, [p], [[WHOLE]]))
 
 
 def _ends(tokenizer, chat):
