@@ -18,9 +18,9 @@ from diffusion.adapters.base import Level
 from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Course
-from mmrl.components import build, call, hint
 from mmrl.credit import estimate
 from mmrl.preference import build_pairs
+from mmrl.registry import build, call, hint
 from mmrl.rollout import Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.trainers.sample_loss import Rewards, Term
@@ -232,7 +232,7 @@ class CleanReward:
         last_depth: int | None = None,
     ) -> None:
         self._policy = DiffusionPolicy.build(model)
-        self._reward = build("mmrl.rewards", "step_rewards.reward", reward, {})
+        self._reward = build("rewards", "step_rewards.reward", reward, {})
         self._first, self._last = first_depth, last_depth
 
     @property

@@ -53,22 +53,28 @@ def report(
     typer.echo(f"report: {write_report(run, against or [])}")
 
 
-@app.command()
-def credit(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/credit.md instead of the table")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="Print the table (the default)")] = True,
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="estimators, transforms, readings, rewards ...; default all kinds")] = "",
+    name: Annotated[str, typer.Argument(help="One row of the kind, in full")] = "",
+    reads: Annotated[str | None, typer.Option(help="Only rows that read this field, such as value")] = None,
+    writes: Annotated[str | None, typer.Option(help="Only rows that write this field, such as tags.wrong")] = None,
+    page: Annotated[str, typer.Option(help="Print a reference page of docs/ instead: credit")] = "",
 ) -> None:
-    """List the credit estimators and reward transforms: what each needs, fits and where it comes from."""
-    from mmrl.credit import describe
+    """List what a recipe can name: what each row reads and writes, where it fits and comes from."""
+    from mmrl import registry_pages
 
-    if markdown:
-        typer.echo(describe.markdown(), nl=False)
+    if page:
+        typer.echo(registry_pages.page(page), nl=False)
+        return
+    if name:
+        typer.echo(registry_pages.describe(kind, name))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "needs", "fits", "source")
-    for row in describe.rows():
+    table = Table("name", "reads", "writes", "fits", "source") if kind else Table("kind", "names")
+    for row in registry_pages.table(kind, reads, writes) if kind else registry_pages.overview():
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

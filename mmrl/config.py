@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from mmrl.components import explain
+from mmrl.registry import explain
 
 
 class ConfigError(ValueError):
@@ -64,7 +64,7 @@ class EstimatorConfig(Component):
 
 
 class CreditConfig(Section):
-    """Transforms, then a weighted sum of estimators, then the clip. `mmrl credit --list` prints what there is."""
+    """Transforms, then a weighted sum of estimators, then the clip. `mmrl list estimators` prints what there is."""
 
     transforms: list[str | dict[str, Any]] | None = None  # null = none; with a trained scorer as step reward, clip (at
     # 1/2) and delta, so that writing more steps never pays (Clip/Delta, Designing Effective RL Reward)

@@ -20,7 +20,6 @@ from mmrl.annotate.output import summary, write_report
 from mmrl.annotate.refine import consensus, scan
 from mmrl.annotate.run import RULES, LabelRule, annotate, merge_ranks
 from mmrl.annotate.store import CompletionStore
-from mmrl.components import build, call, hint
 from mmrl.config import (
     AnnotateConfig,
     Component,
@@ -36,6 +35,7 @@ from mmrl.prm.formats import read_format
 from mmrl.prm.records import Kind, SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
 from mmrl.prm.scoring import admitted, load_scorer, score_records, score_states
+from mmrl.registry import build, call, hint
 from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
 from mmrl.search.budget import Budget
@@ -340,9 +340,9 @@ class _Job:
         state = PartialState(cpu=config.cpu)
         self.config, self._cpu, self.wait = config, config.cpu, state.wait_for_everyone
         self.rank, self.world = state.process_index, state.num_processes
-        self.task: Task = build("mmrl.tasks", "task", config.task.name, config.task.options)
+        self.task: Task = build("tasks", "task", config.task.name, config.task.options)
         self.policy: Any = on_device(
-            build("mmrl.policies", "policy", config.policy.name, config.policy.options), config.cpu
+            build("policies", "policy", config.policy.name, config.policy.options), config.cpu
         )
         verifier = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
         self.verifier: OutcomeReward = build_reward(verifier, "verifier")

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
-from mmrl.components import build
+from mmrl.registry import build
 
 
 def make(reward, options, section):
     """Stands in for the factory of `Isolated`, which imports torch."""
-    return build("mmrl.rewards", section, reward, options)
+    return build("rewards", section, reward, options)
 
 
 def by_output(samples):

@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmrl.components import ComponentError, build, find
 from mmrl.config import (
     TRAINERS,
     AnnotateConfig,
@@ -14,6 +13,7 @@ from mmrl.config import (
     parse_config,
 )
 from mmrl.credit import compose
+from mmrl.registry import ComponentError, build, find
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 BASE = {"task": {"name": "digits"}, "policy": {"name": "diffusion"}, "plan": {0: 2}}
@@ -87,22 +87,22 @@ def test_files_that_are_no_recipes(tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: find("mmrl.tasks", "digit"), r"has no 'digit' \(did you mean digits\?\)"),
-        (lambda: find("mmrl.tasks", "tiny:Nope"), "no attribute 'Nope'"),
-        (lambda: find("mmrl.tasks", "nowhere:x"), "No module named 'nowhere'"),
+        (lambda: find("tasks", "digit"), r"unknown task 'digit' \(did you mean digits\?\)"),
+        (lambda: find("tasks", "tiny:Nope"), "no attribute 'Nope'"),
+        (lambda: find("tasks", "nowhere:x"), "No module named 'nowhere'"),
         (
-            lambda: build("mmrl.policies", "policy", "diffusion", {"kernal": "ode"}),
+            lambda: build("policies", "policy", "diffusion", {"kernal": "ode"}),
             r"unknown key policy.kernal='ode' \(did you mean kernel\?\)",
         ),
         (
-            lambda: build("mmrl.policies", "policy", "diffusion", {"steps": "many"}),
+            lambda: build("policies", "policy", "diffusion", {"steps": "many"}),
             r"policy.steps='many': input should be a valid integer",
         ),
         (
-            lambda: build("mmrl.policies", "policy", "diffusion", {"noise": "some"}),
+            lambda: build("policies", "policy", "diffusion", {"noise": "some"}),
             r"policy.noise='some': input should be 'split', 'all' or 'window'",
         ),
-        (lambda: build("mmrl.rewards", "rewards.0", "tiny:brightness", {"k": 1}), "takes no options"),
+        (lambda: build("rewards", "rewards.0", "tiny:brightness", {"k": 1}), "'tiny:brightness' takes none"),
     ],
 )
 def test_components_by_name(call, message):

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import flatten, random_chains, random_forest
 
-from mmrl.credit import ESTIMATORS, NORM_PRESETS, Norm, compose, estimate, norm
+from mmrl.credit import NORM_PRESETS, Norm, compose, estimate, norm
 from mmrl.credit.estimate import apply_transform
 from mmrl.credit.select import prune_depths, prune_width
+from mmrl.registry import names, rows
 from mmrl.tree import StepTree
 from mmrl.tree_ops import lift, path_sum, returns, togo
 
@@ -103,7 +104,7 @@ def test_width_and_depth_pruning():
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), steps=st.integers(4, 60))
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", names("estimators"))
 def test_properties_on_random_forests(name, seed, steps):
     tree = forest_for(name, seed, steps=steps)
     out = estimate(tree, name)
@@ -124,7 +125,7 @@ def test_properties_on_random_forests(name, seed, steps):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", names("estimators"))
 def test_permuting_steps_permutes_the_result(name, seed):
     tree = forest_for(name, seed)
     want = estimate(tree, name).adv
@@ -204,8 +205,9 @@ def test_invalid_steps_might_as_well_not_exist(seed):
     if not bool(tree.valid.any()):
         return
     kept = tree.select(tree.valid)
-    for name, row in ESTIMATORS.items():
-        if name in ("prime", "vsrm") or ("forks" in row.needs and not _has_forks(kept)):
+    for row in rows("estimators"):
+        name = row.name
+        if name in ("prime", "vsrm") or ("forks" in row.reads() and not _has_forks(kept)):
             continue
         torch.testing.assert_close(
             estimate(kept, name).adv, estimate(tree, name).adv[tree.valid], atol=1e-9, rtol=1e-9
@@ -328,7 +330,7 @@ def bare(tree):
         (4, lambda t: compose(t, [{"name": "gae"}], ["red", "progress"]), "'red' and 'progress' both difference"),
         (5, lambda t: estimate(bare(t), "gae", ["potential"]), "transform 'potential' needs value on every step; step 0"),
         (5, lambda t: estimate(t, "gae", [{"name": "potential", "gamma": 0.9}]), "'potential' has gamma 0.9 and estimator 'gae' 1.0"),
-        (5, lambda t: estimate(t, "gae", [{"name": "potential", "terminal": 1.0}]), "potential has no option 'terminal'"),
+        (5, lambda t: estimate(t, "gae", [{"name": "potential", "terminal": 1.0}]), "unknown key potential.terminal=1.0; transform 'potential' takes gamma"),
         (6, lambda t: estimate(bare(t), "gigpo"), "'gigpo' needs state_key, but every step has -1"),
         (6, lambda t: estimate(bare(t), "salt"), "'salt' needs edge_key"),
         (6, lambda t: estimate(t.replace(ok=None), "ui_s1"), "'ui_s1' needs ok"),
@@ -375,7 +377,7 @@ def test_composition_is_the_weighted_sum(t8):
 def test_presets_by_name(t8):
     ours = estimate(t8, "grpo", preset="flow_grpo").adv
     torch.testing.assert_close(ours, estimate(t8, "grpo", ddof=0, eps=1e-4).adv)
-    with pytest.raises(ValueError, match=r"unknown norm preset 'vrl' \(did you mean verl"):
+    with pytest.raises(ValueError, match=r"grpo.preset='vrl': input should be 'verl', .* \(did you mean verl\?\)"):
         estimate(t8, "grpo", preset="vrl")
 
 
@@ -484,9 +486,15 @@ def test_info_counts(t8):
     "call, message",
     [
         (lambda t: estimate(t, "grop"), r"unknown estimator 'grop' \(did you mean grpo\?\)"),
-        (lambda t: estimate(t, "grpo", sclae="none"), r"grpo has no option 'sclae' \(did you mean scale\?\)"),
+        (
+            lambda t: estimate(t, "grpo", sclae="none"),
+            r"unknown key grpo.sclae='none' \(did you mean scale\?\); estimator 'grpo' takes scale",
+        ),
         (lambda t: estimate(t, "grpo", transforms=["clipp"]), "unknown transform 'clipp'"),
-        (lambda t: estimate(t, "grpo", scale="max"), "scale 'max' is none of"),
+        (
+            lambda t: estimate(t, "grpo", scale="max"),
+            "grpo.scale='max': input should be 'std', 'none', 'loo', 'bernoulli' or 'batch'",
+        ),
         (
             lambda t: estimate(t.replace(logp=None), "branch_depth", value="edge_softmax"),
             "needs logp on every branching step; step 0 has none",

@@ -11,8 +11,8 @@ import foreign_rewards
 import pytest
 import torch
 
-from mmrl.components import ComponentError
 from mmrl.config import ConfigError, parse_config
+from mmrl.registry import ComponentError
 from mmrl.rewards import Isolated, RewardError, score
 from mmrl.rewards.isolation import Worker, WorkerError, WorkerStartError, _dumps
 from mmrl.rollout import Prompt, Sample
@@ -254,9 +254,9 @@ def test_no_orphans(ending, tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
         "from functools import partial\n"
         "from types import SimpleNamespace\n"
-        "from mmrl.components import find\n"
+        "from mmrl.registry import build\n"
         "from mmrl.rewards.isolation import Worker\n"
-        "worker = Worker(partial(find, 'mmrl.rewards', 'foreign_rewards:by_output'))\n"
+        "worker = Worker(partial(build, 'rewards', 'reward', 'foreign_rewards:by_output', {}))\n"
         "worker.start()\n"
         "print(worker.pid, flush=True)\n"
         "worker.call([SimpleNamespace(output='loop')], 60.0)\n"

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import flatten, random_forest
 
-from mmrl.components import ComponentError
 from mmrl.preference import (
     BUILDERS,
     PAIRS_OF,
@@ -22,6 +21,7 @@ from mmrl.preference import (
     select_steps,
     token_kl,
 )
+from mmrl.registry import ComponentError
 from mmrl.tree import StepTree
 
 n = math.nan

@@ -108,10 +108,11 @@ def test_train_on_the_command_line(tiny_model, tmp_path):
 
 
 def test_credit_page_is_made_from_the_docstrings():
-    from mmrl.credit import ESTIMATORS, TRANSFORMS, describe
+    from mmrl.registry import names
+    from mmrl.registry_pages import page as made
 
     page = (TESTS.parent / "docs" / "credit.md").read_text()
-    assert page == describe.markdown(), "run: mmrl credit --markdown > docs/credit.md"
-    assert all(f"### {name}\n" in page for name in [*ESTIMATORS, *TRANSFORMS])
-    done = cli("credit", "--list")
-    assert done.returncode == 0 and all(name in done.stdout for name in ESTIMATORS)
+    assert page == made("credit"), "run: mmrl list --page credit > docs/credit.md"
+    assert all(f"### {name}\n" in page for name in [*names("estimators"), *names("transforms")])
+    done = cli("list", "estimators")
+    assert done.returncode == 0 and all(name in done.stdout for name in names("estimators"))

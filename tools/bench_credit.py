@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmrl.credit import ESTIMATORS, estimate
+from mmrl.credit import estimate
+from mmrl.registry import names
 from mmrl.tree import StepTree
 from mmrl.tree_ops import returns
 
@@ -128,7 +129,7 @@ def main() -> None:
         "estimator", "20,480 steps, ms", "to gigpo", f"{args.large:,} steps, s", "to gigpo", title="credit, one thread"
     )
     broken, base = [], (0.0, 0.0)
-    for name in ["gigpo", *sorted(set(ESTIMATORS) - {"gigpo"})]:
+    for name in ["gigpo", *sorted(set(names("estimators")) - {"gigpo"})]:
         tree = big_chains if name in CHAINS_ONLY else big
         # replace() drops the cached m, as a fresh rollout would
         a = timed(lambda name=name: estimate(small.replace(), name))

@@ -113,11 +113,11 @@ def summary(steps: Sequence[Step]) -> dict[str, float]:
 
 def accuracy(config: Config, model: str) -> float:
     """Share of held-out questions that the model in a folder answers right, greedily."""
-    from mmrl.components import build
+    from mmrl.registry import build
     from vision.tasks.shapes import ShapesAnswer
 
-    task = build("mmrl.tasks", "task", config.task.name, config.task.options)
-    policy = build("mmrl.policies", "policy", config.policy.name, config.policy.options | {"model": model})
+    task = build("tasks", "task", config.task.name, config.task.options)
+    policy = build("policies", "policy", config.policy.name, config.policy.options | {"model": model})
     return statistics.mean(ShapesAnswer()(policy.generate(task.eval_prompts, seed=0)))
 
 
@@ -153,7 +153,7 @@ def train_trl(config: Config) -> list[Step]:
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from mmrl.components import build
+    from mmrl.registry import build
     from vision.loading import load_model, load_processor, save
 
     steps: list[Step] = []
@@ -169,7 +169,7 @@ def train_trl(config: Config) -> list[Step]:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             steps[-1]["end"] = time.process_time()
 
-    task = build("mmrl.tasks", "task", config.task.name, config.task.options)
+    task = build("tasks", "task", config.task.name, config.task.options)
     model, processor = (load(config.policy.options["model"]) for load in (load_model, load_processor))
     processor.tokenizer.padding_side = "left"
     trainer = Timed(

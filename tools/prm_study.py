@@ -267,11 +267,11 @@ def trained(args: argparse.Namespace, folder: Path, seed: int, records: Records,
 
 def untrained(args: argparse.Namespace, folder: Path) -> Path:
     """What every training starts from: the policy's own likelihood of a step."""
-    from mmrl.components import build
+    from mmrl.registry import build
 
     model = overrides({"scorer.model": args.policy, "scorer.head": "likelihood"})
     config: Any = load_config(recipe_path("vision/shapes_prm.yaml"), model)
-    build("mmrl.scorers", "scorer", config.scorer.name, config.scorer.options).save(folder)
+    build("scorers", "scorer", config.scorer.name, config.scorer.options).save(folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mmrl.components import hint
+from mmrl.registry import hint
 from video.segments import frame_at
 from video.state import Look, Problem, VideoAction, VideoState, frame_range, look_problem
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mmrl.bench import hard2verify, mpbench, pairs, prmbench, processbench, visualprocessbench
 from mmrl.bench.base import Benchmark, Result, Score, Scored, data_files, remembered, score_items, tune
-from mmrl.components import hint
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.metrics import bootstrap, evaluate_steps
+from mmrl.registry import hint
 
 BENCHMARKS: dict[str, Benchmark] = {
     b.name: b

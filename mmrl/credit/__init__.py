@@ -2,12 +2,9 @@
 
 from mmrl.credit.estimate import StepAdvantage, compose, estimate, validate
 from mmrl.credit.norm import NORM_PRESETS, Norm, norm
-from mmrl.credit.table import ESTIMATORS, TRANSFORMS
 
 __all__ = [
-    "ESTIMATORS",
     "NORM_PRESETS",
-    "TRANSFORMS",
     "Norm",
     "StepAdvantage",
     "compose",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,15 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# importing these enters their functions into the tables
-import mmrl.credit.outcome
-import mmrl.credit.steps
-import mmrl.credit.transforms  # noqa: F401
-from mmrl.components import hint
-from mmrl.credit.norm import NORM_PRESETS, AllSum, Norm, norm
+from mmrl.credit.norm import AllSum, Norm, norm
 from mmrl.credit.norm import whiten as whiten_over_batch
 from mmrl.credit.rules import Kind, check_need, check_recipe, check_tree
-from mmrl.credit.table import ESTIMATORS, TRANSFORMS, Credit
+from mmrl.credit.table import Credit, Spec, estimator_of, transform_of
 from mmrl.tree import StepTree
 
 Counting = Literal["node", "leaf"]
@@ -101,29 +95,28 @@ def validate(
     """
     steps = [{"name": t} if isinstance(t, str) else dict(t) for t in transforms]
     for t in steps:
-        _checked(_lookup(TRANSFORMS, str(t.get("name")), "transform").function, _options(t))
+        row, options = transform_of(t)
+        row.check(options)
     for e in estimators:
-        _checked(_lookup(ESTIMATORS, str(e.get("name")), "estimator").function, _options(e))
+        row, options = estimator_of(e)
+        row.check(options)
     check_recipe(steps, estimators, **how)
     return steps
 
 
-def _options(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in spec.items() if k not in ("name", "weight")}
-
-
-def apply_transform(tree: StepTree, spec: Mapping[str, Any]) -> StepTree:
+def apply_transform(tree: StepTree, spec: Spec) -> StepTree:
     """One transform by name, its needs and options checked."""
-    options = dict(spec)
-    row = _lookup(TRANSFORMS, str(options.pop("name")), "transform")
-    for need in row.needs:
+    row, options = transform_of(spec)
+    for need in row.reads(options):
         check_need(tree, need, f"transform {row.name!r}")
-    return row.function(tree, **_checked(row.function, options))
+    changed: StepTree = row.build(options)(tree)
+    return changed
 
 
-def _run(tree: StepTree, spec: Mapping[str, Any], all_sum: AllSum | None) -> Credit:
-    row = _lookup(ESTIMATORS, str(spec["name"]), "estimator")
-    return row.function(tree, **_checked(row.function, _options(spec), all_sum))
+def _run(tree: StepTree, spec: Spec, all_sum: AllSum | None) -> Credit:
+    row, options = estimator_of(spec)
+    credit: Credit = row.build(options, all_sum=all_sum)(tree)
+    return credit
 
 
 def _finish(
@@ -145,35 +138,3 @@ def _finish(
     }
     weight = tree.m.double() if counting == "leaf" else valid.double()
     return StepAdvantage(adv, adv if returns is None else torch.where(valid, returns, 0.0), valid, weight, info)
-
-
-def _lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
-    if name in table:
-        return table[name]
-    raise ValueError(f"unknown {kind} {name!r}{hint(name, table)}; known: {', '.join(sorted(table))}")
-
-
-def option_names(function: Any) -> list[str]:
-    """What a recipe may set: the function's keyword options, with the fields of `Norm` where it normalises."""
-    names = [p for p in inspect.signature(function).parameters if p not in ("tree", "how", "all_sum")]
-    return [*names, *Norm._fields, "preset"] if "how" in inspect.signature(function).parameters else names
-
-
-def _checked(function: Any, options: Mapping[str, Any], all_sum: AllSum | None = None) -> dict[str, Any]:
-    """The call's keyword arguments: options checked by name, normalisation gathered into `how`."""
-    known = option_names(function)
-    for key in options:
-        if key not in known:
-            told = f"{function.__name__} has no option {key!r}{hint(key, known)}"
-            raise ValueError(f"{told}; it takes {', '.join(known) or 'none'}")
-    parameters = inspect.signature(function).parameters
-    call = {k: v for k, v in options.items() if k in parameters}
-    if "how" in parameters:
-        preset = options.get("preset")
-        if preset is not None:
-            _lookup(NORM_PRESETS, preset, "norm preset")
-        fields = {k: v for k, v in options.items() if k in Norm._fields}
-        call["how"] = parameters["how"].default._replace(**NORM_PRESETS.get(str(preset), {}) | fields)
-    if all_sum is not None and "all_sum" in parameters:
-        call["all_sum"] = all_sum
-    return call

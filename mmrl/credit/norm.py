@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from mmrl.registry import option_group
 
 Scale = Literal["std", "none", "loo", "bernoulli", "batch"]
 AllSum = Callable[[Tensor], Tensor]  # sums a small tensor over processes; the identity on one
@@ -25,10 +28,13 @@ class Norm(NamedTuple):
     """How to normalise: options every estimator shares. See `norm` for their meaning."""
 
     scale: Scale = "std"
-    eps: float = 1e-6
-    ddof: int = 1
+    eps: Annotated[float, Field(ge=0)] = 1e-6
+    ddof: Annotated[int, Field(ge=0, le=1)] = 1
     singleton: Literal["zero", "raw"] = "zero"
-    std_floor: float = 0.0
+    std_floor: Annotated[float, Field(ge=0)] = 0.0
+
+
+option_group(Norm, NORM_PRESETS)
 
 
 class Normed(NamedTuple):

@@ -36,7 +36,11 @@ def grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -
     return Credit(lift(tree, a.z), info=a.info)
 
 
-@estimator("dr_grpo", source="Dr. GRPO; parity with verl norm_adv_by_std_in_grpo=False and TRL scale_rewards='none'")
+@estimator(
+    "dr_grpo",
+    source="Dr. GRPO; parity with verl norm_adv_by_std_in_grpo=False and TRL scale_rewards='none'",
+    scale="none",
+)
 def dr_grpo(tree: StepTree) -> Credit:
     """A = lift(R - mean) over the finished leaves of the prompt, unscaled.
 
@@ -45,7 +49,7 @@ def dr_grpo(tree: StepTree) -> Credit:
     return grpo(tree, how=Norm(scale="none"))
 
 
-@estimator("rloo", source="Back to Basics (RLOO); parity with verl and OpenRLHF")
+@estimator("rloo", source="Back to Basics (RLOO); parity with verl and OpenRLHF", scale="loo")
 def rloo(tree: StepTree) -> Credit:
     """A = lift(R - mean of the other finished leaves of the prompt). A group of one gets 0."""
     return grpo(tree, how=Norm(scale="loo"))
@@ -73,7 +77,7 @@ def reinforce_pp_baseline(
 
 
 @estimator(
-    "tree_rpo", needs=("outcome", "forks"), fits="forks", source="TreeRPO; structure from the paper, as defined here"
+    "tree_rpo", reads=("outcome", "forks"), fits="forks", source="TreeRPO; structure from the paper, as defined here"
 )
 def tree_rpo(
     tree: StepTree,
@@ -92,7 +96,13 @@ def tree_rpo(
     return _among_siblings(tree, backup(tree, value), how, unary, all_sum)
 
 
-@estimator("propa", needs=("outcome", "forks"), fits="forks", source="PROPA (MCTS + GRPO); as defined here")
+@estimator(
+    "propa",
+    may_read=("tags.visits", "tags.q_sum"),
+    reads=("outcome", "forks"),
+    fits="forks",
+    source="PROPA (MCTS + GRPO); as defined here",
+)
 def propa(tree: StepTree, *, how: Norm = Norm()) -> Credit:
     """tree_rpo with leaf_mean over a search tree; with tags `q_sum` and `visits`, V(n) = q_sum/visits instead.
 
@@ -108,7 +118,7 @@ def propa(tree: StepTree, *, how: Norm = Norm()) -> Credit:
 
 @estimator(
     "branch_depth",
-    needs=("outcome", "forks"),
+    reads=("outcome", "forks"),
     fits="denoising; elsewhere only with aligned depths",
     source="BranchGRPO; parity with the released depth-wise form",
 )
@@ -134,7 +144,7 @@ def branch_depth(
     return Credit(adv, info=z.info | {"singleton_nodes": float(alone.sum() / tree.valid.sum().clamp(min=1))})
 
 
-@estimator("child_minus_parent", needs=("outcome", "forks"), fits="forks", source="as defined here")
+@estimator("child_minus_parent", reads=("outcome", "forks"), fits="forks", source="as defined here")
 def child_minus_parent(tree: StepTree, *, how: Norm = Norm(eps=1e-8)) -> Credit:
     """A(n) = (V(n) - V(parent))/(std of the prompt's leaf outcomes + eps), V = leaf_mean; local credit of a fork.
 
@@ -149,7 +159,7 @@ def child_minus_parent(tree: StepTree, *, how: Norm = Norm(eps=1e-8)) -> Credit:
 
 @estimator(
     "portool",
-    needs=("outcome", "forks"),
+    reads=lambda options: ("outcome", "forks", *(("step_reward",) if options["w_format"] else ())),
     fits="forks",
     source="PORTool; structure from the paper, constants as defined here",
 )
@@ -176,7 +186,9 @@ def portool(
 
 @estimator(
     "gigpo",
-    needs=("outcome", "state_key"),
+    reads=("outcome", "state_key"),
+    may_read=("step_reward",),
+    sums_steps=True,
     fits="text and GUI states, tool states; not latents",
     source="GiGPO; parity with verl-agent",
 )
@@ -203,7 +215,7 @@ def gigpo(
 
 @estimator(
     "salt",
-    needs=("outcome", "edge_key"),
+    reads=("outcome", "edge_key"),
     fits="text and GUI states, tool states",
     source="SALT; averaging rule from the paper",
 )

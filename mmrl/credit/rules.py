@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmrl.credit.norm import Norm
-from mmrl.credit.table import ESTIMATORS, TRANSFORMS
+from mmrl.credit.table import Spec, estimator_of, transform_of
+from mmrl.registry import REQUIRED, writers
 from mmrl.tree import StepTree
 
-Spec = Mapping[str, Any]  # {"name": ..., option: ...}
 Kind = Literal["reward", "value"]
-
-# Estimators that add step rewards up along a path.
-SUMMING = {"process_grpo", "fold_grpo", "ppr", "gae", "ui_s1", "gigpo"}
 
 
 def check_recipe(
@@ -48,7 +43,7 @@ def check_recipe(
                 f"whiten with {e['name']!r} (scale 'std') normalises twice; use scale: none, drop whiten, or set "
                 "allow_double_norm: true"
             )
-    changing = [t["name"] for t in transforms if TRANSFORMS[t["name"]].differences]
+    changing = [t["name"] for t in transforms if transform_of(t)[0].facts["differences"]]
     if len(changing) > 1:
         raise ValueError(
             f"transforms {changing[0]!r} and {changing[1]!r} both difference the step rewards; keep one of them"
@@ -67,8 +62,8 @@ def check_tree(tree: StepTree, estimators: Sequence[Spec], transforms: Sequence[
         ValueError: naming the estimator, what is missing, the first step concerned and the fix.
     """
     for spec in estimators:
-        row = ESTIMATORS[spec["name"]]
-        for need in row.needs:
+        row, options = estimator_of(spec)
+        for need in row.reads(options):
             check_need(tree, need, f"estimator {row.name!r}")
         if row.name == "srgpo":
             _check_sources(tree)
@@ -89,7 +84,11 @@ def check_need(tree: StepTree, need: str, who: str) -> None:
     if need.startswith("tags."):
         name = need.removeprefix("tags.")
         if name not in tree.tags:
-            raise ValueError(f"{who} needs tags[{name!r}] and the tree has {sorted(tree.tags) or 'no tags'}; add it")
+            filling = writers(need)
+            raise ValueError(
+                f"{who} needs tags[{name!r}] and the tree has {sorted(tree.tags) or 'no tags'}; "
+                + (f"readings that write it: {', '.join(filling)}" if filling else "write it into the tree")
+            )
         return
     _NEEDS[need](tree, who)
 
@@ -162,7 +161,7 @@ _NEEDS: dict[str, Callable[[StepTree, str], None]] = {
 def _check_ignored_steps(transforms: Sequence[Spec], estimators: Sequence[Spec], e: Spec) -> None:
     if any(_reads_steps(other) for other in estimators):
         return
-    last = {w: i for i, t in enumerate(transforms) for w in [TRANSFORMS[t["name"]].writes]}
+    last = {w: i for i, t in enumerate(transforms) for w in transform_of(t)[0].writes()}
     if "step_reward" not in last:
         return
     folding = [i for i, t in enumerate(transforms) if t["name"] in ("fold", "mixed_grained", "spark")]
@@ -176,8 +175,8 @@ def _check_ignored_steps(transforms: Sequence[Spec], estimators: Sequence[Spec],
 
 def _check_summed_values(transforms: Sequence[Spec], e: Spec, kind: Kind) -> None:
     names = [t["name"] for t in transforms]
-    summed = e["name"] if e["name"] in SUMMING else "fold" if "fold" in names else None
-    if kind == "value" and summed and not any(TRANSFORMS[n].differences for n in names):
+    summed = e["name"] if estimator_of(e)[0].facts["sums_steps"] else "fold" if "fold" in names else None
+    if kind == "value" and summed and not any(transform_of(t)[0].facts["differences"] for t in transforms):
         raise ValueError(
             f"step_reward_kind 'value' with {summed!r} sums state values: longer answers win; put delta or progress "
             "before it"
@@ -188,7 +187,7 @@ def _check_discounts(transforms: Sequence[Spec], e: Spec) -> None:
     for t in transforms:
         if t["name"] != "potential":
             continue
-        mine, theirs = t.get("gamma", 1.0), e.get("gamma", _default(ESTIMATORS[e["name"]].function, "gamma", 1.0))
+        mine, theirs = t.get("gamma", 1.0), e.get("gamma", _default(e, "gamma", 1.0))
         if abs(mine - theirs) > 1e-12:
             raise ValueError(
                 f"transform 'potential' has gamma {mine} and estimator {e['name']!r} {theirs}; with unequal discounts "
@@ -197,23 +196,19 @@ def _check_discounts(transforms: Sequence[Spec], e: Spec) -> None:
 
 
 def _reads_steps(e: Spec) -> bool:
-    return (
-        ESTIMATORS[e["name"]].uses_steps
-        or (e["name"] == "portool" and e.get("w_format", 0) != 0)
-        or e["name"] == "gigpo"
-    )
+    row, options = estimator_of(e)
+    read = {*row.reads(options), *row.facts["may_read"]}
+    return not {"step_reward", "value"}.isdisjoint(read)
 
 
 def _scale(e: Spec) -> str:
-    default = _default(ESTIMATORS[e["name"]].function, "how", None)
-    if e["name"] in ("dr_grpo", "rloo"):
-        return "none"
-    return str(e.get("scale", default.scale if isinstance(default, Norm) else "none"))
+    fixed = estimator_of(e)[0].facts["scale"]
+    return str(fixed or e.get("scale", _default(e, "scale", "none")))
 
 
-def _default(function: Callable[..., Any], name: str, otherwise: Any) -> Any:
-    parameter = inspect.signature(function).parameters.get(name)
-    return otherwise if parameter is None else parameter.default
+def _default(e: Spec, name: str, otherwise: Any) -> Any:
+    option = estimator_of(e)[0].options.get(name)
+    return otherwise if option is None or option.default is REQUIRED else option.default
 
 
 def _check_sources(tree: StepTree) -> None:

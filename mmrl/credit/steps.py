@@ -24,7 +24,10 @@ def scored_steps(tree: StepTree, how: Norm, all_sum: AllSum | None = None) -> tu
 
 
 @estimator(
-    "process_grpo", needs=("step_reward",), source="DeepSeekMath 4.1.3; intent of WebGen-Agent's cumulative form"
+    "process_grpo",
+    reads=("step_reward",),
+    sums_steps=True,
+    source="DeepSeekMath 4.1.3; intent of WebGen-Agent's cumulative form",
 )
 def process_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
     """z = step reward normalised over all scored steps of the prompt; A = togo(z, 1).
@@ -35,14 +38,14 @@ def process_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
     return Credit(togo(tree, z), info=info)
 
 
-@estimator("step_grpo", needs=("step_reward",), source="WebGen-Agent; parity")
+@estimator("step_grpo", reads=("step_reward",), source="WebGen-Agent; parity")
 def step_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
     """A = step reward normalised over all scored steps of the prompt, without accumulation."""
     z, info = scored_steps(tree, how)
     return Credit(z, info=info)
 
 
-@estimator("fold_grpo", needs=("outcome", "step_reward"), source="R1-VL StepGRPO as released; parity")
+@estimator("fold_grpo", reads=("outcome", "step_reward"), sums_steps=True, source="R1-VL StepGRPO as released; parity")
 def fold_grpo(
     tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = None, how: Norm = Norm()
 ) -> Credit:
@@ -50,7 +53,7 @@ def fold_grpo(
     return grpo(fold(tree, step_weight=step_weight, threshold=threshold), how=how)
 
 
-@estimator("ppr", needs=("outcome", "step_reward"), source="PPR (ReNorm); as defined here")
+@estimator("ppr", reads=("outcome", "step_reward"), sums_steps=True, source="PPR (ReNorm); as defined here")
 def ppr(tree: StepTree, *, accumulate: bool = True, how: Norm = Norm()) -> Credit:
     """process_grpo (or, without `accumulate`, step_grpo) on ReNorm-ed step rewards; rewards and outcomes in [0, 1]."""
     normed = renorm(tree)
@@ -59,7 +62,8 @@ def ppr(tree: StepTree, *, accumulate: bool = True, how: Norm = Norm()) -> Credi
 
 @estimator(
     "ui_s1",
-    needs=("outcome", "step_reward", "ok"),
+    sums_steps=True,
+    reads=("outcome", "step_reward", "ok"),
     fits="recorded trajectories with a reference",
     source="UI-S1; parity",
 )
@@ -87,7 +91,7 @@ def ui_s1(
 
 @estimator(
     "srgpo",
-    needs=("outcome", "step_reward"),
+    reads=("outcome", "step_reward"),
     fits="step rewards on one scale across prompts",
     source="SeeNav-Agent SRGPO; parity",
 )
@@ -119,7 +123,7 @@ def _random_sets(member: Tensor, size: int, seed: int) -> Tensor:
     return torch.full((len(member),), -1).index_put_((index,), rank // size)
 
 
-@estimator("pav", needs=("outcome", "value", "root_value"), source="Rewarding Progress (PAV); from the paper")
+@estimator("pav", reads=("outcome", "value", "root_value"), source="Rewarding Progress (PAV); from the paper")
 def pav(tree: StepTree, *, alpha: float = 3.0, best_of: int = 1) -> Credit:
     """A(n) = leaf_mean V(n) - prompt mean + alpha * (V_mu(n) - V_mu(parent)), V_mu = `value` of the prover.
 
@@ -134,7 +138,7 @@ def pav(tree: StepTree, *, alpha: float = 3.0, best_of: int = 1) -> Credit:
 
 @estimator(
     "igpo",
-    needs=("outcome", "step_reward"),
+    reads=("outcome", "step_reward"),
     fits="turns with a gold answer",
     source="IGPO; from the paper, not the release",
 )
@@ -155,7 +159,7 @@ def igpo(
 
 @estimator(
     "capo",
-    needs=("outcome", "tags.wrong"),
+    reads=("outcome", "tags.wrong"),
     fits="steps with a judge's verdict",
     source="CAPO; idea from the paper, weights as defined here",
 )
@@ -190,7 +194,13 @@ def judged_wrong(votes: Tensor, rule: Literal["intersection", "majority"] = "maj
     return share == 1 if rule == "intersection" else share > 0.5
 
 
-@estimator("gae", needs=("outcome", "value", "root_value"), source="Schulman et al. 2016; one decision per step")
+@estimator(
+    "gae",
+    reads=("outcome", "value", "root_value"),
+    may_read=("step_reward",),
+    sums_steps=True,
+    source="Schulman et al. 2016; one decision per step",
+)
 def gae(tree: StepTree, *, gamma: float = 1.0, lam: float = 0.95) -> Credit:
     """delta(n) = r + [leaf] R + gamma value(n) [not finished leaf] - V_before; A = delta + gamma lam mean of children.
 
@@ -210,7 +220,7 @@ def gae(tree: StepTree, *, gamma: float = 1.0, lam: float = 0.95) -> Credit:
 
 @estimator(
     "stepsearch",
-    needs=("outcome", "value", "root_value", "tags.similarity", "tags.documents"),
+    reads=("outcome", "value", "root_value", "tags.similarity", "tags.documents"),
     fits="search turns with gold texts",
     source="StepSearch (StePPO); parity in the reward, without its double counting",
 )
@@ -219,7 +229,7 @@ def stepsearch(tree: StepTree, *, scale: float = 0.6) -> Credit:
     return gae(stepsearch_reward(tree, scale=scale), gamma=1.0, lam=1.0)
 
 
-@estimator("vsrm", needs=("outcome", "value", "root_value"), fits="chains", source="VSRM; details as defined here")
+@estimator("vsrm", reads=("outcome", "value", "root_value"), fits="chains", source="VSRM; details as defined here")
 def vsrm_gae(
     tree: StepTree,
     *,
@@ -235,7 +245,7 @@ def vsrm_gae(
 
 @estimator(
     "tp_grpo",
-    needs=("outcome", "tags.wrong"),
+    reads=("outcome", "tags.wrong"),
     fits="steps with a judge's verdict",
     source="TP-GRPO; table as defined here",
 )
@@ -245,7 +255,7 @@ def tp_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
 
 
 @estimator(
-    "spark", needs=("step_reward",), fits="steps with verdicts, no ground truth", source="SPARK; from the paper"
+    "spark", reads=("step_reward",), fits="steps with verdicts, no ground truth", source="SPARK; from the paper"
 )
 def spark(tree: StepTree, *, rule: Literal["mean", "all"] = "mean", how: Norm = Norm()) -> Credit:
     """grpo on R' = mean of the step verdicts (`step_reward` in {0, 1}) over the path, or 1 if all are right.
@@ -255,7 +265,7 @@ def spark(tree: StepTree, *, rule: Literal["mean", "all"] = "mean", how: Norm = 
     return grpo(spark_outcome(tree, rule=rule), how=how)
 
 
-@estimator("oprl", needs=("outcome", "tags.implicit"), source="OPRL; from the paper, alpha as defined here")
+@estimator("oprl", reads=("outcome", "tags.implicit"), source="OPRL; from the paper, alpha as defined here")
 def oprl(tree: StepTree, *, alpha: float = 1.0, how: Norm = Norm()) -> Credit:
     """A = grpo + alpha * norm over all steps of the prompt of tags["implicit"] = beta (logp_PRM - logp_old)."""
     e = episode(tree, how)
@@ -265,7 +275,7 @@ def oprl(tree: StepTree, *, alpha: float = 1.0, how: Norm = Norm()) -> Credit:
 
 @estimator(
     "prime",
-    needs=("outcome", "tags.implicit"),
+    reads=("outcome", "tags.implicit"),
     fits="chains; tokens or steps",
     source="PRIME; paper form (default) and code form",
 )

@@ -1,19 +1,19 @@
-"""The tables of estimators and transforms. A new one is a function and the decorator that names it.
+"""How an estimator or a transform enters the registry: a function and the decorator that names it.
 
-A row says what the function needs; `compose.check` turns a missing need into an error. Shared needs:
-outcome, step_reward, value, root_value, state_key, edge_key, ok, logp, forks (a prompt with two chains is enough for
-sets), and tags.NAME.
+`reads` names the fields a tree must have; `mmrl.credit.rules` checks them. See `mmrl.registry` for their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mmrl.registry import Fields, Row, find, register
 from mmrl.tree import StepTree
+
+Spec = Mapping[str, Any]  # {"name": ..., option: ...}
 
 
 class Credit(NamedTuple):
@@ -24,64 +24,52 @@ class Credit(NamedTuple):
     info: dict[str, Any] = {}  # noqa: RUF012 - never mutated
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """One row: the function, what it needs, which modalities it fits, where it comes from."""
-
-    name: str
-    function: Callable[..., Credit]
-    needs: tuple[str, ...]
-    fits: str
-    source: str
-
-    @property
-    def uses_steps(self) -> bool:
-        """Reads step rewards; the others read outcomes only, so step-reward transforms would be lost on them."""
-        return "step_reward" in self.needs or "value" in self.needs
-
-
-@dataclass(frozen=True)
-class Transform:
-    """One row. writes: "step_reward", "outcome" or "tags". differences: turns a running score into increments."""
-
-    name: str
-    function: Callable[..., StepTree]
-    writes: Literal["step_reward", "outcome", "tags"]
-    needs: tuple[str, ...]
-    differences: bool
-    chains_only: bool
-    source: str
-
-
-ESTIMATORS: dict[str, Estimator] = {}
-TRANSFORMS: dict[str, Transform] = {}
-
-
 def estimator(
-    name: str, *, needs: tuple[str, ...] = ("outcome",), fits: str = "any", source: str
+    name: str,
+    *,
+    reads: Fields = ("outcome",),
+    fits: str = "any",
+    source: str,
+    may_read: tuple[str, ...] = (),
+    sums_steps: bool = False,
+    scale: str | None = None,
 ) -> Callable[[Callable[..., Credit]], Callable[..., Credit]]:
-    """Enter the decorated function into ESTIMATORS under `name`."""
+    """Enter the decorated function as an estimator.
 
-    def enter(function: Callable[..., Credit]) -> Callable[..., Credit]:
-        ESTIMATORS[name] = Estimator(name, function, needs, fits, source)
-        return function
-
-    return enter
+    Args:
+        may_read: fields it uses where the tree has them.
+        sums_steps: it adds step rewards up along a path, so a score of the state must be differenced before.
+        scale: the normalisation it uses where that is no option.
+    """
+    return register(
+        "estimators", name, reads=reads, fits=fits, source=source,
+        may_read=may_read, sums_steps=sums_steps, scale=scale,
+    )  # fmt: skip
 
 
 def transform(
     name: str,
     *,
-    writes: Literal["step_reward", "outcome", "tags"] = "step_reward",
-    needs: tuple[str, ...] = ("step_reward",),
+    reads: Fields = ("step_reward",),
+    writes: tuple[str, ...] = ("step_reward",),
     differences: bool = False,
-    chains_only: bool = False,
+    fits: str = "any",
     source: str,
 ) -> Callable[[Callable[..., StepTree]], Callable[..., StepTree]]:
-    """Enter the decorated function into TRANSFORMS under `name`."""
+    """Enter the decorated function as a transform. differences: it turns a running score into increments."""
+    return register("transforms", name, reads=reads, writes=writes, fits=fits, source=source, differences=differences)
 
-    def enter(function: Callable[..., StepTree]) -> Callable[..., StepTree]:
-        TRANSFORMS[name] = Transform(name, function, writes, needs, differences, chains_only, source)
-        return function
 
-    return enter
+def estimator_of(spec: Spec) -> tuple[Row, dict[str, Any]]:
+    """The row that `{"name": ..., "weight": ..., option: ...}` names, and its options."""
+    return _row_of("estimators", spec)
+
+
+def transform_of(spec: Spec) -> tuple[Row, dict[str, Any]]:
+    """The row that `{"name": ..., option: ...}` names, and its options."""
+    return _row_of("transforms", spec)
+
+
+def _row_of(kind: str, spec: Spec) -> tuple[Row, dict[str, Any]]:
+    options = {k: v for k, v in spec.items() if k not in ("name", "weight")}
+    return find(kind, str(spec["name"])), options

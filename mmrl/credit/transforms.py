@@ -37,7 +37,7 @@ def delta(tree: StepTree) -> StepTree:
     return _steps(tree, torch.where(inner, r - below, 0.0))
 
 
-@transform("potential", needs=("value", "root_value"), source="Ng, Harada, Russell 1999")
+@transform("potential", reads=("value", "root_value"), source="Ng, Harada, Russell 1999")
 def potential(tree: StepTree, *, gamma: float = 1.0) -> StepTree:
     """r' = r + gamma Phi(n) [n not terminal] - Phi(parent), Phi = value (root_value for the prompt).
 
@@ -47,26 +47,26 @@ def potential(tree: StepTree, *, gamma: float = 1.0) -> StepTree:
     return _steps(tree, _read(tree) + after - before(tree, tree.value, tree.root_value))
 
 
-@transform("progress", needs=("value", "root_value"), differences=True, source="Rewarding Progress (PAV)")
+@transform("progress", reads=("value", "root_value"), differences=True, source="Rewarding Progress (PAV)")
 def progress(tree: StepTree) -> StepTree:
     """r' = value(n) - value(parent); telescopes to V(leaf) - V(prompt)."""
     return _steps(tree, tree.value - before(tree, tree.value, tree.root_value))
 
 
-@transform("red", needs=("step_reward", "root_value"), differences=True, source="RED")
+@transform("red", reads=("step_reward", "root_value"), differences=True, source="RED")
 def red(tree: StepTree) -> StepTree:
     """r_t = s_t - s_(t-1): `step_reward` is a reward model's score of the prefix, root_value of the empty one."""
     return _steps(tree, tree.step_reward - before(tree, tree.step_reward, tree.root_value))
 
 
-@transform("gate", needs=("step_reward", "outcome"), source="G-RA")
+@transform("gate", reads=("step_reward", "outcome"), source="G-RA")
 def gate(tree: StepTree, *, threshold: float = 0.5) -> StepTree:
     """r' = share of the leaves below with R >= threshold, times r: no immediate reward on failed trajectories."""
     passed = torch.where(tree.is_finished, (tree.outcome >= threshold).double(), 0.0)
     return _steps(tree, lift(tree, passed) * tree.step_reward)
 
 
-@transform("renorm", needs=("step_reward", "outcome"), source="PPR; as defined here")
+@transform("renorm", reads=("step_reward", "outcome"), source="PPR; as defined here")
 def renorm(tree: StepTree) -> StepTree:
     """Inner step: r + lift(R) - 1; leaf: R. With r, R in [0, 1]: in [0, 1] on success, [-1, 0] on failure."""
     _check_range(tree, tree.outcome[tree.is_finished], "outcomes", "renorm")
@@ -74,13 +74,13 @@ def renorm(tree: StepTree) -> StepTree:
     return _steps(tree, torch.where(tree.is_leaf, outcome, tree.step_reward + outcome - 1))
 
 
-@transform("mix", needs=("step_reward", "outcome"), source="RED")
+@transform("mix", reads=("step_reward", "outcome"), source="RED")
 def mix(tree: StepTree, *, dense: float) -> StepTree:
     """dense * step rewards and (1 - dense) * outcome: a path's total is kept when both sum to R."""
     return _steps(tree, dense * tree.step_reward).replace(outcome=(1 - dense) * tree.outcome)
 
 
-@transform("fold", writes="outcome", needs=("step_reward", "outcome"), source="R1-VL StepGRPO as released")
+@transform("fold", writes=("outcome",), reads=("step_reward", "outcome"), source="R1-VL StepGRPO as released")
 def fold(tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = None) -> StepTree:
     """R' = R + step_weight * sum of step rewards on the path (NaN reads 0).
 
@@ -93,28 +93,28 @@ def fold(tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = 
     return tree.replace(outcome=tree.outcome + total)
 
 
-@transform("contrastive", writes="outcome", needs=("outcome", "tags.baseline"), source="Contrastive Rewards")
+@transform("contrastive", writes=("outcome",), reads=("outcome", "tags.baseline"), source="Contrastive Rewards")
 def contrastive(tree: StepTree) -> StepTree:
     """R' = R - mean reward of the prompt's offline baseline answers, tags["baseline"] (N,) or (N, K)."""
     base = tree.tags["baseline"].double()
     return tree.replace(outcome=tree.outcome - (base.mean(1) if base.ndim == 2 else base))
 
 
-@transform("alarm", writes="outcome", needs=("outcome", "tags.aspect"), source="ALaRM; constants as defined here")
+@transform("alarm", writes=("outcome",), reads=("outcome", "tags.aspect"), source="ALaRM; constants as defined here")
 def alarm(tree: StepTree, *, threshold: float = 0.5, weight: float = 0.3) -> StepTree:
     """R' = R + [R > threshold] weight sigmoid(aspect): aspects cannot rescue a bad holistic score."""
     bonus = weight * torch.sigmoid(tree.tags["aspect"].double())
     return tree.replace(outcome=tree.outcome + torch.where(tree.outcome > threshold, bonus, 0.0))
 
 
-@transform("mixed_grained", writes="outcome", needs=("outcome", "step_reward"), source="PageLLM")
+@transform("mixed_grained", writes=("outcome",), reads=("outcome", "step_reward"), source="PageLLM")
 def mixed_grained(tree: StepTree, *, page: float) -> StepTree:
     """R' = page * R + (1 - page) * mean of the scored step rewards on the path (items)."""
     count = path_sum(tree, (~tree.step_reward.isnan()).double()).clamp(min=1)
     return tree.replace(outcome=page * tree.outcome + (1 - page) * path_sum(tree, _read(tree)) / count)
 
 
-@transform("step_prune", writes="outcome", needs=("outcome",), source="Step Pruner; formula as defined here")
+@transform("step_prune", writes=("outcome",), reads=("outcome",), source="Step Pruner; formula as defined here")
 def step_prune(tree: StepTree, *, penalty: float = 0.5, max_step_tokens: int | None = None) -> StepTree:
     """Correct (R >= 0.5): 1 - penalty (K - K_min)/max(K_max - K_min, 1) over the prompt's correct answers; wrong: 0.
 
@@ -135,13 +135,13 @@ def step_prune(tree: StepTree, *, penalty: float = 0.5, max_step_tokens: int | N
     return out.with_outcomes(leaves, torch.full((len(leaves),), torch.nan))
 
 
-@transform("severity", needs=("tags.severity",), source="xCOMET/MQM; as defined here")
+@transform("severity", reads=("tags.severity",), source="xCOMET/MQM; as defined here")
 def severity(tree: StepTree, *, rewards: Sequence[float] = (0.0, -1.0, -5.0, -10.0)) -> StepTree:
     """r' = rewards[class], tags["severity"] 0 none, 1 minor, 2 major, 3 critical."""
     return _steps(tree, torch.tensor(rewards, dtype=torch.float64)[tree.tags["severity"].long()])
 
 
-@transform("attribution", needs=("outcome", "tags.attribution"), source="Explainable dense reward shapes")
+@transform("attribution", reads=("outcome", "tags.attribution"), source="Explainable dense reward shapes")
 def attribution(tree: StepTree, *, weights: Sequence[float]) -> StepTree:
     """r_t = lift(R) sum_i w_i phi_(i,t), tags["attribution"] (N, I), each summing to 1 on a path; w on the simplex.
 
@@ -155,32 +155,32 @@ def attribution(tree: StepTree, *, weights: Sequence[float]) -> StepTree:
 
 
 @transform(
-    "blend", needs=("step_reward", "tags.auxiliary"), source="Behavior Alignment via Reward Function Optimization"
+    "blend", reads=("step_reward", "tags.auxiliary"), source="Behavior Alignment via Reward Function Optimization"
 )
 def blend(tree: StepTree, *, phi: Sequence[float] = (0.0, 1.0, 0.0)) -> StepTree:
     """r' = phi_1 + phi_2 r + phi_3 tags["auxiliary"]; (0, 1, 0) is the task itself. phi is tuned by an outer loop."""
     return _steps(tree, phi[0] + phi[1] * tree.step_reward + phi[2] * tree.tags["auxiliary"].double())
 
 
-@transform("info_gain", needs=("tags.similarity",), source="StepSearch")
+@transform("info_gain", reads=("tags.similarity",), source="StepSearch")
 def info_gain(tree: StepTree) -> StepTree:
     """r' = mean over gold texts of max(sim - best on the path before, 0), tags["similarity"] (N, D) in [0, 1]."""
     return _steps(tree, _gain(tree))
 
 
-@transform("redundancy", needs=("tags.documents",), source="StepSearch")
+@transform("redundancy", reads=("tags.documents",), source="StepSearch")
 def redundancy(tree: StepTree) -> StepTree:
     """r' = share of the step's documents that the path has already seen, tags["documents"] (N, D) bool."""
     return _steps(tree, _repeated(tree))
 
 
-@transform("stepsearch", needs=("tags.similarity", "tags.documents"), source="StepSearch")
+@transform("stepsearch", reads=("tags.similarity", "tags.documents"), source="StepSearch")
 def stepsearch_reward(tree: StepTree, *, scale: float = 0.6) -> StepTree:
     """r' = scale * (info_gain - redundancy)."""
     return _steps(tree, scale * (_gain(tree) - _repeated(tree)))
 
 
-@transform("vsrm", needs=("value", "root_value"), differences=True, chains_only=True, source="VSRM; as defined here")
+@transform("vsrm", reads=("value", "root_value"), differences=True, fits="chains", source="VSRM; as defined here")
 def vsrm(tree: StepTree, *, threshold: float = 0.05, discount: float = 0.7, window: int = 5) -> StepTree:
     """d = progress. |d| > threshold: r' = d; else the next such d at distance q <= window, times discount^q; else 0.
 
@@ -201,7 +201,7 @@ def vsrm(tree: StepTree, *, threshold: float = 0.05, discount: float = 0.7, wind
     return _steps(tree, out)
 
 
-@transform("spa", needs=("tags.contribution",), source="SPA-RL; parity, with the exact option")
+@transform("spa", reads=("tags.contribution",), source="SPA-RL; parity, with the exact option")
 def spa(tree: StepTree, *, exact: bool = False, alpha: float = 1.0, beta: float = 0.5) -> StepTree:
     """r_t = alpha c_t + beta g_t, tags["contribution"] and optionally tags["grounded"] (0/1).
 
@@ -217,7 +217,7 @@ def spa(tree: StepTree, *, exact: bool = False, alpha: float = 1.0, beta: float 
     return _steps(tree, alpha * c + beta * grounded).replace(outcome=tree.outcome * 0)
 
 
-@transform("tp_reward", needs=("outcome", "tags.wrong"), source="TP-GRPO; as defined here")
+@transform("tp_reward", reads=("outcome", "tags.wrong"), source="TP-GRPO; as defined here")
 def tp_reward(tree: StepTree) -> StepTree:
     """r = (1-p) explore[o, l] + p exploit[o, l], o = outcome right, l = step right, p = the prompt's success rate.
 
@@ -234,7 +234,7 @@ def tp_reward(tree: StepTree) -> StepTree:
     return _steps(tree, (1 - p) * explore + p * exploit)
 
 
-@transform("thoughts", writes="tags", needs=("tags.wrong",), source="TP-GRPO")
+@transform("thoughts", writes=("tags.thought",), reads=("tags.wrong",), source="TP-GRPO")
 def thoughts(tree: StepTree) -> StepTree:
     """tags["thought"]: first step of the maximal run of equal tags["wrong"] along the path."""
     label = tree.tags["wrong"]
@@ -242,7 +242,7 @@ def thoughts(tree: StepTree) -> StepTree:
     return tree.replace(tags=tree.tags | {"thought": thought})
 
 
-@transform("spark", writes="outcome", needs=("step_reward",), source="SPARK")
+@transform("spark", writes=("outcome",), reads=("step_reward",), source="SPARK")
 def spark_outcome(tree: StepTree, *, rule: Literal["mean", "all"] = "mean") -> StepTree:
     """R' = mean of the path's verdicts (or 1 if all are right); 0 where tags["format_ok"] is false."""
     length = tree.depth.double() + 1
@@ -252,7 +252,7 @@ def spark_outcome(tree: StepTree, *, rule: Literal["mean", "all"] = "mean") -> S
     return tree.replace(outcome=torch.where(tree.is_finished, verdict * well, torch.nan))
 
 
-@transform("reward_machine", needs=("tags.events",), source="Hierarchies of Reward Machines")
+@transform("reward_machine", reads=("tags.events",), source="Hierarchies of Reward Machines")
 def reward_machine(tree: StepTree, *, machine: Mapping[str, Any], gamma: float | None = None) -> StepTree:
     """r' = r + 1 on reaching acceptance; tags["machine_state"] is the machine's state after the step.
 
@@ -267,7 +267,7 @@ def reward_machine(tree: StepTree, *, machine: Mapping[str, Any], gamma: float |
     return _steps(tree, _read(tree) + reward).replace(tags=tree.tags | {"machine_state": state})
 
 
-@transform("unfinished_outcome", writes="outcome", needs=("outcome",), source="MASPRM (-1)")
+@transform("unfinished_outcome", writes=("outcome",), reads=("outcome",), source="MASPRM (-1)")
 def unfinished_outcome(tree: StepTree, *, outcome: float) -> StepTree:
     """Unfinished leaves count as finished with this outcome."""
     cut = tree.status == UNFINISHED
@@ -276,7 +276,7 @@ def unfinished_outcome(tree: StepTree, *, outcome: float) -> StepTree:
     )
 
 
-@transform("bootstrap", writes="outcome", needs=("value",), source="standard; for gae")
+@transform("bootstrap", writes=("outcome",), reads=("value",), source="standard; for gae")
 def bootstrap(tree: StepTree) -> StepTree:
     """Unfinished leaves with a value count as finished with outcome 0; gae continues them with their own value."""
     cut = (tree.status == UNFINISHED) & ~tree.value.isnan()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmrl.components import hint
+from mmrl.registry import hint
 
 
 @dataclass(frozen=True)

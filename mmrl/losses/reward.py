@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmrl.components import hint
 from mmrl.losses.preference import value_ranking
+from mmrl.registry import hint
 
 
 class StepLoss(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmrl.components import call, hint
 from mmrl.preference.builders import (
     best_path,
     contrastive,
@@ -18,6 +17,7 @@ from mmrl.preference.builders import (
 from mmrl.preference.pairs import Pairs, fork_of, segment_steps
 from mmrl.preference.q_model import action_values, pick_action
 from mmrl.preference.scores import dynamic_threshold, select_steps, step_scores, token_kl
+from mmrl.registry import call, hint
 from mmrl.tree import StepTree
 
 BUILDERS: Mapping[str, Callable[..., Pairs]] = {

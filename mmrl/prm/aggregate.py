@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mmrl.components import hint
+from mmrl.registry import hint
 
 Scores = Sequence[float]
 Key = float | tuple[float, float]  # what candidates are ordered by

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmrl.components import build_section
+from mmrl.registry import build_section
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Extender, Prompt, Rollout, State
 
@@ -49,7 +49,7 @@ class GenerativePrm:
     @classmethod
     def build(cls, policy: Mapping[str, Any], samples: int = 0, stop: bool = False, seed: int = 0) -> GenerativePrm:
         """From a recipe: `policy:` is a section like a trainer's, with `name` and options."""
-        judge = build_section("mmrl.policies", "scorer.policy", policy)
+        judge = build_section("policies", "scorer.policy", policy)
         return cls(judge, samples=samples, stop=stop, seed=seed)
 
     def __call__(self, rollout: Rollout) -> Tensor:

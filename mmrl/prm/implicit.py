@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrl.components import build_section
 from mmrl.prm.scoring import RECORD
+from mmrl.registry import build_section
 from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout
 from mmrl.tree_ops import path_sum
 
@@ -57,7 +57,7 @@ class ImplicitPrm:
         """
         if (policy is None) == (model is None):
             raise ValueError("implicit_prm: give `policy`, a section with name and options, or `model`, its folder")
-        make = partial(build_section, "mmrl.policies", "scorer.policy")
+        make = partial(build_section, "policies", "scorer.policy")
         if model is None:
             assert policy is not None
             return cls(make(policy), beta, section=policy)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl.components import build
 from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
+from mmrl.registry import build
 from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer
 
 RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
@@ -29,7 +29,7 @@ def load_scorer(name: str | Path, options: Mapping[str, Any] | None = None) -> S
     if len(folder.parts) > 1 and ":" not in str(name) and not folder.is_dir():
         raise FileNotFoundError(f"no scorer in {folder}: the folder does not exist")
     if not folder.is_dir():
-        return build("mmrl.scorers", "scorer", str(name), options or {})
+        return build("scorers", "scorer", str(name), options or {})
     try:
         record = json.loads((folder / RECORD).read_text())
         kind = record["scorer"]
@@ -37,7 +37,7 @@ def load_scorer(name: str | Path, options: Mapping[str, Any] | None = None) -> S
         raise ValueError(
             f"{folder} is no saved scorer ({error}); it needs {RECORD}, as scorer.save writes it"
         ) from error
-    return build("mmrl.scorers", "scorer", kind, {"model": str(folder), **(options or {})})
+    return build("scorers", "scorer", kind, {"model": str(folder), **(options or {})})
 
 
 def aggregate_of(name: str | Path, default: str = "min") -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from mmrl.components import find
+from mmrl.registry import find
 from mmrl.rewards.isolation import Worker, WorkerError
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ class MathAnswer:
 
 
 def _load_verifier(path: str) -> Any:
-    verifier = find("mmrl.rewards", path)
+    verifier = find("rewards", path).target
     verifier([("1", "2")])  # imports and tables of grammars, which are not on the clock of the first answer
     return verifier
 

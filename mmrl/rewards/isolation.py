@@ -28,7 +28,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmrl.components import ComponentError, build
+from mmrl.registry import ComponentError, build
 
 if TYPE_CHECKING:
     from mmrl.rollout import OutcomeReward, Sample
@@ -307,7 +307,7 @@ def _number(value: Any) -> float | str | None:
 def _make_reward(reward: Any, options: Mapping[str, Any], section: str) -> Any:
     import mmrl.rollout  # noqa: F401  # samples need it; imported here, it is not on the clock of the first batch
 
-    return build("mmrl.rewards", section, reward, options) if isinstance(reward, str) else reward
+    return build("rewards", section, reward, options) if isinstance(reward, str) else reward
 
 
 def _leave_with(parent: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
-from mmrl.components import explain, hint
+from mmrl.registry import explain, hint
 from mmrl.rewards.scoring import RewardError, score
 from mmrl.rollout import Extender, OutcomeReward, Prompt, Sample, check_prompts
 from mmrl.search.beam import beam, dvts

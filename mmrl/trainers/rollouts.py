@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 from rich.progress import track
 from torch import Tensor
 
-from mmrl.components import build
 from mmrl.config import ConfigError, PolicyConfig
+from mmrl.registry import build
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
@@ -53,8 +53,8 @@ class Rollouts:
         reference: bool = False,
     ) -> None:
         self.config = config
-        self.task: Task = task or build("mmrl.tasks", "task", config.task.name, config.task.options)
-        self.policy: Policy = policy or build("mmrl.policies", "policy", config.policy.name, config.policy.options)
+        self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
+        self.policy: Policy = policy or build("policies", "policy", config.policy.name, config.policy.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
         self.step_rewards = build_step_rewards(config)
         check_prompts(self.task.prompts)

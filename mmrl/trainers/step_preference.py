@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl.components import build
 from mmrl.config import StepPreferenceConfig
 from mmrl.losses.preference import (
     PairLoss,
@@ -27,6 +26,7 @@ from mmrl.losses.preference import (
     visit_smoothing,
 )
 from mmrl.preference import PAIRS_OF, Pairs, build_pairs
+from mmrl.registry import build
 from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.rollouts import Rollouts
@@ -111,7 +111,7 @@ class StepPreferenceTrainer:
         self.plan = BranchPlan(config.plan)
         self.guide: Policy | None = None
         if config.guide is not None:
-            self.guide = build("mmrl.policies", "guide", config.guide.name, config.guide.options)
+            self.guide = build("policies", "guide", config.guide.name, config.guide.options)
             self.guide.model.to(self.loop.accelerator.device).requires_grad_(False)
         self.stored, self._empty = self.rollouts.open_stored(config.rollouts), 0
         if self.stored is None:

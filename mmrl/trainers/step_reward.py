@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmrl.components import build
 from mmrl.config import RewardModelConfig
 from mmrl.losses.reward import StepLoss, last_labels, needs_path, smooth, step_loss
 from mmrl.prm.data import Labelled, LabelledTask, solution_forest
 from mmrl.prm.metrics import evaluate_steps
 from mmrl.prm.scoring import probabilities
+from mmrl.registry import build
 from mmrl.rollout import Prompt, StepScorer, check_prompts
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
@@ -52,8 +52,8 @@ class StepRewardTrainer:
         self, config: RewardModelConfig, scorer: StepScorer | None = None, task: LabelledTask | None = None
     ) -> None:
         self.config = config
-        self.task: LabelledTask = task or build("mmrl.tasks", "task", config.task.name, config.task.options)
-        self.scorer: StepScorer = scorer or build("mmrl.scorers", "scorer", config.scorer.name, config.scorer.options)
+        self.task: LabelledTask = task or build("tasks", "task", config.task.name, config.task.options)
+        self.scorer: StepScorer = scorer or build("scorers", "scorer", config.scorer.name, config.scorer.options)
         check_prompts([*self.task.prompts, *self.task.eval_prompts])
         self._loss: StepLoss = step_loss(config.loss.name, **config.loss.options)
         self.loop = Loop(config, self.scorer.model)

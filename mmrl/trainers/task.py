@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from mmrl.components import build, find
 from mmrl.config import ConfigError, PolicyConfig, RewardConfig
+from mmrl.registry import build, find
 from mmrl.rewards import Isolated
 from mmrl.rollout import OutcomeReward, Prompt, Sample, StepReward
 
@@ -42,7 +42,7 @@ def build_step_rewards(config: PolicyConfig) -> dict[str, tuple[StepReward, floa
     for i, r in enumerate(config.step_rewards):
         if r.name in out:
             raise ValueError(f"step_rewards.{i}: {r.name!r} is listed twice; give it once with the summed weight")
-        out[r.name] = (build("mmrl.scorers", f"step_rewards.{i}", r.name, r.options), r.weight)
+        out[r.name] = (build("scorers", f"step_rewards.{i}", r.name, r.options), r.weight)
     return out
 
 
@@ -51,9 +51,9 @@ def build_reward(r: RewardConfig, section: str) -> OutcomeReward:
     foreign = FOREIGN_TIMEOUT_S if ":" in r.name else 0.0
     timeout_s = foreign if r.timeout_s is None else r.timeout_s
     if timeout_s > 0:
-        if ":" not in r.name and hasattr(find("mmrl.rewards", r.name), "controls"):
+        if ":" not in r.name and hasattr(find("rewards", r.name).target, "controls"):
             raise ConfigError(
                 f"{section}: {r.name} compares with other prompts and cannot run apart; leave timeout_s out"
             )
         return Isolated(r.name, r.options, timeout_s, section=section)
-    return build("mmrl.rewards", section, r.name, r.options)
+    return build("rewards", section, r.name, r.options)

@@ -12,9 +12,9 @@ from diffusion.adapters.dit import DiTAdapter
 from diffusion.latent_reward import LatentReward
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
-from mmrl.components import ComponentError
 from mmrl.config import ConfigError, SearchConfig, load_section, parse_config
 from mmrl.jobs import run_search
+from mmrl.registry import ComponentError
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import BranchPlan, Forecast, Prompt, Sample
 from mmrl.search.samples import Found, best_of_k

@@ -323,7 +323,7 @@ def test_save_and_load(case, tmp_path, monkeypatch):
     entry = importlib.metadata.EntryPoint(
         "latent_reward", "diffusion.latent_reward:LatentReward.build", "mmrl.scorers"
     )
-    monkeypatch.setattr("mmrl.components.entry_points", lambda **_: [entry])
+    monkeypatch.setattr("mmrl.registry.entry_points", lambda **_: [entry])
     loaded = load_scorer(tmp_path / "lr")
     torch.testing.assert_close(loaded.score(x, level, cond, own), scorer.score(x, level, cond, own), rtol=0, atol=0)
     assert loaded.space == scorer.space and not any("up_blocks" in n for n, _ in loaded.model.named_parameters())

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrl.components import ComponentError
 from mmrl.prm.data import StepRecords, labelled_forest, solution_forest
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.scoring import aggregate_of, load_scorer, score_records, score_solutions, score_states
+from mmrl.registry import ComponentError
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, State
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrl.components import build
 from mmrl.jsonl import RowError, count_reasons
+from mmrl.registry import build
 from mmrl.rollout import Sample, check_prompts
 from video.formats import read_format
 from video.formats._values import media_file
@@ -280,7 +280,7 @@ def test_task_looks_into_clips_where_labels_need_it(root):
     }
     name = "video.tasks.video_jsonl:VideoJsonlTask"
     file = str(DATA / "videocom.json")
-    task = build("mmrl.tasks", "task", name, options | {"train": file, "eval": file, "format": "videocom"})
+    task = build("tasks", "task", name, options | {"train": file, "eval": file, "format": "videocom"})
     check_prompts(task.prompts)
     told, labelled = (p.reference for p in task.prompts)
     assert labelled["boxes"] == [{"frame": 14, "box": [0.25, 0.25, 0.75, 0.75]}] and labelled["size"] == [96, 128]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmrl.components import ComponentError, build
+from mmrl.registry import ComponentError, build
 from mmrl.rewards.steps import score_steps
 from mmrl.rollout import Actions, Prompt, Rollout, Sample
 from mmrl.tree import StepTree
@@ -270,13 +270,13 @@ def test_plan_overlap():
 
 def test_options_are_checked_by_name_and_type():
     made = build(
-        "mmrl.rewards",
+        "rewards",
         "rewards.0",
         "video.rewards:VideoComReward",
         {"syntax": "tool_call", "coords": "unit", "gate": "answer", "weights": {"box": 2.0}},
     )
     assert made.gate == "answer" and made.weights == {"box": 2.0}
-    assert build("mmrl.scorers", "s", "video.rewards:Manipulations", {"repeat_penalty": 0.1}).repeat_penalty == 0.1
+    assert build("scorers", "s", "video.rewards:Manipulations", {"repeat_penalty": 0.1}).repeat_penalty == 0.1
     for name in (
         "VideoViRL",
         "LcsProgress",
@@ -286,11 +286,11 @@ def test_options_are_checked_by_name_and_type():
         "VideoAnswer",
         "VideoAnswerStep",
     ):
-        assert build("mmrl.scorers", "s", f"video.rewards:{name}", {"syntax": "videocom"}).syntax == "videocom"
+        assert build("scorers", "s", f"video.rewards:{name}", {"syntax": "videocom"}).syntax == "videocom"
     with pytest.raises(ComponentError, match="iou_treshold.*did you mean"):
-        build("mmrl.scorers", "s", "video.rewards:Manipulations", {"iou_treshold": 0.5})
+        build("scorers", "s", "video.rewards:Manipulations", {"iou_treshold": 0.5})
     with pytest.raises(ComponentError, match="syntax"):
-        build("mmrl.scorers", "s", "video.rewards:Manipulations", {"syntax": "xml"})
+        build("scorers", "s", "video.rewards:Manipulations", {"syntax": "xml"})
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from vision_tiny import vision_recipe
 
 from mmrl.cli import app
-from mmrl.components import build
 from mmrl.config import load_config, parse_config
 from mmrl.prm.formats import EXPORTERS, read_format
 from mmrl.prm.records_io import read_records
 from mmrl.prm.scoring import load_scorer, score_records, score_solutions
+from mmrl.registry import build
 from mmrl.rollout import Prompt
 from mmrl.trainers import trainer_of
 from mmrl.trainers.branch_grpo import BranchGrpo
@@ -318,7 +318,7 @@ def test_search_with_a_vision_policy_and_a_vision_scorer(tmp_path, shapes, prm, 
     cost = report["cost"]
     assert cost["generated_tokens"] > 0 < cost["prm_calls"] and cost["image_encodings"] == 8  # policy and scorer
     scorer = load_scorer(prm)
-    by_id = {p.id: p for p in build("mmrl.tasks", "task", "shapes", {"train": 4, "held_out": 4}).eval_prompts}
+    by_id = {p.id: p for p in build("tasks", "task", "shapes", {"train": 4, "held_out": 4}).eval_prompts}
     for row in lines(tmp_path / "out/results.jsonl"):
         for c in row["candidates"]:
             said = [t for t in c["steps"] if t.strip()]

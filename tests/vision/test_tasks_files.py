@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmrl.components import ComponentError, build
+from mmrl.registry import ComponentError, build
 from mmrl.rollout import Prompt, Sample, check_prompts
 from vision.images import load_image
 from vision.tasks.jsonl import JsonlTask, with_options
@@ -120,10 +120,10 @@ def test_own_column_names(tmp_path, media):
 
 def test_as_a_component_of_a_recipe(tmp_path, media):
     file = write(tmp_path / "t.jsonl", [{"question": "a"}])
-    made = build("mmrl.tasks", "task", "vision.tasks.jsonl:JsonlTask", {"train": file, "eval": file, "rewards": ["r"]})
+    made = build("tasks", "task", "vision.tasks.jsonl:JsonlTask", {"train": file, "eval": file, "rewards": ["r"]})
     assert made.judges([Sample(made.prompts[0], t, i) for i, t in enumerate(("7", " \n"))]) == {"answered": 0.5}
     with pytest.raises(ComponentError, match="max_bad"):
-        build("mmrl.tasks", "task", "vision.tasks.jsonl:JsonlTask", {"train": file, "eval": file, "max_badd": 1})
+        build("tasks", "task", "vision.tasks.jsonl:JsonlTask", {"train": file, "eval": file, "max_badd": 1})
 
 
 def test_lettered_options():

@@ -347,9 +347,9 @@ def test_broken_step_rewards(raw, message):
 
 @pytest.mark.parametrize("name, options", [("Format", {"kind": "boxed"}), ("StepRAR", {}), ("cos_structure", {}), ("LavCot", {}), ("LengthPenalty", {"limit": 9, "buffer": 3}), ("ViRLAction", {"miss": -1.0})])  # fmt: skip
 def test_recipes_can_make_them(name, options):
-    from mmrl.components import ComponentError, build
+    from mmrl.registry import ComponentError, build
 
-    reward = build("mmrl.rewards", "rewards.0", f"vision.rewards:{name}", options)
+    reward = build("rewards", "rewards.0", f"vision.rewards:{name}", options)
     assert len(reward([sample("text", answer="a", key_steps=[], regions=[])])) == 1
     with pytest.raises(ComponentError):
-        build("mmrl.rewards", "rewards.0", f"vision.rewards:{name}", {"nonsense": 1})
+        build("rewards", "rewards.0", f"vision.rewards:{name}", {"nonsense": 1})

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmrl.components import hint
 from mmrl.jsonl import Quarantined, RowError, as_object, check_share, read_rows
+from mmrl.registry import hint
 from video.formats._values import media_file
 from video.formats.canonical import canonical
 from video.formats.video_r1 import video_r1

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrl.components import hint
 from mmrl.jsonl import Quarantined, read_rows
 from mmrl.prm.formats import benches, chat, text, trees
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_images
+from mmrl.registry import hint
 
 Reader = Callable[..., list[SolutionRecord]]
 

@@ -1,0 +1,455 @@
+"""The registry: everything that a recipe can name, with its options, what it reads and what it writes.
+
+A row is one function or class under a name. Rows come from three places:
+
+    @register("estimators", "mine", reads=("outcome",))     a decorator, in a module that has been imported
+    [project.entry-points."mmrl.estimators"] mine = "pkg:f"  an entry point of any installed package
+    estimators: [{name: "pkg:f"}]                           a dotted path in the recipe; a file beside it counts
+
+The core never imports a modality: vision, diffusion and video enter their rows by entry points.
+
+Fields are named as in a recipe: outcome, step_reward, value, root_value, logp, ok, state_key, edge_key, texts,
+tags.NAME, actions.NAME. `forks` says that two steps of a prompt must be comparable.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property, partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+# Names of fields, or a function that tells them from the row's options.
+Fields = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
+
+
+class ComponentError(ValueError):
+    """A name that nobody registered, a dotted path that leads nowhere, or an option that the component refuses."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of row.
+
+    name: plural, as in `mmrl list NAME` and in the entry-point group `mmrl.NAME`. singular: for messages.
+    modules: of the core, entering rows when imported.
+    arguments: how many leading positional arguments the framework passes; they are no options. None: the row is
+        called with its options alone, once, when the recipe is read (a class or a factory).
+    keywords: keyword arguments that the framework passes; no options either.
+    reads, writes: of every row that says nothing else.
+    """
+
+    name: str
+    singular: str
+    modules: tuple[str, ...] = ()
+    arguments: int | None = None
+    keywords: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+
+KINDS: dict[str, Kind] = {}
+_ROWS: dict[str, dict[str, Row]] = {}
+
+
+def add_kind(kind: Kind) -> None:
+    """Make a kind known. A package of its own calls this in a module that the entry point `mmrl.modules` names."""
+    KINDS[kind.name] = kind
+    _ROWS.setdefault(kind.name, {})
+
+
+add_kind(Kind("policies", "policy"))
+add_kind(Kind("tasks", "task"))
+add_kind(Kind("rewards", "reward", arguments=1, writes=("outcome",)))
+add_kind(Kind("scorers", "step reward", arguments=1, writes=("step_reward",)))
+add_kind(Kind("readings", "reading", ("mmrl.readings",), arguments=2))
+add_kind(Kind("transforms", "transform", ("mmrl.credit.transforms",), arguments=1))
+add_kind(
+    Kind("estimators", "estimator", ("mmrl.credit.outcome", "mmrl.credit.steps"), arguments=1, keywords=("all_sum",))
+)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a row says beside its function: fields read and written, where it fits, its source, further facts."""
+
+    reads: Fields | None = None
+    writes: Fields | None = None
+    fits: str = "any"
+    source: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that a recipe can name."""
+
+    kind: Kind
+    name: str
+    target: Callable[..., Any]
+    declared: Declaration
+
+    @property
+    def fits(self) -> str:
+        """Where it makes sense, in words."""
+        return self.declared.fits
+
+    @property
+    def source(self) -> str:
+        """Paper or code that it follows."""
+        return self.declared.source
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What else the row declares, by kind."""
+        return self.declared.facts
+
+    def reads(self, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """Fields that it needs, with these options."""
+        return self._fields(self.declared.reads, self.kind.reads, options)
+
+    def writes(self, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """Fields that it fills, with these options."""
+        return self._fields(self.declared.writes, self.kind.writes, options)
+
+    def _fields(
+        self, declared: Fields | None, default: tuple[str, ...], options: Mapping[str, Any] | None
+    ) -> tuple[str, ...]:
+        if declared is None:
+            return default
+        if not callable(declared):
+            return declared
+        defaults = {name: o.default for name, o in self.options.items() if o.default is not REQUIRED}
+        return tuple(declared(defaults | dict(options or {})))
+
+    @cached_property
+    def options(self) -> dict[str, Option]:
+        """Name -> type and default of every option."""
+        return _options(self.target, self.kind)
+
+    def check(self, options: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+        """The options with their values converted (text to numbers, lists to tuples).
+
+        Args:
+            section: where they stand in the recipe, for the message.
+        Raises:
+            ComponentError: an option that the row does not have (with the nearest), one without value, a value of
+                another type, outside its range or none of its choices.
+        """
+        where = section or self.name
+        for key in options:
+            if key not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise ComponentError(
+                    f"unknown key {where}.{key}={options[key]!r}{hint(key, self.options)}; {self.kind.singular} "
+                    f"{self.name!r} takes {known}"
+                )
+        asked = {k: o for k, o in self.options.items() if k in options or o.default is REQUIRED}
+        fields: dict[str, Any] = {k: (o.type, ...) for k, o in asked.items()}
+        model = create_model("Options", __config__=_OPTIONS, **fields)
+        try:
+            checked = model(**options)
+        except ValidationError as error:
+            raise ComponentError(explain(error, where)) from None
+        return {k: getattr(checked, k) for k in options}
+
+    def build(self, options: Mapping[str, Any], section: str = "", **given: Any) -> Any:
+        """The row with its options set: an instance of a class, what a factory makes, or a function bound to them.
+
+        Args:
+            given: further keyword arguments from the framework, passed where the target has such a parameter.
+        """
+        checked = self.check(options, section)
+        parameters = inspect.signature(self.target).parameters
+        named = {k: v for k, v in given.items() if k in parameters}
+        call = gather(self.target, checked) | named
+        if self.kind.arguments is not None and inspect.isfunction(self.target):
+            return partial(self.target, **call) if call else self.target
+        return self.target(**call)
+
+
+# ---- entering -------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+_DECLARED = "__mmrl_declares__"
+_MODULES = "mmrl.modules"  # entry points: kind = module that enters rows of it
+
+
+def register(
+    kind: str,
+    name: str,
+    *,
+    reads: Fields | None = None,
+    writes: Fields | None = None,
+    fits: str = "any",
+    source: str = "",
+    **facts: Any,
+) -> Callable[[T], T]:
+    """Enter the decorated function or class as `name` among the rows of `kind`.
+
+    Raises:
+        ComponentError: no such kind, or the name is taken by another object.
+    """
+    table = _ROWS[_kind(kind).name]
+
+    def enter(target: T) -> T:
+        old = table.get(name)
+        if old is not None and (old.target.__module__, old.target.__qualname__) != (
+            target.__module__,
+            target.__qualname__,
+        ):
+            raise ComponentError(f"{kind}: {name!r} is taken by {old.target.__module__}.{old.target.__qualname__}")
+        declared = Declaration(reads, writes, fits, source, facts)
+        setattr(target, _DECLARED, declared)
+        table[name] = Row(KINDS[kind], name, target, declared)
+        return target
+
+    return enter
+
+
+def declares(
+    *,
+    reads: Fields | None = None,
+    writes: Fields | None = None,
+    fits: str = "any",
+    source: str = "",
+    **facts: Any,
+) -> Callable[[T], T]:
+    """Say what the decorated object reads and writes; it gets its name from an entry point or a dotted path."""
+
+    def note(target: T) -> T:
+        setattr(target, _DECLARED, Declaration(reads, writes, fits, source, facts))
+        return target
+
+    return note
+
+
+# ---- finding --------------------------------------------------------------------------------------------------------
+
+
+def find(kind: str, name: str) -> Row:
+    """The row called `name`, or the object at a dotted path `package.module:object`.
+
+    Raises:
+        ComponentError: nothing there; the message names the nearest registered name.
+    """
+    k = _kind(kind)
+    if ":" in name:
+        return _row(k, name, _at(name))
+    table = _entered(k)
+    if name in table:
+        return table[name]
+    for entry in entry_points(group=f"mmrl.{k.name}", name=name):
+        return _load(k, entry)
+    known = names(kind)
+    raise ComponentError(
+        f"unknown {k.singular} {name!r}{hint(name, known)}; known: {', '.join(known) or 'none'}. One of your own goes "
+        "by its dotted path, package.module:object"
+    )
+
+
+def names(kind: str) -> list[str]:
+    """Every registered name of a kind, sorted; nothing but the core's own modules is imported."""
+    k = _kind(kind)
+    return sorted({*_entered(k), *(e.name for e in entry_points(group=f"mmrl.{k.name}"))})
+
+
+def rows(kind: str) -> list[Row]:
+    """Every row of a kind, by name; imports what the entry points name."""
+    return [find(kind, name) for name in names(kind)]
+
+
+def writers(field_name: str, kind: str = "readings") -> list[str]:
+    """Names of the rows that can fill a field, whatever their options; for messages."""
+    found = []
+    for row in rows(kind):
+        written = row.writes()
+        if field_name in written or "*" in written:
+            found.append(row.name)
+    return found
+
+
+def build(kind: str, section: str, name: str, options: Mapping[str, Any], **given: Any) -> Any:
+    """Find a row and make it; see `Row.build`. section: where it stands in the recipe, for messages."""
+    return find(kind, name).build(options, section, **given)
+
+
+def build_section(kind: str, section: str, tree: Mapping[str, Any], **given: Any) -> Any:
+    """`build` for a mapping that has `name` beside its options, as in a recipe."""
+    options = dict(tree)
+    if "name" not in options:
+        raise ComponentError(f"{section} needs a name; known: {', '.join(names(kind))}")
+    return build(kind, section, options.pop("name"), options, **given)
+
+
+def call(target: Callable[..., Any], section: str, options: Mapping[str, Any], *arguments: Any) -> Any:
+    """`target(*arguments, **options)` for a function that is no row, its options checked as a row's are."""
+    name = target.__name__
+    row = Row(Kind(name, "function", arguments=len(arguments)), name, target, Declaration())
+    return target(*arguments, **gather(target, row.check(options, section)))
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The end of an error message that names the nearest known name, empty where none is near."""
+    near = get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def explain(error: ValidationError, section: str = "") -> str:
+    """A pydantic error as lines `path=value: what is wrong`."""
+    lines = []
+    for e in error.errors():
+        path = ".".join(str(p) for p in ((section,) if section else ()) + e["loc"])
+        if e["type"] == "missing":
+            lines.append(f"{path} is missing; it has no default")
+        else:
+            near = hint(str(e["input"]), _QUOTED.findall(e["msg"])) if e["type"] == "literal_error" else ""
+            lines.append(f"{path}={e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}{near}")
+    return "\n".join(lines)
+
+
+def kinds() -> list[Kind]:
+    """Every kind, those of installed packages included, by name."""
+    for entry in entry_points(group=_MODULES):
+        import_module(entry.value)
+    return [KINDS[name] for name in sorted(KINDS)]
+
+
+_QUOTED = re.compile(r"'([^']*)'")
+
+
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        _import_modules(name)
+    if name not in KINDS:
+        raise ComponentError(f"no kind {name!r}{hint(name, KINDS)}; known: {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def _entered(kind: Kind) -> dict[str, Row]:
+    """The rows entered by decorators, those of the core's modules included."""
+    for module in kind.modules:
+        import_module(module)
+    _import_modules(kind.name)
+    return _ROWS[kind.name]
+
+
+def _import_modules(kind: str) -> None:
+    """Import the modules that installed packages name for a kind."""
+    for entry in entry_points(group=_MODULES, name=kind):
+        import_module(entry.value)
+
+
+def _load(kind: Kind, entry: EntryPoint) -> Row:
+    try:
+        return _row(kind, entry.name, entry.load())
+    except (ImportError, AttributeError) as error:
+        raise ComponentError(f"mmrl.{kind.name}: {entry.name} = {entry.value} cannot be loaded: {error}") from error
+
+
+def _at(path: str) -> Any:
+    """The object at `package.module:object`."""
+    module, _, attribute = path.partition(":")
+    try:
+        target: Any = import_module(module)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise ComponentError(f"{path!r}: {error}; give package.module:object, importable from here") from error
+    return target
+
+
+def _row(kind: Kind, name: str, target: Any) -> Row:
+    return Row(kind, name, target, getattr(target, _DECLARED, Declaration()))
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+REQUIRED = inspect.Parameter.empty
+_OPTIONS = ConfigDict(arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class Option:
+    """Type (with ranges and choices) and default of one option. default: `REQUIRED` when there is none."""
+
+    type: Any
+    default: Any = REQUIRED
+
+
+# A parameter of such a type stands for several options: its fields, and `preset`, which sets some of them at once.
+_GROUPS: dict[type, Mapping[str, Mapping[str, Any]]] = {}
+
+
+def option_group(cls: type, presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Parameters of type `cls`, a NamedTuple, become its fields and an option `preset`, a name of `presets`."""
+    _GROUPS[cls] = presets
+
+
+def gather(target: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a call: options of a group are put back together."""
+    call = dict(options)
+    for name, parameter in inspect.signature(target).parameters.items():
+        group = _group_of(target, name)
+        if group is None:
+            continue
+        changes = {k: call.pop(k) for k in group._fields if k in call}
+        preset = call.pop("preset", None)
+        if changes or preset is not None:
+            call[name] = parameter.default._replace(**dict(_GROUPS[group].get(str(preset), {})) | changes)
+    return call
+
+
+def _options(target: Callable[..., Any], kind: Kind) -> dict[str, Option]:
+    out: dict[str, Option] = {}
+    skip = (kind.arguments or 0) if inspect.isfunction(target) else 0
+    hints = _hints(target)
+    parameters = list(inspect.signature(target).parameters.values())
+    for p in parameters[skip:]:
+        if p.name in kind.keywords or p.kind is p.VAR_POSITIONAL:
+            continue
+        group = _group_of(target, p.name)
+        if group is not None:
+            out |= _group_options(group, p.default)
+        elif p.kind is p.VAR_KEYWORD:
+            out |= _open_options(target)
+        else:
+            out[p.name] = Option(hints.get(p.name, Any), p.default)
+    return out
+
+
+def _group_options(group: Any, default: Any) -> dict[str, Option]:
+    hints = get_type_hints(group, include_extras=True)
+    out = {f: Option(hints[f], getattr(default, f)) for f in group._fields}
+    return out | {"preset": Option(_choice(_GROUPS[group]), None)}
+
+
+def _choice(names_: Sequence[str] | Mapping[str, Any]) -> Any:
+    return Literal[tuple(names_)] | None
+
+
+def _open_options(target: Any) -> dict[str, Option]:
+    """A factory that takes **options says in `target.options_of` whose fields they are (a dataclass)."""
+    owner = getattr(target, "options_of", None) or getattr(getattr(target, "__self__", None), "options_of", None)
+    if owner is None:
+        return {}
+    hints = get_type_hints(owner, include_extras=True)
+    defaults = inspect.signature(owner).parameters
+    return {name: Option(hints[name], p.default) for name, p in defaults.items()}
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+
+
+def _group_of(target: Any, parameter: str) -> Any:
+    hinted = _hints(target).get(parameter)
+    return hinted if isinstance(hinted, type) and hinted in _GROUPS else None
