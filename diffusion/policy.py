@@ -16,6 +16,7 @@ from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, candidates, plan_course, record
 from mmrl.reference import Reference, unwrap
+from mmrl.registry import declares
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
@@ -48,6 +49,7 @@ class DiffusionPolicy:
         self._reference = Reference()
 
     @classmethod
+    @declares(writes=("logp", "tags.std", "actions.latent"), modality="latent")
     def build(
         cls,
         model: str = "digits",

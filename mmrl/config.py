@@ -52,6 +52,10 @@ class StepRewardConfig(Component):
     weight: float = 1.0
 
 
+class ReadingConfig(Component):
+    """One reading: fills fields of the tree between its rewards and its credit (`mmrl list readings`)."""
+
+
 class EstimatorConfig(Component):
     """One estimator of a weighted sum: weight and its own options beside the name."""
 
@@ -189,6 +193,7 @@ class PolicyConfig(TrainingConfig):
     policy: Component
     rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
     step_rewards: list[StepRewardConfig] = Field(default_factory=list)  # for what reads them: estimators, pairs
+    readings: list[ReadingConfig] = Field(default_factory=list)  # further fields for what reads them, in this order
 
 
 class Config(PolicyConfig):

@@ -170,6 +170,16 @@ class Rollout:
             raise ValueError(f"the tree has {self.tree.num_groups} groups for {len(self.prompts)} prompts")
         self.tree.step_of_action(self.actions.logp.numel())
 
+    def fields(self) -> list[str]:
+        """Names of the fields that are filled somewhere, as `mmrl.registry` spells them."""
+        tree = self.tree
+        floats = ("outcome", "step_reward", "value", "root_value", "logp")
+        names = [f for f in floats if not bool(getattr(tree, f).isnan().all())]
+        names += [f for f in ("state_key", "edge_key") if bool((getattr(tree, f) >= 0).any())]
+        names += ["ok"] if tree.ok is not None else []
+        names += ["texts"] if self.texts else []
+        return [*names, *(f"tags.{k}" for k in tree.tags), *(f"actions.{k}" for k in self.actions.payload)]
+
     def with_tree(self, tree: StepTree) -> Rollout:
         """The same rollout with rewards or values written into its tree."""
         return replace(self, tree=tree)

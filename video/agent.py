@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Literal
 
+from mmrl.registry import declares
 from video.encoding import VideoEncoder, Views
 from video.environment import Syntax, VideoEnvironment
 from video.reader import VideoReader
@@ -17,6 +18,12 @@ from vision.settings import Settings
 from vision.step_rule import StepRule
 
 
+@declares(
+    writes=(
+        "logp", "texts", "state_key", "edge_key", "ok", "tags.truncated", "tags.observed", "actions.token",
+    ),
+    modality="conversation",
+)  # fmt: skip
 def video_agent(
     model: str = "clips",
     dtype: str = "float32",

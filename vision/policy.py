@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.reference import Reference, unwrap
+from mmrl.registry import declares
 from mmrl.rollout import (
     ActionLogProbs,
     Actions,
@@ -81,6 +82,7 @@ class VisionPolicy:
         self._talks = None if environment is None else Conversations(environment, self.tokenizer)
 
     @classmethod
+    @declares(writes=("logp", "texts", "state_key", "edge_key", "tags.truncated", "actions.token"), modality="text")
     def build(
         cls,
         model: str = "shapes",

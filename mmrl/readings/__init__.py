@@ -1,1 +1,9 @@
-"""Readings: what fills the fields of a tree between its rewards and its credit."""
+"""Readings: what fills the fields of a tree between its rewards and its credit.
+
+Importing this package enters the core's readings into the registry.
+"""
+
+from mmrl.readings import tree  # noqa: F401 - enters its rows
+from mmrl.readings.base import Reading, ReadingContext, ReadingRecord, fill, write
+
+__all__ = ["Reading", "ReadingContext", "ReadingRecord", "fill", "write"]

@@ -16,6 +16,8 @@ from torch import Tensor
 from mmrl.config import Config, ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.select import prune_depths, prune_width
+from mmrl.credit.table import estimator_of, transform_of
+from mmrl.fields import Stage
 from mmrl.rewards.scoring import Scored
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward
 from mmrl.trainers.idle import idle_loss
@@ -24,6 +26,7 @@ from mmrl.trainers.online import OnlineScorer
 from mmrl.trainers.policy_update import Batch, Sums, build_batch, policy_loss, recompute_old_logp
 from mmrl.trainers.refill import refill
 from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.stored import fields_given
 from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,10 @@ class BranchGrpo:
         rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
     ) -> None:
         self.config = config
-        self.rollouts = Rollouts(config, policy, task, rewards, reference=config.loss.kl > 0)
+        self.rollouts = Rollouts(
+            config, policy, task, rewards, reference=config.loss.kl > 0, readers=_readers(config),
+            given=fields_given(config.plan, config.rollouts),
+        )  # fmt: skip
         self.task, self.policy, self.loop = self.rollouts.task, self.rollouts.policy, self.rollouts.loop
         self.step_rewards = self.rollouts.step_rewards
         self.plan = BranchPlan(config.plan)
@@ -215,6 +221,20 @@ class BranchGrpo:
             worst = self.loop.all_max(*(self._mismatch.get(k, 0.0) for k in ("mean", "max", "k3")))
             metrics |= dict(zip(("mismatch/mean", "mismatch/max", "mismatch/k3"), worst, strict=True))
         return metrics
+
+
+def _readers(config: Config) -> list[Stage]:
+    """The transforms and estimators of a recipe, with what they read and write."""
+    stages = []
+    for i, spec in enumerate(config.credit.transforms or []):
+        row, options = transform_of({"name": spec} if isinstance(spec, str) else spec)
+        row.check(options, where := f"credit.transforms.{i}")
+        stages.append(Stage(where, f"transform {row.name!r}", row.reads(options), row.writes(options)))
+    for i, estimator in enumerate(config.credit.estimators):
+        row, options = estimator_of(estimator.spec)
+        row.check(options, where := f"credit.estimators.{i}")
+        stages.append(Stage(where, f"estimator {row.name!r}", row.reads(options), ()))
+    return stages
 
 
 def _transforms(config: Config, step_rewards: Mapping[str, tuple[StepReward, float]]) -> list[Any]:

@@ -19,6 +19,8 @@ from rich.progress import track
 from torch import Tensor
 
 from mmrl.config import ConfigError, PolicyConfig
+from mmrl.fields import Stage, check_fields
+from mmrl.readings import ReadingContext, ReadingRecord, fill
 from mmrl.registry import build
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
@@ -28,7 +30,7 @@ from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sam
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.stored import RECIPE, StoredRollouts
-from mmrl.trainers.task import Task, build_rewards, build_step_rewards
+from mmrl.trainers.task import Task, build_readings, build_rewards, build_step_rewards, producers
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Rollouts:
     Args:
         policy, task, rewards: in place of those the recipe names.
         reference: keep the policy's initial weights, for losses that compare with them.
+        readers: what reads the fields of a rollout, checked against what writes them before anything is loaded.
+        given: fields that are there before anything of the recipe has written, see `fields_given`.
     """
 
     def __init__(
@@ -51,20 +55,24 @@ class Rollouts:
         rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
         *,
         reference: bool = False,
+        readers: Sequence[Stage] = (),
+        given: Sequence[str] = (),
     ) -> None:
         self.config = config
+        check_fields([*producers(config), *readers], given)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
         self.policy: Policy = policy or build("policies", "policy", config.policy.name, config.policy.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
         self.step_rewards = build_step_rewards(config)
+        self.readings = build_readings(config)
         check_prompts(self.task.prompts)
         check_prompts(self.task.eval_prompts)
         if reference:
             self.policy.freeze_reference()
         self.loop = Loop(config, self.policy.model)
         self.policy.model = self.loop.model
-        for reward, _ in self.step_rewards.values():
-            if isinstance(model := getattr(reward, "model", None), torch.nn.Module):
+        for component, _ in [*self.step_rewards.values(), *self.readings.values()]:
+            if isinstance(model := getattr(component, "model", None), torch.nn.Module):
                 model.to(self.loop.accelerator.device)
         self.admission = Admission(self.policy.admit, config.run.max_unusable)
         self.clear()
@@ -73,6 +81,7 @@ class Rollouts:
         """Begin an iteration: forget the last one's scores, costs and times."""
         self.scores: list[Scored] = []  # of every rollout of the iteration
         self.step_scores: list[ScoredSteps] = []
+        self.records: list[dict[str, ReadingRecord]] = []
         self.cost: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
 
@@ -99,7 +108,8 @@ class Rollouts:
             rollout = self.policy.rollout(prompts, plan, seed=seed, iteration=iteration)
             controls = self._controls(prompts, plan, seed=seed, iteration=iteration)
         self.cost.update(rollout.counts)
-        return self.reward_steps(self.reward_leaves(rollout, controls))
+        rollout = self.reward_steps(self.reward_leaves(rollout, controls))
+        return self.fill(rollout, seed, iteration)
 
     def _controls(
         self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int
@@ -137,6 +147,20 @@ class Rollouts:
         self.step_scores.append(scored)
         return rollout
 
+    def fill(self, rollout: Rollout, seed: int, iteration: int) -> Rollout:
+        """The rollout with the fields of the recipe's readings, when it has any."""
+        if not self.readings:
+            return rollout
+        context = ReadingContext(self.policy, self._outcome, seed, iteration)
+        with self.timed("readings"):
+            rollout, records = fill(rollout, self.readings, context, self.config.run.max_unscored)
+        self.records.append(records)
+        return rollout
+
+    def _outcome(self, samples: Sequence[Sample]) -> Tensor:
+        """(L,) rewards of samples that a reading made; they do not enter the iteration's scores."""
+        return score(samples, self.rewards, max_unscored=1.0).total
+
     def sampled(self, plan: BranchPlan, iteration: int) -> Rollout:
         """This rank's share of the iteration's prompts, rolled out and rewarded."""
         return self.rewarded(self.prompts(iteration), plan, iteration)
@@ -173,11 +197,14 @@ class Rollouts:
         rollout = stored.batch(iteration)
         if self._others_rewarded(stored) or not bool(rollout.tree.is_finished.any()):
             self._need_no_controls()
-            return self.reward_steps(self.reward_leaves(rollout))
+            return self._filled(self.reward_steps(self.reward_leaves(rollout)), iteration)
         nothing = torch.zeros(0, dtype=torch.float64)  # single rewards are not stored, their sum is
         known = rollout.tree.outcome[rollout.tree.is_finished]
         self.scores.append(Scored(known, dict.fromkeys(self.rewards, nothing), {}, {}))
-        return self.reward_steps(rollout)
+        return self._filled(self.reward_steps(rollout), iteration)
+
+    def _filled(self, rollout: Rollout, iteration: int) -> Rollout:
+        return self.fill(rollout, self.config.run.seed, iteration)
 
     def _need_no_controls(self) -> None:
         comparing = [k for k, (reward, _) in self.rewards.items() if hasattr(reward, "controls")]
@@ -241,6 +268,8 @@ class Rollouts:
         for name in self.step_rewards:
             parts = torch.cat([nothing, *(s.parts[name] for s in self.step_scores)])
             sums |= moments(f"step_reward/{name}", parts)
+        for name, (_, fields) in self.readings.items():
+            sums |= _reading_sums(name, fields, [r[name] for r in self.records])
         sums |= {f"cost/{k}": float(v) for k, v in self.cost.items()}
         sums["samples"] = float(sum(len(s.total) for s in self.scores))
         sums["bad"] = float(len(self.admission.bad))
@@ -259,6 +288,11 @@ class Rollouts:
                 metrics["reward/mean" if name == "reward" else name] = mean
                 if name == "reward":
                     metrics["reward/std"] = max(sums["reward/sq"] / n - mean**2, 0) ** 0.5
+        for name, (_, fields) in self.readings.items():
+            metrics[f"reading/{name}/failed_prompts"] = sums[f"reading/{name}/failed"]
+            for key in fields:
+                if n := sums[f"reading/{name}/{key}/n"]:
+                    metrics[f"reading/{name}/{key}"] = sums[f"reading/{name}/{key}/sum"] / n
         return metrics
 
     @contextmanager
@@ -273,6 +307,16 @@ def moments(name: str, x: Tensor) -> dict[str, float]:
     """Count, sum and sum of squares of what is not NaN."""
     x = x[~x.isnan()]
     return {f"{name}/n": float(x.numel()), f"{name}/sum": float(x.sum()), f"{name}/sq": float((x**2).sum())}
+
+
+def _reading_sums(name: str, fields: Sequence[str], records: Sequence[ReadingRecord]) -> dict[str, float]:
+    """Prompts set aside, and sum and count of every field, of one reading in one iteration."""
+    sums = {f"reading/{name}/failed": float(sum(r.failed_prompts for r in records))}
+    for key in fields:
+        parts = [r.sums.get(key, (0.0, 0)) for r in records]
+        sums[f"reading/{name}/{key}/sum"] = sum(p[0] for p in parts)
+        sums[f"reading/{name}/{key}/n"] = float(sum(p[1] for p in parts))
+    return sums
 
 
 def store_rollouts(

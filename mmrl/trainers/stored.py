@@ -152,6 +152,19 @@ class StoredRollouts:
         return f": {_short(self.recipe[section], 200)}" if section in self.recipe else ""
 
 
+def fields_given(plan: Mapping[int, int], folder: Path | None) -> list[str]:
+    """Fields that rollouts have before a recipe writes any: those on disk where it names a folder, and `forks`.
+
+    Raises:
+        ValueError: no rollouts in the folder.
+    """
+    if folder is None:
+        return ["forks"] if BranchPlan(plan).leaves > 1 else []
+    files = [folder / "rollout.json", *sorted(folder.glob("[!.]*/rollout.json"))]
+    first = next((f.parent for f in files if f.exists()), None)
+    return [] if first is None else ["forks", *Rollout.load(first).fields()]
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from mmrl.config import ConfigError, PolicyConfig, RewardConfig
+from mmrl.config import Component, ConfigError, PolicyConfig, RewardConfig
+from mmrl.fields import ANYTHING, Stage
+from mmrl.readings import Reading
 from mmrl.registry import build, find
 from mmrl.rewards import Isolated
 from mmrl.rollout import OutcomeReward, Prompt, Sample, StepReward
@@ -44,6 +46,37 @@ def build_step_rewards(config: PolicyConfig) -> dict[str, tuple[StepReward, floa
             raise ValueError(f"step_rewards.{i}: {r.name!r} is listed twice; give it once with the summed weight")
         out[r.name] = (build("scorers", f"step_rewards.{i}", r.name, r.options), r.weight)
     return out
+
+
+def build_readings(config: PolicyConfig) -> dict[str, tuple[Reading, tuple[str, ...]]]:
+    """name -> (reading, fields it writes), from the recipe; a name that occurs again gets its place behind it."""
+    out: dict[str, tuple[Reading, tuple[str, ...]]] = {}
+    for i, r in enumerate(config.readings):
+        row = find("readings", r.name)
+        name = f"{r.name}.{i}" if r.name in out else r.name
+        out[name] = (row.build(r.options, f"readings.{i}"), row.writes(r.options))
+    return out
+
+
+def producers(config: PolicyConfig) -> list[Stage]:
+    """What fills the fields of a rollout in this recipe, in the order in which it runs; options are checked."""
+    policy = find("policies", config.policy.name)
+    written = policy.writes(config.policy.options) if policy.declared.writes is not None else (ANYTHING,)
+    stages = [Stage("policy", f"policy {policy.name!r}", (), written)]
+    stages.append(Stage("rewards", "the task's rewards", (), ("outcome",)))
+    sections: list[tuple[str, str, Sequence[Component]]] = [
+        ("rewards", "rewards", config.rewards),
+        ("step_rewards", "scorers", config.step_rewards),
+        ("readings", "readings", config.readings),
+    ]
+    for section, kind, components in sections:
+        for i, component in enumerate(components):
+            where = f"{section}.{i}"
+            row = find(kind, component.name)
+            row.check(component.options, where)
+            who = f"{row.kind.singular} {row.name!r}"
+            stages.append(Stage(where, who, row.reads(component.options), row.writes(component.options)))
+    return stages
 
 
 def build_reward(r: RewardConfig, section: str) -> OutcomeReward:
