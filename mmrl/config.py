@@ -214,6 +214,7 @@ class RewardModelConfig(TrainingConfig):
 
     trainer: Literal["step_reward"] = "step_reward"
     scorer: Component
+    rollouts: Path | None = None  # stored ones to learn from: the option `train` of tasks that read them
     loss: RewardLossConfig = RewardLossConfig()
 
 
@@ -223,6 +224,7 @@ class SftConfig(PolicyConfig):
     trainer: Literal["imitation"] = "imitation"
     source: Literal["reference", "samples"] = "reference"
     plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the samples
+    rollouts: Path | None = None  # stored ones in place of samples (`mmrl rollouts`, search, annotate)
     keep_above: float = 0.0  # outcome above which a sample is learned
     per_prompt: PositiveInt = 1  # at most so many samples of a prompt, the best ones
 
@@ -248,6 +250,7 @@ class JobConfig(Section):
     prompts: PositiveInt | None = None  # the first so many, null = all
     method: Component
     output: Path
+    rollouts: Path | None = None  # where the trees go, for `rollouts: DIR` of training recipes; null = not kept
     seed: int = 0
     batch: PositiveInt = 64  # states or prompts worked on side by side
     cpu: bool = False  # stay on the CPU even where there is a GPU

@@ -38,6 +38,7 @@ from mmrl.prm.scoring import admitted, load_scorer, score_records, score_states
 from mmrl.registry import build, call, hint
 from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
+from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
 from mmrl.search.run import search
 from mmrl.search.samples import best_of_k
@@ -262,19 +263,19 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
 
     def scores(states: Sequence[State]) -> list[list[float]]:
         nonlocal unread
-        if scorer is None:
-            return [[0.0] * max(len(s.steps), 1) for s in states]
+        assert scorer is not None
         rows = score_states(scorer, states)
         unread += sum(x != x for row in rows for x in row)
         return [[0.0 if x != x else x for x in row] for row in rows]  # too long, or a marker inside: ranks last
 
     encode = getattr(job.policy, "encode", None)
     report = search(
-        prompts, job.policy, scores, job.verifier, folder=config.output, method=config.method.name,
+        prompts, job.policy, scores if scorer else None, job.verifier, folder=config.output, method=config.method.name,
         settings=config.method.options, aggregations=config.aggregates, seed=config.seed,
         budget=Budget(config.max_tokens, parameters(job.policy), parameters(scorer)), prompts_per_batch=config.batch,
         prompt_tokens=(lambda p: len(encode(p).ids)) if encode else None,
         about={"policy": job.fingerprint, "scorer": _stamp(config.scorer or "")},
+        rollouts=job.rollouts({"scorer": config.scorer}),
     )  # fmt: skip
     report["unusable_prompts"] = job.lost + len(job.prompts) - len(prompts)
     rows = [json.loads(line) for line in (config.output / "results.jsonl").read_text().splitlines()]
@@ -344,7 +345,7 @@ class _Job:
         self.policy: Any = on_device(
             build("policies", "policy", config.policy.name, config.policy.options), config.cpu
         )
-        verifier = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
+        self.reward = verifier = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
         self.verifier: OutcomeReward = build_reward(verifier, "verifier")
         self.lost = 0  # prompts that the policy cannot take; the log says why
         self.files = ExitStack()
@@ -372,6 +373,19 @@ class _Job:
         """What a judge has said so far."""
         store = CompletionStore(self.config.output / "judge" / "store.jsonl", fingerprint=self.fingerprint)
         return self.files.enter_context(store)
+
+    def rollouts(self, about: Mapping[str, Any] | None = None) -> RolloutFolder | None:
+        """Where the recipe wants its trees, None when it does not. about: what else decides their contents."""
+        config = self.config
+        if config.rollouts is None:
+            return None
+        record = {
+            "task": config.task.model_dump(mode="json"), "policy": config.policy.model_dump(mode="json"),
+            "rewards": [{"name": self.reward.name, "weight": 1.0, **self.reward.options}], "step_rewards": [],
+            "seed": config.seed, "processes": 1, "grown_by": config.method.model_dump(mode="json"),
+            "made_by": self.fingerprint, **(about or {}),
+        }  # fmt: skip
+        return RolloutFolder(config.rollouts, record, write=self.rank == 0)
 
     def writes(self) -> None:
         """ConfigError when the policy cannot go on from a text."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -295,11 +295,17 @@ class ActionLogProbs:
 
 @dataclass(frozen=True)
 class State:
-    """A prompt and the steps written so far, separators included: `"".join(steps)` is the text. done: it has ended."""
+    """A prompt and the steps written so far, separators included: `"".join(steps)` is the text. done: it has ended.
+
+    ids: per step its token ids as sampled, () = unknown; a policy goes on from them rather than from their text, which
+        other ids might spell as well. path: per step its node in a `mmrl.growth.GrowingTree`, () = it is in none.
+    """
 
     prompt: Prompt
     steps: tuple[str, ...] = ()
     done: bool = False
+    ids: tuple[tuple[int, ...], ...] = ()
+    path: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -307,8 +313,13 @@ class State:
         return "".join(self.steps)
 
     def then(self, new: Continuation) -> State:
-        """The state after a continuation."""
-        return State(self.prompt, self.steps + new.steps, new.done)
+        """The state after a continuation, in no tree."""
+        known = len(self.ids) == len(self.steps) and len(new.ids) == len(new.steps)
+        return State(self.prompt, self.steps + new.steps, new.done, self.ids + new.ids if known else ())
+
+    def upto(self, steps: int) -> State:
+        """The state after the first so many steps."""
+        return State(self.prompt, self.steps[:steps], False, self.ids[:steps], self.path[:steps])
 
 
 @dataclass(frozen=True)
@@ -316,13 +327,14 @@ class Continuation:
     """What a policy wrote after a state.
 
     steps: the new ones, separators included. logps: per step, the log-prob of each of its tokens as sampled.
-    done: it has ended, by itself or (truncated) at its longest length.
+    done: it has ended, by itself or (truncated) at its longest length. ids: per step, its tokens; () = unknown.
     """
 
     steps: tuple[str, ...]
     logps: tuple[tuple[float, ...], ...]
     done: bool
     truncated: bool = False
+    ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -346,6 +358,18 @@ class Extender(Protocol):
 
         What a state draws depends on (seed, prompt id, its text) alone. temperature: the policy's own by default, 0
         is greedy.
+        """
+
+
+@runtime_checkable
+class StepWriter(Protocol):
+    """A policy that can make given steps its own actions; stored searches are trained on through it."""
+
+    def write_steps(self, written: Rollout) -> Rollout:
+        """The same forest with everything that this policy's `log_probs` needs.
+
+        Steps with actions keep their tokens and log-probs; those with a text alone get the tokens that spell it, as if
+        sampled with log-prob 0.
         """
 
 

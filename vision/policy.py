@@ -285,7 +285,7 @@ class VisionPolicy:
             raise ValueError("search and annotation with a policy that acts in an environment are not supported yet")
         heat = self.decoding.temperature if temperature is None else temperature
         decoding = replace(self.decoding, temperature=heat, stop_after=steps)
-        tokens = [self.encode(s.prompt).followed_by(self._written(s.text), s.text) for s in states]
+        tokens = [self.encode(s.prompt).followed_by(self._ids_of(s), s.text) for s in states]
         seeds = [named_generator(seed, s.prompt.id, s.text).initial_seed() for s in states]
         nodes = self._grow([s.prompt for s in states], tokens, BranchPlan({0: n}), decoding, seeds)
         texts = self.tokenizer.batch_decode([x.ids for x in nodes], skip_special_tokens=True)
@@ -296,9 +296,16 @@ class VisionPolicy:
             if leaf not in inner:
                 path = ancestors(parent, leaf)[::-1]
                 logps = tuple(tuple(nodes[v].logp) for v in path)
+                ids = tuple(tuple(nodes[v].ids) for v in path)
                 done, cut = node.end in ("eos", "length"), node.end == "length"
-                out[node.prompt].append(Continuation(tuple(texts[v] for v in path), logps, done, cut))
+                out[node.prompt].append(Continuation(tuple(texts[v] for v in path), logps, done, cut, ids))
         return out
+
+    def _ids_of(self, state: State) -> Tensor:
+        """Ids of what a state has written: as sampled where that is known."""
+        if not state.ids:
+            return self._written(state.text)
+        return torch.tensor([i for step in state.ids for i in step], dtype=torch.int64)
 
     def choice_logps(self, states: Sequence[State], choices: Sequence[str]) -> Tensor:
         """(S, C) float32 log-prob of the first token of each choice directly after each state, temperature 1.
@@ -319,18 +326,46 @@ class VisionPolicy:
                 out.append(self._log_probs(trees, wanted, 1.0)["logp"].reshape(len(trees), len(ids)).cpu())
         return torch.cat(out)
 
-    def tokenised(self, rollout: Rollout) -> Rollout:
-        """A written rollout (texts, no actions) with tokens for its steps, log-prob 0: every step but a leaf ends with
-        the line break that separates steps, a leaf with the end of the answer."""
-        tree = rollout.tree
-        nodes = []
-        for v, (p, g) in enumerate(zip(tree.parent.tolist(), tree.group.tolist(), strict=True)):
+    def write_steps(self, written: Rollout) -> Rollout:
+        """See `mmrl.rollout.StepWriter`.
+
+        Of steps with a text alone, every one but a leaf ends with the line break that separates steps, and a leaf
+        that is not tagged `open` with the end of the answer.
+        """
+        if self._talks is not None:
+            raise ValueError("steps of a policy that acts in an environment cannot be written; give whole outputs")
+        tree, sampled = written.tree, written.actions
+        still_open = tree.tags.get("open", torch.zeros(len(tree), dtype=torch.bool)).tolist()
+        ids: list[list[int]] = []
+        logps: list[list[float]] = []
+        for v, (a, b) in enumerate(zip(tree.tok_start.tolist(), tree.tok_end.tolist(), strict=True)):
+            if "token" in sampled.payload and a < b:
+                ids.append(sampled.payload["token"][a:b].tolist())
+                logps.append(sampled.logp[a:b].tolist())
+                continue
             leaf = bool(tree.is_leaf[v])
-            text = rollout.texts[v] if leaf else rollout.texts[v].removesuffix("\n") + "\n"
-            ids = [*self._written(text).tolist(), *([self._end] if leaf else [])]
-            nodes.append(Node(g, p, int(tree.depth[v]), ids, [0.0] * len(ids), "eos" if leaf else "step"))
-        tokens = [self.encode(p) for p in rollout.prompts]
-        return self._as_rollout(rollout.prompts, tokens, nodes, {"written": True})
+            text = written.texts[v] if leaf else written.texts[v].removesuffix("\n") + "\n"
+            ids.append([*self._written(text).tolist(), *([self._end] if leaf and not still_open[v] else [])])
+            logps.append([0.0] * len(ids[-1]))
+        size = torch.tensor([len(x) for x in ids])
+        end = size.cumsum(0)
+        texts = [self.tokenizer.decode(x, skip_special_tokens=True) for x in ids]
+        tags = {"truncated": torch.zeros(len(tree), dtype=torch.bool)} | tree.tags
+        return replace(
+            written,
+            tree=tree.replace(
+                logp=torch.tensor([sum(x) for x in logps]), tok_start=end - size, tok_end=end, tags=tags,
+                **text_states(tree.parent.tolist(), tree.group.tolist(), texts),
+            ),
+            actions=Actions(
+                torch.tensor([x for own in logps for x in own], dtype=torch.float32),
+                torch.ones(int(size.sum()), dtype=torch.bool),
+                {"token": torch.tensor([x for own in ids for x in own], dtype=torch.int64)},
+            ),
+            prompt_payload={"prompt_tokens": torch.tensor([len(self.encode(p).ids) for p in written.prompts])},
+            about={"temperature": self.decoding.temperature, "written": True} | dict(written.about),
+            texts=texts,
+        )  # fmt: skip
 
     def _written(self, text: str) -> Tensor:
         """Ids of a text; placeholders in it are spelt out, as no picture belongs to them."""

@@ -106,14 +106,13 @@ def tree_rpo(
 def propa(tree: StepTree, *, how: Norm = Norm()) -> Credit:
     """tree_rpo with leaf_mean over a search tree; with tags `q_sum` and `visits`, V(n) = q_sum/visits instead.
 
-    Raises ValueError when a valid step was never visited.
+    A step that the search never visited has no such value: it is compared with nothing and gets 0.
     """
     if "visits" not in tree.tags or "q_sum" not in tree.tags:
         return tree_rpo(tree, value="leaf_mean", how=how)
     visits = tree.tags["visits"].double()
-    if bool((tree.valid & (visits <= 0)).any()):
-        raise ValueError(f"propa: step {int((tree.valid & (visits <= 0)).nonzero()[0])} has no visits; drop it")
-    return _among_siblings(tree, tree.tags["q_sum"].double() / visits.clamp(min=1), how)
+    value = torch.where(visits > 0, tree.tags["q_sum"].double() / visits.clamp(min=1), torch.nan)
+    return _among_siblings(tree, value, how)
 
 
 @estimator(
@@ -276,10 +275,11 @@ def _among_siblings(
     all_sum: AllSum | None = None,
 ) -> Credit:
     """`value` (N,) normalised over each sibling set; an only active child inherits its parent's result, or gets 0."""
-    z = norm(torch.where(tree.valid, value, torch.nan), tree.sib, how, all_sum=all_sum)
+    value = torch.where(tree.valid, value, torch.nan)
+    z = norm(value, tree.sib, how, all_sum=all_sum)
     if unary == "zero":
         return Credit(z.z, info=z.info)
-    only = tree.valid & (z.size[tree.sib] == 1)
+    only = ~value.isnan() & (z.size[tree.sib] == 1)
     return Credit(z.z[run_head(tree, only)], info=z.info)
 
 

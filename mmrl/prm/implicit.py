@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section
-from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout
+from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout, StepWriter
 from mmrl.tree_ops import path_sum
 
 
@@ -134,7 +134,6 @@ class ImplicitPrm:
         """A written rollout gets the policy's own actions for its texts."""
         if rollout.actions.logp.numel():
             return rollout
-        tokenised = getattr(self.policy, "tokenised", None)
-        if tokenised is None:
+        if not isinstance(self.policy, StepWriter):
             raise ValueError("the rollout has no actions and this policy cannot make them of texts")
-        return tokenised(rollout)
+        return self.policy.write_steps(rollout)

@@ -36,5 +36,7 @@ def join_steps(state: State, max_steps: int) -> State:
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps} must be at least 1")
     size = max(ceil(len(state.steps) / max_steps), 1)
-    joined = ("".join(state.steps[i : i + size]) for i in range(0, len(state.steps), size))
-    return State(state.prompt, tuple(joined), state.done)
+    starts = range(0, len(state.steps), size)
+    joined = tuple("".join(state.steps[i : i + size]) for i in starts)
+    ends = tuple(state.path[i : i + size][-1] for i in starts) if state.path else ()
+    return State(state.prompt, joined, state.done, path=ends)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from mmrl.growth import GrowingTree
 from mmrl.prm.aggregate import aggregate
 from mmrl.rollout import Prompt, State, check_prompts
 from mmrl.search.budget import Budget
@@ -34,11 +35,15 @@ class SearchResult:
 
     candidates: in the order they were found, so that ties go to the earlier one whatever they are ranked by later.
     answer: index of the one that the method answers with. budget: what it cost.
+    tree: all that was proposed, with scores and values. temperature: of all
+        proposals, None = the policy's own, or several.
     """
 
     candidates: tuple[Candidate, ...]
     answer: int
     budget: Budget
+    tree: GrowingTree = field(compare=False, repr=False)
+    temperature: float | None = None
 
     @property
     def states(self) -> list[State]:
@@ -62,6 +67,7 @@ class _Propose:
     n: int
     temperature: float | None
     steps: int | None
+    keep: bool
 
 
 @dataclass(frozen=True)
@@ -75,16 +81,16 @@ Turn = Generator[_Propose | _Score, Any, T]  # a piece of a search that gives a 
 
 
 def propose(
-    states: Sequence[State], n: int, *, temperature: float | None = None, steps: int | None = 1
+    states: Sequence[State], n: int, *, temperature: float | None = None, steps: int | None = 1, keep: bool = True
 ) -> Turn[list[list[State]]]:
     """`Problem.propose`, from inside a search: `children = yield from propose([state], 4)`."""
-    return (yield _Propose(states, n, temperature, steps))
+    return (yield _Propose(states, n, temperature, steps, keep))
 
 
 def judge(
     problem: Problem, states: Sequence[State], by: str, *, lookahead: int = 0, temperature: float | None = 0.0
 ) -> Turn[list[Candidate]]:
-    """The states with their scores, aggregated by the aggregate called `by`.
+    """The states with their scores, aggregated by the aggregate called `by`, which are noted in the prompt's tree.
 
     lookahead: a state that has not ended is continued by so many steps (greedily by default) for its score alone;
         it keeps its own steps and their scores. Left out once the budget is spent.
@@ -92,12 +98,31 @@ def judge(
     shown = list(states)
     ahead = [i for i, s in enumerate(states) if not s.done and not problem.spent(s.prompt)] if lookahead else []
     if ahead:
-        new = yield from propose([states[i] for i in ahead], 1, temperature=temperature, steps=lookahead)
+        new = yield from propose([states[i] for i in ahead], 1, temperature=temperature, steps=lookahead, keep=False)
         for i, (state,) in zip(ahead, new, strict=True):
             shown[i] = state
     rows: list[list[float]] = yield _Score(shown)
     value = number(by)
-    return [Candidate(s, tuple(row[: len(s.steps)]), value(row)) for s, row in zip(states, rows, strict=True)]
+    out = []
+    for state, row in zip(states, rows, strict=True):
+        out.append(Candidate(state, tuple(row[: len(state.steps)]), value(row)))
+        if problem.scored:
+            _note(problem.tree(state.prompt), out[-1], value)
+    return out
+
+
+def _note(tree: GrowingTree, found: Candidate, value: Callable[[Sequence[float]], float]) -> None:
+    """Write the scores of a path into its tree: each step's own as its reward, the aggregate up to it as its value."""
+    path, row = found.state.path, found.step_scores
+    if len(path) != len(row):  # blank steps have no score
+        path = tuple(v for v in path if tree.texts[v].strip())
+    if len(path) != len(row) or not path:
+        return
+    for t, node in enumerate(path):
+        tree.numbers["step_reward"][node] = row[t]
+        worth = found.score if t == len(path) - 1 else value(row[: t + 1])
+        if math.isfinite(worth) and (t == len(path) - 1 or node not in tree.numbers["value"]):
+            tree.numbers["value"][node] = worth
 
 
 def number(by: str) -> Callable[[Sequence[float]], float]:
@@ -137,7 +162,8 @@ def result(
     if not candidates:
         raise ValueError(f"prompt {prompt.id!r}: the search ended before its first proposal; give it at least 1 round")
     chosen = ranking(candidates)[0] if answer is None else answer
-    return SearchResult(tuple(candidates), chosen, problem.budget(prompt).snapshot())
+    budget = problem.budget(prompt).snapshot()
+    return SearchResult(tuple(candidates), chosen, budget, problem.tree(prompt), problem.temperature(prompt))
 
 
 def side_by_side(
@@ -172,14 +198,14 @@ def _run(problem: Problem, searches: Sequence[Turn[SearchResult]]) -> list[Searc
 def _serve(problem: Problem, wishes: dict[int, _Propose | _Score]) -> dict[int, Any]:
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for i, w in wishes.items():
-        alike[(w.n, w.temperature, w.steps) if isinstance(w, _Propose) else None].append(i)
+        alike[(w.n, w.temperature, w.steps, w.keep) if isinstance(w, _Propose) else None].append(i)
     answers: dict[int, Any] = {}
     for who in alike.values():
         states = [s for i in who for s in wishes[i].states]
         first = wishes[who[0]]
         rows: list[Any]
         if isinstance(first, _Propose):
-            rows = problem.propose(states, first.n, temperature=first.temperature, steps=first.steps)
+            rows = problem.propose(states, first.n, temperature=first.temperature, steps=first.steps, keep=first.keep)
         else:
             rows = problem.score(states)
         for i in who:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
+from mmrl.growth import ROOT, GrowingTree
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, ranking, result, side_by_side
 from mmrl.search.problem import Problem
@@ -63,22 +64,72 @@ def propa_pick(step_scores: Sequence[Sequence[float]]) -> int:
 # ---- the search -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Node:
-    """A state of the tree. q: mean of what was backed up, or reward + value of the children (`backup`)."""
+class _Walked:
+    """What the search knows of nodes of a GrowingTree, those at which a proposal ended; ROOT is the prompt.
 
-    path: Candidate
-    parent: int = -1
-    prior: float = 1.0
-    children: list[int] = field(default_factory=list)
-    visits: int = 0
-    total: float = 0.0
-    q: float = 0.0
+    q: mean of what was backed up, or reward + value of the children (`backup`).
+    """
 
-    @property
-    def value(self) -> float:
-        """The scorer's value, 0 for the root, of which it has none."""
-        return self.path.score if self.path.step_scores else 0.0
+    def __init__(self, prompt: Prompt) -> None:
+        self.paths = {ROOT: Candidate(State(prompt), (), -math.inf)}
+        self.above: dict[int, int] = {}
+        self.below: dict[int, list[int]] = defaultdict(list)
+        self.prior: dict[int, float] = {}
+        self.visits: Counter[int] = Counter()
+        self.total: dict[int, float] = defaultdict(float)
+        self.q: dict[int, float] = defaultdict(float)
+
+    def value(self, node: int) -> float:
+        """The scorer's value, 0 for the prompt and for a path without steps, of which it has none."""
+        path = self.paths[node]
+        return path.score if path.step_scores else 0.0
+
+    def add(self, parent: int, found: Candidate, prior: float) -> None:
+        """A new child of `parent`."""
+        node = found.state.path[-1]
+        self.paths[node], self.above[node], self.prior[node] = found, parent, prior
+        self.below[parent].append(node)
+        if not math.isfinite(self.value(node)):
+            raise ValueError(f"mcts: {found.state.text[-60:]!r} has value {found.score}; backups need finite ones")
+
+    def descend(self, score: Callable[[_Walked, int], float]) -> list[int]:
+        """From the prompt to a node without children, each time to the child with the best `score`."""
+        path = [ROOT]
+        while children := self.below[path[-1]]:
+            path.append(children[best([score(self, v) for v in children])])
+        return path
+
+    def back_up(self, path: Sequence[int], value: float, backup: str) -> None:
+        """Count a visit of value `value` for every node of `path`."""
+        for v in reversed(path):
+            self.visits[v] += 1
+            self.total[v] += value
+            if backup == "mean":
+                self.q[v] = self.total[v] / self.visits[v]
+                continue
+            below = self.below[v]
+            later = children_value([self.visits[c] for c in below], [self.q[c] for c in below]) if below else 0.0
+            self.q[v] = self.value(v) - (self.value(self.above[v]) if v in self.above else 0.0) + later
+
+    def most_visited(self, ends: Sequence[int]) -> int:
+        """Down from the prompt by visits, then by q, then by order, among children that lead to one of `ends`."""
+        leads = set(ends)
+        for v in ends:
+            while v in self.above:
+                v = self.above[v]
+                leads.add(v)
+        at = ROOT
+        while self.below[at]:
+            at = max((v for v in self.below[at] if v in leads), key=lambda v: (self.visits[v], self.q[v], -v))
+        return at
+
+    def write(self, tree: GrowingTree) -> None:
+        """Visits, and q as the mean of `q_sum`, into the tree; q is the value of nodes that were visited."""
+        for v in self.paths:
+            tree.numbers["visits"][v] = self.visits[v]
+            tree.numbers["q_sum"][v] = self.q[v] * self.visits[v]
+            if self.visits[v]:
+                tree.numbers["value"][v] = self.q[v]
 
 
 @side_by_side
@@ -111,85 +162,53 @@ def mcts(
     """
     if iterations < 1 or depth < 1:
         raise ValueError(f"mcts: iterations={iterations} and depth={depth} must be at least 1")
-    tree, select = [Node(Candidate(State(prompt), (), -math.inf))], _selector(form, c)
+    walked, select = _Walked(prompt), _selector(form, c)
     for _ in range(iterations):
-        path = _descend(tree, select)
-        leaf = tree[path[-1]]
-        if not problem.is_done(leaf.path.state):
+        path = walked.descend(select)
+        leaf = path[-1]
+        if not problem.is_done(walked.paths[leaf].state):
             if problem.spent(prompt):
                 break
             steps = 1 if len(path) < depth else None
-            (children,) = yield from propose([leaf.path.state], n, temperature=temperature, steps=steps)
+            state = walked.paths[leaf].state
+            (children,) = yield from propose([state], n, temperature=temperature, steps=steps)
             found = yield from judge(problem, children, aggregate)
-            priors = [policy_prior(problem.logps(s)) if prior == "policy" else 1.0 for s in children]
-            _grow(tree, path[-1], found, priors)
-        value = leaf.value if leaf.parent >= 0 else math.fsum(tree[i].value for i in leaf.children) / n
-        _back_up(tree, path, value, backup)
-    leaves = [i for i, node in enumerate(tree) if not node.children]
-    ends = [i for i in leaves if tree[i].path.state.done] or leaves
-    found = [tree[i].path for i in ends]
+            for candidate in found:
+                own = policy_prior(problem.logps(candidate.state)) if prior == "policy" else 1.0
+                walked.add(leaf, candidate, own)
+        value = math.fsum(walked.value(v) for v in walked.below[leaf]) / n if leaf == ROOT else walked.value(leaf)
+        walked.back_up(path, value, backup)
+    if problem.scored:
+        walked.write(problem.tree(prompt))
+    leaves = [v for v in walked.paths if not walked.below[v]]
+    ends = [v for v in leaves if walked.paths[v].state.done] or leaves
+    candidates = [walked.paths[v] for v in ends]
     picks = {
-        "visits": lambda: ends.index(_most_visited(tree, ends)),
-        "weighted": lambda: _voted(found, canonical),
-        "mean": lambda: propa_pick([x.step_scores for x in found]),
+        "visits": lambda: ends.index(walked.most_visited(ends)),
+        "weighted": lambda: _voted(candidates, canonical),
+        "mean": lambda: propa_pick([x.step_scores for x in candidates]),
     }
-    return result(problem, prompt, found, picks[answer]())
+    return result(problem, prompt, candidates, picks[answer]())
 
 
-def _selector(form: Form, c: float | None) -> Callable[[Node, int], float]:
-    if form == "uct":
-        return lambda node, above: uct(node.q * node.visits, node.visits, above, c=2.0 if c is None else c)
-    if form == "puct":
-        return lambda node, above: puct(node.q, node.prior, above, node.visits, c=1.5 if c is None else c)
-    if form == "alphazero":
-        init = 1.25 if c is None else c
-        return lambda node, above: alphazero(
-            node.q if node.visits else node.value, node.prior, above, node.visits, init=init
-        )
-    raise ValueError(f"mcts: form {form!r} is none of uct, puct, alphazero")
+def _selector(form: Form, c: float | None) -> Callable[[_Walked, int], float]:
+    def uct_score(walked: _Walked, v: int) -> float:
+        visits = walked.visits[v]
+        return uct(walked.q[v] * visits, visits, walked.visits[walked.above[v]], c=2.0 if c is None else c)
 
+    def puct_score(walked: _Walked, v: int) -> float:
+        above = walked.visits[walked.above[v]]
+        return puct(walked.q[v], walked.prior[v], above, walked.visits[v], c=1.5 if c is None else c)
 
-def _descend(tree: list[Node], score: Callable[[Node, int], float]) -> list[int]:
-    path = [0]
-    while tree[path[-1]].children:
-        node = tree[path[-1]]
-        path.append(node.children[best([score(tree[i], node.visits) for i in node.children])])
-    return path
+    def alphazero_score(walked: _Walked, v: int) -> float:
+        visits, above = walked.visits[v], walked.visits[walked.above[v]]
+        worth = walked.q[v] if visits else walked.value(v)
+        return alphazero(worth, walked.prior[v], above, visits, init=1.25 if c is None else c)
 
-
-def _grow(tree: list[Node], parent: int, found: Sequence[Candidate], priors: Sequence[float]) -> None:
-    for candidate, p in zip(found, priors, strict=True):
-        tree[parent].children.append(len(tree))
-        tree.append(Node(candidate, parent, p))
-        if not math.isfinite(tree[-1].value):
-            raise ValueError(
-                f"mcts: {candidate.state.text[-60:]!r} has value {candidate.score}; backups need finite ones"
-            )
-
-
-def _back_up(tree: list[Node], path: Sequence[int], value: float, backup: str) -> None:
-    for i in reversed(path):
-        node = tree[i]
-        node.visits += 1
-        node.total += value
-        if backup == "mean":
-            node.q = node.total / node.visits
-            continue
-        below = [tree[j] for j in node.children]
-        later = children_value([b.visits for b in below], [b.q for b in below]) if below else 0.0
-        node.q = node.value - (tree[node.parent].value if node.parent >= 0 else 0.0) + later
-
-
-def _most_visited(tree: list[Node], ends: Sequence[int]) -> int:
-    """Down from the root by visits, then by q, then by order, among children that lead to one of `ends`."""
-    leads = set(ends)
-    for i in ends:
-        while (i := tree[i].parent) >= 0:
-            leads.add(i)
-    at = 0
-    while tree[at].children:
-        at = max((i for i in tree[at].children if i in leads), key=lambda i: (tree[i].visits, tree[i].q, -i))
-    return at
+    scores = {"uct": uct_score, "puct": puct_score, "alphazero": alphazero_score}
+    if form not in scores:
+        raise ValueError(f"mcts: form {form!r} is none of {', '.join(scores)}")
+    return scores[form]
 
 
 def _voted(found: Sequence[Candidate], canonical: Callable[[Prompt, str], str | None]) -> int:

@@ -7,8 +7,10 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
+from mmrl.growth import GrowingTree
 from mmrl.rollout import Continuation, Extender, Prompt, State
 from mmrl.search.budget import Budget
 
@@ -23,7 +25,8 @@ class Problem:
     same result; and since texts seldom recur, one call serves nearly every batch.
 
     Args:
-        scorer: states -> per state one number per step; higher is better.
+        scorer: states -> per state one number per step; higher is better. None: every step scores 0, and the trees say
+            nothing of values.
         budget: limit and parameter counts that hold for each prompt.
         prompt_tokens: length of a prompt in tokens, images included; without it prompts count as 0 tokens.
         stop: text -> whether it is finished although the policy has not ended it (a boxed answer, for example).
@@ -32,23 +35,33 @@ class Problem:
     def __init__(
         self,
         extender: Extender,
-        scorer: Scorer,
+        scorer: Scorer | None,
         budget: Budget | None = None,
         seed: int = 0,
         *,
         prompt_tokens: Callable[[Prompt], int] | None = None,
         stop: Callable[[str], bool] | None = None,
     ) -> None:
-        self.extender, self.scorer, self.seed = extender, scorer, seed
+        self.extender, self.seed = extender, seed
+        self.scorer: Scorer = scorer or _indifferent
+        self.scored = scorer is not None
         self.limits = budget or Budget()
         self.prompt_tokens = prompt_tokens
         self.stop = stop
         self._accounts: dict[str, _Account] = {}
 
     def propose(
-        self, states: Sequence[State], n: int, *, temperature: float | None = None, steps: int | None = 1
+        self,
+        states: Sequence[State],
+        n: int,
+        *,
+        temperature: float | None = None,
+        steps: int | None = 1,
+        keep: bool = True,
     ) -> list[list[State]]:
         """n continuations of each state, by `steps` steps or (None) to the end.
+
+        keep: they become part of the prompt's tree.
 
         Raises:
             ValueError: n < 1, or a state has already ended.
@@ -65,7 +78,7 @@ class Problem:
             seconds = (time.perf_counter() - start) / len(rows)
             for i, continuations in zip(rows, batch, strict=True):
                 self._account(states[i].prompt).propose(states[i], continuations, seconds)
-                out[i] = [self._after(states[i], c) for c in continuations]
+                out[i] = [self._after(states[i], c, temperature, keep) for c in continuations]
         return out
 
     def score(self, states: Sequence[State]) -> list[list[float]]:
@@ -104,9 +117,19 @@ class Problem:
         """Whether its budget allows no further proposal."""
         return self._account(prompt).budget.spent
 
+    def tree(self, prompt: Prompt) -> GrowingTree:
+        """What has been proposed after a prompt."""
+        return self._account(prompt).tree
+
+    def temperature(self, prompt: Prompt) -> float | None:
+        """Of all proposals in its tree; None where it was the policy's own, or where several were used."""
+        used = self._account(prompt).temperatures
+        return next(iter(used)) if len(used) == 1 else None
+
     def logps(self, state: State) -> tuple[float, ...]:
-        """Log-probs of the tokens of its last step as sampled; () when this object did not propose it."""
-        return self._account(state.prompt).logps.get(state.text, ())
+        """Log-probs of the tokens of its last step as sampled; () before the first step."""
+        tree = self.tree(state.prompt)
+        return tree.logps[tree.node(state)]
 
     def forget(self, prompts: Sequence[Prompt]) -> None:
         """Drop the ledgers of finished prompts, which hold every text that was proposed."""
@@ -121,27 +144,35 @@ class Problem:
             visits[s.text] += 1
         return groups
 
-    def _after(self, state: State, new: Continuation) -> State:
+    def _after(self, state: State, new: Continuation, temperature: float | None, keep: bool) -> State:
         after = state.then(new)
-        if self.stop is None or after.done or not self.stop(after.text):
+        if self.stop is not None and not after.done and self.stop(after.text):
+            after = replace(after, done=True)
+        if not keep:
             return after
-        return State(after.prompt, after.steps, done=True)
+        account = self._account(state.prompt)
+        account.temperatures.add(temperature)
+        tree = account.tree
+        path = tree.path(tree.node(state)) + tree.grow(tree.node(state), replace(new, done=after.done))
+        return replace(after, path=tuple(path))
 
     def _account(self, prompt: Prompt) -> _Account:
         if prompt.id not in self._accounts:
             tokens = 0 if self.prompt_tokens is None else self.prompt_tokens(prompt)
-            self._accounts[prompt.id] = _Account(self.limits.fresh(), tokens, len(prompt.inputs.get("images", ())))
+            images = len(prompt.inputs.get("images", ()))
+            self._accounts[prompt.id] = _Account(prompt, self.limits.fresh(), tokens, images)
         return self._accounts[prompt.id]
 
 
 class _Account:
     """The ledger of one prompt."""
 
-    def __init__(self, budget: Budget, prompt_tokens: int, images: int) -> None:
+    def __init__(self, prompt: Prompt, budget: Budget, prompt_tokens: int, images: int) -> None:
+        self.tree = GrowingTree(prompt)
         self.budget = budget
         self.prompt, self.images = prompt_tokens, images
+        self.temperatures: set[float | None] = set()  # of the proposals in the tree
         self.visits: Counter[str] = Counter()  # text -> proposals from it
-        self.logps: dict[str, tuple[float, ...]] = {}  # text -> of its last step
         self._tokens = {"": 0}  # text -> generated tokens in it
         self._read: set[str] = set()  # prefixes the scorer has read
 
@@ -159,7 +190,7 @@ class _Account:
             text, length = state.text, prefix
             for step, logps in zip(c.steps, c.logps, strict=True):
                 text, length = text + step, length + len(logps)
-                self._tokens[text], self.logps[text] = length, logps
+                self._tokens[text] = length
 
     def score(self, state: State, seconds: float) -> None:
         b, length = self.budget, self.length(state)
@@ -180,6 +211,10 @@ class _Account:
                 "length is unknown; take states from propose()"
             )
         return self._tokens[state.text]
+
+
+def _indifferent(states: Sequence[State]) -> list[list[float]]:
+    return [[0.0] * len(s.steps) for s in states]
 
 
 def _mixed(*parts: int) -> int:

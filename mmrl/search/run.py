@@ -17,9 +17,11 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
+from mmrl.growth import rollout_of
 from mmrl.registry import explain, hint
 from mmrl.rewards.scoring import RewardError, score
-from mmrl.rollout import Extender, OutcomeReward, Prompt, Sample, check_prompts
+from mmrl.rollout import Extender, OutcomeReward, Prompt, Rollout, Sample, StepWriter, check_prompts
+from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.beam import beam, dvts
 from mmrl.search.best_of_n import best_of_n
 from mmrl.search.budget import Budget
@@ -47,7 +49,7 @@ METHODS: dict[str, Callable[..., list[SearchResult]]] = {
 def search(
     prompts: Sequence[Prompt],
     extender: Extender,
-    scorer: Scorer,
+    scorer: Scorer | None,
     verifier: OutcomeReward,
     *,
     folder: Path,
@@ -62,6 +64,7 @@ def search(
     stop: Callable[[str], bool] | None = None,
     canonical: Callable[[Prompt, str], str | None] = canonical_answer,
     about: Mapping[str, Any] | None = None,
+    rollouts: RolloutFolder | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Search every prompt, verify every candidate, write the folder, and return its report (`measures.measure`).
@@ -71,9 +74,11 @@ def search(
         settings: keyword options of the method. budget: limit per prompt. prompts_per_batch: searched side by side.
         prompt_tokens, stop: see `Problem`. canonical: (prompt, text) -> the answer that votes compare.
         about: JSON values that name policy and scorer; a folder made with others is refused.
+        rollouts: where the trees go, a batch at a time, with the outcome of every path that ended.
 
     Raises:
-        ValueError: unknown method, setting or aggregation, no prompts, or the folder holds another search.
+        ValueError: unknown method, setting or aggregation, no prompts, the folder holds another search, or prompts
+            searched before whose trees were not kept.
         RewardError: more than `max_unscored` of the candidates have no verdict.
     """
     options = check_method(method, settings or {})
@@ -88,12 +93,17 @@ def search(
     rows = _open(folder, record, prompts)
     problem = Problem(extender, scorer, limits, seed, prompt_tokens=prompt_tokens, stop=stop)
     options |= {"canonical": canonical} if "canonical" in inspect.signature(METHODS[method]).parameters else {}
+    if rollouts is not None:
+        _check_trees(rollouts, folder, rows)
     todo = [p for p in prompts if p.id not in rows]
     with (folder / "results.jsonl").open("a") as file, bar(len(prompts), len(rows), progress) as advance:
         for i in range(0, len(todo), prompts_per_batch):
             batch = todo[i : i + prompts_per_batch]
-            new = _rows(METHODS[method](problem, batch, **options), batch, verifier, canonical)
+            results = METHODS[method](problem, batch, **options)
+            new = _rows(results, batch, verifier, canonical, whole_trees=rollouts is not None)
             _check_unscored([*rows.values(), *new], max_unscored)
+            if rollouts is not None:  # before the rows: a prompt with a row has its tree
+                rollouts.append(_grown(results, extender, {"grown_by": method, "seed": seed}))
             for row in new:
                 file.write(json.dumps(row) + "\n")
                 rows[row["id"]] = row
@@ -132,14 +142,21 @@ def _rows(
     prompts: Sequence[Prompt],
     verifier: OutcomeReward,
     canonical: Callable[[Prompt, str], str | None],
+    *,
+    whole_trees: bool,
 ) -> list[dict[str, Any]]:
+    """A row per prompt, every candidate verified; whole_trees: and every other path that ended, for its outcome."""
     samples = [Sample(p, s.text, -1) for p, r in zip(prompts, results, strict=True) for s in r.states]
+    others = [(r.tree, v) for r in results for v in _ended_elsewhere(r)] if whole_trees else []
+    samples += [Sample(tree.prompt, tree.text(v), -1) for tree, v in others]
     verdicts = iter(score(samples, {"verifier": (verifier, 1.0)}, max_unscored=1.0).total.tolist())
     rows = []
     for p, r in zip(prompts, results, strict=True):
         candidates = []
         for c in r.candidates:
             verdict = next(verdicts)
+            if c.state.done and not math.isnan(verdict):
+                r.tree.numbers["outcome"][r.tree.node(c.state)] = verdict
             candidates.append(
                 {
                     "steps": list(c.state.steps),
@@ -152,7 +169,34 @@ def _rows(
             )
         row = {"id": p.id, "prompt": _digest(p), "reference": p.reference, "answer": r.answer}
         rows.append(row | {"candidates": candidates, "cost": r.budget.report()})
+    for (tree, v), verdict in zip(others, verdicts, strict=True):
+        if not math.isnan(verdict):
+            tree.numbers["outcome"][v] = verdict
     return rows
+
+
+def _ended_elsewhere(found: SearchResult) -> list[int]:
+    """The leaves of a tree that ended and are no candidate."""
+    known = {found.tree.node(s) for s in found.states}
+    return [v for v in found.tree.leaves if found.tree.ended[v] and v not in known]
+
+
+def _grown(results: Sequence[SearchResult], extender: Extender, about: Mapping[str, Any]) -> Rollout:
+    """The trees of some prompts, as what the policy trains on where it can make steps its own actions."""
+    heats = {r.temperature for r in results} - {None}
+    told = dict(about) | ({"temperature": heats.pop()} if len(heats) == 1 else {})
+    rollout = rollout_of([r.tree for r in results], told)
+    return extender.write_steps(rollout) if isinstance(extender, StepWriter) else rollout
+
+
+def _check_trees(rollouts: RolloutFolder, folder: Path, rows: Mapping[str, Any]) -> None:
+    """Every prompt that has been searched has its tree, and no other one; ValueError where a tree is missing."""
+    missing = sorted(rows.keys() - rollouts.keep(rows.keys()))
+    if missing:
+        raise ValueError(
+            f"{folder} has {len(missing)} prompts whose trees are not in {rollouts.root}, the first: {missing[0]!r}; "
+            "they were searched without `rollouts`, or into another folder: take another output"
+        )
 
 
 def _check_unscored(rows: Sequence[Mapping[str, Any]], limit: float) -> None:

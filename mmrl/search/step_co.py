@@ -36,7 +36,7 @@ def step_co(
         bad = next((t for t, p in enumerate(version.step_scores) if p < threshold), None)
         if version.score >= threshold or bad is None or _repeats(versions, canonical) or problem.spent(prompt):
             break
-        state = State(prompt, version.state.steps[:bad])
+        state = version.state.upto(bad)
     return result(problem, prompt, versions, answer=len(versions) - 1)
 
 

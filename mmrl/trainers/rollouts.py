@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +26,10 @@ from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, check_prompts
+from mmrl.rollout_folder import RolloutFolder
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
-from mmrl.trainers.stored import RECIPE, StoredRollouts
+from mmrl.trainers.stored import StoredRollouts
 from mmrl.trainers.task import Task, build_readings, build_rewards, build_step_rewards, producers
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Rollouts:
     def reward_leaves(self, rollout: Rollout, controls: Mapping[str, Sequence[Sample]] | None = None) -> Rollout:
         """The rollout with the outcomes of its decoded leaves. controls: see `_controls`."""
         with self.timed("rollout"):
-            samples = self.policy.samples(rollout)
+            samples = ended(rollout, self.policy.samples(rollout))
         rewards = dict(self.rewards)
         for name, others in (controls or {}).items():
             reward: Any = rewards[name][0]
@@ -303,6 +303,14 @@ class Rollouts:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
+def ended(rollout: Rollout, samples: Sequence[Sample]) -> list[Sample]:
+    """Without those of leaves that a search left open (tag `open`): nobody knows what they would have come to."""
+    if "open" not in rollout.tree.tags:
+        return list(samples)
+    still_open = rollout.tree.tags["open"].tolist()
+    return [s for s in samples if not still_open[s.step]]
+
+
 def moments(name: str, x: Tensor) -> dict[str, float]:
     """Count, sum and sum of squares of what is not NaN."""
     x = x[~x.isnan()]
@@ -334,17 +342,16 @@ def store_rollouts(
     Raises:
         ConfigError: the folder has rollouts of another recipe or of an unknown one.
     """
-    folder, loop = Path(folder), rollouts.loop
-    if loop.is_main:
-        _open_store(folder, recipe_record(rollouts, plan) | {"model": model})
+    loop = rollouts.loop
+    store = RolloutFolder(folder, recipe_record(rollouts, plan) | {"model": model}, write=loop.is_main)
     loop.accelerator.wait_for_everyone()
-    made = []
+    made, rank = [], loop.accelerator.process_index
     for i in track(range(iterations), description="rollouts", disable=not loop.is_main):
-        made.append(folder / f"{i:06d}-{loop.accelerator.process_index:02d}")
+        made.append(store.place(i, rank))
         complete = (made[-1] / "rollout.json").exists()
         if loop.all_max(float(not complete))[0]:  # engines sample on all ranks or on none
             rollouts.clear()
-            _replace(rollouts.sampled(plan, i), made[-1])
+            store.save(rollouts.sampled(plan, i), i, rank)
     loop.accelerator.wait_for_everyone()
     return made
 
@@ -358,27 +365,3 @@ def recipe_record(rollouts: Rollouts, plan: BranchPlan) -> dict[str, Any]:
         "step_rewards": [r.model_dump(mode="json") for r in c.step_rewards], "seed": run.seed,
         "prompts_per_iteration": run.prompts_per_iteration, "processes": rollouts.loop.accelerator.num_processes,
     }))  # fmt: skip
-
-
-def _open_store(folder: Path, record: dict[str, Any]) -> None:
-    """Create the folder, or check that it is of the same recipe."""
-    file = folder / RECIPE
-    if file.exists():
-        known = json.loads(file.read_text())
-        changed = [f"{k}: {known.get(k)} -> {record[k]}" for k in record if record[k] != known.get(k)]
-        if changed:
-            raise ConfigError(f"{folder} holds rollouts of another recipe: {'; '.join(changed)}. Use another folder")
-    elif any(folder.glob("*/rollout.json")):
-        raise ConfigError(
-            f"{folder} holds rollouts without {RECIPE}, so what made them is unknown; use another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _replace(rollout: Rollout, folder: Path) -> None:
-    """Save under another name and rename: complete or absent, never half."""
-    part = folder.with_name(f".{folder.name}.part")
-    for old in (part, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    rollout.save(part).rename(folder)

@@ -43,9 +43,12 @@ class ImitationTrainer:
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)
         self.prompts = list(self.rollouts.task.prompts)
+        if config.source == "reference" and config.rollouts is not None:
+            raise ValueError("stored rollouts are samples; with rollouts, set source=samples")
+        self.stored = self.rollouts.open_stored(config.rollouts)
         if config.source == "reference":
             self._keep_solved()
-        else:
+        elif self.stored is None:
             self.policy.forecast(self.plan)  # a plan that does not fit is refused here
 
     def _keep_solved(self) -> None:
@@ -81,14 +84,19 @@ class ImitationTrainer:
     def solutions(self, iteration: int) -> tuple[Rollout, Tensor]:
         """What this rank learns from: a rollout and (N,) how many chosen solutions go through each step."""
         if self.config.source == "samples":
-            prompts = self.rollouts.prompts(iteration, self.prompts)
-            rollout = self.rollouts.rewarded(prompts, self.plan, iteration)
+            rollout = self._samples(iteration)
             leaves = best_leaves(rollout.tree, self.config.keep_above, self.config.per_prompt)
             chosen = torch.zeros(len(rollout.tree), dtype=torch.float64).index_fill(0, leaves, 1.0)
             return rollout, rollout.tree.accumulate(chosen)
         written = references(self.policy, self.rollouts.prompts(iteration, self.prompts))
         assert written is not None  # prompts without a solution were taken out
         return written, torch.ones(len(written.tree), dtype=torch.float64)
+
+    def _samples(self, iteration: int) -> Rollout:
+        """This rank's rewarded rollout of the iteration, sampled or read."""
+        if self.stored is not None:
+            return self.rollouts.read(self.stored, iteration)
+        return self.rollouts.rewarded(self.rollouts.prompts(iteration, self.prompts), self.plan, iteration)
 
     def update(self, rollout: Rollout, weight: Tensor) -> dict[str, float]:
         """The mean negative log-likelihood per action over all ranks, and one optimizer step on it."""

@@ -52,7 +52,8 @@ class StepRewardTrainer:
         self, config: RewardModelConfig, scorer: StepScorer | None = None, task: LabelledTask | None = None
     ) -> None:
         self.config = config
-        self.task: LabelledTask = task or build("tasks", "task", config.task.name, config.task.options)
+        read = {} if config.rollouts is None else {"train": str(config.rollouts)}
+        self.task: LabelledTask = task or build("tasks", "task", config.task.name, config.task.options | read)
         self.scorer: StepScorer = scorer or build("scorers", "scorer", config.scorer.name, config.scorer.options)
         check_prompts([*self.task.prompts, *self.task.eval_prompts])
         self._loss: StepLoss = step_loss(config.loss.name, **config.loss.options)

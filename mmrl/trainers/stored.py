@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mmrl.rollout import BranchPlan, Policy, Prompt, Rollout
+from mmrl.rollout_folder import RECIPE
 from mmrl.seeding import named_generator
 from mmrl.tree import StepTree
 
 log = logging.getLogger(__name__)
 
-RECIPE = "recipe.json"  # beside the rollouts of `mmrl.trainers.rollouts.store_rollouts`: what made them
 _RANKED = re.compile(r"\d{6}-\d{2}")  # iteration and rank
 
 
@@ -85,7 +85,8 @@ class StoredRollouts:
     def check(self, policy: Policy, prompts: Sequence[Prompt], plan: BranchPlan | None = None) -> None:
         """Refuses rollouts of other prompts, or of another kind of policy or sampling; batches then have `prompts`.
 
-        Every way of sampling that occurs (`about`) is compared with a fresh rollout of one prompt.
+        Every way of sampling that occurs (`about`) is compared with a fresh rollout of one prompt. What a search or an
+        annotation grew (`about` has `grown_by`) forks where it chose to, so no plan is compared with it.
 
         Args:
             plan: the one they must have been sampled by, None = any.
@@ -124,6 +125,8 @@ class StoredRollouts:
     def _compare(self, part: int, policy: Policy, plan: BranchPlan | None) -> None:
         folder, rollout = self._parts[part][0], self._read(part)
         one, about = rollout.select([0]), rollout.about
+        if "grown_by" in about:
+            plan = None
         chosen = plan or self._plan(rollout.tree)
         seed, iteration = about.get("seed", 0), about.get("iteration", 0)
         made = policy.rollout(one.prompts, chosen, seed=seed, iteration=iteration)
@@ -145,6 +148,8 @@ class StoredRollouts:
         """The plan that sampled; when that is not recorded, one that forks where `tree` does."""
         if "plan" in self.recipe:
             return BranchPlan({int(d): k for d, k in self.recipe["plan"].items()})
+        if "grown_by" in self.recipe:
+            return BranchPlan({0: 1})
         forked = tree.depth[_family(tree) > 1].unique().tolist()
         return BranchPlan({0: 1} | dict.fromkeys(forked, 2))
 
@@ -209,8 +214,9 @@ def _interleaved(rollouts: Sequence[Rollout]) -> Rollout:
 
 
 def _how(about: Mapping[str, Any]) -> Any:
-    """What `about` says besides which random numbers were drawn."""
-    return {k: v for k, v in json.loads(json.dumps(dict(about))).items() if k not in ("seed", "iteration")}
+    """What `about` says besides which random numbers were drawn and who chose where to go on."""
+    other = ("seed", "iteration", "grown_by", "written")
+    return {k: v for k, v in json.loads(json.dumps(dict(about))).items() if k not in other}
 
 
 def _family(tree: StepTree) -> Tensor:

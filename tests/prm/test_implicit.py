@@ -130,7 +130,7 @@ def test_rewards_are_zero_at_the_start_and_the_log_ratio_later(rank):
     shake(prm)
     scores = score_solutions(prm, [P], CANDIDATES)[0]
     for texts, own in zip(CANDIDATES[0], scores, strict=True):
-        rollout = prm.policy.tokenised(solution_forest([P], [[texts]])[0])
+        rollout = prm.policy.write_steps(solution_forest([P], [[texts]])[0])
         with torch.no_grad():
             lp = prm.policy.log_probs(rollout, torch.arange(len(texts)), reference=True)
         assert sum(own) == pytest.approx(0.05 * float((lp.logp - lp.ref_logp).sum()), abs=1e-6) and sum(own) != 0
@@ -138,7 +138,7 @@ def test_rewards_are_zero_at_the_start_and_the_log_ratio_later(rank):
 
 def test_the_end_of_the_answer_is_part_of_the_last_step():
     prm = build()
-    rollout = prm.policy.tokenised(solution_forest([P], [[["ab", "c\n"], ["ab\n", "d"]]])[0])
+    rollout = prm.policy.write_steps(solution_forest([P], [[["ab", "c\n"], ["ab\n", "d"]]])[0])
     texts = [prm.policy.tokenizer.decode(prm.policy._ids(rollout, v)) for v in range(4)]
     assert texts == ["ab\n", "c\n<|end|>", "ab\n", "d<|end|>"]  # raw texts differ, so they are not merged
 

@@ -215,7 +215,7 @@ def test_tokens_of_written_texts_come_back_in_their_order(pictures):
     policy = policy_of()
     prompts = [prompt(pictures, i=i) for i in range(2)]
     rollout, _ = solution_forest(prompts, [[["a", "b"], ["a", "c"]], [["d"]]])
-    out = policy.tokenised(rollout)
+    out = policy.write_steps(rollout)
     assert out.tree.parent.tolist() == rollout.tree.parent.tolist() == [-1, 0, 0, -1]
     assert [t.strip() for t in out.texts] == rollout.texts
     assert out.tree.is_leaf.tolist() == [False, True, True, True] and out.prompts == prompts
