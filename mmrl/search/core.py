@@ -112,17 +112,20 @@ def judge(
 
 
 def _note(tree: GrowingTree, found: Candidate, value: Callable[[Sequence[float]], float]) -> None:
-    """Write the scores of a path into its tree: each step's own as its reward, the aggregate up to it as its value."""
+    """Write the scores of a path into its tree: each step's own as its reward, the aggregate up to it as its value.
+
+    Blank steps have no score of their own; one that ends a path has the value of the path.
+    """
     path, row = found.state.path, found.step_scores
-    if len(path) != len(row):  # blank steps have no score
-        path = tuple(v for v in path if tree.texts[v].strip())
-    if len(path) != len(row) or not path:
+    said = path if len(path) == len(row) else tuple(v for v in path if tree.texts[v].strip())
+    if not row or len(said) != len(row):
         return
-    for t, node in enumerate(path):
+    for t, node in enumerate(said):
         tree.numbers["step_reward"][node] = row[t]
-        worth = found.score if t == len(path) - 1 else value(row[: t + 1])
-        if math.isfinite(worth) and (t == len(path) - 1 or node not in tree.numbers["value"]):
-            tree.numbers["value"][node] = worth
+        if math.isfinite(worth := value(row[: t + 1])):
+            tree.numbers["value"].setdefault(node, worth)
+    if math.isfinite(found.score):
+        tree.numbers["value"][path[-1]] = found.score
 
 
 def number(by: str) -> Callable[[Sequence[float]], float]:

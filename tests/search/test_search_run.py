@@ -2,14 +2,18 @@ import json
 import math
 
 import pytest
-from known_tree import KnownTree, complete_tree
+import torch
+from known_tree import KnownTree, complete_tree, is_best
 
+from mmrl.credit import compose
 from mmrl.rewards.answers import ExactAnswer
 from mmrl.rewards.scoring import RewardError
-from mmrl.rollout import Prompt
+from mmrl.rollout import Prompt, Rollout
+from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
 from mmrl.search.measures import measure
 from mmrl.search.run import METHODS, search
+from mmrl.tree_ops import backup
 
 TREES = {str(i): complete_tree(3, 3, i) for i in range(6)}
 PROMPTS = [Prompt(k, {"question": k}, {"answer": str(i % 4)}) for i, k in enumerate(TREES)]
@@ -188,3 +192,105 @@ def test_paths_without_steps_never_win(tmp_path):
     (row,) = lines(tmp_path)
     assert row["candidates"][0]["score"] is None and report["accuracy"]["answer"]["mean"] == 0
     assert not math.isnan(report["accuracy"]["weighted/min"]["mean"])
+
+
+# ---- the trees it keeps ---------------------------------------------------------------------------------------------
+
+
+def stored(folder):
+    return [Rollout.load(f) for f in sorted(folder.glob("0*"))]
+
+
+def flat(rollouts):
+    """prompt -> (path of texts, outcome, value, visits) of its steps."""
+    out = {}
+    for r in rollouts:
+        whole = []
+        for v, p in enumerate(r.tree.parent.tolist()):
+            whole.append((whole[p] if p >= 0 else ()) + (r.texts[v],))
+            numbers = (r.tree.outcome[v], r.tree.value[v], r.tree.tags["visits"][v])
+            row = (whole[v], *(None if math.isnan(x) else float(x) for x in numbers))
+            out.setdefault(r.prompts[int(r.tree.group[v])].id, []).append(row)
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_its_tree(tmp_path, method):
+    """All candidates with their verdicts and scores, every prefix as often as it was proposed."""
+    settings = {"n": 4} | ({"widths": [4, 2, 1]} if method == "pats" else {})
+    settings = {k: v for k, v in settings.items() if k in {"pats": ("widths",), "step_co": ()}.get(method, ("n",))}
+    run(tmp_path, method=method, settings=settings, rollouts=RolloutFolder(tmp_path / "trees", {"a": 1}))
+    found = flat(stored(tmp_path / "trees"))
+    for row in lines(tmp_path):
+        tree = {path: (outcome, value) for path, outcome, value, _ in found[row["id"]]}
+        for c in row["candidates"]:
+            outcome, value = tree[tuple(c["steps"])]
+            assert outcome == (None if not c["done"] else float(c["correct"]))
+            if method != "mcts":
+                assert value == pytest.approx(c["score"])
+        first = [visits for path, _, _, visits in found[row["id"]] if len(path) == 1]
+        if method == "best_of_n":
+            assert first == [1] * 4
+
+
+def test_a_tree_search_by_hand_in_its_rollout(tmp_path):
+    """The search of test_tree_search_by_hand: two visits of a, one of its end a1, one of b; unvisited steps keep the
+    scorer's value and are compared with nothing."""
+    tree = {"a ": (0.9, {"a1": (0.2, {}), "a2": (0.1, {})}), "b ": (0.5, {"b1": (0.6, {}), "b2": (0.4, {})})}
+    folder = RolloutFolder(tmp_path / "trees", {})
+    settings = {"c": 1.0, "n": 2, "iterations": 4}
+    run(tmp_path, [Prompt("p", {"question": "?"}, {"answer": "1"})], KnownTree(tree), is_best(tree), method="mcts",
+        settings=settings, rollouts=folder)  # fmt: skip
+    (rollout,) = stored(tmp_path / "trees")
+    rows = {path[-1]: rest for path, *rest in flat([rollout])["p"]}
+    assert rows == {
+        "a ": [None, pytest.approx(0.55), 2], "a1": [0, pytest.approx(0.2), 1], "a2": [0, pytest.approx(0.1), 0],
+        "b ": [None, pytest.approx(0.5), 1], "b1": [1, pytest.approx(0.6), 0], "b2": [0, pytest.approx(0.4), 0],
+    }  # fmt: skip
+    # the prompt: .7 when it was opened, then a .9, a1 .2, b .5
+    assert rollout.tree.root_value.tolist() == pytest.approx([(0.7 + 0.9 + 0.2 + 0.5) / 4])
+    advantage = dict(zip(rollout.texts, compose(rollout.tree, [{"name": "propa"}]).adv.tolist(), strict=True))
+    assert advantage["a "] == pytest.approx(-advantage["b "]) and advantage["a "] > 0
+    assert advantage["a1"] == advantage["a "]  # alone among its siblings, it inherits
+    assert advantage["a2"] == advantage["b1"] == advantage["b2"] == 0
+
+
+def test_without_a_scorer_a_tree_tells_outcomes(tmp_path):
+    run(tmp_path, scorer=None, rollouts=RolloutFolder(tmp_path / "trees", {}))
+    for rollout in stored(tmp_path / "trees"):
+        tree = rollout.tree
+        assert bool(tree.value.isnan().all() and tree.step_reward.isnan().all())
+        torch.testing.assert_close(tree.tags["q_sum"] / tree.tags["visits"], backup(tree))
+
+
+def test_a_search_that_was_cut_keeps_the_same_trees(tmp_path):
+    def go(name, **options):
+        folder = RolloutFolder(tmp_path / name / "trees", {"seed": 0})
+        return run(tmp_path / name, method="mcts", settings={"iterations": 9}, rollouts=folder, **options)
+
+    go("whole", prompts_per_batch=2)
+    policy = KnownTree(TREES, random=True)
+    with pytest.raises(KeyboardInterrupt):
+        go("cut", policy=policy, prompts_per_batch=2, scorer=Dies(policy, "4"))
+    results = tmp_path / "cut" / "results.jsonl"
+    results.write_text(results.read_text()[:-40])  # prompt 3 has a tree and no row any more
+    go("cut", prompts_per_batch=3)
+    assert flat(stored(tmp_path / "cut/trees")) == flat(stored(tmp_path / "whole/trees"))
+    with pytest.raises(ValueError, match="holds rollouts of another recipe: seed: 0 -> 1"):
+        RolloutFolder(tmp_path / "cut/trees", {"seed": 1})
+    with pytest.raises(ValueError, match="6 prompts whose trees are not in .*other, the first: '0'"):
+        run(
+            tmp_path / "cut", method="mcts", settings={"iterations": 9}, rollouts=RolloutFolder(tmp_path / "other", {})
+        )
+
+
+class Dies:
+    """A scorer that is interrupted at one prompt."""
+
+    def __init__(self, policy, at):
+        self.policy, self.at = policy, at
+
+    def __call__(self, states):
+        if any(s.prompt.id == self.at for s in states):
+            raise KeyboardInterrupt
+        return self.policy.score(states)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, family_folder, picture
 
+from mmrl.growth import ROOT, GrowingTree, rollout_of
 from mmrl.prm.data import solution_forest
 from mmrl.rollout import Prompt, State
 from vision.loading import vision_tower
@@ -221,3 +222,33 @@ def test_tokens_of_written_texts_come_back_in_their_order(pictures):
     assert out.tree.is_leaf.tolist() == [False, True, True, True] and out.prompts == prompts
     with torch.no_grad():
         assert torch.isfinite(policy.log_probs(out, torch.arange(4)).logp).all()
+
+
+def test_a_state_goes_on_from_the_ids_that_were_sampled(pictures):
+    """Other ids may spell its text as well; here they plainly do not, so that it shows."""
+    policy = policy_of()
+    said = tuple(policy.tokenizer.encode("1 + 1\n", add_special_tokens=False))
+    (want,) = policy.extend([State(prompt(pictures), ("1 + 1\n",))], 1, seed=0)
+    for ids, same in ((said, True), (said[::-1], False)):
+        (got,) = policy.extend([State(prompt(pictures), ("1 + 1\n",), ids=(ids,))], 1, seed=0)
+        assert (got[0].logps[0] == pytest.approx(want[0].logps[0], abs=1e-5)) is same
+        flat = [i for step in got[0].ids for i in step]
+        assert policy.tokenizer.decode(flat, skip_special_tokens=True) == "".join(got[0].steps)
+
+
+def test_steps_keep_their_sampled_tokens_and_log_probs(pictures):
+    """A grown tree becomes a rollout whose ratio is 1: nothing is tokenised or scored again."""
+    policy = policy_of()
+    tree = GrowingTree(prompt(pictures))
+    (first,) = policy.extend([tree.state(ROOT)], 3, seed=4, steps=1)
+    for c in first:
+        (end,) = tree.grow(ROOT, c)
+        if not c.done:
+            for more in policy.extend([tree.state(end)], 2, seed=4)[0]:
+                tree.grow(end, more)
+    rollout = policy.write_steps(rollout_of([tree]))
+    assert len(rollout.tree) > 5 and not rollout.tree.is_chains
+    assert rollout.texts == tree.texts[1:] and rollout.about["temperature"] == 0.7
+    with torch.no_grad():
+        lp = policy.log_probs(rollout, torch.arange(len(rollout.tree)))
+    torch.testing.assert_close(lp.logp, rollout.actions.logp[lp.index], atol=1e-5, rtol=0)

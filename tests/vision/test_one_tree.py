@@ -1,0 +1,154 @@
+"""Stored searches and annotations of the shapes task train every trainer, from the command lines of docs/search.md."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from families import family_folder
+from typer.testing import CliRunner
+
+from mmrl.cli import app
+from mmrl.rollout import Rollout
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "vision"
+SHORT = ["run.cpu=true", "run.iterations=1", "run.prompts_per_iteration=2", "run.trackers=[]", "run.report=false"]
+TASK = ["task.train=6", "task.held_out=2"]
+# a random model never answers right, so what is searched for is digits
+DIGITS = "{name: 'vision_tiny:digits', timeout_s: 0}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMRL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def policy(**more):
+    options = {"model": str(family_folder("qwen2_5_vl")), "max_new_tokens": 40, "temperature": 1.0, **more}
+    return [f"policy.{k}={v}" for k, v in options.items()]
+
+
+def run(verb, *args):
+    done = CliRunner().invoke(app, [verb, *map(str, args)], catch_exceptions=True)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def search(folder, method, *more):
+    """Trees of four questions."""
+    run(
+        "search", CONFIGS / "shapes_search.yaml", *TASK, *policy(), f"method={method}", "split=train", "prompts=4",
+        "batch=2", "cpu=true", "scorer=vision_tiny:step_digits", f"verifier={DIGITS}", f"output={folder / 'search'}",
+        f"rollouts={folder / 'trees'}", *more,
+    )  # fmt: skip
+    return folder / "trees"
+
+
+@pytest.fixture(scope="module")
+def trees(cache, tmp_path_factory):
+    return search(tmp_path_factory.mktemp("mcts"), "{name: mcts, n: 3, iterations: 8}")
+
+
+def train(recipe, output, *more):
+    told = run(
+        "train", CONFIGS / recipe, *SHORT, *TASK, *policy(), f"rewards=[{DIGITS}]", f"run.output={output}", *more
+    )
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {k: v for row in rows for k, v in row.items()}, told
+
+
+def rollouts(folder):
+    return [Rollout.load(f) for f in sorted(folder.glob("0*"))]
+
+
+def test_a_search_stores_what_it_knows(trees):
+    """Every ended path has its verdict, every step the scorer's number, its visits and its value."""
+    record = json.loads((trees / "recipe.json").read_text())
+    assert record["grown_by"]["name"] == "mcts" and record["task"]["train"] == 6
+    stored = rollouts(trees)
+    assert [len(r.prompts) for r in stored] == [2, 2]
+    for rollout in stored:
+        tree = rollout.tree
+        ended = tree.is_leaf & ~tree.tags["open"]
+        assert torch.equal(tree.is_finished, ended) and bool(tree.tags["open"].any()) and bool(ended.any())
+        assert not bool(tree.value.isnan().any() | tree.root_value.isnan().any())
+        seen = tree.tags["visits"] > 0
+        torch.testing.assert_close(tree.tags["q_sum"][seen] / tree.tags["visits"][seen], tree.value[seen])
+        first = tree.depth == 0
+        for g in range(2):  # the first iteration opens the prompt, each of the others walks through a first step
+            assert int(tree.tags["visits"][first & (tree.group == g)].sum()) == 7
+        read = [t.strip() != "" for t in rollout.texts]
+        assert torch.equal(~tree.step_reward.isnan(), torch.tensor(read))
+        assert rollout.about == {"grown_by": "mcts", "seed": 2, "temperature": 1.0, "written": True}
+
+
+def test_mcts_dpo_with_visits(trees, tmp_path, caplog):
+    told, _ = train(
+        "shapes_step_dpo.yaml", tmp_path, f"rollouts={trees}", "step_rewards=[]", "loss={name: mcts_dpo}",
+        "pairs={name: best_path, by: value}",
+    )  # fmt: skip
+    assert told["preference/pairs"] > 0 and told["preference/loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert told["policy/grad_norm"] > 0
+
+
+def test_svpo_with_values(trees, tmp_path):
+    told, _ = train(
+        "shapes_step_dpo.yaml", tmp_path, f"rollouts={trees}", "step_rewards=[]", "loss={name: svpo}",
+        "pairs={name: siblings, by: value, threshold: 0.01}",
+    )  # fmt: skip
+    assert told["preference/pairs"] > 0 and told["policy/grad_norm"] > 0
+
+
+def test_propa_with_visits(trees, tmp_path):
+    told, _ = train("shapes_propa.yaml", tmp_path, f"rollouts={trees}", "imitation.weight=0")
+    assert told["policy/ratio_dev_max"] < 1e-4 and told["policy/grad_norm"] > 0 and told["credit/adv_abs_max"] > 0
+
+
+def test_a_value_model_and_imitation(trees, tmp_path):
+    """step_reward learns the values of the search, imitation the best of what it found."""
+    scorer = f"{{name: vision_prm, model: {family_folder('qwen2_5_vl')}, head: likelihood}}"
+    held_out = shutil.copytree(trees, tmp_path / "held_out")
+    run(
+        "train", CONFIGS / "shapes_svpo_value.yaml", *SHORT, f"scorer={scorer}", f"rollouts={trees}",
+        f"task={{name: tree_values, eval: {held_out}, by: value}}", f"run.output={tmp_path / 'value'}",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "value" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/value_mse" in row for row in rows) and any(row.get("policy/grad_norm", 0) > 0 for row in rows)
+    recipe = {
+        "trainer": "imitation", "task": {"name": "shapes", "filled": [10, 15]}, "policy": {"name": "vision"},
+        "source": "samples", "keep_above": 0.0,
+    }  # fmt: skip
+    (tmp_path / "imitation.yaml").write_text(json.dumps(recipe))
+    told, _ = train(tmp_path / "imitation.yaml", tmp_path / "imitation", f"rollouts={trees}")
+    assert told["imitation/solutions_per_prompt"] == 1 and told["policy/grad_norm"] > 0
+    with pytest.raises(ValueError, match="set source=samples"):
+        train(tmp_path / "imitation.yaml", tmp_path / "r", f"rollouts={trees}", "source=reference")
+
+
+def test_other_rewards_leave_open_leaves_alone(trees, tmp_path):
+    """Where a search did not go on nobody knows the outcome, whatever the reward."""
+    from mmrl.config import load_config
+    from mmrl.trainers import trainer_of
+
+    more = [*SHORT, *TASK, *policy(), f"rollouts={trees}", f"run.output={tmp_path}", "rewards=[{name: shapes_answer}]"]
+    trainer = trainer_of(load_config(CONFIGS / "shapes_propa.yaml", more))
+    tree = trainer.sample(0).tree
+    assert bool(tree.tags["open"].any()) and torch.equal(tree.is_finished, tree.is_leaf & ~tree.tags["open"])
+    assert bool((tree.outcome[tree.is_finished] == 0).all())
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("policy.temperature=0.5", "temperature: 1.0 stored, 0.5 here"),
+        ("task.train=1", "stored prompts are none of the task's 1 training prompts"),
+    ],
+)
+def test_another_recipe_is_refused(trees, tmp_path, change, told):
+    with pytest.raises(ValueError, match=told):
+        train("shapes_propa.yaml", tmp_path, f"rollouts={trees}", change)
