@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.fields import ANYTHING
 from mmrl.rollout import BranchPlan, Policy, Prompt, Rollout
 from mmrl.rollout_folder import RECIPE
 from mmrl.seeding import named_generator
@@ -160,14 +161,13 @@ class StoredRollouts:
 def fields_given(plan: Mapping[int, int], folder: Path | None) -> list[str]:
     """Fields that rollouts have before a recipe writes any: those on disk where it names a folder, and `forks`.
 
-    Raises:
-        ValueError: no rollouts in the folder.
+    Of a folder without rollouts any field, since it is refused when it is opened.
     """
     if folder is None:
         return ["forks"] if BranchPlan(plan).leaves > 1 else []
     files = [folder / "rollout.json", *sorted(folder.glob("[!.]*/rollout.json"))]
     first = next((f.parent for f in files if f.exists()), None)
-    return [] if first is None else ["forks", *Rollout.load(first).fields()]
+    return [ANYTHING] if first is None else ["forks", *Rollout.load(first).fields()]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
