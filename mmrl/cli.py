@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mmrl.config import TrainingConfig
+    from mmrl.recipe import TrainingConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
     "Train models from rewards on steps: vision-language, diffusion, video."))  # fmt: skip
@@ -30,10 +30,10 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe before it costs hours: forecast, one rollout, ratio = 1, rewards."""
     config = _load(recipe, overrides)
-    from mmrl.config import Config
     from mmrl.doctor import examine
+    from mmrl.trainers.branch_grpo import BranchGrpoConfig
 
-    if not isinstance(config, Config):
+    if not isinstance(config, BranchGrpoConfig):
         raise ValueError(f"doctor examines recipes of branch_grpo; {recipe} has trainer: {config.trainer}")
     if config.rollouts is not None:
         raise ValueError("doctor examines what a recipe samples; leave its stored rollouts out: rollouts=null")
@@ -82,7 +82,8 @@ def list_(
 @app.command()
 def annotate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Label the steps of solutions: Monte Carlo, OmegaPRM, judges, scorers."""
-    from mmrl.config import AnnotateConfig, load_section
+    from mmrl.annotate.recipe import AnnotateConfig
+    from mmrl.config import load_section
 
     config = load_section(recipe, AnnotateConfig, overrides or [])
     from mmrl.jobs import run_annotate
@@ -124,7 +125,8 @@ def score(
 @app.command()
 def search(recipe: Recipe, overrides: Overrides = None) -> None:
     """Best-of-N, votes, guided search, beams, MCTS with a step scorer."""
-    from mmrl.config import SearchConfig, load_section
+    from mmrl.config import load_section
+    from mmrl.search.recipe import SearchConfig
 
     config = load_section(recipe, SearchConfig, overrides or [])
     from mmrl.jobs import run_search

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from mmrl.config import Config
 from mmrl.rollout import Rollout
-from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.branch_grpo import BranchGrpo, BranchGrpoConfig
 from mmrl.trainers.policy_update import current_logp
 
 
-def examine(config: Config) -> Iterator[str]:
+def examine(config: BranchGrpoConfig) -> Iterator[str]:
     """Lines of a check-up: world, forecast, memory, one rollout with rewards, the ratio before the first update.
 
     Raises:
@@ -65,7 +64,7 @@ def _memory(trainer: BranchGrpo) -> str:
     )
 
 
-def _ratio(trainer: BranchGrpo, rollout: Rollout, config: Config) -> str:
+def _ratio(trainer: BranchGrpo, rollout: Rollout, config: BranchGrpoConfig) -> str:
     old, trainable = rollout.actions.logp, rollout.actions.trainable
     steps = torch.unique(rollout.tree.step_of_action(old.numel())[trainable])
     new = current_logp(trainer.policy, rollout, steps)

@@ -17,29 +17,23 @@ from mmrl.annotate.inject import with_errors
 from mmrl.annotate.monte_carlo import MonteCarlo
 from mmrl.annotate.omega import Omega
 from mmrl.annotate.output import summary, write_report
+from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.annotate.refine import consensus, scan
 from mmrl.annotate.run import RULES, LabelRule, annotate, merge_ranks
 from mmrl.annotate.store import CompletionStore
-from mmrl.config import (
-    AnnotateConfig,
-    Component,
-    ConfigError,
-    JobConfig,
-    PolicyConfig,
-    RewardConfig,
-    SearchConfig,
-    TrainingConfig,
-)
+from mmrl.config import Component, ConfigError
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Kind, SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
 from mmrl.prm.scoring import admitted, load_scorer, score_records, score_states
+from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
 from mmrl.registry import build, call, hint
 from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
+from mmrl.search.recipe import SearchConfig
 from mmrl.search.run import search
 from mmrl.search.samples import best_of_k
 from mmrl.trainers.task import Task, build_reward

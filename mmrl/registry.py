@@ -65,6 +65,20 @@ def add_kind(kind: Kind) -> None:
     _ROWS.setdefault(kind.name, {})
 
 
+add_kind(
+    Kind(
+        "trainers",
+        "trainer",
+        (
+            "mmrl.trainers.branch_grpo",
+            "mmrl.trainers.sample_loss",
+            "mmrl.trainers.sft",
+            "mmrl.trainers.step_preference",
+            "mmrl.trainers.step_reward",
+        ),
+        arguments=1,
+    )
+)
 add_kind(Kind("policies", "policy"))
 add_kind(Kind("tasks", "task"))
 add_kind(Kind("rewards", "reward", arguments=1, writes=("outcome",)))

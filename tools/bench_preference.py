@@ -39,8 +39,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mmrl.config import TrainingConfig, load_config
+from mmrl.config import load_config
 from mmrl.demo import recipe_path
+from mmrl.recipe import TrainingConfig
 from mmrl.trainers import trainer_of
 
 JUDGE_RECIPE = "diffusion/digits_latent_reward.yaml"

@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrl.config import Config, load_config
+from mmrl.config import load_config
 from mmrl.demo import recipe_path
+from mmrl.trainers.branch_grpo import BranchGrpoConfig
 
 SIDES = ("trl", "mmrl")
 NEVER = 10**9
@@ -88,7 +89,7 @@ def measure(args: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
         return summary(steps) | {"accuracy": accuracy(config, str(config.run.output / "model"))}
 
 
-def recipe(args: argparse.Namespace, seed: int, output: Path) -> Config:
+def recipe(args: argparse.Namespace, seed: int, output: Path) -> BranchGrpoConfig:
     """The shapes recipe with this run's size; nothing is evaluated or written while it is timed."""
     from vision.tasks.shapes_base import shapes_base
 
@@ -111,7 +112,7 @@ def summary(steps: Sequence[Step]) -> dict[str, float]:
     return out
 
 
-def accuracy(config: Config, model: str) -> float:
+def accuracy(config: BranchGrpoConfig, model: str) -> float:
     """Share of held-out questions that the model in a folder answers right, greedily."""
     from mmrl.registry import build
     from vision.tasks.shapes import ShapesAnswer
@@ -121,7 +122,7 @@ def accuracy(config: Config, model: str) -> float:
     return statistics.mean(ShapesAnswer()(policy.generate(task.eval_prompts, seed=0)))
 
 
-def train_mmrl(config: Config) -> list[Step]:
+def train_mmrl(config: BranchGrpoConfig) -> list[Step]:
     """Run the recipe; the model is left in `run.output`/model."""
     from mmrl.trainers.branch_grpo import BranchGrpo
 
@@ -148,7 +149,7 @@ def train_mmrl(config: Config) -> list[Step]:
     return steps
 
 
-def train_trl(config: Config) -> list[Step]:
+def train_trl(config: BranchGrpoConfig) -> list[Step]:
     """The same run by TRL; the model is left in `run.output`/model."""
     from transformers import TrainerCallback
     from trl import GRPOTrainer
@@ -182,7 +183,7 @@ def train_trl(config: Config) -> list[Step]:
     return steps
 
 
-def trl_arguments(config: Config, model: Any, processor: Any) -> Any:
+def trl_arguments(config: BranchGrpoConfig, model: Any, processor: Any) -> Any:
     """The recipe in TRL's words: one generation and one optimisation step per batch, all of it at once."""
     from trl import GRPOConfig
 
@@ -204,7 +205,7 @@ def trl_arguments(config: Config, model: Any, processor: Any) -> Any:
     )  # fmt: skip
 
 
-def trl_rows(config: Config, prompts: Sequence[Any]) -> Any:
+def trl_rows(config: BranchGrpoConfig, prompts: Sequence[Any]) -> Any:
     """A dataset of exactly the questions that mmrl's run of this seed asks, in its order."""
     from datasets import Dataset, Image
 

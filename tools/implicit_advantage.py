@@ -18,10 +18,11 @@ import time
 import torch
 from torch import Tensor
 
-from mmrl.config import Config, load_config
+from mmrl.config import load_config
 from mmrl.losses.reward import step_loss
 from mmrl.prm.implicit import ImplicitPrm
 from mmrl.rollout import BranchPlan, Policy, Rollout
+from mmrl.trainers.branch_grpo import BranchGrpoConfig
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.stored import StoredRollouts
 from mmrl.tree import StepTree
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7, help="of the held-out trees")
     a = parser.parse_args()
     config = load_config(a.recipe, ["run.trackers=[]", "run.cpu=true"])
-    assert isinstance(config, Config)
+    assert isinstance(config, BranchGrpoConfig)
     rollouts = Rollouts(config)
     trees = held_out(rollouts, a.seed)
     tree, path = trees.tree, paths(trees.tree)

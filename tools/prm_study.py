@@ -29,14 +29,16 @@ from numpy.typing import NDArray
 
 from mmrl.annotate.direct import by_scorer
 from mmrl.annotate.labels import labels_up_to, local_first_error, mc_first_error
+from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.annotate.refine import consensus, scan
 from mmrl.annotate.targets import mc_values
-from mmrl.config import AnnotateConfig, SearchConfig, load_config, load_section
+from mmrl.config import load_config, load_section
 from mmrl.demo import recipe_path
 from mmrl.prm.metrics import bootstrap, first_error, first_error_of_labels, first_error_score, rank_auc
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import read_records, write_records
 from mmrl.prm.scoring import load_scorer, score_records
+from mmrl.search.recipe import SearchConfig
 
 NEVER = 10**9
 ETA = 0.5  # of the clip

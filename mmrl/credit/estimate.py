@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from mmrl.config import Component, Section
 from mmrl.credit.norm import AllSum, Norm, norm
 from mmrl.credit.norm import whiten as whiten_over_batch
 from mmrl.credit.rules import Kind, check_need, check_recipe, check_tree
@@ -16,6 +18,32 @@ from mmrl.credit.table import Credit, Spec, estimator_of, transform_of
 from mmrl.tree import StepTree
 
 Counting = Literal["node", "leaf"]
+
+
+class EstimatorConfig(Component):
+    """One estimator of a weighted sum: weight and its own options beside the name."""
+
+    weight: float = 1.0
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """As `mmrl.credit.compose` takes it."""
+        return {"name": self.name, "weight": self.weight, **self.options}
+
+
+class CreditConfig(Section):
+    """Transforms, then a weighted sum of estimators, then the clip. `mmrl list estimators` prints what there is."""
+
+    transforms: list[str | dict[str, Any]] | None = None  # null = none; with a trained scorer as step reward, clip (at
+    # 1/2) and delta, so that writing more steps never pays (Clip/Delta, Designing Effective RL Reward)
+    estimators: list[EstimatorConfig] = Field(
+        default_factory=lambda: [EstimatorConfig(name="branch_depth")], min_length=1
+    )
+    counting: Literal["node", "leaf"] = "node"
+    step_reward_kind: Literal["reward", "value"] = "reward"  # a value scores the state and must be differenced
+    whiten: bool = False  # centre and scale the sum over the whole batch
+    allow_double_norm: bool = False
+    clip: PositiveFloat | None = 5.0  # advantages are clamped to +-clip (every public diffusion trainer: 5)
 
 
 @dataclass(frozen=True)

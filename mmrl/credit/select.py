@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from mmrl.config import Section
 from mmrl.tree import StepTree
 
 Width = Literal["none", "top", "extreme"]
+
+
+class PruneConfig(Section):
+    """Which steps get no gradient; the rollout and its rewards are untouched (BranchGRPO)."""
+
+    width: Literal["none", "top", "extreme"] = "none"
+    keep: float = Field(0.5, gt=0, le=1)  # share of leaves kept by `extreme`
+    depth_first: PositiveInt | None = None  # drop steps at this depth and beyond ...
+    depth_stop: NonNegativeInt = 0  # ... sliding down to this one
+    depth_every: PositiveInt = 30  # ... by one step every so many iterations
+    until: float = Field(1.0, ge=0, le=1)  # share of iterations during which pruning is on
 
 
 def prune_depths(tree: StepTree, first: int, stop: int, every: int, iteration: int) -> Tensor:

@@ -10,14 +10,36 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from mmrl.config import Section
 from mmrl.tree import StepTree
 from mmrl.tree_ops import path_sum
 
 Ratio = Literal["action", "step", "trajectory"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "step-mean"]
 KlForm = Literal["exact", "k1", "k2", "k3"]
+
+
+class LossConfig(Section):
+    """The policy loss."""
+
+    ratio: Literal["action", "step", "trajectory"] = "action"  # step and trajectory: the GSPO form
+    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
+    guard: bool = False  # GRPO-Guard ratio normalisation, for latent steps; needs policy.keep_mean
+    clip_low: PositiveFloat = 1e-3
+    clip_high: PositiveFloat = 1e-3
+    dual_clip: float | None = Field(None, gt=1)
+    kl: float = Field(0.0, ge=0)  # weight of the divergence from the initial model
+    kl_form: Literal["exact", "k1", "k2", "k3"] = "exact"
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "step-mean"] = (
+        "token-mean"
+    )
+    max_len: PositiveInt | None = None  # for `constant`
+    drop_zero_spread: bool = False  # leave groups with equal rewards out of the denominator as well
+    recompute_old_logp: bool = False  # one extra pass; for engines whose log-probs differ from the trainer's
+    importance_cap: PositiveFloat | None = None  # with it: weight actions by min(trainer / engine probability, cap)
 
 
 def clipped_surrogate(

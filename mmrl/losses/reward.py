@@ -14,14 +14,26 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmrl.config import Section
 from mmrl.losses.preference import value_ranking
 from mmrl.registry import hint
+
+
+class RewardLossConfig(Section):
+    """The loss of a step reward model."""
+
+    name: str = "bce"  # of mmrl.losses.reward.LOSSES
+    options: dict[str, Any] = Field(default_factory=dict)
+    balance: Literal["none", "class", "solution"] = "none"  # equal weight per labelled step, per class, per solution
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    last_step_only: bool = False  # an outcome reward model
 
 
 class StepLoss(Protocol):

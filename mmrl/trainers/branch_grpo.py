@@ -8,21 +8,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmrl.config import Config, ConfigError
+from mmrl.config import ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
-from mmrl.credit.select import prune_depths, prune_width
+from mmrl.credit.estimate import CreditConfig
+from mmrl.credit.select import PruneConfig, prune_depths, prune_width
 from mmrl.credit.table import estimator_of, transform_of
 from mmrl.fields import Stage
+from mmrl.losses.policy import LossConfig
+from mmrl.recipe import PolicyConfig
+from mmrl.registry import register
 from mmrl.rewards.scoring import Scored
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.imitation import imitation_losses, references, unsolved
-from mmrl.trainers.online import OnlineScorer
+from mmrl.trainers.imitation import ImitationConfig, imitation_losses, references, unsolved
+from mmrl.trainers.online import OnlineConfig, OnlineScorer
 from mmrl.trainers.policy_update import Batch, Sums, build_batch, policy_loss, recompute_old_logp
 from mmrl.trainers.refill import refill
 from mmrl.trainers.rollouts import Rollouts
@@ -32,12 +37,25 @@ from mmrl.trainers.task import Task
 log = logging.getLogger(__name__)
 
 
+class BranchGrpoConfig(PolicyConfig):
+    """A recipe of branch GRPO."""
+
+    trainer: Literal["branch_grpo"] = "branch_grpo"
+    rollouts: Path | None = None  # stored ones (`mmrl rollouts`) in place of sampled ones
+    online: OnlineConfig | None = None  # one of them learns along
+    credit: CreditConfig = CreditConfig()
+    prune: PruneConfig = PruneConfig()
+    loss: LossConfig = LossConfig()
+    imitation: ImitationConfig = ImitationConfig()
+
+
+@register("trainers", "branch_grpo", config=BranchGrpoConfig)
 class BranchGrpo:
     """The trainer behind `trainer: branch_grpo`."""
 
     def __init__(
         self,
-        config: Config,
+        config: BranchGrpoConfig,
         policy: Policy | None = None,
         task: Task | None = None,
         rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
@@ -61,7 +79,7 @@ class BranchGrpo:
         self._estimators = [e.spec for e in config.credit.estimators]
         self._transforms = _transforms(config, self.step_rewards)
         validate(self._estimators, self._transforms, **self._credit_how)
-        self._online = OnlineScorer.of(config, self.step_rewards, self.loop)
+        self._online = OnlineScorer.of(config.online, self.step_rewards, self.loop)
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 
@@ -223,7 +241,7 @@ class BranchGrpo:
         return metrics
 
 
-def _readers(config: Config) -> list[Stage]:
+def _readers(config: BranchGrpoConfig) -> list[Stage]:
     """The transforms and estimators of a recipe, with what they read and write."""
     stages = []
     for i, spec in enumerate(config.credit.transforms or []):
@@ -237,15 +255,10 @@ def _readers(config: Config) -> list[Stage]:
     return stages
 
 
-def _transforms(config: Config, step_rewards: Mapping[str, tuple[StepReward, float]]) -> list[Any]:
+def _transforms(config: BranchGrpoConfig, step_rewards: Mapping[str, tuple[StepReward, float]]) -> list[Any]:
     """The recipe's transforms; when it names none and a trained scorer rewards steps, clip and delta."""
     if config.credit.transforms is not None:
         return config.credit.transforms
     rewards = [reward for reward, _ in step_rewards.values()]
     trained = any(hasattr(r, "logits") and not getattr(r, "increments", False) for r in rewards)
     return [{"name": "clip", "eta": 0.5}, "delta"] if trained else []
-
-
-def train(config: Config) -> dict[str, float]:
-    """Build everything a recipe names and run it."""
-    return BranchGrpo(config).train()

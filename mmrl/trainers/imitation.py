@@ -7,10 +7,19 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from mmrl.config import Section
 from mmrl.rollout import Policy, Prompt, Rollout
 from mmrl.tree import StepTree
+
+
+class ImitationConfig(Section):
+    """After the policy update, prompts without a right answer learn their reference solution (PROPA)."""
+
+    weight: float = Field(0.0, ge=0)  # of the negative log-likelihood per token; 0 = off
+    solved_at: float = 1.0  # outcome from which an answer counts as right
 
 
 @runtime_checkable

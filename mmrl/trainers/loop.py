@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 
-from mmrl.config import ConfigError, OptimConfig, TrainingConfig
+from mmrl.config import ConfigError
+from mmrl.recipe import OptimConfig, TrainingConfig
 from mmrl.sharding import full_state, is_sharded, keep_float32
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.run_folder import RunFolder

@@ -9,14 +9,23 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
-from mmrl.config import Config, ConfigError
+from mmrl.config import ConfigError, Section
 from mmrl.losses.reward import step_loss
 from mmrl.rollout import Rollout, StepReward, StepScorer
 from mmrl.trainers.loop import Loop
 
 log = logging.getLogger(__name__)
+
+
+class OnlineConfig(Section):
+    """A step reward that learns along: after every rollout one update on its outcomes (PRIME)."""
+
+    scorer: str  # name of the step reward
+    lr: PositiveFloat = 1e-6  # PRIME
+    spread: bool = False  # every step gets the mean outcome below it; false: the last step alone gets the outcome
 
 
 class OnlineScorer:
@@ -39,18 +48,17 @@ class OnlineScorer:
 
     @classmethod
     def of(
-        cls, config: Config, step_rewards: Mapping[str, tuple[StepReward, float]], loop: Loop
+        cls, config: OnlineConfig | None, step_rewards: Mapping[str, tuple[StepReward, float]], loop: Loop
     ) -> OnlineScorer | None:
         """What the recipe's `online:` names, None without it."""
-        c = config.online
-        if c is None:
+        if config is None:
             return None
-        found: Any = step_rewards.get(c.scorer, (None,))[0]
+        found: Any = step_rewards.get(config.scorer, (None,))[0]
         if not hasattr(found, "logits"):
             raise ConfigError(
-                f"online.scorer={c.scorer!r} is no trainable step reward; step_rewards has {sorted(step_rewards)}"
+                f"online.scorer={config.scorer!r} is no trainable step reward; step_rewards has {sorted(step_rewards)}"
             )
-        return cls(found, loop, c.lr, c.spread)
+        return cls(found, loop, config.lr, config.spread)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One optimizer step on the outcomes of this rollout; every rank runs as many backwards as the busiest."""

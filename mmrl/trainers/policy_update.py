@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrl.config import LossConfig
 from mmrl.credit import StepAdvantage
 from mmrl.credit.budget import informative_groups
 from mmrl.losses.mismatch import mismatch, truncated_importance
 from mmrl.losses.policy import (
+    LossConfig,
     action_weights,
     cispo,
     clipped_surrogate,

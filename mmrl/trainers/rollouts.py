@@ -17,9 +17,10 @@ from accelerate.utils import gather_object
 from rich.progress import track
 from torch import Tensor
 
-from mmrl.config import ConfigError, PolicyConfig
+from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
+from mmrl.recipe import PolicyConfig
 from mmrl.registry import build
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score

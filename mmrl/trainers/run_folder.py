@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from mmrl.config import ConfigError, TrainingConfig
+from mmrl.config import ConfigError
+from mmrl.recipe import TrainingConfig
 
 # What may differ between a run and its continuation: nothing that changes the numbers.
 _FREE = {"output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",

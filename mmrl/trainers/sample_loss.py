@@ -10,13 +10,16 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from mmrl.config import SampleLossConfig
+from mmrl.config import Component
 from mmrl.credit import estimate
+from mmrl.recipe import PolicyConfig
+from mmrl.registry import register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.idle import idle_loss
@@ -26,6 +29,15 @@ from mmrl.trainers.task import Task
 log = logging.getLogger(__name__)
 
 Rewards = Mapping[str, tuple[OutcomeReward, float]]
+
+
+class SampleLossConfig(PolicyConfig):
+    """A recipe of a loss on whole samples."""
+
+    trainer: Literal["sample_loss"] = "sample_loss"
+    plan: dict[int, int] = Field(default_factory=lambda: {0: 8})  # of the rollouts
+    loss: Component  # one that the policy knows; for diffusion, of diffusion.baselines.LOSSES
+    old_decay: float = Field(0.0, ge=0, lt=1)  # samples are drawn by an average of the weights; 0 = the newest ones
 
 
 class Term(NamedTuple):
@@ -48,6 +60,7 @@ class SampleLearner(Protocol):
         """
 
 
+@register("trainers", "sample_loss", config=SampleLossConfig)
 class SampleLossTrainer:
     """The trainer behind `trainer: sample_loss`."""
 
@@ -131,8 +144,3 @@ def _share(term: Term, total: float, sums: list[Tensor]) -> Tensor:
     loss = term.loss().sum() / total
     sums.append(loss.detach().cpu())
     return loss
-
-
-def train(config: SampleLossConfig) -> dict[str, float]:
-    """Build everything a recipe names and run it."""
-    return SampleLossTrainer(config).train()

@@ -10,11 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mmrl.config import SftConfig
+from mmrl.recipe import PolicyConfig
+from mmrl.registry import register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.imitation import Writer, best_leaves, imitation_losses, references, solution
@@ -24,6 +28,18 @@ from mmrl.trainers.task import Task
 log = logging.getLogger(__name__)
 
 
+class SftConfig(PolicyConfig):
+    """A recipe of imitation: the policy learns written solutions, or the best of its own samples."""
+
+    trainer: Literal["imitation"] = "imitation"
+    source: Literal["reference", "samples"] = "reference"
+    plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the samples
+    rollouts: Path | None = None  # stored ones in place of samples (`mmrl rollouts`, search, annotate)
+    keep_above: float = 0.0  # outcome above which a sample is learned
+    per_prompt: PositiveInt = 1  # at most so many samples of a prompt, the best ones
+
+
+@register("trainers", "imitation", config=SftConfig)
 class ImitationTrainer:
     """The trainer behind `trainer: imitation`."""
 
@@ -121,8 +137,3 @@ class ImitationTrainer:
     def save_model(self) -> None:
         """The trained model in its ecosystem's format, under model/."""
         self.rollouts.save_model()
-
-
-def train(config: SftConfig) -> dict[str, float]:
-    """Build everything a recipe names and run it."""
-    return ImitationTrainer(config).train()

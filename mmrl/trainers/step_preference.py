@@ -10,12 +10,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from mmrl.config import StepPreferenceConfig
+from mmrl.config import Component
 from mmrl.losses.preference import (
     PairLoss,
     Side,
@@ -26,13 +28,25 @@ from mmrl.losses.preference import (
     visit_smoothing,
 )
 from mmrl.preference import PAIRS_OF, Pairs, build_pairs
-from mmrl.registry import build
+from mmrl.recipe import PolicyConfig
+from mmrl.registry import build, register
 from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
+
+
+class StepPreferenceConfig(PolicyConfig):
+    """A recipe of step-level preference optimisation."""
+
+    trainer: Literal["step_preference"] = "step_preference"
+    plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the rollouts
+    rollouts: Path | None = None  # stored ones (`mmrl rollouts`) in place of sampled ones
+    loss: Component = Component(name="dpo")  # of mmrl.losses.preference.PRESETS; other keys change its settings
+    pairs: Component | None = None  # of mmrl.preference.BUILDERS; null = the builder that belongs to the loss
+    guide: Component | None = None  # a policy trained by DPO whose log-ratios weight the actions (TGDPO)
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,7 @@ class Batch:
         return torch.unique(self.chosen.pair[rows])
 
 
+@register("trainers", "step_preference", config=StepPreferenceConfig)
 class StepPreferenceTrainer:
     """The trainer behind `trainer: step_preference`."""
 
@@ -310,8 +325,3 @@ def _marks(batch: Batch) -> Tensor:
     for segment, sign in ((batch.chosen, 1.0), (batch.rejected, -1.0)):
         marks.index_add_(0, segment.step, torch.full((len(segment.step),), sign, dtype=torch.float64))
     return marks
-
-
-def train(config: StepPreferenceConfig) -> dict[str, float]:
-    """Build everything a recipe names and run it."""
-    return StepPreferenceTrainer(config).train()

@@ -10,16 +10,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmrl.config import RewardModelConfig
-from mmrl.losses.reward import StepLoss, last_labels, needs_path, smooth, step_loss
+from mmrl.config import Component
+from mmrl.losses.reward import RewardLossConfig, StepLoss, last_labels, needs_path, smooth, step_loss
 from mmrl.prm.data import Labelled, LabelledTask, solution_forest
 from mmrl.prm.metrics import evaluate_steps
 from mmrl.prm.scoring import probabilities
-from mmrl.registry import build
+from mmrl.recipe import TrainingConfig
+from mmrl.registry import build, register
 from mmrl.rollout import Prompt, StepScorer, check_prompts
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
@@ -28,6 +31,15 @@ log = logging.getLogger(__name__)
 
 # what an evaluation logs, and the AUC of every kind of step; mmrl.prm.metrics.evaluate_steps has the others
 MEASURES = ("macro_f1", "f1_right", "f1_wrong", "first_error_f1", "ece")
+
+
+class RewardModelConfig(TrainingConfig):
+    """A recipe of the step-reward trainer. `run.prompts_per_iteration` counts questions, with all their solutions."""
+
+    trainer: Literal["step_reward"] = "step_reward"
+    scorer: Component
+    rollouts: Path | None = None  # stored ones to learn from: the option `train` of tasks that read them
+    loss: RewardLossConfig = RewardLossConfig()
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Batch:
         return torch.isin(self.data.node, steps).nonzero().flatten()
 
 
+@register("trainers", "step_reward", config=RewardModelConfig)
 class StepRewardTrainer:
     """The trainer behind `trainer: step_reward`."""
 
@@ -181,8 +194,3 @@ class StepRewardTrainer:
         state = self.loop.full_state()  # on all ranks
         if self.loop.is_main:
             self.scorer.save(self.loop.folder.root / "model", state)
-
-
-def train(config: RewardModelConfig) -> dict[str, float]:
-    """Build everything a recipe names and run it."""
-    return StepRewardTrainer(config).train()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from mmrl.config import Component, ConfigError, PolicyConfig, RewardConfig
+from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
 from mmrl.readings import Reading
+from mmrl.recipe import PolicyConfig, RewardConfig
 from mmrl.registry import build, find
 from mmrl.rewards import Isolated
 from mmrl.rollout import OutcomeReward, Prompt, Sample, StepReward

@@ -17,13 +17,13 @@ from diffusion.adapters.base import Level
 from diffusion.baselines import CleanReward, sample_loss
 from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
 from diffusion.policy import DiffusionPolicy
-from mmrl.config import Config, StepPreferenceConfig, parse_config
+from mmrl.config import parse_config
 from mmrl.credit import estimate
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan
-from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.branch_grpo import BranchGrpo, BranchGrpoConfig
 from mmrl.trainers.sample_loss import SampleLossConfig, SampleLossTrainer
-from mmrl.trainers.step_preference import StepPreferenceTrainer
+from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
 from mmrl.tree import StepTree
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"
@@ -262,7 +262,7 @@ def small(model, output, name, **sections):
 
 def build(tree):
     kinds = {
-        "branch_grpo": (BranchGrpo, Config, {}),
+        "branch_grpo": (BranchGrpo, BranchGrpoConfig, {}),
         "step_preference": (StepPreferenceTrainer, StepPreferenceConfig, {}),
         "sample_loss": (SampleLossTrainer, SampleLossConfig, {"rewards": REWARDS}),
     }

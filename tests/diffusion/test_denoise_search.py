@@ -12,11 +12,12 @@ from diffusion.adapters.dit import DiTAdapter
 from diffusion.latent_reward import LatentReward
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
-from mmrl.config import ConfigError, SearchConfig, load_section, parse_config
+from mmrl.config import ConfigError, load_section, parse_config
 from mmrl.jobs import run_search
 from mmrl.registry import ComponentError
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import BranchPlan, Forecast, Prompt, Sample
+from mmrl.search.recipe import SearchConfig
 from mmrl.search.samples import Found, best_of_k
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"

@@ -10,12 +10,12 @@ import yaml
 from tiny import TinyTask, brightness, recipe
 
 from diffusion.policy import DiffusionPolicy
-from mmrl.config import Config, parse_config
+from mmrl.config import parse_config
 from mmrl.losses.reward import implicit_rewards, step_loss
 from mmrl.prm.implicit import ImplicitPrm
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan
-from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.branch_grpo import BranchGrpo, BranchGrpoConfig
 from mmrl.tree import FINISHED, INTERNAL, StepTree
 from mmrl.tree_ops import path_sum
 
@@ -115,7 +115,7 @@ def test_the_recipe_trains_policy_and_reward_apart(tiny_model, tmp_path):
     own = yaml.safe_load(CONFIG.read_text())
     tree |= {k: own[k] for k in ("step_rewards", "online", "credit", "loss")}
     tree["step_rewards"][0]["policy"]["model"] = str(tiny_model)
-    trainer = BranchGrpo(parse_config(tree, model=Config))
+    trainer = BranchGrpo(parse_config(tree, model=BranchGrpoConfig))
     prm = trainer.step_rewards["implicit_prm"][0]
     start = [p.detach().clone() for p in prm.model.parameters()]
     assert prm.model is not trainer.policy.model

@@ -27,7 +27,6 @@ from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
 from diffusion.tasks.digits_base import DigitsBase, classifier_net, new_dit
 from diffusion.tasks.digits_pairs import DigitsPairs
-from mmrl.config import RewardModelConfig
 from mmrl.credit import compose
 from mmrl.losses.reward import bradley_terry, needs_path, preference, step_loss
 from mmrl.prm.data import solution_forest
@@ -35,7 +34,7 @@ from mmrl.prm.scoring import load_scorer
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rewards.steps import score_steps
 from mmrl.rollout import BranchPlan, Prompt, Rollout
-from mmrl.trainers.step_reward import StepRewardTrainer
+from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 SD = {

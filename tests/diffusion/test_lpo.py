@@ -16,12 +16,12 @@ from diffusion.latent_reward import LatentReward
 from diffusion.lpo import LatentJudge
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling, plan_course
-from mmrl.config import StepPreferenceConfig, load_config, parse_config
+from mmrl.config import load_config, parse_config
 from mmrl.losses.preference import Side, preference_loss, preset
 from mmrl.preference import build_pairs, dynamic_threshold
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan, Prompt, Rollout
-from mmrl.trainers.step_preference import StepPreferenceTrainer
+from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"
 PROMPTS = TinyTask().prompts[:3]

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mmrl.config import RewardModelConfig, parse_config
+from mmrl.config import parse_config
 from mmrl.prm.data import labelled_forest, solution_forest
 from mmrl.prm.implicit import ImplicitPrm
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.scoring import load_scorer, score_solutions
 from mmrl.registry import ComponentError
 from mmrl.rollout import ActionLogProbs, Actions, Prompt, Rollout
-from mmrl.trainers.step_reward import StepRewardTrainer
+from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
 from mmrl.tree import FINISHED, INTERNAL, StepTree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from mmrl.config import RewardModelConfig, parse_config
+from mmrl.config import parse_config
 from mmrl.prm.data import solution_forest
 from mmrl.prm.tree_values import TreeValues
 from mmrl.rollout import Actions, Prompt, Rollout
-from mmrl.trainers.step_reward import StepRewardTrainer
+from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 
 SOLUTIONS = [["a", "x"], ["a", "y"], ["b", "x"], ["b", "z"], ["c", "x"]]

@@ -289,7 +289,7 @@ def test_prompt_order_is_a_function_of_the_iteration():
 
 
 def test_learning_rate_is_a_function_of_the_iteration():
-    from mmrl.config import OptimConfig
+    from mmrl.recipe import OptimConfig
 
     o = OptimConfig(warmup=2, schedule="linear")
     assert [lr_scale(o, i, 6) for i in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import recipe
 
-from mmrl.config import ConfigError, RewardConfig, parse_config
+from mmrl.config import ConfigError, parse_config
+from mmrl.recipe import RewardConfig
 from mmrl.rollout import Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.rollouts import store_rollouts

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tiny import recipe
 from vision_tiny import Words, vision_recipe
 
-from mmrl.config import SftConfig, load_config, parse_config
+from mmrl.config import load_config, parse_config
 from mmrl.rollout import Prompt
 from mmrl.trainers import trainer_of
 from mmrl.trainers.imitation import best_leaves, imitation_losses
-from mmrl.trainers.sft import ImitationTrainer
+from mmrl.trainers.sft import ImitationTrainer, SftConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
 from families import family_folder

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tiny import recipe, write_recipe
 from vision_tiny import vision_recipe
 
-from mmrl.config import StepPreferenceConfig, load_config, parse_config
+from mmrl.config import load_config, parse_config
 from mmrl.losses.preference import PRESETS, Side, preference_loss
 from mmrl.rollout import BranchPlan, Rollout
 from mmrl.trainers import trainer_of
 from mmrl.trainers.rollouts import StoredRollouts, store_rollouts
-from mmrl.trainers.step_preference import StepPreferenceTrainer
+from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "vision"))

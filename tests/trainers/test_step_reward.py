@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from tiny import write_recipe
 
-from mmrl.config import RewardModelConfig, parse_config
+from mmrl.config import parse_config
 from mmrl.losses.reward import step_loss
 from mmrl.prm.data import Labelled, labelled_forest
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.scoring import load_scorer
 from mmrl.registry import ComponentError
 from mmrl.rollout import Prompt
-from mmrl.trainers.step_reward import StepRewardTrainer
+from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "vision"))

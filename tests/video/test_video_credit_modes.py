@@ -8,8 +8,8 @@ import torch
 import yaml
 from tiny import random_chains, random_forest
 
-from mmrl.config import CreditConfig
 from mmrl.credit import compose
+from mmrl.credit.estimate import CreditConfig
 from mmrl.credit.norm import norm
 from mmrl.tree import StepTree
 

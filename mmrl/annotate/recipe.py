@@ -1,0 +1,40 @@
+"""The recipe of `mmrl annotate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from mmrl.config import Component, Section
+from mmrl.recipe import JobConfig
+
+
+class LabelConfig(Component):
+    """How counts become labels: a rule of `mmrl.annotate.targets` with its numbers."""
+
+    name: str = "hard_gt"
+    after: Literal["mask", "zero", "keep"] = "mask"  # what becomes of the steps after the first error
+
+
+class InjectConfig(Section):
+    """Planted errors (URSA's misinterpretation insertion): their labels cost nothing and are exact."""
+
+    copies: PositiveInt = 1  # per right solution, each with one value changed
+    kinds: list[str] | None = None  # steps that may be changed, null = all
+    values: tuple[Literal["number", "colour", "relation"], ...] = ("number",)
+
+
+class AnnotateConfig(JobConfig):
+    """A recipe of `mmrl annotate`.
+
+    method.name: monte_carlo, omega (completions of prefixes); scorer (a step reward or saved scorer), judge (a policy
+    that reads solutions), outcome (FreePRM's pseudo-labels).
+    """
+
+    records: Path | None = None  # solutions to label; null = the policy writes `method.solutions` per question
+    format: str = "records"  # of `records`, one of mmrl.prm.formats
+    label: LabelConfig = LabelConfig()  # for monte_carlo and omega
+    refine: Component | None = None  # scan, or consensus with a scorer or judge
+    inject: InjectConfig | None = None  # add copies of right solutions with one planted error

@@ -1,0 +1,21 @@
+"""The recipe of `mmrl search`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from mmrl.recipe import JobConfig
+
+
+class SearchConfig(JobConfig):
+    """A recipe of `mmrl search`.
+
+    method.name is one of mmrl.search.run.METHODS, or best_of_k for policies whose steps are no texts (denoising).
+    """
+
+    split: Literal["train", "eval"] = "eval"
+    scorer: str | None = None  # a saved scorer's folder, or a name of mmrl.scorers; null scores nothing
+    aggregates: list[str] = Field(default_factory=lambda: ["min", "product", "last", "mean"], min_length=1)
+    max_tokens: PositiveInt | None = None  # generated per prompt, by policies that write
