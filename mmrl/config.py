@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,18 +81,29 @@ def parse_config(tree: Mapping[str, Any], where: str = "config", model: type[C] 
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        unknown = [_unknown_key(kind, e) for e in error.errors() if e["type"] == "extra_forbidden"]
-        if unknown:
-            raise ConfigError(f"{where}: " + "\n".join(unknown)) from None
-        raise ConfigError(f"{where}: {explain(error)}") from None
+        raise ConfigError(f"{where}: {explain(error, model=kind)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as PyYAML reads it, with the floats of YAML 1.2: `1e-6` is a number, not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
 
 
 def _read(file: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe as a mapping; modules in its folder and in the working directory can be imported from here on."""
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}; recipes lie under configs/")
+    # At the end: a module beside the recipe never takes the place of an installed one.
+    sys.path += [folder for folder in (str(path.resolve().parent), os.getcwd()) if folder not in sys.path]
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -105,7 +118,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     if not equals:
         raise ConfigError(f"override {item!r} must be key.path=value, such as optim.lr=1e-4")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {item!r}: the value is no valid YAML ({error})") from error
     node: Any = tree
@@ -118,13 +131,3 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(
             f"override {item!r}: {key} leads nowhere; a part of it is a value or a missing entry"
         ) from error
-
-
-def _unknown_key(model: Any, error: Any) -> str:
-    *parents, key = error["loc"]
-    for part in parents:
-        model = model.model_fields[part].annotation
-    near = get_close_matches(str(key), model.model_fields, 1, cutoff=0.5)
-    hint = f" (did you mean {'.'.join([*map(str, parents), near[0]])}?)" if near else ""
-    path = ".".join(map(str, error["loc"]))
-    return f"unknown key {path}={error['input']!r}{hint}; known: {', '.join(model.model_fields)}"

@@ -1,6 +1,6 @@
 """The registry: everything that a recipe can name, with its options, what it reads and what it writes.
 
-A row is one function or class under a name. Rows come from three places:
+A row is one function, class or constant under a name. Rows come from three places:
 
     @register("estimators", "mine", reads=("outcome",))     a decorator, in a module that has been imported
     [project.entry-points."mmrl.estimators"] mine = "pkg:f"  an entry point of any installed package
@@ -22,9 +22,9 @@ from difflib import get_close_matches
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 
 # Names of fields, or a function that tells them from the row's options.
 Fields = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
@@ -41,7 +41,7 @@ class Kind:
     name: plural, as in `mmrl list NAME` and in the entry-point group `mmrl.NAME`. singular: for messages.
     modules: of the core, entering rows when imported.
     arguments: how many leading positional arguments the framework passes; they are no options. None: the row is
-        called with its options alone, once, when the recipe is read (a class or a factory).
+        called with its options alone, once, when the recipe is read (a class or a factory), or it is a constant.
     keywords: keyword arguments that the framework passes; no options either.
     reads, writes: of every row that says nothing else.
     """
@@ -107,7 +107,7 @@ class Row:
 
     kind: Kind
     name: str
-    target: Callable[..., Any]
+    target: Any
     declared: Declaration
 
     @property
@@ -145,8 +145,8 @@ class Row:
 
     @cached_property
     def options(self) -> dict[str, Option]:
-        """Name -> type and default of every option."""
-        return _options(self.target, self.kind)
+        """Name -> type and default of every option; a constant has none."""
+        return _options(self.target, self.kind) if callable(self.target) else {}
 
     def check(self, options: Mapping[str, Any], section: str = "") -> dict[str, Any]:
         """The options with their values converted (text to numbers, lists to tuples).
@@ -171,16 +171,18 @@ class Row:
         try:
             checked = model(**options)
         except ValidationError as error:
-            raise ComponentError(explain(error, where)) from None
+            raise ComponentError(explain(error, where, model)) from None
         return {k: getattr(checked, k) for k in options}
 
     def build(self, options: Mapping[str, Any], section: str = "", **given: Any) -> Any:
-        """The row with its options set: an instance of a class, what a factory makes, or a function bound to them.
+        """The row with its options set: an instance, what a factory makes, a function bound to them, or the constant.
 
         Args:
             given: further keyword arguments from the framework, passed where the target has such a parameter.
         """
         checked = self.check(options, section)
+        if not callable(self.target):
+            return self.target
         parameters = inspect.signature(self.target).parameters
         named = {k: v for k, v in given.items() if k in parameters}
         call = gather(self.target, checked) | named
@@ -191,7 +193,7 @@ class Row:
 
 # ---- entering -------------------------------------------------------------------------------------------------------
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _DECLARED = "__mmrl_declares__"
 _MODULES = "mmrl.modules"  # entry points: kind = module that enters rows of it
@@ -207,7 +209,7 @@ def register(
     source: str = "",
     **facts: Any,
 ) -> Callable[[T], T]:
-    """Enter the decorated function or class as `name` among the rows of `kind`.
+    """Enter the decorated function or class, or a constant, as `name` among the rows of `kind`.
 
     Raises:
         ComponentError: no such kind, or the name is taken by another object.
@@ -216,17 +218,20 @@ def register(
 
     def enter(target: T) -> T:
         old = table.get(name)
-        if old is not None and (old.target.__module__, old.target.__qualname__) != (
-            target.__module__,
-            target.__qualname__,
-        ):
-            raise ComponentError(f"{kind}: {name!r} is taken by {old.target.__module__}.{old.target.__qualname__}")
+        if old is not None and _origin(old.target) != _origin(target):
+            raise ComponentError(f"{kind}: {name!r} is taken by {_origin(old.target)}")
         declared = Declaration(reads, writes, fits, source, facts)
-        setattr(target, _DECLARED, declared)
+        if callable(target):
+            setattr(target, _DECLARED, declared)
         table[name] = Row(KINDS[kind], name, target, declared)
         return target
 
     return enter
+
+
+def _origin(target: Any) -> str:
+    """Where an object was defined; a module that is imported again replaces its own rows."""
+    return f"{target.__module__}.{getattr(target, '__qualname__', type(target).__qualname__)}"
 
 
 def declares(
@@ -258,8 +263,8 @@ def find(kind: str, name: str) -> Row:
     k = _kind(kind)
     if ":" in name:
         return _row(k, name, _at(name))
-    table = _entered(k)
-    if name in table:
+    table = _ROWS[k.name]
+    if name in table or name in _entered(k):
         return table[name]
     for entry in entry_points(group=f"mmrl.{k.name}", name=name):
         return _load(k, entry)
@@ -298,10 +303,34 @@ def build(kind: str, section: str, name: str, options: Mapping[str, Any], **give
 
 def build_section(kind: str, section: str, tree: Mapping[str, Any], **given: Any) -> Any:
     """`build` for a mapping that has `name` beside its options, as in a recipe."""
+    row = check_section(kind, section, tree)
+    return row.build({k: v for k, v in tree.items() if k != "name"}, section, **given)
+
+
+def check_section(kind: str, section: str, tree: Mapping[str, Any]) -> Row:
+    """The row that a mapping with `name` and options names, its options checked; nothing is made."""
     options = dict(tree)
     if "name" not in options:
         raise ComponentError(f"{section} needs a name; known: {', '.join(names(kind))}")
-    return build(kind, section, options.pop("name"), options, **given)
+    row = find(kind, options.pop("name"))
+    row.check(options, section)
+    return row
+
+
+def of_kind(kind: str) -> AfterValidator:
+    """For the type of an option that names a row: `Annotated[str, of_kind("kernels")]`, or a mapping with its options.
+
+    A name that nobody registered, and an unknown option, are then refused with the section that holds them.
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str):
+            find(kind, value)
+        else:
+            check_section(kind, _kind(kind).singular, value)
+        return value
+
+    return AfterValidator(check)
 
 
 def call(target: Callable[..., Any], section: str, options: Mapping[str, Any], *arguments: Any) -> Any:
@@ -317,13 +346,25 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def explain(error: ValidationError, section: str = "") -> str:
-    """A pydantic error as lines `path=value: what is wrong`."""
+def explain(error: ValidationError, section: str = "", model: Any = None) -> str:
+    """A pydantic error as lines `path=value: what is wrong`.
+
+    Args:
+        model: what was validated; with it, a key that is unknown at any depth is told with the nearest known one.
+    """
     lines = []
     for e in error.errors():
-        path = ".".join(str(p) for p in ((section,) if section else ()) + e["loc"])
+        parts = [str(p) for p in ((section,) if section else ()) + e["loc"]]
+        path = ".".join(parts)
         if e["type"] == "missing":
             lines.append(f"{path} is missing; it has no default")
+        elif e["type"] in _UNKNOWN_KEY:
+            known = _keys_at(model, e["loc"][:-1])
+            nearest = get_close_matches(parts[-1], known, 1, cutoff=0.5)
+            told = f" (did you mean {'.'.join([*parts[:-1], *nearest])}?)" if nearest else ""
+            lines.append(f"unknown key {path}={e['input']!r}{told}; known: {', '.join(known)}")
+        elif e["type"] == "value_error":  # raised by the section itself: its words as they are
+            lines.append(f"{path}={e['input']!r}: {e['ctx']['error']}")
         else:
             near = hint(str(e["input"]), _QUOTED.findall(e["msg"])) if e["type"] == "literal_error" else ""
             lines.append(f"{path}={e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}{near}")
@@ -338,6 +379,29 @@ def kinds() -> list[Kind]:
 
 
 _QUOTED = re.compile(r"'([^']*)'")
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _keys_at(model: Any, path: Sequence[str | int]) -> list[str]:
+    """The keys of the closed section at a path below a model; an index, or the name of a union's part, stays there."""
+    models = [model]
+    for part in path:
+        types = [known[part] for m in models if part in (known := _key_types(m))]
+        models = [m for hinted in types for m in _models_in(hinted)] or models
+    return [key for m in models for key in _key_types(m)]
+
+
+def _key_types(model: Any) -> Mapping[Any, Any]:
+    """Name -> type of the keys of a pydantic model, a dataclass or a TypedDict."""
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return {name: info.annotation for name, info in model.model_fields.items()}
+    return get_type_hints(model) if isinstance(model, type) else {}
+
+
+def _models_in(hinted: Any) -> list[Any]:
+    """The models that a type allows, such as `Views` of `Views | None` or of `list[Views]`."""
+    parts = get_args(hinted)
+    return [m for part in parts for m in _models_in(part)] if parts else [hinted]
 
 
 def _kind(name: str) -> Kind:

@@ -1,3 +1,5 @@
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,33 @@ def test_overrides(tmp_path):
         load_config(file, ["credit.estimators=[]", "credit.estimators.1.weight=0.5"])
     config = load_config(file, ["optim.lr=3e-5", "plan={0: 16}", "policy.eta=0.5", "run.resume=true"])
     assert config.optim.lr == 3e-5 and config.plan == {0: 16} and config.policy.options == {"eta": 0.5}
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1e-6", 1e-6), ("1E3", 1000.0), ("-2e-1", -0.2), (".5", 0.5), ("1.", 1.0), ("+3e0", 3.0), ("12", 12), ("1e", "1e"),
+     ("e6", "e6"), ("1e-6b", "1e-6b"), ("'1e-6'", "1e-6")],
+)  # fmt: skip
+def test_numbers_of_a_recipe_are_those_of_yaml_1_2(tmp_path, text, value):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"{yaml.safe_dump(BASE)}step_rewards: [{{name: any, given: {text}}}]\n")
+    config = load_config(file, [f"policy.given={text}"])
+    for got in (config.step_rewards[0].options["given"], config.policy.options["given"]):
+        assert got == value and type(got) is type(value)
+
+
+def test_modules_beside_a_recipe_can_be_named_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "r.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "recipes" / "beside_the_recipe.py").write_text("def mine(samples, *, k: int): ...\n")
+    (tmp_path / "in_the_working_directory.py").write_text("def mine(samples, *, k: int): ...\n")
+    (tmp_path / "yaml.py").touch()
+    monkeypatch.chdir(tmp_path)
+    load_config("recipes/r.yaml")
+    for module in ("beside_the_recipe", "in_the_working_directory"):
+        assert list(find("rewards", f"{module}:mine").options) == ["k"]
+    assert PathFinder.find_spec("yaml", sys.path).origin == yaml.__file__  # no file of a user takes a library's place
 
 
 @pytest.mark.parametrize(
@@ -97,6 +126,18 @@ def test_files_that_are_no_recipes(tmp_path):
             r"policy.noise='some': input should be 'split', 'all' or 'window'",
         ),
         (lambda: build("rewards", "rewards.0", "tiny:brightness", {"k": 1}), "'tiny:brightness' takes none"),
+        (
+            lambda: build("policies", "policy", "video", {"views": {"frame": 8}}),
+            r"unknown key policy.views.frame=8 \(did you mean policy.views.frames\?\); known: frames, segment_frames, ",
+        ),
+        (
+            lambda: build("policies", "policy", "video", {"views": {"frames": 0}}),
+            r"policy.views=\{'frames': 0\}: policy.views.frames=0: at least 1$",
+        ),
+        (
+            lambda: build("scorers", "scorer", "vision_prm", {"format": {"marker": "+", "marks": "turns"}}),
+            r"unknown key scorer.format.marks='turns' \(did you mean scorer.format.markers\?\); known: marker, joiner",
+        ),
     ],
 )
 def test_components_by_name(call, message):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmrl.prm.scoring import RECORD, probabilities
-from mmrl.prm.slots import SlotIds, StepFormat, lay_out, slot_ids
+from mmrl.prm.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
 from mmrl.reference import unwrap
 from mmrl.rollout import Prompt, Rollout
 from mmrl.sharding import is_sharded
@@ -91,7 +91,7 @@ class VisionPrm:
         cls,
         model: str = "shapes",
         head: Head | None = None,
-        format: dict[str, Any] | None = None,
+        format: FormatOptions | None = None,
         lora_rank: int = 0,
         train_vision: bool = False,
         train_language: bool = True,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 IGNORED = -100.0
 
 Encode = Callable[[str], list[int]]  # text -> token ids, no special tokens added
@@ -16,6 +18,19 @@ Encode = Callable[[str], list[int]]  # text -> token ids, no special tokens adde
 
 class SlotError(ValueError):
     """A solution that cannot be laid out; the message names the step."""
+
+
+class FormatOptions(TypedDict, total=False):
+    """Fields of `StepFormat` that a recipe names."""
+
+    marker: str
+    joiner: str
+    markers: Literal["inline", "turns"]
+    read_offset: int
+    positive: str
+    negative: str
+    opening: str
+    aggregate: str
 
 
 @dataclass(frozen=True)
