@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmrl.registry import ComponentError, writers
@@ -59,8 +59,3 @@ def _remedy(name: str) -> str:
     if policies:
         found.append(f"the policies {', '.join(policies)}")
     return f"{name} is written by {' or '.join(found)}" if found else f"no component that is known writes {name}"
-
-
-def plan_fields(leaves: int) -> Sequence[str]:
-    """`forks` where a plan makes several leaves of a prompt."""
-    return ("forks",) if leaves > 1 else ()

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mmrl.credit import estimate
-from mmrl.credit.budget import trajectory_lengths, truncation_budget
 from mmrl.credit.estimate import apply_transform
 from mmrl.credit.learned import (
     bt_trajectory_loss,
@@ -18,9 +17,7 @@ from mmrl.credit.learned import (
     outcome_bce_loss,
     progress_loss,
 )
-from mmrl.credit.outcome import mc_value_target
 from mmrl.credit.reward_machine import RewardMachine
-from mmrl.credit.sources import gate_levels, mask_fill, ordered_overlap, reorder
 from mmrl.credit.steps import judged_wrong
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup, returns
@@ -71,7 +68,6 @@ ROWS = {
     "tree_rpo child_mean bernoulli": adv("tree_rpo", scale="bernoulli"),
     "tree_rpo leaf_mean none": adv("tree_rpo", value="leaf_mean", scale="none"),
     "tree_rpo leaf_mean std (propa)": adv("propa"),
-    "mc_value_target": mc_value_target,
     "branch_depth leaf_mean": adv("branch_depth"),
     "branch_depth edge_softmax": adv("branch_depth", value="edge_softmax"),
     "portool defaults": adv("portool"),
@@ -131,7 +127,7 @@ def forests(t8, c7):
 
 
 def test_no_row_of_the_tables_is_left_out():
-    assert set(ROWS) == set(WORKED["t8"]) | set(WORKED["c7"]) and len(WORKED["t8"]) == 50
+    assert set(ROWS) == set(WORKED["t8"]) | set(WORKED["c7"]) and len(WORKED["t8"]) == 49
 
 
 @pytest.mark.parametrize("forest, row", [(f, r) for f in WORKED for r in WORKED[f]])
@@ -201,12 +197,6 @@ def test_contrastive_attribution_mixed_severity():
     check_close(apply_transform(items, {"name": "mixed_grained", "page": 0.6}).outcome[-1:], [0.566667])
     classes = chains([0.0] * 4, outcomes=[1.0], severity=[0, 1, 3, 2])
     check_close(apply_transform(classes, {"name": "severity"}).step_reward, [0, -1, -10, -5])
-
-
-def test_gate_with_two_levels():
-    check_close(gate_levels([1.0, 0.2], [0.5, 0.3], 0.9), 1.2)
-    check_close(gate_levels([1.0, 0.4], [0.5, 0.3], 0.9), 2.3)
-    check_close(gate_levels([0.0, 0.4], [0.5, 0.3], 0.9), 0.0)
 
 
 MACHINE = {"events": ["a", "b", "c"], "start": "u0", "edges": [["u0", "a", "u1"], ["u1", "b", "accept"]]}
@@ -298,7 +288,7 @@ def test_learned_losses_by_hand():
     assert bool(discriminator_reward(torch.tensor([1.0])).isfinite())
 
 
-def test_red_info_gain_redundancy_budget():
+def test_red_info_gain_redundancy():
     tree = chains([0.1, 0.4, 0.35, 0.8], outcomes=[1.0]).replace(root_value=[0.05])
     red = apply_transform(tree, {"name": "red"}).step_reward
     check_close(red, [0.05, 0.3, -0.05, 0.45])
@@ -307,16 +297,9 @@ def test_red_info_gain_redundancy_budget():
     check_close(apply_transform(sim, {"name": "info_gain"}).step_reward, [0.3, 0.3, 0.05])
     docs = chains([0.0] * 3, outcomes=[1.0], documents=[[True, True, False], [True, False, True], [True, True, False]])
     check_close(apply_transform(docs, {"name": "redundancy"}).step_reward, [0, 0.5, 1])
-    check_close(truncation_budget(4, 100, 0.9), [37.876311, 29.560142, 21.174683, 11.388864])
-    lengths = trajectory_lengths(truncation_budget(4, 100, 0.9))
-    assert [int((lengths > t).sum()) for t in range(4)] == [37, 29, 21, 11]
-    with pytest.raises(ValueError, match="cannot reach a horizon"):
-        truncation_budget(10, 5)
 
 
-def test_overlap_prune_alarm_and_small_sources():
-    check_close(ordered_overlap("abcd", "acbd"), 0.75)
-    assert ordered_overlap("ab", "ab") == 1 and ordered_overlap("ab", "") == 0
+def test_prune_and_alarm():
     tree = chains(*[[0.0] * k for k in (3, 5, 2, 9)], outcomes=[1.0, 1.0, 0.0, 1.0])
     pruned = apply_transform(tree, {"name": "step_prune", "penalty": 0.5})
     check_close(pruned.outcome[pruned.is_finished], [1, 0.833333, 0, 0.5])
@@ -326,10 +309,6 @@ def test_overlap_prune_alarm_and_small_sources():
     assert int(apply_transform(long, {"name": "step_prune", "max_step_tokens": 5}).is_finished.sum()) == 3
     leaves = StepTree([-1] * 3, [0] * 3, [1] * 3, [0.2, 0.9, 0.6], tags={"aspect": torch.tensor([1, -0.5, 2])})
     check_close(apply_transform(leaves, {"name": "alarm"}).outcome, [0.2, 1.013262, 0.864239])
-    assert mask_fill(["a", "x"], ["a", "b"]) == 0.5 and reorder([0, 2, 1]) == pytest.approx(1 / 3)
-    assert reorder([0, 1, 2], kendall=True) == 1 and reorder([2, 1, 0], kendall=True) == 0
-    with pytest.raises(ValueError, match="needs a permutation"):
-        reorder([0, 0, 1])
 
 
 def test_clip_of_c7(c7):

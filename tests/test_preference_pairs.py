@@ -12,11 +12,9 @@ from mmrl.preference import (
     BUILDERS,
     PAIRS_OF,
     Pairs,
-    action_values,
     build_pairs,
     dynamic_threshold,
     fork_of,
-    pick_action,
     segment_steps,
     select_steps,
     token_kl,
@@ -206,21 +204,6 @@ def test_chains_of_a_tree_give_the_same_leaf_pairs():
         assert len(a) == len(b)
         torch.testing.assert_close(a.gap, b.gap)
         assert t.outcome[a.chosen_end].tolist() == t.outcome[source[b.chosen_end]].tolist()
-
-
-# --- the Q model -------------------------------------------------------------------------------------------------
-
-
-def test_a_q_model_picks_by_mean_log_ratio():
-    """Candidate 0 has ratios .3, .1 (mean .2), candidate 1 has .25: the longer sum does not win."""
-    logp, ref = torch.tensor([-0.7, -0.9, -0.75]), torch.full((3,), -1.0)
-    q = action_values(logp, ref, torch.tensor([0, 0, 1]), 2, beta=0.5)
-    torch.testing.assert_close(q, torch.tensor([0.1, 0.125]))
-    assert pick_action(q) == 1 and pick_action(torch.tensor([0.2, 0.2])) == 0
-    with pytest.raises(ValueError, match="candidate 2 has no actions"):
-        action_values(logp, ref, torch.tensor([0, 0, 1]), 3)
-    with pytest.raises(ValueError, match="cannot choose among values"):
-        pick_action(torch.tensor([n, 1.0]))
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

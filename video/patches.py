@@ -75,24 +75,6 @@ def patchify(
     return rows.reshape(t * h * w, -1), (t, h, w)
 
 
-def unpatchify(
-    rows: np.ndarray, grid: Grid, *, patch: int, merge: int, temporal: int = 2, norm: Norm = CLIP
-) -> np.ndarray:
-    """The frames of `patchify`'s rows, (t temporal, h patch, w patch, 3) uint8; a repeated last frame is still there.
-
-    Raises:
-        ValueError: rows that do not fit the grid.
-    """
-    t, h, w = grid
-    if rows.shape != (t * h * w, 3 * temporal * patch**2):
-        raise ValueError(f"rows {rows.shape} do not fit grid {grid} with patch {patch} and {temporal} frames")
-    x = rows.reshape(t, h // merge, w // merge, merge, merge, 3, temporal, patch, patch)
-    x = x.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(t * temporal, h * patch, w * patch, 3)
-    scale, shift = _affine(norm)
-    x = (x - shift) / scale
-    return np.rint(x).clip(0, 255).astype(np.uint8)
-
-
 def _affine(norm: Norm) -> tuple[np.ndarray, np.ndarray]:
     """(3,) scale and shift, float32, with pixel * scale + shift = (pixel / 255 - mean) / std."""
     mean, std = (np.array(v, dtype=np.float64) for v in norm)

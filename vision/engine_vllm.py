@@ -37,7 +37,7 @@ class _Bud:
 
 
 class VllmEngine:
-    """Grows trees with vLLM; an `Engine` of vision/growth.py, with weights that follow the trainer's.
+    """Grows trees with vLLM, with weights that follow the trainer's.
 
     counts: what the last `grow` took: requests, sampled tokens, prompt tokens and how many of them were cached.
     """

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-
-from mmrl.rollout import BranchPlan
-from vision.step_rule import StepRule
 
 
 @dataclass(frozen=True)
@@ -90,16 +87,3 @@ class Node:
     logp: list[float] = field(default_factory=list)  # under the sampling distribution, banned ids removed
     end: Literal["open", "step", "eos", "length"] = "open"
     observed: int = 0  # tokens of the observation that follows it
-
-
-class Engine(Protocol):
-    """Grows the trees of some prompts; parents come before children."""
-
-    def grow(
-        self,
-        prompts: Sequence[PromptTokens],
-        plan: BranchPlan,
-        decoding: Decoding,
-        rule: StepRule,
-        seeds: Sequence[int],
-    ) -> list[Node]: ...

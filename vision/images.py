@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 # raster formats only: PIL would hand e.g. PostScript to an external program
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_LLAVA_NEXT_GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # (height, width)
 
 
 class ImageError(ValueError):
@@ -225,92 +223,6 @@ def smart_resize(height: int, width: int, budget: PixelBudget) -> tuple[int, int
         grow = math.sqrt(budget.min_pixels / (height * width))
         return math.ceil(height * grow / f) * f, math.ceil(width * grow / f) * f
     return new
-
-
-def qwen_tokens(height: int, width: int, budget: PixelBudget) -> int:
-    """Tokens the language model sees for a picture: h' w' / factor^2 after `smart_resize`."""
-    new_height, new_width = smart_resize(height, width, budget)
-    return new_height * new_width // budget.factor**2
-
-
-def tile_grid(width: int, height: int, max_num: int) -> tuple[int, int]:
-    """(columns, rows) of InternVL's dynamic tiling: the grid of at most `max_num` tiles nearest in aspect ratio.
-
-    Grids are tried by (area, columns, rows). Of equally near ones the later wins only if the picture has more than
-    half its pixels, w h > 0.5 * 448^2 * columns * rows.
-    """
-    _check_sides(height, width)
-    if max_num < 1:
-        raise ValueError(f"max_num={max_num}: InternVL needs at least 1 tile")
-    sides = range(1, max_num + 1)
-    grids = sorted((i * j, i, j) for i in sides for j in sides if i * j <= max_num)
-    best, best_distance = (1, 1), math.inf
-    for area, i, j in grids:
-        distance = abs(width / height - i / j)
-        if distance < best_distance or (distance == best_distance and width * height > 0.5 * 448**2 * area):
-            best, best_distance = (i, j), distance
-    return best
-
-
-def num_tiles(width: int, height: int, max_num: int) -> int:
-    """Tiles InternVL encodes: the grid, and a thumbnail if it has more than one tile."""
-    columns, rows = tile_grid(width, height, max_num)
-    return columns * rows + (columns * rows > 1)
-
-
-def internvl_tokens(width: int, height: int, max_num: int) -> int:
-    """Tokens the language model sees: 256 per tile (448 / 14 = 32 patches a side, pixel shuffle by 0.5)."""
-    return 256 * num_tiles(width, height, max_num)
-
-
-def anyres_resolution(height: int, width: int, grid: Sequence[tuple[int, int]] = _LLAVA_NEXT_GRID) -> tuple[int, int]:
-    """(height, width) of LLaVA-NeXT's canvas: the one that keeps most pixels of the picture, then wastes least."""
-    _check_sides(height, width)
-
-    def fit(canvas: tuple[int, int]) -> tuple[int, int]:
-        scale = min(canvas[1] / width, canvas[0] / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - canvas[0] * canvas[1]
-
-    return max(grid, key=fit)  # the first of equals
-
-
-def anyres_tokens(height: int, width: int, grid: Sequence[tuple[int, int]] = _LLAVA_NEXT_GRID) -> int:
-    """Tokens of LLaVA-NeXT: 24 x 24 of the whole picture, the canvas' patches without its padding, one per row.
-
-    Padding is removed in whole patches on both sides, so an odd row or column of it stays.
-    """
-    canvas_height, canvas_width = anyres_resolution(height, width, grid)
-    rows, columns = canvas_height // 14, canvas_width // 14
-    if width / height > columns / rows:
-        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
-    else:
-        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-    return 576 + rows * columns + rows
-
-
-def rescale_box(box: Sequence[float], from_size: tuple[int, int], to_size: tuple[int, int]) -> Box:
-    """A box (x0, y0, x1, y1) of a picture of `from_size` (width, height) in the coordinates of `to_size`, unrounded.
-
-    Raises:
-        ValueError: not four finite numbers with x0 <= x1 and y0 <= y1, or a size below 1.
-    """
-    for width, height in (from_size, to_size):
-        _check_sides(height, width)
-    if len(box) != 4 or not all(map(math.isfinite, box)) or box[0] > box[2] or box[1] > box[3]:
-        raise ValueError(f"box {list(box)}: needs four finite numbers x0 <= x1, y0 <= y1")
-    x, y = to_size[0] / from_size[0], to_size[1] / from_size[1]
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
-
-
-def to_thousand(box: Sequence[float], size: tuple[int, int]) -> tuple[int, ...]:
-    """A box in pixels of a picture of `size` (width, height) as whole numbers of 0..1000 (Qwen3-VL, InternVL)."""
-    return tuple(round(v) for v in rescale_box(box, size, (1000, 1000)))
-
-
-def from_thousand(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """A box of 0..1000 in pixels of a picture of `size` (width, height), unrounded."""
-    return rescale_box(box, (1000, 1000), size)
 
 
 def _check_sides(height: int, width: int) -> None:

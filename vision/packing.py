@@ -93,12 +93,6 @@ def leaf_rows(packed: Packed, leaves: Sequence[int]) -> list[Tensor]:
     return [((i <= int(packed.last[v])) & (int(packed.last[v]) < packed.end)).nonzero().flatten() for v in leaves]
 
 
-def gather_index(packed: Packed, leaves: Sequence[int]) -> Tensor:
-    """(R, L) packed index of completion token t of leaf r, -1 = padding: `lp[gather]` is a row-wise trainer's view."""
-    rows = [r[packed.prompt :] for r in leaf_rows(packed, leaves)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
 def rows_of(packed: Packed, parent: Sequence[int], mode: Mode) -> list[Tensor]:
     """Which packed indices each network row of `mode` holds. For prefix_packed the prompt is a pass of its own.
 

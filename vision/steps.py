@@ -102,11 +102,6 @@ def merge(steps: Sequence[ParsedStep], max_steps: int, *, separator: str = "\n\n
     ]
 
 
-def render_paragraphs(texts: Sequence[str]) -> str:
-    """Steps as a judge reads them: `<paragraph_0>` .. on lines of their own, numbered from 0."""
-    return "\n\n".join(f"<paragraph_{i}>\n{text}\n</paragraph_{i}>" for i, text in enumerate(texts))
-
-
 def read_numbered_tags(text: str, tag: str) -> dict[int, str]:
     """number -> text of every `<tag_i>..</tag_i>` of a judge's critique, stripped.
 
@@ -121,11 +116,6 @@ def read_numbered_tags(text: str, tag: str) -> dict[int, str]:
             raise StepParseError(f"<{tag}_{number}> occurs twice; which one holds is unknown")
         out[number] = text[start:end]
     return out
-
-
-def strip_number(step: str) -> str:
-    """The text without its own `Step k:` or `k.` prefix (Math-Shepherd, PRMBench)."""
-    return re.sub(r"\A\s*(?:Step \d+:|\d+\.(?!\d))\s*", "", step)
 
 
 # --- readers and writers, one pair per format ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where steps begin when no delimiter says so, how uncertain a step was, and regrouping of short steps.
+"""Where steps begin when no delimiter says so, and how uncertain a step was.
 
 A border is the index i >= 1 of the token that begins a step; the step at token 0 is understood.
 """
@@ -75,36 +75,3 @@ def step_uncertainty(
     logq = [x - total for x in scaled]
     raw = -math.fsum(q if kind == "log_sum" else q * math.exp(q) for q in logq)
     return raw / math.log(len(logps)) if normalise and len(logps) > 1 else raw
-
-
-def regroup(lengths: Sequence[int], min_tokens: int, max_steps: int | None = None) -> list[list[int]]:
-    """Steps merged left to right until a group has >= min_tokens; a short rest joins the last group.
-
-    Then, while there are more than `max_steps` groups, the neighbours with the smallest total merge (the first such
-    pair); as defined here.
-
-    Args:
-        lengths: tokens per step.
-
-    Returns:
-        step indices per group, in order.
-
-    Raises:
-        ValueError: no steps, or max_steps below 1.
-    """
-    if not lengths or (max_steps is not None and max_steps < 1):
-        raise ValueError(f"regroup: {len(lengths)} steps, max_steps={max_steps}; both must be at least 1")
-    groups: list[list[int]] = []
-    current: list[int] = []
-    for i in range(len(lengths)):
-        current.append(i)
-        if sum(lengths[j] for j in current) >= min_tokens:
-            groups.append(current)
-            current = []
-    if current:
-        groups = [*groups[:-1], groups[-1] + current] if groups else [current]
-    while max_steps is not None and len(groups) > max_steps:
-        totals = [sum(lengths[j] for j in a + b) for a, b in pairwise(groups)]
-        at = totals.index(min(totals))
-        groups[at : at + 2] = [groups[at] + groups[at + 1]]
-    return groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Literal
 
 from mmrl.annotate.labels import Labels, labels_up_to
@@ -47,16 +46,3 @@ def pseudo_labels(outcome: float, num_steps: int) -> Labels:
     if num_steps < 1 or not 0 <= outcome <= 1:
         raise ValueError(f"outcome {outcome} must be in [0, 1] and num_steps {num_steps} >= 1")
     return (float(outcome),) * num_steps
-
-
-def buffer_factors(
-    num_steps: int, seed: int | str, kind: Literal["bernoulli", "uniform"] = "bernoulli"
-) -> tuple[float, ...]:
-    """FreePRM's random factor a per step, Bernoulli(1/2) or U(0, 1): it keeps the buffer class from taking all.
-
-    The same seed gives the same factors.
-    """
-    if kind not in ("bernoulli", "uniform"):
-        raise ValueError(f"buffer factors: {kind!r} is none of bernoulli, uniform")
-    rng = random.Random(seed)
-    return tuple(float(rng.random() < 0.5) if kind == "bernoulli" else rng.random() for _ in range(num_steps))

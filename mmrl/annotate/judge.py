@@ -2,9 +2,8 @@ r"""Asking a judge about steps and reading its answer. What cannot be read is No
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,10 +51,6 @@ _PLAIN_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 _ANALYSIS = re.compile(r"<analysis_(\d{1,6})>(.*?)</analysis_\1>", re.DOTALL)
 _VERDICTS = dict.fromkeys(("yes", "correct", "right", "true"), True)
 _VERDICTS |= dict.fromkeys(("no", "incorrect", "wrong", "false"), False)
-_FLOOR = -100.0  # MM-PRM's log-probability of a token that is not among those returned
-_PADDING = " \t\n▁ĠĊ"  # what tokenizers write for the space or line break in front of a word
-
-
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +73,7 @@ def judge_prompt(
 ) -> str:
     """A prompt for the index of the first error, an analysis of every step, or Yes/No about the last of `steps`.
 
-    Read the replies with `parse_first_error`, `parse_critique` and `verdict_probability`.
+    Read the replies with `parse_first_error`, `parse_critique` and `parse_verdict`.
     """
     if ask not in _PROMPTS:
         raise ValueError(f"ask={ask!r} is none of {', '.join(_PROMPTS)}")
@@ -147,43 +142,3 @@ def _first_error(labels: Labels, overall: bool | None) -> int | None:
     if overall:
         return None if 0.0 in labels else -1
     return None if first == -1 else first
-
-
-def verdict_probability(
-    top: Mapping[str, float],
-    *,
-    positive: str = "yes",
-    negative: str = "no",
-    missing: Literal["floor", "smallest"] = "floor",
-) -> float | None:
-    """p_yes / (p_yes + p_no) in [0, 1] from the returned tokens' log-probabilities; None when neither is there.
-
-    Each class takes its likeliest variant in capitals and leading space. A class that is not there counts as
-    log-probability -100 (floor, MM-PRM) or as the smallest one returned (smallest, GenPRM).
-    """
-    found = {
-        name: [logp for token, logp in top.items() if token.strip(_PADDING).lower() == name.lower()]
-        for name in (positive, negative)
-    }
-    if not any(found.values()):
-        return None
-    absent = _FLOOR if missing == "floor" else min(top.values())
-    yes, no = (max(found[name], default=absent) for name in (positive, negative))
-    top_one = max(yes, no)
-    return 0.5 if top_one == -math.inf else normalised(math.exp(yes - top_one), math.exp(no - top_one))
-
-
-def normalised(p_yes: float, p_no: float) -> float:
-    """p_yes / (p_yes + p_no), 1/2 when both are 0 (GenPRM)."""
-    return p_yes / (p_yes + p_no) if p_yes + p_no > 0 else 0.5
-
-
-def unparsed_frac(results: Sequence[object | None]) -> float:
-    """Share of None among parsed replies, to be reported beside whatever is made of the others.
-
-    Raises:
-        ValueError: no replies.
-    """
-    if not results:
-        raise ValueError("no replies, so no share of unparsed ones")
-    return sum(r is None for r in results) / len(results)

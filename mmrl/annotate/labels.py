@@ -40,40 +40,6 @@ def local_first_error(labels: Sequence[float | None]) -> int | None:
     return -1
 
 
-def prefix_first_error(labels: Sequence[float | None]) -> int | None:
-    """First error that prefix labels tell: a 1 vouches for every step before it. None = they do not tell.
-
-    Raises:
-        ValueError: no steps, a soft label, or a 1 after a 0, which only local labels can have.
-    """
-    _check_hard(labels)
-    last_right = max((t for t, y in enumerate(labels) if y == 1), default=-1)
-    first_wrong = min((t for t, y in enumerate(labels) if y == 0), default=len(labels))
-    if last_right > first_wrong:
-        raise ValueError(
-            f"step {last_right} is right after the wrong step {first_wrong}: these are local labels; convert them "
-            "with local_to_prefix first"
-        )
-    if last_right + 1 != first_wrong:
-        return None
-    return first_wrong if first_wrong < len(labels) else -1
-
-
-def local_to_prefix(labels: Sequence[float | None]) -> Labels:
-    """Cumulative AND: 0 from the first 0 on, None from an unlabelled step to the first 0.
-
-    Raises:
-        ValueError: no steps, or a soft label.
-    """
-    _check_hard(labels)
-    prefix: list[float | None] = []
-    state: float | None = 1.0
-    for y in labels:
-        state = 0.0 if state == 0 or y == 0 else None if state is None or y is None else 1.0
-        prefix.append(state)
-    return tuple(prefix)
-
-
 def labels_up_to(first_error: int, num_steps: int) -> Labels:
     """1 before the first error, 0 at it, None after it; -1 gives all 1.
 

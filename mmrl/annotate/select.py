@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from mmrl.annotate.targets import Values, soft
@@ -54,21 +53,3 @@ def balanced_information(values: Values, alpha: float = 0.05) -> float:
     above = [v for v in known if v > 0]
     p = len(above) / len(known)
     return (p * (1 - p) + alpha) * (fmean(above) if above else 1.0)
-
-
-def keep_top(scores: Sequence[float], sources: Sequence[Hashable], share: float) -> list[int]:
-    """Ascending positions of the ceil(share * n) highest scores of each source, the earlier one on ties.
-
-    Raises:
-        ValueError: share outside (0, 1], lengths that differ, a score that is not a number.
-    """
-    if not 0 < share <= 1 or any(math.isnan(s) for s in scores):
-        raise ValueError(f"share {share} must be in (0, 1] and every score a number")
-    rows: dict[Hashable, list[int]] = {}
-    for i, (_, source) in enumerate(zip(scores, sources, strict=True)):
-        rows.setdefault(source, []).append(i)
-    kept: list[int] = []
-    for positions in rows.values():
-        count = math.ceil(share * len(positions) - 1e-9)  # 0.07 * 100 is 7.000000000000001
-        kept += sorted(positions, key=lambda i: -scores[i])[:count]
-    return sorted(kept)

@@ -68,18 +68,6 @@ def soft(values: Values) -> Targets:
     return _each(values, lambda m: m)
 
 
-def soft_interp(first: Values, second: Values, weight: float) -> Targets:
-    """y = weight * first + (1 - weight) * second, None where either source is silent.
-
-    Raises:
-        ValueError: a weight outside [0, 1], or sources of different lengths.
-    """
-    if not 0 <= weight <= 1 or len(first) != len(second):
-        raise ValueError(f"weight {weight} must be in [0, 1], and {len(first)} and {len(second)} steps must match")
-    pairs = zip(soft(first), soft(second), strict=True)
-    return tuple(None if a is None or b is None else weight * a + (1 - weight) * b for a, b in pairs)
-
-
 def log_boost(values: Values, a: float = 10.0) -> Targets:
     """y = ln(1 + a m) / ln(1 + a), which lifts small values (PROPA); a > 0."""
     if a <= 0:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from mmrl.bench.base import Benchmark, Item, Result, Scored, mean, of_groups, response_steps, total
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord
 from mmrl.rows import images, row_id, text, without_image_marks
-
-Outcome = Literal["agree", "reject", "doesnt_matter", "other"]
 
 VL_GROUPS = {
     "general": ("vlfeedback", "wildvision"),
@@ -81,35 +79,8 @@ def measure_vl(scored: Sequence[Scored], threshold: float, aggregate: str) -> Re
     """overall = accuracy over all pairs, macro = mean of the three groups."""
     hits = {name: [agreement(s, aggregate) for s in part] for name, part in of_groups(scored).items()}
     groups = {name: {"accuracy": mean(h), "items": len(h)} for name, h in hits.items()}
-    return _vl_result([x for h in hits.values() for x in h], groups)
-
-
-def judge_outcome(votes: Sequence[Outcome]) -> Outcome:
-    """What more than half of a judge's votes on one pair say, else "other"."""
-    for outcome in ("agree", "reject", "doesnt_matter"):
-        if votes.count(outcome) > len(votes) / 2:
-            return outcome
-    return "other"
-
-
-def measure_votes(votes: Sequence[tuple[str, Sequence[Outcome]]]) -> Result:
-    """The generative form: (group, votes of a judge on one pair). Undecided pairs drop out of the accuracies."""
-    decided: dict[str, list[float]] = {}
-    counts: dict[str, dict[str, float]] = {}
-    for group, own in votes:
-        outcome = judge_outcome(own)
-        row = counts.setdefault(group, dict.fromkeys(("agree", "reject", "doesnt_matter", "other"), 0.0))
-        row[outcome] += 1
-        decided.setdefault(group, [])
-        if outcome in ("agree", "reject"):
-            decided[group].append(float(outcome == "agree"))
-    groups = {name: {"accuracy": mean(hits), **counts[name]} for name, hits in decided.items()}
-    return _vl_result([x for h in decided.values() for x in h], groups)
-
-
-def _vl_result(hits: Sequence[float], groups: Mapping[str, Mapping[str, float]]) -> Result:
     macro = mean([groups[g]["accuracy"] if g in groups else math.nan for g in VL_GROUPS])
-    return Result({"overall": mean(hits), "macro": macro}, groups)
+    return Result({"overall": mean([x for h in hits.values() for x in h]), "macro": macro}, groups)
 
 
 # ---- RewardBench ------------------------------------------------------------------------------------------------

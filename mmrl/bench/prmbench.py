@@ -68,19 +68,6 @@ def measure(scored: Sequence[Scored], threshold: float, aggregate: str) -> Resul
     return measure_valid([s.item for s in scored], valid)
 
 
-def measure_redundancy(
-    scored: Sequence[Scored], redundancy: Sequence[Sequence[float]], threshold: float, *, redundant: float = 0.15
-) -> Result:
-    """For models with a second score (ReasonEval): in the two simplicity classes valid = redundancy <= `redundant`."""
-    valid: list[list[bool] | None] = []
-    for s, extra in zip(scored, redundancy, strict=True):
-        if s.item.group in CATEGORIES["simplicity"]:
-            valid.append([r <= redundant for r in extra])
-        else:
-            valid.append(None if s.scores[0] is None else [p > threshold for p in s.scores[0]])
-    return measure_valid([s.item for s in scored], valid)
-
-
 def measure_valid(items: Sequence[Item], valid: Sequence[Sequence[bool] | None]) -> Result:
     """All measures from the steps called valid. Totals are pooled over steps and leave the `correct` items out."""
     pairs = list(zip(items, valid, strict=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,6 @@ from mmrl.prm.formats.benches import processbench
 from mmrl.prm.metrics import first_error, first_error_score
 
 SPLITS = ("gsm8k", "math", "olympiadbench", "omnimath")
-_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def read_row(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
@@ -41,21 +38,6 @@ def percent(predicted: Sequence[int | None], labels: Sequence[int]) -> dict[str,
     """Accuracies and F1 in percent (F1 = 2ab / (a + b), 0 if both are 0); None matches nothing."""
     s = first_error_score(predicted, labels)
     return {"f1": 100 * s.f1, "error_acc": 100 * s.error_acc, "correct_acc": 100 * s.correct_acc}
-
-
-def critic_index(text: str) -> str | None:
-    r"""What the last `\boxed{..}` without inner braces of a critique says, None without one."""
-    found = _BOX.findall(text)
-    return found[-1] if found else None
-
-
-def critic_prediction(texts: Sequence[str]) -> int | None:
-    """First error by majority of critiques: the commonest boxed text, first seen on ties; None if it is no number."""
-    said = Counter(s for s in map(critic_index, texts) if s is not None)
-    try:
-        return int(said.most_common(1)[0][0])
-    except (IndexError, ValueError):
-        return None
 
 
 BENCH = Benchmark("processbench", read_row, measure, "f1", lenient=True)

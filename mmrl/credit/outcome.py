@@ -10,7 +10,7 @@ from torch import Tensor
 from mmrl.credit.norm import AllSum, Norm, Normed, norm, whiten
 from mmrl.credit.table import Credit, estimator
 from mmrl.tree import StepTree
-from mmrl.tree_ops import Backup, backup, before, discounted_leaf, leaf_sum, lift, path_sum, returns, run_head
+from mmrl.tree_ops import Backup, backup, before, discounted_leaf, lift, path_sum, returns, run_head
 
 EpisodeStats = Literal["trajectory", "step"]
 
@@ -281,19 +281,3 @@ def _among_siblings(
         return Credit(z.z, info=z.info)
     only = ~value.isnan() & (z.size[tree.sib] == 1)
     return Credit(z.z[run_head(tree, only)], info=z.info)
-
-
-def mc_value_target(tree: StepTree) -> Tensor:
-    """(N,) mean of 2R - 1 over the leaves below, unfinished leaves -1: targets for a value model, not an advantage.
-
-    R in [0, 1]; every node has a target. Parity with MASPRM.
-    Raises ValueError for outcomes outside [0, 1].
-    """
-    r = tree.outcome[tree.is_finished]
-    if bool(((r < 0) | (r > 1)).any()):
-        raise ValueError("mc_value_target needs outcomes in [0, 1]; rescale them")
-    finished = tree.replace(
-        status=torch.where(tree.is_leaf, 1, 0),
-        outcome=torch.where(tree.is_leaf, 2 * tree.outcome.nan_to_num(0.0) - 1, torch.nan),
-    )
-    return leaf_sum(finished, finished.outcome) / finished.m

@@ -15,7 +15,6 @@ from mmrl.preference.builders import (
     siblings,
 )
 from mmrl.preference.pairs import Pairs, fork_of, segment_steps
-from mmrl.preference.q_model import action_values, pick_action
 from mmrl.preference.scores import dynamic_threshold, select_steps, step_scores, token_kl
 from mmrl.registry import call, hint
 from mmrl.tree import StepTree
@@ -58,7 +57,7 @@ def build_pairs(tree: StepTree, name: str, options: Mapping[str, Any]) -> Pairs:
 
 
 __all__ = [
-    "BUILDERS", "PAIRS_OF", "Pairs", "action_values", "best_path", "build_pairs", "contrastive", "dynamic_threshold",
-    "extremes", "first_wrong", "fork_of", "leaves", "pick_action", "recalibrated", "segment_steps", "select_steps",
+    "BUILDERS", "PAIRS_OF", "Pairs", "best_path", "build_pairs", "contrastive", "dynamic_threshold",
+    "extremes", "first_wrong", "fork_of", "leaves", "recalibrated", "segment_steps", "select_steps",
     "siblings", "step_scores", "token_kl",
 ]  # fmt: skip

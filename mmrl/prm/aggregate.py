@@ -148,22 +148,6 @@ def aggregate(name: str, **options: Any) -> Callable[[Scores], Key]:
     return partial(AGGREGATES[name], **options)
 
 
-def vlprm_reward(p: float, length: int) -> float:
-    """VL-PRM's reward of one candidate step in guided search: -1 if p < 1/2, else p^0.3 / length^0.6.
-
-    length: input tokens of the scored prefix, >= 1. Comparable only among continuations of one prefix.
-    """
-    _probabilities([p])
-    if length < 1:
-        raise ValueError(f"vlprm_reward: length {length} must be at least 1 token")
-    return -1.0 if p < 0.5 else p**0.3 / length**0.6
-
-
-def hard_labels(scores: Scores, *, threshold: float = 0.8) -> list[int]:
-    """+1 where p > threshold (strictly), else -1 (VisualPRM's own checker)."""
-    return [1 if p > threshold else -1 for p in _checked(scores)]
-
-
 def _weighted(scores: Scores, weights: Sequence[float]) -> float:
     return math.fsum(w * s for w, s in zip(weights, scores, strict=True)) / math.fsum(weights)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -98,14 +98,6 @@ def brier(p: ArrayLike, y: ArrayLike) -> float:
     """Mean (p - y)^2; y may be soft. NaN without steps."""
     p, y = _probabilities(p), np.asarray(y, float)
     return float(((p - y) ** 2).mean()) if p.size else math.nan
-
-
-def pearson(x: ArrayLike, y: ArrayLike) -> float:
-    """Linear correlation; NaN for fewer than two points or where one side is constant."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
 
 
 # --- first errors and solutions ----------------------------------------------------------------------------------
@@ -206,16 +198,6 @@ def bootstrap(
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if defined.size else (math.nan, math.nan)
     value = statistic(np.arange(len(problem)))
     return Interval(float(value), float(low), float(high), int(values.size - defined.size))
-
-
-def bootstrap_difference(
-    first: Callable[[NDArray[np.intp]], float],
-    second: Callable[[NDArray[np.intp]], float],
-    problem: Sequence[Hashable],
-    **options: Any,
-) -> Interval:
-    """Interval of first - second on the same resamples: two models on one test set. Options as `bootstrap`."""
-    return bootstrap(lambda i: first(i) - second(i), problem, **options)
 
 
 # --- everything at once ------------------------------------------------------------------------------------------

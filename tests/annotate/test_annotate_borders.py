@@ -1,15 +1,12 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mmrl.annotate.borders import (
     confidence_borders,
     confidence_threshold,
     entropy,
     entropy_borders,
-    regroup,
     spans,
     step_uncertainty,
 )
@@ -63,30 +60,3 @@ def test_uncertainty_edges():
     for bad in ([], [-1.0, -math.inf], [math.nan]):
         with pytest.raises(ValueError, match="finite"):
             step_uncertainty(bad)
-
-
-def test_regroup_example():
-    assert regroup((5, 12, 3, 9, 30, 2), 10, 3) == [[0, 1], [2, 3], [4, 5]]
-
-
-@pytest.mark.parametrize("lengths, low, most, want", [
-    ((2, 3), 10, None, [[0, 1]]),
-    ((10, 10, 10, 10), 10, 3, [[0, 1], [2], [3]]),  # first of equal pairs
-    ((10, 10, 10, 1), 10, None, [[0], [1], [2, 3]]),
-    ((30, 10, 10, 30), 10, 2, [[0, 1, 2], [3]]),  # 20 first, then 50 = 50
-])  # fmt: skip
-def test_regroup(lengths, low, most, want):
-    assert regroup(lengths, low, most) == want
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 20), st.integers(1, 5))
-def test_regroup_keeps_every_step_in_order(lengths, low, most):
-    groups = regroup(lengths, low, most)
-    assert [i for g in groups for i in g] == list(range(len(lengths)))
-    assert len(groups) <= most
-    assert len(groups) == 1 or all(sum(lengths[i] for i in g) >= low for g in groups)
-
-
-def test_regroup_refuses():
-    with pytest.raises(ValueError, match="at least 1"):
-        regroup([], 3)

@@ -1,16 +1,11 @@
-import math
-
 import pytest
 
 from mmrl.annotate.judge import (
     judge_prompt,
-    normalised,
     paragraphs,
     parse_critique,
     parse_first_error,
     parse_verdict,
-    unparsed_frac,
-    verdict_probability,
 )
 from mmrl.annotate.spare import read_spare
 
@@ -82,40 +77,6 @@ def test_critiques(text, labels, first):
 
 def test_critique_of_steps_that_do_not_exist():
     assert parse_critique(analysis(0, "correct") + analysis(7, "incorrect"), 1).ignored == 1
-
-
-def test_judge_probability():
-    assert verdict_probability({"Yes": -0.2, "No": -1.9}) == pytest.approx(0.8455347, abs=1e-6)
-    top = {"yes": -3.0, " Yes": -0.2, "NO": -1.9, "▁no": -4.0, "maybe": -0.1}
-    assert verdict_probability(top) == pytest.approx(0.8455347, abs=1e-6)
-
-
-def test_missing_class():
-    top = {"Yes": -0.5, "Well": -2.0, "The": -6.0}
-    assert verdict_probability(top) == pytest.approx(1.0, abs=1e-12)
-    assert verdict_probability(top, missing="smallest") == pytest.approx(1 / (1 + math.exp(-5.5)), abs=1e-12)
-    assert verdict_probability({"The": -0.1}) is None
-    assert verdict_probability({}) is None
-    assert verdict_probability({"+": -0.2, "-": -1.9}, positive="+", negative="-") == pytest.approx(
-        0.8455347, abs=1e-6
-    )
-
-
-def test_impossible_tokens():
-    assert verdict_probability({"yes": -math.inf, "no": -math.inf}) == 0.5
-    assert verdict_probability({"yes": -math.inf, "no": -0.1}) == 0.0
-    assert verdict_probability({"yes": -5000.0, "no": -5001.0}) == pytest.approx(1 / (1 + math.exp(-1)))
-
-
-def test_normalised():
-    assert normalised(0.6, 0.2) == pytest.approx(0.75, abs=1e-12)
-    assert normalised(0.0, 0.0) == 0.5
-
-
-def test_unparsed_share():
-    assert unparsed_frac([1, None, 0, -1]) == 0.25  # 0 and -1 are answers
-    with pytest.raises(ValueError, match="no replies"):
-        unparsed_frac([])
 
 
 def spare(*items):

@@ -5,15 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrl.annotate.denoise import buffer_factors, pseudo_labels, scan_labels, scan_use
+from mmrl.annotate.denoise import pseudo_labels, scan_labels, scan_use
 from mmrl.annotate.labels import (
     after_error,
     label_mc,
     labels_up_to,
     local_first_error,
-    local_to_prefix,
     mc_first_error,
-    prefix_first_error,
 )
 from mmrl.annotate.targets import (
     advantage,
@@ -26,11 +24,8 @@ from mmrl.annotate.targets import (
     relative_progress,
     signs,
     soft,
-    soft_interp,
 )
 from mmrl.prm.records import Counts, SolutionRecord, Step
-
-hard_labels = st.lists(st.sampled_from([0.0, 1.0, None]), min_size=1, max_size=8)
 
 
 def test_estimate_of_six_of_eight():
@@ -87,12 +82,6 @@ def test_values_outside_the_range_are_refused(bad):
         hard_gt([0.5, bad])
 
 
-def test_two_sources():
-    assert soft_interp([1.0, None, 0.0], [0.0, 1.0, 0.5], 0.25) == (0.25, None, 0.375)
-    with pytest.raises(ValueError, match="match"):
-        soft_interp([1.0], [1.0, 0.0], 0.5)
-
-
 def test_advantage_and_its_classes():
     adv = advantage([0.5, 0.75, 0.75, 0.25], start=0.25)
     assert adv == (0.25, 0.25, 0.0, -0.5)
@@ -133,50 +122,27 @@ def test_mc_first_error_threshold_is_inclusive():
     assert mc_first_error((0.75, 0.25, 0.0), threshold=0.25) == 1
 
 
-@pytest.mark.parametrize("f", [mc_first_error, local_first_error, prefix_first_error, local_to_prefix])
+@pytest.mark.parametrize("f", [mc_first_error, local_first_error])
 def test_no_steps_is_an_error(f):
     with pytest.raises(ValueError, match="no steps"):
         f([])
 
 
-@pytest.mark.parametrize("labels, prefix, first", [
-    ((1, 0, 1, None), (1, 0, 0, 0), 1),
-    ((1, 1), (1, 1), -1),
-    ((1, None, 1), (1, None, None), None),
-    ((None, 0, 1), (None, 0, 0), None),
+@pytest.mark.parametrize("labels, first", [
+    ((1, 0, 1, None), 1), ((1, 1), -1), ((1, None, 1), None), ((None, 0, 1), None),
 ])  # fmt: skip
-def test_local_labels(labels, prefix, first):
-    assert local_to_prefix(labels) == prefix
+def test_local_labels(labels, first):
     assert local_first_error(labels) == first
 
 
-@pytest.mark.parametrize("labels, first", [
-    ((1, 0, None), 1), ((None, 1, 0), 2), ((1, None, 0), None), ((None, 1), -1), ((1, None), None), ((0, 0), 0),
-])  # fmt: skip
-def test_prefix_labels(labels, first):
-    assert prefix_first_error(labels) == first
-
-
-def test_scopes_are_not_mixed_up():
-    with pytest.raises(ValueError, match="local_to_prefix"):
-        prefix_first_error((1, 0, 1))
+def test_soft_labels_have_no_first_error():
     with pytest.raises(ValueError, match="soft label"):
-        local_to_prefix((1, 0.5))
-
-
-@given(hard_labels)
-def test_conversions_agree(labels):
-    prefix = local_to_prefix(labels)
-    assert local_to_prefix(prefix) == prefix
-    first = local_first_error(labels)
-    if first is not None:
-        assert prefix_first_error(prefix) == first
-        assert prefix_first_error(labels_up_to(first, len(labels))) == first
+        local_first_error((1, 0.5))
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(-1, n - 1), st.just(n))))
 def test_labels_up_to_round_trip(case):
-    assert prefix_first_error(labels_up_to(*case)) == case[0] == local_first_error(labels_up_to(*case))
+    assert local_first_error(labels_up_to(*case)) == case[0]
 
 
 def record(mc):
@@ -216,14 +182,9 @@ def test_scan_use(right, consistency, want):
     assert scan_use(right, consistency) == want
 
 
-def test_freeprm_labels_and_factors():
+def test_freeprm_labels():
     assert pseudo_labels(1, 3) == (1, 1, 1)
     assert pseudo_labels(0, 2) == (0, 0)
-    coins = buffer_factors(4000, 7)
-    assert set(coins) == {0.0, 1.0} and abs(sum(coins) / 4000 - 0.5) < 0.03
-    even = buffer_factors(4000, 7, "uniform")
-    assert min(even) >= 0 and max(even) < 1 and abs(sum(even) / 4000 - 0.5) < 0.03
-    assert buffer_factors(5, 7, "uniform") == buffer_factors(5, 7, "uniform") != buffer_factors(5, 8, "uniform")
     with pytest.raises(ValueError, match="num_steps"):
         pseudo_labels(1, 0)
 

@@ -1,7 +1,7 @@
 import pytest
 
-from mmrl.annotate.select import balanced_information, is_confident, keep_top, to_annotate
-from mmrl.annotate.unprm import choose_solutions, probe_error, probe_order, rollouts_needed
+from mmrl.annotate.select import balanced_information, is_confident, to_annotate
+from mmrl.annotate.unprm import probe_error, probe_order, rollouts_needed
 
 SURE, UNSURE = ((0.98, 0.96), (0.97, 0.95)), ((0.98, 0.70), (0.97, 0.80))
 
@@ -46,15 +46,6 @@ def test_balanced_information_needs_values():
         balanced_information([None])
 
 
-def test_keep_top_per_source():
-    scores, sources = [0.1, 0.9, 0.9, 0.2, 0.5], ["a", "a", "a", "b", "a"]
-    assert keep_top(scores, sources, 0.5) == [1, 2, 3]
-    assert keep_top(scores, sources, 0.25) == [1, 3]  # the earlier of a tie; at least one of a small source
-    assert len(keep_top(range(100), ["a"] * 100, 0.07)) == 7
-    with pytest.raises(ValueError, match="share"):
-        keep_top(scores, sources, 0.0)
-
-
 def test_number_of_rollouts():
     assert rollouts_needed([i % 2 == 0 for i in range(72)]) == 24  # the 10th right one is the 19th
     assert rollouts_needed([True] * 72) == 16
@@ -95,19 +86,3 @@ def test_no_hit_is_the_last_step():
 def test_perfect_completer_and_confirmation_find_the_error(error):
     for order in ([4, 0, 2, 1, 3], [0, 1, 2, 3, 4], [3, 1, 4]):
         assert probe_error(order, 5, lambda t: float(t < error), 0.5, confirm_left=True)[0] == error
-
-
-def test_choice_of_solutions():
-    u = (0.0, 1.0, 0.9, 0.5)
-    same = ((1.0, 0.0), (1.0, 0.0), (2.0, 0.0), (-1.0, 0.0))
-    # after 1: 2 gains .8*.9 + .2*0 = .72, 3 gains .8*.5 + .2*2 = .8, 0 gains 0
-    assert choose_solutions(u, same, 3) == [1, 3, 2]
-    assert choose_solutions(u, same, 3, weight=1.0) == [1, 2, 3]
-    assert choose_solutions((2.0, 2.0), ((1.0,), (1.0,)), 2) == [0, 1]
-
-
-def test_choice_refuses():
-    with pytest.raises(ValueError, match="embedding 1"):
-        choose_solutions((1.0, 0.0), ((1.0, 0.0), (0.0, 0.0)), 1)
-    with pytest.raises(ValueError, match=r"1\.\.N"):
-        choose_solutions((1.0,), ((1.0,),), 2)

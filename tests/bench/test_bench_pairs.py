@@ -65,27 +65,6 @@ def test_aggregates_that_are_no_number_are_refused(tmp_path):
         pairs.VL_REWARDBENCH.evaluate(items, by_text, aggregate="min_then_last")
 
 
-@pytest.mark.parametrize("votes, want", [
-    (["agree", "agree", "reject"], "agree"), (["agree", "reject"], "other"), (["reject"], "reject"),
-    (["doesnt_matter"] * 3 + ["agree"] * 2, "doesnt_matter"), ([], "other"),
-])  # fmt: skip
-def test_judge_votes(votes, want):
-    assert pairs.judge_outcome(votes) == want
-
-
-def test_undecided_pairs_drop_out():
-    votes = [
-        ("general", ["agree"]),
-        ("general", ["agree", "reject"]),
-        ("hallucination", ["reject"]),
-        ("reasoning", ["agree"]),
-    ]
-    result = pairs.measure_votes([*votes, ("reasoning", ["doesnt_matter"])])
-    assert result.metrics == pytest.approx({"overall": 2 / 3, "macro": 2 / 3})
-    assert result.groups["general"] == {"accuracy": 1, "agree": 1, "reject": 0, "doesnt_matter": 0, "other": 1}
-    assert math.isnan(pairs.measure_votes(votes[:1]).metrics["macro"])
-
-
 def test_rewardbench_sections_by_hand():
     subsets = {"a": {"accuracy": 0.8, "items": 100}, "b": {"accuracy": 0.6, "items": 300}}
     assert pairs.section(subsets) == pytest.approx(0.65)

@@ -58,14 +58,6 @@ def test_processbench_means_the_splits(tmp_path):
     assert {k: v["error_acc"] for k, v in half.groups.items()} == {"gsm8k": 100, "omnimath": 50}
 
 
-@pytest.mark.parametrize("texts, want", [
-    ([r"so \boxed{2}"], 2), ([r"\boxed{1} no, \boxed{-1}"], -1), ([r"\boxed{a}"], None), (["nothing"], None), ([], None),
-    ([r"\boxed{3}", "?", r"\boxed{1}", r"\boxed{1}"], 1), ([r"\boxed{3}", r"\boxed{1}"], 3), ([r"\boxed{\frac{1}{2}}"], None),
-])  # fmt: skip
-def test_critics_vote(texts, want):
-    assert processbench.critic_prediction(texts) == want
-
-
 # ---- PRMBench ---------------------------------------------------------------------------------------------------
 
 
@@ -138,13 +130,6 @@ def test_prmbench_threshold_is_strict_and_unscored_solutions_lower_validity(prm_
         prm_items, lambda records: [[] if i % 2 else s for i, s in enumerate(by_label(records))]
     )
     assert 0 < partial.metrics["validity"] < 1 and partial.metrics["prmscore"] == 1
-
-
-def test_prmbench_redundancy_scores(prm_items):
-    scored = score_items(prm_items, constant(1.0))
-    redundancy = [[1.0 - y for y in s.item.records[0].labels] for s in scored]
-    result = prmbench.measure_redundancy(scored, redundancy, 0.5)
-    assert result.metrics["simplicity"] == 1 and result.groups["counterfactual"]["negative_f1"] == 0
 
 
 # ---- VisualProcessBench -----------------------------------------------------------------------------------------

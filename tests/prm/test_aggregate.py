@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl.prm.aggregate import AGGREGATES, aggregate, hard_labels, vlprm_reward
+from mmrl.prm.aggregate import AGGREGATES, aggregate
 
 PLAIN = sorted(set(AGGREGATES) - {"weighted"})
 SYMMETRIC = sorted(set(PLAIN) - {"last", "first_below", "min_then_last"})
@@ -47,19 +47,6 @@ def test_worked_numbers_of_four_steps(name, want):
 )
 def test_worked_numbers_of_three_steps(name, want):
     assert aggregate(name)([0.9, 0.6, 0.8]) == pytest.approx(want, abs=1e-6)
-
-
-def test_vlprm_reward():
-    assert vlprm_reward(0.9, 1000) == pytest.approx(0.01535581, abs=1e-8)
-    assert vlprm_reward(0.5, 1) == pytest.approx(0.5**0.3)
-    assert vlprm_reward(0.499, 1) == -1
-    with pytest.raises(ValueError, match="length 0"):
-        vlprm_reward(0.9, 0)
-
-
-def test_hard_labels_are_strict():
-    assert hard_labels([0.81, 0.8, 0.2]) == [1, -1, -1]
-    assert hard_labels([0.8], threshold=0.7) == [1]
 
 
 def test_weighted_mean():

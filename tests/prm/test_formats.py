@@ -7,7 +7,6 @@ import pytest
 
 from mmrl.jsonl import RowError
 from mmrl.prm.formats import EXPORTERS, FORMATS, read_format
-from mmrl.prm.formats.trees import mm_prm_tree_row
 from mmrl.prm.records import Counts, SolutionRecord, Step
 
 DATA = Path(__file__).parents[1] / "data" / "prm"
@@ -182,16 +181,14 @@ def node(text, value, *children, **more):
     return {**base, "correct_rollouts": [], "incorrect_rollouts": [], "children": list(children), **more}
 
 
-def test_mm_prm_trees_come_back():
+def test_paths_of_an_mm_prm_tree():
     tree = node("", 0.5, node("a", 0.5, node("b", 1.0), node("c", 0.0)), node("d", 1.0))
     tree |= {"question": "Q", "answer": "4", "image_path": "a.png", "id": "t"}
     records = read("mm_prm_tree", tree)
     assert [(r.id, r.texts, r.labels) for r in records] == [
         ("t#0", ("a", "b"), (0.5, 1.0)), ("t#1", ("a", "c"), (0.5, 0.0)), ("t#2", ("d",), (1.0,)),
     ]  # fmt: skip
-    assert records[0].images == ("a.png",) and records[0].answer == "4" and mm_prm_tree_row(records) == tree
-    with pytest.raises(RowError, match="values differ"):
-        mm_prm_tree_row([records[0], replace(records[1], labels=(0.4, 0.0))])
+    assert records[0].images == ("a.png",) and records[0].answer == "4"
 
 
 def test_mm_prm_paths_end_at_value_0_and_carry_counts():

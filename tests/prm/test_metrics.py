@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from mmrl.prm.metrics import (
     bootstrap,
-    bootstrap_difference,
     brier,
     ece,
     evaluate_steps,
@@ -18,7 +17,6 @@ from mmrl.prm.metrics import (
     last_minimum_share,
     macro_f1,
     mcc,
-    pearson,
     pr_auc,
     rank_auc,
     roc_auc,
@@ -74,7 +72,7 @@ def test_undefined_measures():
     assert math.isnan(pr_auc([0.5, 0.6], [0, 0]))
     assert f1([False, False], [False, False]) == 0
     assert mcc([True, True], [True, False]) == 0
-    for measure in (roc_auc, pr_auc, f1, macro_f1, mcc, ece, brier, pearson):
+    for measure in (roc_auc, pr_auc, f1, macro_f1, mcc, ece, brier):
         assert math.isnan(measure([], [])), measure.__name__
 
 
@@ -104,11 +102,6 @@ def test_calibration():
         brier([0.1, -0.5], [0, 1])
     with pytest.raises(ValueError, match="score nan at 0"):
         ece([math.nan], [0])
-
-
-def test_pearson():
-    assert pearson([1, 2, 3, 4], [0.2, 0.4, 0.5, 0.9]) == pytest.approx(0.964764, abs=1e-6)
-    assert math.isnan(pearson([1, 1, 1], [1, 2, 3]))
 
 
 def test_first_error_from_scores():
@@ -186,12 +179,6 @@ def test_bootstrap_is_repeatable_and_counts_what_is_undefined():
     assert math.isnan(never.low)
     with pytest.raises(ValueError, match="no items"):
         bootstrap(statistic, [])
-
-
-def test_paired_difference_is_narrower_than_the_parts():
-    x = np.random.default_rng(1).normal(size=200)
-    got = bootstrap_difference(lambda i: (x[i] + 0.1).mean(), lambda i: x[i].mean(), range(200))
-    assert got[:3] == pytest.approx((0.1, 0.1, 0.1))
 
 
 # --- everything at once

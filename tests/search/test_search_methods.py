@@ -12,7 +12,6 @@ from mmrl.search.greedy import first_good, greedy, greedy_backtrack
 from mmrl.search.mcts import alphazero, children_value, mcts, policy_prior, propa_pick, puct, uct
 from mmrl.search.pats import next_mode, pats
 from mmrl.search.run import METHODS
-from mmrl.search.scorers import pav
 from mmrl.search.step_co import step_co
 
 P0 = Prompt("p", {})
@@ -305,11 +304,6 @@ def test_joined_steps_keep_the_text(steps, most, want):
     state = State(P0, tuple(f"s{i}\n\n" for i in range(steps)), True)
     joined = join_steps(state, most)
     assert len(joined.steps) == want and joined.text == state.text and joined.done
-
-
-def test_process_advantage():
-    scorer = pav(lambda s: [[0.5, 0.6]], lambda s: [[0.4, 0.9]], alpha=2.0, start=0.5)
-    assert scorer([State(P0, ("a", "b"))])[0] == pytest.approx([0.5 - 0.2, 0.6 + 1.0])
 
 
 def test_aggregates_that_are_no_numbers_are_refused():

@@ -15,13 +15,13 @@ from agent_tiny import Questions, agent
 from families import family_folder
 from make_clips import number, write_clip
 from safetensors.torch import load_file
+from unpatch import unpatchify
 
 from mmrl.config import parse_config
 from mmrl.rollout import BranchPlan, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.rollouts import Rollouts
 from video.encoding import Views
-from video.patches import unpatchify
 from video.reader import VideoDecodeError
 from video.rewards import TemporalContrast
 from vision.prompts import PromptError
@@ -143,7 +143,7 @@ def test_training_with_shuffled_twins(clip, tmp_path):
     """Twins are sampled for the prompt with a clip alone, half as often, and are no part of what is trained on."""
     task = SimpleNamespace(prompts=prompts(clip), eval_prompts=prompts(clip), rewards=(), judges=lambda samples: {})
     config = parse_config({
-        "task": {"name": "-"}, "policy": {"name": "-"}, "plan": {0: 4},
+        "task": {"name": "clips"}, "policy": {"name": "video"}, "plan": {0: 4},
         "run": {"output": str(tmp_path), "prompts_per_iteration": 2, "cpu": True, "trackers": []},
     })  # fmt: skip
     rollouts = Rollouts(config, agent(str(family_folder("qwen2_5_vl"))), task, {"t": (Parity(), 1.0)})

@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from unpatch import unpatchify
 
 from video.labels import RED, WHITE, ink, number, paint
-from video.patches import CLIP, HALF, patchify, resize, unpatchify
+from video.patches import CLIP, HALF, patchify, resize
 from video.sampling import smart_resize
 
 
@@ -73,7 +74,6 @@ def test_resize_is_pillow_frame_by_frame():
     (lambda: patchify(noise(2, 3, 28, 28), patch=14, merge=2), "RGB"),
     (lambda: resize(noise(28, 28, 3), (28, 28)), "RGB"),
     (lambda: resize(noise(1, 28, 28, 3), (0, 28)), "at least 1"),
-    (lambda: unpatchify(np.zeros((3, 12), np.float32), (1, 2, 2), patch=1, merge=2), "do not fit"),
 ])  # fmt: skip
 def test_what_is_refused(call, match):
     with pytest.raises(ValueError, match=match):

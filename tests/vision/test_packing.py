@@ -12,7 +12,7 @@ from vision.growth import PromptTokens
 from vision.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of, vision_tower
 from vision.lora import add_lora
 from vision.network import Network, run_job
-from vision.packing import ancestors, choose_mode, cost, gather_index, leaf_rows, pack, rows_of, split, tree_mask
+from vision.packing import ancestors, choose_mode, cost, leaf_rows, pack, rows_of, split, tree_mask
 from vision.passes import TokenTree, build_job
 from vision.policy import VisionPolicy
 from vision.prompts import PromptEncoder
@@ -28,18 +28,7 @@ def test_worked_example():
     assert p.end.tolist() == [8, 8, 7, 7, 5, 7, 7, 8]
     assert p.pred.tolist() == [-1, 0, 1, 2, 3, 3, 5, 1]
     assert tree_mask(p).sum(1).tolist() == [1, 2, 3, 4, 5, 5, 6, 3]
-    assert gather_index(p, [2, 3, 4]).tolist() == [[2, 3, 4, -1], [2, 3, 5, 6], [7, -1, -1, -1]]
     assert sum(len(r) for r in leaf_rows(p, [2, 3, 4])) == 14 and len(p) == 8
-
-
-def test_leaf_and_node_counting():
-    p = pack(*WORKED)
-    lp = torch.zeros(8, requires_grad=True)
-    gather = gather_index(p, [2, 3, 4])
-    adv = torch.tensor([1.0, 0.5, -1.5])
-    (-(adv[:, None] * lp[gather.clamp(min=0)] * (gather >= 0)).sum()).backward()
-    assert (-lp.grad).tolist() == [0, 0, 1.5, 1.5, 1, 0.5, 0.5, -1.5]
-    assert int((gather >= 0).sum()) == 8 and len(p) - p.prompt == 6
 
 
 @st.composite

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmrl.annotate.judge import paragraphs
 from vision.step_rule import RULES, StepRule, token_texts
 from vision.steps import (
     FORMATS,
@@ -11,8 +12,6 @@ from vision.steps import (
     merge,
     parse,
     read_numbered_tags,
-    render_paragraphs,
-    strip_number,
 )
 
 SPECIAL = (
@@ -203,7 +202,7 @@ def test_merge_keeps_what_a_group_shares():
 
 
 def test_judges_are_matched_by_index():
-    shown = render_paragraphs(["a", "b", "c"])
+    shown = paragraphs(["a", "b", "c"])
     assert [s.text for s in parse(shown, "paragraph_tags")] == ["a", "b", "c"]
     critique = "<analysis_2>c is fine</analysis_2> then <analysis_0>\na is fine\n</analysis_0>"
     assert read_numbered_tags(critique, "analysis") == {0: "a is fine", 2: "c is fine"}
@@ -211,11 +210,6 @@ def test_judges_are_matched_by_index():
         1,
         4,
     ]
-
-
-@pytest.mark.parametrize("text, want", [("1. x = 2", "x = 2"), ("Step 12: y", "y"), ("1.5 m", "1.5 m"), ("z", "z")])
-def test_strip_number(text, want):
-    assert strip_number(text) == want
 
 
 # --- StepRule ---

@@ -11,17 +11,13 @@ these are kept in `meta`.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import RowError
 from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, box, pair, pairs, real, typed, whole
-from video.records import BoxLabel, VideoSample, check_sample, plain_options
+from video.records import BoxLabel, VideoSample, plain_options
 
 _KEYS = [f.name for f in fields(VideoSample)]
 
@@ -51,36 +47,6 @@ def canonical(row: Row, name: str) -> list[VideoSample]:
     return [sample]
 
 
-def canonical_row(sample: VideoSample) -> dict[str, Any]:
-    """The row of a sample, without what it does not have; `canonical` gives the sample back."""
-    row = {k: getattr(sample, k) for k in _KEYS}
-    row["boxes"] = [{k: v for k, v in vars(b).items() if v is not None} for b in sample.boxes]
-    row["turn_boxes"] = None if sample.turn_boxes == "seen" else sample.turn_boxes
-    return {k: v for k, v in row.items() if v is not None and v not in ((), [], {})}
-
-
-def write_samples(path: str | Path, samples: Iterable[VideoSample], media_root: str | Path | None = None) -> int:
-    """Write canonical rows and return how many; media below `media_root` are written relative to it.
-
-    The file appears when it is complete. Raises RowError when a sample is not sound.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    count = 0
-    with part.open("w", encoding="utf-8") as f:
-        for sample in samples:
-            row = canonical_row(check_sample(sample))
-            if media_root is not None and "video" in row:
-                row["video"] = _relative(row["video"], Path(media_root))
-            elif media_root is not None:
-                row["images"] = [_relative(p, Path(media_root)) for p in row["images"]]
-            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    os.replace(part, path)
-    return count
-
-
 def _label(value: Any, what: str) -> BoxLabel:
     if not isinstance(value, dict):
         raise RowError(f"bad {what}: {str(value)[:60]!r} is no object with 'box' and 'frame' or 'time'")
@@ -91,8 +57,3 @@ def _label(value: Any, what: str) -> BoxLabel:
         None if time is None else real(time, f"{what}.time"),
         value.get("unit", "unit"),
     )
-
-
-def _relative(name: str, root: Path) -> str:
-    path, base = Path(name).resolve(), root.resolve()
-    return path.relative_to(base).as_posix() if path.is_relative_to(base) else name

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.actions import Syntax
 from video.rewards.turns import AnswerSyntax, count_calls, last_answer, turns_of
-from vision.rewards import iou, is_think_answer
+from vision.rewards import is_think_answer
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 _LETTER = re.compile(r"^\s*\(?([A-Z])\)?(?:[.):\s]|$)")
 _WORD = re.compile(r"[^\W_]+")
@@ -107,14 +111,14 @@ def _f1(shared: int, first: int, second: int) -> float:
     return 2 * shared / (first + second) if shared else 0.0
 
 
-def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Length of the longest common subsequence; O(len(a) len(b))."""
+def common_length(a: Sequence[A], b: Sequence[B], same: Callable[[A, B], bool] = operator.eq) -> int:
+    """Length of the longest common subsequence, `same` telling which items match; O(len(a) len(b))."""
     best = [0] * (len(b) + 1)
     for x in a:
         diagonal = 0
         for j, y in enumerate(b, 1):
             above = best[j]
-            best[j] = diagonal + 1 if x == y else max(above, best[j - 1])
+            best[j] = diagonal + 1 if same(x, y) else max(above, best[j - 1])
             diagonal = above
     return best[-1]
 
@@ -143,17 +147,6 @@ def grounding(answer: str, reference: str) -> float:
     if right is None:
         raise ValueError(f"the reference {reference!r} of an interval question is not a start and an end in seconds")
     return 0.0 if given is None else interval_iou(given, right)
-
-
-def tracking(boxes: Sequence[Sequence[float]], references: Sequence[Sequence[float]]) -> float:
-    """Mean IoU of a track with the boxes of its reference, frame by frame (VideoChat-R1); a missing box counts 0.
-
-    Raises:
-        ValueError: no reference boxes.
-    """
-    if not references:
-        raise ValueError("tracking needs at least one reference box")
-    return sum(iou(a, b) for a, b in zip(boxes, references, strict=False)) / len(references)
 
 
 ANSWER_TYPES: dict[str, Callable[[str, str], float]] = {

@@ -30,24 +30,6 @@ def temporal_bonus(
     return [bonus if passed and a > above else 0.0 for a in accuracy]
 
 
-def length_bonus(
-    accuracy: Sequence[float], tokens: Sequence[int], *, low: int = 320, high: int = 512, bonus: float = 0.2,
-    above: float = 0.1,
-) -> list[float]:  # fmt: skip
-    """`bonus` for each response with accuracy > `above` and low <= tokens <= high, if at least two of the group have
-    that accuracy; else 0 (Video-R1)."""
-    right = [a > above for a in accuracy]
-    return [bonus if sum(right) > 1 and r and low <= n <= high else 0.0 for r, n in zip(right, tokens, strict=True)]
-
-
-def t_grpo(
-    accuracy: Sequence[float], shuffled: Sequence[float], well_formed: Sequence[float], tokens: Sequence[int]
-) -> list[float]:
-    """Rewards of the responses on ordered frames: accuracy + format + temporal bonus + length bonus (Video-R1)."""
-    parts = zip(accuracy, well_formed, temporal_bonus(accuracy, shuffled), length_bonus(accuracy, tokens), strict=True)
-    return [sum(p) for p in parts]
-
-
 @dataclass(frozen=True)
 class TemporalContrast:
     """T-GRPO's whole reward without its length bonus: answer + format + 0.3 where order helps, in [0, 2.3].
@@ -55,8 +37,8 @@ class TemporalContrast:
     In training every prompt with a clip has a twin, the same question on its frames in random order (inputs
     `shuffled: true`, `twin_of: <id>`), which a policy samples half as often; see `mmrl.rollout.OutcomeReward`. Twins
     lend their accuracy and nothing else. Without twins (pictures, evaluation) there is no bonus. The answer and format
-    are part of this reward: name no other ones for them. The bonus for length needs token counts, which samples do
-    not have: see `length_bonus`.
+    are part of this reward: name no other ones for them. T-GRPO's bonus for length is not here: samples have no
+    token counts.
 
     Args:
         syntax: how answers are written, see `VideoAnswer`. ratio, bonus, above: see `temporal_bonus`.

@@ -70,11 +70,6 @@ def videocom_score(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> fl
     return right / predicted if predicted else 0.0
 
 
-def box_grade(overlap: float) -> float:
-    """1 from IoU 0.5 on, 0.5 from 0.3, 0.25 from 0.1, else 0 (Video-CoM's graded variant, unused there)."""
-    return next((grade for least, grade in ((0.5, 1.0), (0.3, 0.5), (0.1, 0.25)) if overlap >= least), 0.0)
-
-
 @dataclass(frozen=True)
 class Match:
     """precision: share of the different calls of a kind that hit. recall: share of its items that were hit."""

@@ -53,8 +53,7 @@ def ordered_match(
 def plan_score(plan: Sequence[Skill], reference: Sequence[Skill]) -> float:
     """2 M / (len(plan) + len(reference)), in [0, 1]; 1 for equal plans (REVER; similarity as defined here).
 
-    M / len(reference) alone could be raised by writing a longer plan. `mmrl.credit.sources.ordered_overlap` is the
-    same for steps that are equal or not.
+    M / len(reference) alone could be raised by writing a longer plan.
 
     Raises:
         ValueError: an empty reference.

@@ -7,8 +7,6 @@ are pure; the returns and advantages over a tree are `mmrl.credit`'s estimators 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import stdev
 from typing import Any, Literal
 
 from vision.rewards import Box
@@ -84,98 +82,3 @@ def mobile_r1(how: Agreement, *, well_formed: bool) -> float:
     Take `how` from `agreement(.., enlarge=1, near=0)`. Stages 1 and 3 are an SFT and an outcome recipe of their own.
     """
     return float(how == "exact") + float(well_formed)
-
-
-def navigation_step(before: float, after: float, *, appeared: bool = False, valid: bool = True) -> float:
-    """1 when the distance to the goal shrank by more than 0.01 or the target became visible, else 0 (SeeNav-Agent).
-
-    An invalid action costs 0.1: the result is -0.1, 0, or 1.
-
-    Args:
-        before, after: distance to the goal, in the simulator's unit.
-        appeared: the target is visible now and was not before.
-    """
-    if not valid:
-        return -0.1
-    return float(before - after > 0.01 or appeared)
-
-
-# ---- semi-online trajectories (UI-S1) -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SemiOnline:
-    """history: per step that was acted on, whose action the history goes on with; `stop` ends the trajectory.
-
-    The policy's own response and reward stay in the batch for every step of `history`, an expert's step included.
-    """
-
-    history: tuple[Literal["policy", "expert", "stop"], ...]
-
-    @property
-    def complete(self) -> bool:
-        """Every step of the recorded trajectory was acted on and could be gone on from."""
-        return "stop" not in self.history
-
-
-def patched(errors: int, threshold: int) -> bool:
-    """Whether a mismatch is patched by the recorded action, after `errors` earlier ones (UI-S1's patch module).
-
-    threshold: most patches of a trajectory; 0 stops at the first mismatch, -1 never (their script: 2).
-    """
-    if threshold < -1:
-        raise ValueError(f"patch threshold {threshold}: -1 (unlimited), 0 (stop at once) or a number of patches")
-    return threshold == -1 or errors < threshold
-
-
-def semi_online(matches: Sequence[bool], threshold: int = 2) -> SemiOnline:
-    """Which history a recorded trajectory continues with, given whether the policy's action matched at each step.
-
-    A match goes on with the policy's action, a patched mismatch with the expert's; the first mismatch that is not
-    patched is the last step.
-    """
-    history: list[Literal["policy", "expert", "stop"]] = []
-    errors = 0
-    for match in matches:
-        if match:
-            history.append("policy")
-        elif patched(errors, threshold):
-            history.append("expert")
-            errors += 1
-        else:
-            return SemiOnline((*history, "stop"))
-    return SemiOnline(tuple(history))
-
-
-def cut_returns(rewards: Sequence[float], matches: Sequence[bool], gamma: float = 0.5) -> list[float]:
-    """G_t = r_t + gamma G_(t+1) where step t matched, else r_t and the running sum starts anew (UI-S1).
-
-    For recorded lists, before there is a tree; on a tree the estimator `ui_s1` takes these returns itself.
-    """
-    out: list[float] = []
-    running = 0.0
-    for reward, match in zip(reversed(rewards), reversed(matches), strict=True):
-        out.append(reward + gamma * running if match else reward)
-        running = out[-1] if match else 0.0
-    return out[::-1]
-
-
-def group_is_kept(first_returns: Sequence[float], least: float = 0.3) -> bool:
-    """Whether the returns G_0 of a task's rollouts differ enough: their std (ddof 1) is above `least` (UI-S1)."""
-    return len(first_returns) > 1 and stdev(first_returns) > least
-
-
-def semi_online_metrics(trajectories: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """Success and progress with the model's own history: each trajectory, one truth value per step of the expert,
-    counts up to its first miss (UI-S1). success: share without a miss. progress: mean share of steps done.
-
-    Raises:
-        ValueError: no trajectories, or an empty one.
-    """
-    if not trajectories or not all(trajectories):
-        raise ValueError("semi-online metrics need at least one trajectory, and a step in each")
-    shares = [(list(t).index(False) if False in t else len(t)) / len(t) for t in trajectories]
-    return {
-        "semi_online_success": sum(s == 1 for s in shares) / len(shares),
-        "semi_online_progress": sum(shares) / len(shares),
-    }

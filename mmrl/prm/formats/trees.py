@@ -64,33 +64,6 @@ def mm_prm_tree(row: Row, name: str) -> list[SolutionRecord]:
     return _records(own, question, paths, "mm_prm_tree", optional_text(row, "answer"), images(row, "image_path"), meta)
 
 
-def mm_prm_tree_row(records: Sequence[SolutionRecord]) -> dict[str, Any]:
-    """The tree that fully labelled solutions of one question form by their common prefixes.
-
-    Rollouts and visit counts, which records do not hold, are empty and 0; the root's value is meta `root_value`.
-    Raises RowError: no record, several questions, or different values for one prefix.
-    """
-    if len({r.question for r in records}) != 1:
-        raise RowError("no common question: a tree holds the solutions of one question")
-    first = records[0]
-    root = _mm_new([], first.meta.get("root_value"))
-    for r in records:
-        node = root
-        if r.labels is None or None in r.labels:
-            raise RowError(f"unlabelled steps: {r.id!r} has some; a tree needs a value per node")
-        for step, value in zip(r.texts, r.labels, strict=True):
-            child = next((c for c in node["children"] if c["partial_solution"] == [step]), None)
-            if child is None:
-                child = _mm_new([step], value)
-                node["children"].append(child)
-            elif child["mc_value"] != value:
-                raise RowError(f"values differ: {r.id!r} gives {value} where another has {child['mc_value']}")
-            node = child
-    image = first.images[0] if first.images else None
-    own = first.id.rpartition("#")[0] or first.id
-    return root | {"question": first.question, "answer": first.answer, "image_path": image, "id": own}
-
-
 def math_aps_tree(row: Row, name: str) -> list[SolutionRecord]:
     """MATH-APS / OmegaPRM tree: `question, final_answer, reasoning_steps{text, mc_value, children}`."""
     root = row.get("reasoning_steps")
@@ -180,8 +153,3 @@ def _mm_node(node: Row) -> Node:
 
 def _aps_node(node: Row) -> Node:
     return text(node, "text"), number(node.get("mc_value"), "mc_value"), None
-
-
-def _mm_new(partial: list[str], value: Any) -> dict[str, Any]:
-    empty: dict[str, Any] = {"partial_solution": partial, "mc_value": value, "visit_count": 0}
-    return empty | {"correct_rollouts": [], "incorrect_rollouts": [], "children": []}
