@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from mmrl.rollout import Prompt, Sample
 from mmrl.tree import StepTree
@@ -16,6 +15,9 @@ from mmrl.tree import StepTree
 
 def save_tiny_dit(folder: Path) -> Path:
     """A random DiT with 4 x 4 pictures; seconds matter in tests."""
+    # a process that only wants a task or a reward of this file need not wait for it
+    from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         sample_size=4, patch_size=2, in_channels=1, out_channels=1, num_layers=1,

@@ -1,10 +1,7 @@
 """annotate, score, search and bench from the command line, on a scripted policy: whole, cut and resumed, bad input."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import run_ranks
 from toy_extender import Killed, ToyExtender, chain, first_wrong, numbers, planted, verify, write
 from typer.testing import CliRunner
 
@@ -22,7 +20,6 @@ from mmrl.prm.records_io import read_records, record_to_json, write_records
 from mmrl.rollout import Continuation, Prompt
 from mmrl.tree import StepTree
 
-TESTS = Path(__file__).parents[1]
 JUDGE = {"name": "judge", "votes": 2, "solutions": 3}
 METHODS = {
     "monte_carlo": {"name": "monte_carlo", "k": 4, "solutions": 3},
@@ -353,14 +350,7 @@ def test_one_opinion_needs_one_process(tmp_path, monkeypatch):
 def test_two_ranks_make_the_records_of_one(tmp_path):
     sections = {"refine": {"name": "consensus"}, "inject": {"copies": 1}}
     _, want, _ = annotated(tmp_path / "one", **sections)
-    path = os.pathsep.join(map(str, (TESTS, TESTS / "prm")))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mmrl"]
-    file = recipe(tmp_path / "two", **sections)
-    done = subprocess.run(
-        [*launch, "annotate", str(file)], env=env, timeout=240, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, "annotate", recipe(tmp_path / "two", **sections))
     one, two = ({r.id: r for r in read_records(tmp_path / n / "out/records.jsonl")[0]} for n in ("one", "two"))
     assert one == two
     got = json.loads((tmp_path / "two/out/report.json").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Command, run_ranks
 from safetensors.torch import load_file
 from tiny import recipe, write_recipe
 
@@ -35,14 +36,6 @@ def weights(output):
 def metrics(output, timing=False):
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return rows if timing else [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows]
-
-
-def start(model, tmp_path, output, *extra, tree=None):
-    file = write_recipe(tmp_path / f"{output.name}.yaml", tree or recipe(model, output))
-    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "MMRL_DEBUG": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "mmrl", "train", file, *extra], env=env, stderr=subprocess.PIPE, text=True
-    )
 
 
 def assert_same_weights(a, b, **tolerance):
@@ -99,7 +92,7 @@ def test_guard_trains_with_kept_means_and_says_what_it_misses(tiny_model, tmp_pa
 
 def test_refill_replaces_groups_without_spread(tiny_model, tmp_path):
     """Every even class has equal rewards, so five of ten prompts are worth training on."""
-    sections = {"rewards": [{"name": "tiny:constant_for_even"}], "loss": {"kl": 0.0}}
+    sections = {"rewards": [{"name": "tiny:constant_for_even", "timeout_s": 0}], "loss": {"kl": 0.0}}
     trainer = BranchGrpo(
         parse_config(recipe(tiny_model, tmp_path / "r", **sections, run={"refill": 3, "prompts_per_iteration": 5}))
     )
@@ -107,7 +100,9 @@ def test_refill_replaces_groups_without_spread(tiny_model, tmp_path):
     assert sorted(p.inputs["label"] for p in rollout.prompts) == [1, 3, 5, 7, 9]
     assert trainer.iterate(0)["rollout/refills"] >= 1
     none = BranchGrpo(
-        parse_config(recipe(tiny_model, tmp_path / "s", rewards=[{"name": "tiny:constant"}], run={"refill": 2}))
+        parse_config(
+            recipe(tiny_model, tmp_path / "s", rewards=[{"name": "tiny:constant", "timeout_s": 0}], run={"refill": 2})
+        )
     )
     assert len(none.sample(0).prompts) == 4  # nothing found: the first rollout stays, and the limit holds
 
@@ -163,7 +158,13 @@ def test_accumulation_changes_nothing(tiny_model, tmp_path):
 
 def test_zero_spread_groups_teach_nothing(tiny_model, tmp_path):
     before = load_file(tiny_model / "transformer" / "diffusion_pytorch_model.safetensors")
-    run(tiny_model, tmp_path / "r", rewards=[{"name": "tiny:constant"}], loss={"kl": 0.0}, run={"iterations": 2})
+    run(
+        tiny_model,
+        tmp_path / "r",
+        rewards=[{"name": "tiny:constant", "timeout_s": 0}],
+        loss={"kl": 0.0},
+        run={"iterations": 2},
+    )
     assert metrics(tmp_path / "r")[1]["reward/zero_spread_frac"] == 1
     assert_same_weights(before, weights(tmp_path / "r"))
 
@@ -186,14 +187,15 @@ def test_ema_is_evaluated_and_saved(tiny_model, tmp_path):
 
 
 def test_unscored_samples_leave_the_statistics(tiny_model, tmp_path):
-    run(tiny_model, tmp_path / "r", rewards=[{"name": "tiny:nan_for_first"}], run={"iterations": 2})
+    run(tiny_model, tmp_path / "r", rewards=[{"name": "tiny:nan_for_first", "timeout_s": 0}], run={"iterations": 2})
     assert metrics(tmp_path / "r")[1]["reward/unscored_frac"] == 1 / 16
 
 
 @pytest.mark.parametrize("reward, message", [("raising", "KeyError: 'answer'"), ("wrong_length", "returned 1 values")])
 def test_broken_rewards_stop_the_run(tiny_model, tmp_path, reward, message):
+    rewards = [{"name": f"tiny:{reward}", "timeout_s": 0}]
+    trainer = BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", rewards=rewards)))
     with pytest.raises(RewardError, match=message):
-        trainer = BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", rewards=[{"name": f"tiny:{reward}"}])))
         trainer.iterate(0)
 
 
@@ -237,22 +239,25 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_model, tmp_path):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "broken")
 
 
+def wait_for_lines(process, file, lines):
+    while not file.exists() or len(file.read_text().splitlines()) < lines:
+        assert process.is_running(), process.errors
+        time.sleep(0.005)
+
+
 @pytest.mark.multiproc
 @pytest.mark.parametrize("lines", [2, 4, 6])
 def test_sigkill_and_resume(tiny_model, tmp_path, lines):
     """Killed once `lines` metrics lines are on disk, wherever the run is then."""
     tree = recipe(tiny_model, tmp_path / "killed", run={"iterations": 8})
-    process = start(tiny_model, tmp_path, tmp_path / "killed", tree=tree)
-    file = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while (not file.exists() or len(file.read_text().splitlines()) < lines) and time.time() < deadline:
-        time.sleep(0.005)
+    file = write_recipe(tmp_path / "killed.yaml", tree)
+    process = Command("train", file)
+    wait_for_lines(process, tmp_path / "killed" / "metrics.jsonl", lines)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model").exists()
-    again = start(tiny_model, tmp_path, tmp_path / "killed", "run.resume=true", tree=tree)
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
+    again = Command("train", file, "run.resume=true")
+    assert again.wait() == 0, again.errors
     run(tiny_model, tmp_path / "straight", run={"iterations": 8})
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "killed"))
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
@@ -261,15 +266,11 @@ def test_sigkill_and_resume(tiny_model, tmp_path, lines):
 @pytest.mark.multiproc
 def test_sigterm_leaves_a_checkpoint(tiny_model, tmp_path):
     tree = recipe(tiny_model, tmp_path / "r", run={"iterations": 10_000, "checkpoint_every": 10_000})
-    process = start(tiny_model, tmp_path, tmp_path / "r", tree=tree)
-    file = tmp_path / "r" / "metrics.jsonl"
-    while not file.exists() or len(file.read_text().splitlines()) < 4:
-        time.sleep(0.01)
-        assert process.poll() is None
+    process = Command("train", write_recipe(tmp_path / "r.yaml", tree))
+    wait_for_lines(process, tmp_path / "r" / "metrics.jsonl", 4)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "stopped by signal" in err
+    assert process.wait() == 0, process.errors
+    assert "stopped by signal" in process.errors
     assert len(list((tmp_path / "r" / "checkpoints").glob("[0-9]*"))) == 1
 
 
@@ -299,29 +300,23 @@ def test_learning_rate_is_a_function_of_the_iteration():
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-def launch(model, tmp_path, name, processes, **sections):
-    """tools/launch.sh, as the docs say; sections go into the recipe."""
+def write_ranks_recipe(model, tmp_path, name, **sections):
     tree = recipe(model, tmp_path / name, **sections)
-    tree["run"]["processes"] = processes
-    file = write_recipe(tmp_path / f"{name}.yaml", tree)
-    env = os.environ | {"PYTHONPATH": str(TESTS), "MMRL_PYTHON": sys.executable}
-    script = TESTS.parent / "tools" / "launch.sh"
-    done = subprocess.run(
-        ["bash", script, str(processes), "train", file],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    tree["run"]["processes"] = 2
+    return write_recipe(tmp_path / f"{name}.yaml", tree)
 
 
 @pytest.mark.multiproc
 def test_two_processes_equal_one(tiny_model, tmp_path):
-    err = launch(tiny_model, tmp_path, "two", 2, optim={"lr": 1e-3})
-    assert "2 process(es), MULTI_CPU" in err
+    """Started by tools/launch.sh, as the docs say."""
+    file = write_ranks_recipe(tiny_model, tmp_path, "two", optim={"lr": 1e-3})
+    done = subprocess.run(
+        ["bash", TESTS.parent / "tools" / "launch.sh", "2", "train", file],
+        env=os.environ | {"PYTHONPATH": str(TESTS), "MMRL_PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es), MULTI_CPU" in done.stderr
     run(tiny_model, tmp_path / "one", optim={"lr": 1e-3})
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-4, rtol=0)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -334,10 +329,10 @@ def test_two_processes_equal_one(tiny_model, tmp_path):
 def test_a_rank_without_spread_keeps_in_step(tiny_model, tmp_path):
     """Prompts alternate over ranks; with two prompts of which one is constant, one rank has nothing to train."""
     sections = {
-        "rewards": [{"name": "tiny:constant_for_even"}], "loss": {"kl": 0.0}, "optim": {"lr": 1e-3},
+        "rewards": [{"name": "tiny:constant_for_even", "timeout_s": 0}], "loss": {"kl": 0.0}, "optim": {"lr": 1e-3},
         "run": {"prompts_per_iteration": 2, "iterations": 6},
     }  # fmt: skip
-    launch(tiny_model, tmp_path, "two", 2, **sections)
+    run_ranks(2, "train", write_ranks_recipe(tiny_model, tmp_path, "two", **sections))
     run(tiny_model, tmp_path / "one", **sections)
     spread = [r["reward/zero_spread_frac"] for r in metrics(tmp_path / "two") if "reward/zero_spread_frac" in r]
     assert 0.5 in spread  # it did happen
@@ -360,19 +355,6 @@ def test_ranks_end_with_identical_weights(tiny_model, tmp_path):
         "t.save_model = check\n"
         "t.train()\n"
     )
-    tree = recipe(tiny_model, tmp_path / "r", run={"iterations": 2})
-    file = write_recipe(tmp_path / "r.yaml", tree)
+    file = write_recipe(tmp_path / "r.yaml", recipe(tiny_model, tmp_path / "r", run={"iterations": 2}))
     (tmp_path / "check.py").write_text(code)
-    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-        tmp_path / "check.py",
-        file,
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0 and done.stdout.count("IDENTICAL") == 2, done.stderr[-3000:]
+    assert [r.output.count("IDENTICAL") for r in run_ranks(2, tmp_path / "check.py", file)] == [1, 1]

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import run_ranks
 from safetensors.torch import load_file
 from tiny import recipe, write_recipe
 from vision_tiny import vision_recipe
@@ -317,21 +316,12 @@ def test_two_processes_learn_what_one_does(tiny_model, tmp_path):
         )  # fmt: skip
 
     run(tree(1))
-    launch(write_recipe(tmp_path / "w2.yaml", tree(2)), 2)
+    run_ranks(2, "train", write_recipe(tmp_path / "w2.yaml", tree(2)))
     one, two = (metrics(tmp_path / f"w{world}") for world in (1, 2))
     for a, b in zip(one[1:3], two[1:3], strict=True):
         for k in ("preference/loss", "preference/pairs", "policy/grad_norm", "reward/mean"):
             assert a[k] == pytest.approx(b[k], rel=1e-3), k
     assert_close(*(load_file(tmp_path / f"w{world}" / "model" / MODEL["latent"]) for world in (1, 2)), 1e-4)
-
-
-def launch(file, world):
-    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    done = subprocess.run(
-        [*command, "-m", "mmrl", "train", str(file)], env=env, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_command_line_finds_it(tiny_model, tmp_path):

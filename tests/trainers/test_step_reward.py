@@ -1,14 +1,13 @@
 """The step-reward trainer: it learns, and neither accumulation, trees, resuming nor processes change what it learns."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file
 from tiny import write_recipe
 
@@ -361,17 +360,10 @@ def test_frozen_parts_stay_as_they_were(tmp_path):
 # ---- several processes -----------------------------------------------------------------------------------------
 
 
-def launch(tmp_path, name, processes, family="text", **sections):
-    tree = recipe(tmp_path / name, family, **sections)
-    tree["run"]["processes"] = processes
-    file = write_recipe(tmp_path / f"{name}.yaml", tree)
-    path = os.pathsep.join(map(str, (TESTS, TESTS / "trainers", TESTS / "vision")))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, "-m", "mmrl", "train", str(file)], env=env, timeout=240, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def run_two(tmp_path, family="text", **sections):
+    tree = recipe(tmp_path / "two", family, **sections)
+    tree["run"]["processes"] = 2
+    run_ranks(2, "train", write_recipe(tmp_path / "two.yaml", tree))
 
 
 @pytest.mark.multiproc
@@ -386,7 +378,7 @@ def launch(tmp_path, name, processes, family="text", **sections):
 def test_two_processes_equal_one(tmp_path, sections):
     """Unequal numbers of labels per rank: sums over the global number, not means of means (vl_prm.md, 4.1)."""
     sections = sections | {"run": {"iterations": 3, **sections.get("run", {})}}
-    launch(tmp_path, "two", 2, **sections)
+    run_two(tmp_path, **sections)
     run(tmp_path / "one", **sections)
     check_same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-6)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
@@ -400,7 +392,7 @@ def test_a_rank_without_pictures_keeps_in_step(tmp_path):
     """One picture among eight questions and a trained image encoder: a rank often has text alone."""
     sections = {"task": {"pictures": 1, "folder": str(tmp_path)}, "scorer": {"train_vision": True, "max_tokens": 150},
                 "run": {"iterations": 3, "prompts_per_iteration": 8}}  # fmt: skip
-    launch(tmp_path, "two", 2, "idefics3", **sections)
+    run_two(tmp_path, "idefics3", **sections)
     run(tmp_path / "one", "idefics3", **sections)
     check_same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=5e-6)
 

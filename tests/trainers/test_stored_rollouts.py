@@ -1,14 +1,13 @@
 """Rollouts on disk: one set feeds GRPO and preferences as sampling would, in parts, over ranks, or is refused."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import recipe, save_tiny_dit, write_recipe
 from vision_tiny import vision_recipe
@@ -185,7 +184,7 @@ def test_two_processes_store_and_learn_what_one_does(tiny_model, tmp_path):
     build(tree).train()
     (tmp_path / "both.py").write_text(SCRIPT)
     file, disk = write_recipe(tmp_path / "r.yaml", tree), tmp_path / "disk"
-    launch(2, tmp_path / "both.py", file, disk, tmp_path / "w2")
+    run_ranks(2, tmp_path / "both.py", file, disk, tmp_path / "w2")
     assert sorted(f.name for f in disk.glob("0*")) == ["000000-00", "000000-01"]
     one, two = (metrics(tmp_path / name)[1] for name in ("w1", "w2"))
     for k in ("policy/loss", "policy/grad_norm", "reward/mean", "reward/std", "policy/kl"):
@@ -193,15 +192,6 @@ def test_two_processes_store_and_learn_what_one_does(tiny_model, tmp_path):
     a, b = (load_file(tmp_path / name / "model" / WEIGHTS["latent"]) for name in ("w1", "w2"))
     for k in a:
         torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=0)
-
-
-def launch(world, *arguments):
-    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---- the verb -------------------------------------------------------------------------------------------------------

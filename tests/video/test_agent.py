@@ -1,10 +1,6 @@
 """Video agents: what is shown after a turn, on-policy ratios across turns, budgets, bad clips, several processes."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +10,7 @@ import yaml
 from agent_tiny import Questions, agent
 from families import family_folder
 from make_clips import number, write_clip
+from processes import run_ranks
 from safetensors.torch import load_file
 from unpatch import unpatchify
 
@@ -27,7 +24,6 @@ from video.rewards import TemporalContrast
 from vision.prompts import PromptError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -299,12 +295,7 @@ def test_two_processes_one_of_them_with_text_alone(tmp_path):
     BranchGrpo(parse_config(trees[1])).train()
     file = tmp_path / "r2.yaml"
     file.write_text(yaml.safe_dump(trees[2]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "mmrl", "train", str(file)], env=os.environ | {"PYTHONPATH": str(TESTS)}, timeout=240,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, "train", file)
     one, two = (load_file(tmp_path / f"r{n}" / "model" / "model.safetensors") for n in (1, 2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0)

@@ -5,8 +5,6 @@ above that line is the real trainer. The engine is a twin of the model that live
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from families import family_folder
+from processes import run_ranks
 from safetensors.torch import load_file
 from vision_tiny import vision_recipe
 
@@ -25,8 +24,7 @@ from mmrl.trainers.policy_update import current_logp
 from mmrl.tree import UNFINISHED, StepTree
 from vision.loading import load_model, load_processor, save
 
-TESTS = Path(__file__).parents[1]
-CONFIGS = TESTS.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 # blocks of the image encoder may be sharded too where every job encodes once: trained, and nothing runs without grad
 ALL_BLOCKS = {"policy": {"train_vision": True}}
@@ -56,16 +54,6 @@ def clean(monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-def launch(recipe, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS / "vision")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, __file__, str(recipe)], env=env, timeout=180, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-
-
 def run_worker(folder, processes, sections):
     """Metrics by iteration, the saved weights, and what each rank noted."""
     output = folder / f"r{processes}"
@@ -79,7 +67,7 @@ def run_worker(folder, processes, sections):
     if processes == 1:
         work(recipe)
     else:
-        launch(recipe, processes)
+        run_ranks(processes, __file__, recipe)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     notes = [json.loads((output / f"rank{r}.json").read_text()) for r in range(processes)]
     return rows, load_file(output / "model" / "model.safetensors"), notes

@@ -1,18 +1,15 @@
 """The vision-language policy: rollouts, exact log-probs, one image encoding, and whole runs of the trainer."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from families import FAMILIES, family_folder, picture
+from processes import Command, run_ranks
 from safetensors.torch import load_file
 from tiny import write_recipe
 from vision_tiny import vision_recipe
@@ -23,7 +20,6 @@ from mmrl.trainers.branch_grpo import BranchGrpo
 from vision.loading import vision_tower
 from vision.policy import VisionPolicy, text_states
 
-TESTS = Path(__file__).parents[1]
 TREE = BranchPlan({0: 2, 1: 2, 2: 2})
 
 
@@ -393,8 +389,7 @@ def start(tmp_path, output, *extra):
         policy={"train_vision": True},
     )
     file = write_recipe(tmp_path / f"{output.name}.yaml", tree)
-    env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "mmrl", "train", str(file), *extra], env=env)
+    return Command("train", file, *extra)
 
 
 @pytest.mark.multiproc
@@ -403,7 +398,7 @@ def test_sigkill_in_the_middle_of_an_update_and_resume(tmp_path):
     assert start(tmp_path, tmp_path / "straight").wait() == 0
     process = start(tmp_path, tmp_path / "killed")
     file = tmp_path / "killed" / "metrics.jsonl"
-    while process.poll() is None and not (file.exists() and file.read_text().count("reward/mean") >= 2):
+    while process.is_running() and not (file.exists() and file.read_text().count("reward/mean") >= 2):
         time.sleep(0.01)
     time.sleep(0.1)  # inside the third iteration
     process.send_signal(signal.SIGKILL)
@@ -427,17 +422,7 @@ def test_two_processes_with_uneven_trees_and_a_rank_without_images(tmp_path, pic
             run={"iterations": 2, "processes": processes}, optim={"eps": 1e-3},
         )  # fmt: skip
         file = write_recipe(tmp_path / f"r{processes}.yaml", tree)
-        env = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run(
-            [*launch, "-m", "mmrl", "train", str(file)],
-            env=env,
-            timeout=240,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_ranks(processes, "train", file)
         runs[processes] = load_file(tmp_path / f"r{processes}" / "model" / "model.safetensors")
     for name, tensor in runs[1].items():
         torch.testing.assert_close(runs[2][name], tensor, atol=2e-4, rtol=0)

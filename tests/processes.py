@@ -1,0 +1,128 @@
+"""Commands in processes of their own, forked from a server that has imported the libraries once.
+
+A fresh interpreter spends seconds on importing torch, transformers and diffusers before a command does anything. What
+is forked from the server has the rest of what a user's process has: memory, environment and working folder of its own,
+signals, an exit status, standard output and standard error. The first command of a test session starts the server.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["preloaded"])
+
+
+class Command:
+    """A running `mmrl ARGUMENTS`, or `SCRIPT ARGUMENTS` where the first one ends in .py.
+
+    Args:
+        environment: variables on top of those of the tests.
+    """
+
+    def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
+        variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+        self._folder = tempfile.TemporaryDirectory()
+        self._output, self._errors = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
+        with pytest.MonkeyPatch.context() as patch:
+            # the server's environment; that of a command is set after the fork
+            for name, value in SERVER_ENVIRONMENT.items():
+                patch.setenv(name, value)
+            forkserver.ensure_running()
+        streams = (str(self._output), str(self._errors))
+        self.process = _processes.Process(target=_run, args=([str(a) for a in arguments], dict(variables), *streams))
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        """What it wrote to standard output so far."""
+        return self._output.read_text()
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to standard error so far."""
+        return self._errors.read_text()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def is_running(self) -> bool:
+        return self.process.is_alive()
+
+    def wait(self, timeout: float = 240.0) -> int:
+        """Its exit status, the negative number of the signal that ended it.
+
+        Raises:
+            TimeoutError: it still runs; it is killed.
+        """
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"no end after {timeout:g} s; standard error ends with\n{self.errors[-3000:]}")
+        return self.process.exitcode
+
+
+def run_command(*arguments: object, environment: dict[str, str] | None = None) -> Command:
+    """The command after its end, whatever its exit status."""
+    command = Command(*arguments, environment=environment)
+    command.wait()
+    return command
+
+
+def run_ranks(world: int, *arguments: object, timeout: float = 240.0) -> list[Command]:
+    """The command on `world` ranks of one gloo group, as torchrun starts them; every rank must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(world):
+        variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        ranks.append(Command(*arguments, environment=variables))
+    deadline = time.monotonic() + timeout
+    # a rank that waits for one that failed would wait for its whole time limit
+    while any(r.is_running() for r in ranks) and not any(r.process.exitcode for r in ranks):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    unsuccessful = [r for r in ranks if r.process.exitcode != 0]
+    for r in unsuccessful:
+        r.process.kill()
+        r.process.join()
+    assert not unsuccessful, "\n".join(f"exit status {r.process.exitcode}: {r.errors[-3000:]}" for r in unsuccessful)
+    return ranks
+
+
+def _run(arguments: list[str], variables: dict[str, str], output: str, errors: str) -> None:
+    """What the forked process does."""
+    os.environ.clear()
+    os.environ.update(variables)
+    for stream, file in ((1, output), (2, errors)):
+        target = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(target, stream)
+        os.close(target)
+    try:
+        if arguments[0].endswith(".py"):
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+        else:
+            sys.argv = ["mmrl", *arguments]
+            runpy.run_module("mmrl", run_name="__main__")
+    finally:
+        # multiprocessing leaves these out
+        atexit._run_exitfuncs()
