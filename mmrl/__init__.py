@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "StepTree": "mmrl.tree",
-    "Prompt": "mmrl.rollout",
-    "Sample": "mmrl.rollout",
+    "Prompt": "mmrl.sample",
+    "Sample": "mmrl.sample",
     "BranchPlan": "mmrl.rollout",
     "Actions": "mmrl.rollout",
     "Rollout": "mmrl.rollout",

@@ -13,25 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmrl.sample import Prompt, Sample
 from mmrl.tree import StepTree
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a rollout starts from. `inputs` and `reference` are JSON values (media are paths below a media root)."""
-
-    id: str
-    inputs: Mapping[str, Any]
-    reference: Any = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One decoded leaf: what a reward sees. `output` is a picture, a text or a video; `step` its leaf in the tree."""
-
-    prompt: Prompt
-    output: Any
-    step: int
 
 
 @dataclass(frozen=True)

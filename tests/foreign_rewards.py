@@ -6,13 +6,6 @@ import subprocess
 import sys
 import time
 
-from mmrl.registry import build
-
-
-def make(reward, options, section):
-    """Stands in for the factory of `Isolated`, which imports torch."""
-    return build("rewards", section, reward, options)
-
 
 def by_output(samples):
     return [_one(s.output) for s in samples]
@@ -34,6 +27,8 @@ def _one(output):
         raise KeyError("answer")
     if output == "print":
         sys.stdout.write("to nobody\n")
+    if output == "torch":
+        return "torch" in sys.modules
     return object() if output == "object" else len(output)
 
 
@@ -58,6 +53,13 @@ def with_child(samples):
     with open(samples[0].output, "w") as f:
         f.write(str(child.pid))
     time.sleep(60)
+
+
+def exits_on_q0(samples):
+    """Takes its process with it for one prompt."""
+    if any(s.prompt.id == "q0" for s in samples):
+        os._exit(3)
+    return [len(s.output) for s in samples]
 
 
 class Scaled:

@@ -220,7 +220,7 @@ def test_what_needs_no_verifier_starts_no_process():
 
 
 def test_math_verify_decides_and_a_power_tower_is_killed():
-    reward = MathAnswer(verify_s=2.0)
+    reward = MathAnswer(verify_s=1.0)
     pairs = [
         ("\\boxed{\\frac12}", "0.5", 1.0),
         ("\\boxed{(x+1)^2}", "x^2+2x+1", 1.0),
@@ -232,6 +232,7 @@ def test_math_verify_decides_and_a_power_tower_is_killed():
     ]
     assert reward([sample(text, answer) for text, answer, _ in pairs]) == [want for *_, want in pairs]
     assert reward.failures == {"timeout": 1} and reward._worker.starts == 2
+    assert reward.last_error == "no answer within 1 s of CPU time"
     reward.close()
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import foreign_rewards
 import pytest
@@ -25,16 +24,8 @@ def samples(*outputs):
     return [Sample(Prompt(f"p{i}", {}), output, i) for i, output in enumerate(outputs)]
 
 
-def light(*outputs):
-    """Looks like samples, but a worker needs no torch to read it."""
-    return [SimpleNamespace(prompt=SimpleNamespace(id=s.prompt.id), output=s.output) for s in samples(*outputs)]
-
-
 def isolated(name, timeout_s=60.0, **options):
-    """Isolated in a worker that starts ten times faster than one with torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmrl.rewards.isolation._make_reward", foreign_rewards.make)
-        return Isolated(f"foreign_rewards:{name}", options, timeout_s, section="rewards.0")
+    return Isolated(f"foreign_rewards:{name}", options, timeout_s, section="rewards.0")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +61,9 @@ def wait_until(condition, seconds=10.0):
 
 
 def test_the_process_persists_and_scores(by_output):
-    assert by_output(light("a", "bb", "print")) == [1.0, 2.0, 5.0]
+    assert by_output(samples("a", "bb", "print")) == [1.0, 2.0, 5.0]
     starts = by_output._worker.starts
-    assert by_output(light()) == [] and by_output(light("ccc")) == [3.0]
+    assert by_output(samples()) == [] and by_output(samples("ccc")) == [3.0]
     assert by_output._worker.starts == starts
 
 
@@ -89,35 +80,35 @@ def test_the_process_persists_and_scores(by_output):
 )
 def test_only_the_bad_sample_goes_unscored(by_output, caplog, bad, kind, message):
     before, starts = by_output.failures[kind], by_output._worker.starts
-    assert by_output(light("a", bad, "ccc")) == [1.0, None, 3.0]
+    assert by_output(samples("a", bad, "ccc")) == [1.0, None, 3.0]
     assert by_output.failures[kind] == before + 1
     assert message in by_output.last_error
     assert f"left 1 of 3 samples unscored: 'p1' ({kind})" in caplog.text
     # 3 -> (1, 2): the first half of "a" passes, the bad one fails alone or with its neighbour
     assert by_output._worker.starts <= starts + (0 if kind == "error" else 3)
-    assert by_output(light("a")) == [1.0] and by_output.last_error is None
+    assert by_output(samples("a")) == [1.0] and by_output.last_error is None
 
 
 def test_halving_costs_a_logarithm_of_tries(by_output):
     before = by_output._worker.starts
     outputs = ["x"] * 16
     outputs[11] = "os._exit"
-    values = by_output(light(*outputs))
+    values = by_output(samples(*outputs))
     assert values == [None if i == 11 else 1.0 for i in range(16)]
-    assert by_output(light("x")) == [1.0]
+    assert by_output(samples("x")) == [1.0]
     assert by_output._worker.starts - before == 5  # batches of 16, 8, 4, 2, 1 died
 
 
 def test_many_bad_samples_end_after_a_bounded_number_of_limits():
     reward = isolated("by_output", timeout_s=0.05)
-    assert reward(light(*["loop"] * 8)) == [None] * 8
+    assert reward(samples(*["loop"] * 8)) == [None] * 8
     # 2 (3 + 1) limits: batches of 8, 4, 2, 1, 1, 2, 1, 1 fail, four samples are left
     assert reward.failures == {"timeout": 4, "skipped": 4} and reward._worker.starts == 8
 
 
 def test_a_value_that_is_no_number_is_named_as_in_process(by_output):
     with pytest.raises(RewardError, match="sample 1 got .*object object at.*, which is no number"):
-        score(light("a", "object"), {"r": (by_output, 1.0)})
+        score(samples("a", "object"), {"r": (by_output, 1.0)})
 
 
 @pytest.mark.parametrize(
@@ -130,15 +121,15 @@ def test_a_value_that_is_no_number_is_named_as_in_process(by_output):
 )
 def test_broken_contracts_stop_as_in_process(by_first_output, first, message):
     with pytest.raises(RewardError, match=message):
-        score(light(first, "bb"), {"r": (by_first_output, 1.0)})
+        score(samples(first, "bb"), {"r": (by_first_output, 1.0)})
 
 
 def test_a_failure_that_no_sample_is_to_blame_for_loses_nothing(by_first_output):
-    assert by_first_output(light(*"abcdefg")) == [1.0] * 7
+    assert by_first_output(samples(*"abcdefg")) == [1.0] * 7
 
 
 def test_system_exit_in_process_leaves_samples_unscored():
-    scored = score(light("sys.exit"), {"r": (foreign_rewards.by_output, 1.0)}, max_unscored=1.0)
+    scored = score(samples("sys.exit"), {"r": (foreign_rewards.by_output, 1.0)}, max_unscored=1.0)
     assert scored.unscored == {"r": 1}
 
 
@@ -147,11 +138,14 @@ def test_system_exit_in_process_leaves_samples_unscored():
 
 def test_options_and_the_time_to_load():
     reward = isolated("Scaled", timeout_s=0.4, factor=2.0, wait_s=0.5)  # loading is not on the clock of a batch
-    assert reward(light("abc")) == [6.0]
+    assert reward(samples("abc")) == [6.0]
 
 
-def test_real_samples_objects_and_threads():
-    reward = Isolated(foreign_rewards.Torchlike(3.0), timeout_s=5.0)
+def test_torch_is_imported_for_tensors_alone_and_not_on_the_clock():
+    texts = isolated("by_output")
+    assert texts(samples("torch")) == [0.0]
+    # importing takes longer than this limit; one thread, and each sample arrives without its neighbours
+    reward = Isolated(foreign_rewards.Torchlike(3.0), timeout_s=1.0)
     batch = torch.zeros(1000, 100)
     assert reward(samples(batch[0], batch[1])) == [3.0 * 100, 3.0 * 100]  # elements that arrived, times 3
     reward.close()
@@ -187,7 +181,6 @@ def test_wrong_arguments():
     ],
 )
 def test_recipes_choose_the_process(entry, isolated, timeout_s, monkeypatch):
-    monkeypatch.setattr("mmrl.rewards.isolation._make_reward", foreign_rewards.make)
     if entry["name"] == "legible_symmetric":
         monkeypatch.setattr("mmrl.trainers.task.build", lambda *a: foreign_rewards.by_output)
     sections = {"task": {"name": "t"}, "policy": {"name": "p"}, "plan": {0: 2}}
@@ -210,18 +203,18 @@ def test_a_negative_limit_is_refused():
 
 def test_another_process_that_closes_and_comes_back(by_first_output):
     pid = by_first_output._worker.pid
-    assert by_first_output(light("pid")) == [pid] and pid != os.getpid()
+    assert by_first_output(samples("pid")) == [pid] and pid != os.getpid()
     by_first_output.close()
     assert not is_running(pid) and by_first_output._worker.pid is None
-    (again,) = by_first_output(light("pid"))
-    assert again not in (pid, os.getpid()) and by_first_output(light("pid")) == [again]
+    (again,) = by_first_output(samples("pid"))
+    assert again not in (pid, os.getpid()) and by_first_output(samples("pid")) == [again]
 
 
 def test_an_idle_worker_that_died_is_replaced():
     reward = isolated("by_output")
     os.kill(reward._worker.pid, signal.SIGKILL)
     assert wait_until(lambda: reward._worker._process.poll() is not None)
-    assert reward(light("a")) == [1.0] and not reward.failures
+    assert reward(samples("a")) == [1.0] and not reward.failures
 
 
 def test_dropped_without_close():
@@ -241,7 +234,7 @@ def test_tensors_travel_alone():
 
 def test_what_a_reward_started_dies_with_it(tmp_path):
     file = tmp_path / "pid"
-    assert isolated("with_child", timeout_s=1.0)(light(str(file))) == [None]
+    assert isolated("with_child", timeout_s=1.0)(samples(str(file))) == [None]
     assert wait_until(lambda: not is_running(int(file.read_text())))
 
 

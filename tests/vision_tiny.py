@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,10 +60,3 @@ def vision_recipe(model: Path, folder: Path, output: Path, **sections: Any) -> d
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) and name != "plan" else values
     return tree
-
-
-def exits_on_q0(samples: Sequence[Sample]) -> list[float | None]:
-    """A reward that takes its process with it for one prompt."""
-    if any(s.prompt.id == "q0" for s in samples):
-        os._exit(3)
-    return digits(samples)

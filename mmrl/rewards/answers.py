@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_CLOCK_PER_CPU = 20.0  # seconds on the clock that a verifier gets for each second of CPU time
+
 _TAGS = (
     ("<answer>", "</answer>"),
     ("<correct_answer>", "</correct_answer>"),
@@ -210,7 +212,8 @@ class MathAnswer:
     a batch are verified once, so a batch takes at most `verify_s` (plus a restart) per different wrong-looking answer.
 
     Args:
-        verify_s: seconds > 0 for one pair.
+        verify_s: seconds of CPU time > 0 for one pair, so that a verdict does not depend on what else the machine
+            does. A verifier that waits is killed after twenty times as many seconds.
         verifier: dotted path of a function, list of (reference, answer) -> list of truth values. It is tried on
             ("1", "2") when the process starts.
 
@@ -249,7 +252,7 @@ class MathAnswer:
 
     def _verify(self, reference: str, answer: str) -> float | None:
         try:
-            (verdict,) = self._worker.call([(reference, answer)], self.verify_s)
+            (verdict,) = self._worker.call([(reference, answer)], _CLOCK_PER_CPU * self.verify_s, self.verify_s)
         except WorkerError as error:
             self.failures[error.kind] += 1
             self.last_error = str(error)

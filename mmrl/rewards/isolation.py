@@ -1,8 +1,9 @@
 """Foreign code in a process that can be killed: a reward that hangs or dies costs its sample, not the run.
 
 The worker is a fresh interpreter, not a fork and not a re-import of the caller's script. It has the parent's sys.path
-and one OpenMP thread, gets pickles and answers in JSON. It leaves with its parent: an idle one sees the closed socket,
-a busy one looks for its parent twice a second, and one that is stuck inside C code is ended by a kernel timer.
+and one OpenMP thread, gets pickles and answers in JSON. It imports torch only where its function or its batch does, so
+one that checks texts starts in a quarter of a second. It leaves with its parent: an idle one sees the closed socket, a
+busy one looks for its parent twice a second, and one that is stuck inside C code is ended by a kernel timer.
 """
 
 from __future__ import annotations
@@ -118,16 +119,31 @@ class Worker:
                 raise ComponentError(text) from None
             raise WorkerStartError(f"the reward worker did not start: {error}\n{error.trace}".rstrip()) from None
 
-    def call(self, batch: Sequence[Any], timeout_s: float) -> list[Any]:
+    def call(self, batch: Sequence[Any], timeout_s: float, cpu_s: float | None = None) -> list[Any]:
         """The function's answer for `batch`: floats, None, and the repr of whatever is no number.
 
+        Args:
+            timeout_s: seconds for the answer. Sending the batch, for which the process may import torch, is not
+                counted.
+            cpu_s: seconds of CPU time for it. Unlike those of the clock they do not depend on what else the machine
+                does; a function that waits uses none.
+
         Raises:
-            WorkerError: the function raised or answered with no sequence (`error`), gave no answer within `timeout_s`
-                seconds (`timeout`), or ended its process (`crash`).
+            WorkerError: the function raised or answered with no sequence (`error`), gave no answer within its time
+                (`timeout`), or ended its process (`crash`).
             ComponentError, WorkerStartError: see `start`.
         """
+        self.load(batch)
+        return self.answer(timeout_s, cpu_s)
+
+    def load(self, batch: Sequence[Any]) -> None:
+        """First half of `call`: send the batch."""
         self.start()
-        return list(self._exchange(_dumps((timeout_s, list(batch))), timeout_s))
+        self._exchange(_dumps(("batch", list(batch))), START_S)
+
+    def answer(self, timeout_s: float, cpu_s: float | None = None) -> list[Any]:
+        """Second half of `call`: the answer for the batch that was sent."""
+        return list(self._exchange(_dumps(("limits", (timeout_s, cpu_s))), timeout_s, cpu_s))
 
     def close(self) -> int | None:
         """Kill the process and what it started; returns its exit status. The next call starts a new one."""
@@ -137,7 +153,7 @@ class Worker:
         self._end()
         return process.returncode
 
-    def _exchange(self, request: bytes, timeout_s: float) -> Any:
+    def _exchange(self, request: bytes, timeout_s: float, cpu_s: float | None = None) -> Any:
         deadline = time.monotonic() + timeout_s
         try:
             _send(self._socket, request, deadline)
@@ -146,7 +162,10 @@ class Worker:
             self.close()
             raise WorkerError("timeout", f"no answer within {timeout_s:g} s") from None
         except (EOFError, OSError):
-            raise WorkerError("crash", f"the worker process {_ending(self.close())}") from None
+            status = self.close()
+            if cpu_s is not None and status == -signal.SIGPROF:
+                raise WorkerError("timeout", f"no answer within {cpu_s:g} s of CPU time") from None
+            raise WorkerError("crash", f"the worker process {_ending(status)}") from None
         except BaseException:  # Ctrl-C: an answer is still on its way, the pipe is of no more use
             self.close()
             raise
@@ -217,7 +236,9 @@ class Isolated:
             self._worker.start()
             began = time.monotonic()
             try:
-                values[start:stop] = self._values(samples[start:stop])
+                self._worker.load(samples[start:stop])
+                began = time.monotonic()
+                values[start:stop] = self._answer(stop - start)
                 limits_left -= (time.monotonic() - began) / self.timeout_s
             except WorkerError as error:
                 limits_left -= (time.monotonic() - began) / self.timeout_s if error.kind == "error" else 1
@@ -234,12 +255,12 @@ class Isolated:
         """End the process; it also ends by itself with this object and with the program."""
         self._worker.close()
 
-    def _values(self, samples: Sequence[Sample]) -> list[Any]:
-        values = self._worker.call(samples, self.timeout_s)
-        if len(values) != len(samples):
+    def _answer(self, size: int) -> list[Any]:
+        values = self._worker.answer(self.timeout_s)
+        if len(values) != size:
             from mmrl.rewards.scoring import RewardError, wrong_count
 
-            raise RewardError(wrong_count(self.name, len(values), len(samples)))
+            raise RewardError(wrong_count(self.name, len(values), size))
         return values
 
     def _note(self, error: WorkerError, size: int) -> None:
@@ -262,11 +283,12 @@ class Isolated:
 
 
 def serve(fd: int, parent: int) -> None:
-    """Main function of a worker: the first message makes the function, the others are batches for it."""
+    """Main function of a worker: the first message makes the function, then come batches, each with its limits."""
     connection = socket.socket(fileno=fd)
     connection.set_inheritable(False)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     target: Any = None
+    batch: list[Any] = []
 
     def make(request: bytes) -> list[Any]:
         nonlocal target
@@ -274,12 +296,19 @@ def serve(fd: int, parent: int) -> None:
         return []
 
     def work(request: bytes) -> list[Any]:
-        limit, batch = pickle.loads(request)
+        nonlocal batch
+        kind, content = pickle.loads(request)
+        if kind == "batch":
+            batch = content
+            return []
+        limit, cpu_limit = content
         signal.setitimer(signal.ITIMER_REAL, limit + _MARGIN_S)
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit or 0)
         try:
             return [_number(v) for v in target(batch)]
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     try:
         _send(connection, _answer(make, _receive(connection)))
@@ -305,8 +334,6 @@ def _number(value: Any) -> float | str | None:
 
 
 def _make_reward(reward: Any, options: Mapping[str, Any], section: str) -> Any:
-    import mmrl.rollout  # noqa: F401  # samples need it; imported here, it is not on the clock of the first batch
-
     return build("rewards", section, reward, options) if isinstance(reward, str) else reward
 
 

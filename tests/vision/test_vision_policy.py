@@ -363,7 +363,7 @@ def test_broken_pictures_leave_the_run_and_are_counted(tmp_path):
 
 
 def test_a_reward_that_exits_leaves_its_samples_unscored(tmp_path):
-    rewards = [{"name": "vision_tiny:exits_on_q0", "timeout_s": 30}]
+    rewards = [{"name": "foreign_rewards:exits_on_q0", "timeout_s": 30}]
     _, metrics = train(
         tmp_path, rewards=rewards, run={"prompts_per_iteration": 8, "iterations": 1, "max_unscored": 0.5}
     )
