@@ -36,26 +36,33 @@ class Command:
 
     def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
         variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+        # a developer's setting, which turns messages into tracebacks
+        variables.pop("MMRL_DEBUG", None)
         self._folder = tempfile.TemporaryDirectory()
-        self._output, self._errors = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
+        self._stdout, self._stderr = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
         with pytest.MonkeyPatch.context() as patch:
             # the server's environment; that of a command is set after the fork
             for name, value in SERVER_ENVIRONMENT.items():
                 patch.setenv(name, value)
             forkserver.ensure_running()
-        streams = (str(self._output), str(self._errors))
+        streams = (str(self._stdout), str(self._stderr))
         self.process = _processes.Process(target=_run, args=([str(a) for a in arguments], dict(variables), *streams))
         self.process.start()
 
     @property
-    def output(self) -> str:
-        """What it wrote to standard output so far."""
-        return self._output.read_text()
+    def returncode(self) -> int | None:
+        """Its exit status, the negative number of the signal that ended it, None while it runs."""
+        return self.process.exitcode
 
     @property
-    def errors(self) -> str:
+    def stdout(self) -> str:
+        """What it wrote to standard output so far."""
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
         """What it wrote to standard error so far."""
-        return self._errors.read_text()
+        return self._stderr.read_text()
 
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -64,7 +71,7 @@ class Command:
         return self.process.is_alive()
 
     def wait(self, timeout: float = 240.0) -> int:
-        """Its exit status, the negative number of the signal that ended it.
+        """`returncode` after its end.
 
         Raises:
             TimeoutError: it still runs; it is killed.
@@ -73,7 +80,7 @@ class Command:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-            raise TimeoutError(f"no end after {timeout:g} s; standard error ends with\n{self.errors[-3000:]}")
+            raise TimeoutError(f"no end after {timeout:g} s; standard error ends with\n{self.stderr[-3000:]}")
         return self.process.exitcode
 
 
@@ -96,23 +103,23 @@ def run_ranks(world: int, *arguments: object, timeout: float = 240.0) -> list[Co
         ranks.append(Command(*arguments, environment=variables))
     deadline = time.monotonic() + timeout
     # a rank that waits for one that failed would wait for its whole time limit
-    while any(r.is_running() for r in ranks) and not any(r.process.exitcode for r in ranks):
+    while any(r.is_running() for r in ranks) and not any(r.returncode for r in ranks):
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)
-    unsuccessful = [r for r in ranks if r.process.exitcode != 0]
+    unsuccessful = [r for r in ranks if r.returncode != 0]
     for r in unsuccessful:
         r.process.kill()
         r.process.join()
-    assert not unsuccessful, "\n".join(f"exit status {r.process.exitcode}: {r.errors[-3000:]}" for r in unsuccessful)
+    assert not unsuccessful, "\n".join(f"exit status {r.returncode}: {r.stderr[-3000:]}" for r in unsuccessful)
     return ranks
 
 
-def _run(arguments: list[str], variables: dict[str, str], output: str, errors: str) -> None:
+def _run(arguments: list[str], variables: dict[str, str], stdout: str, stderr: str) -> None:
     """What the forked process does."""
     os.environ.clear()
     os.environ.update(variables)
-    for stream, file in ((1, output), (2, errors)):
+    for stream, file in ((1, stdout), (2, stderr)):
         target = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(target, stream)
         os.close(target)

@@ -1,9 +1,7 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_command
 from tiny import recipe, write_recipe
 
 from mmrl.config import parse_config
@@ -74,13 +72,6 @@ def test_doctor(tiny_model, tmp_path):
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
-def cli(*args):
-    env = os.environ | {"PYTHONPATH": str(TESTS)}
-    env.pop("MMRL_DEBUG", None)
-    command = [sys.executable, "-m", "mmrl", *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -93,7 +84,7 @@ def cli(*args):
 )
 def test_errors_on_the_command_line_are_one_message(tiny_model, tmp_path, args, message):
     file = write_recipe(tmp_path / "r.yaml", recipe(tiny_model, tmp_path / "r"))
-    done = cli(*(a.replace("{recipe}", str(file)).replace("{here}", str(tmp_path)) for a in args))
+    done = run_command(*(a.replace("{recipe}", str(file)).replace("{here}", str(tmp_path)) for a in args))
     assert done.returncode == 2 and message in done.stderr.replace("\n", " ")
     if "raising" not in str(args):
         assert "Traceback" not in done.stderr
@@ -101,7 +92,7 @@ def test_errors_on_the_command_line_are_one_message(tiny_model, tmp_path, args, 
 
 def test_train_on_the_command_line(tiny_model, tmp_path):
     file = write_recipe(tmp_path / "r.yaml", recipe(tiny_model, tmp_path / "r"))
-    done = cli("train", file, "run.iterations=1", "run.report=true", "run.trackers=[tensorboard]")
+    done = run_command("train", file, "run.iterations=1", "run.report=true", "run.trackers=[tensorboard]")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r" / "report.html").exists() and "report.html" in done.stdout
     assert list((tmp_path / "r" / "logs").glob("events.*"))
@@ -114,5 +105,5 @@ def test_credit_page_is_made_from_the_docstrings():
     page = (TESTS.parent / "docs" / "credit.md").read_text()
     assert page == made("credit"), "run: mmrl list --page credit > docs/credit.md"
     assert all(f"### {name}\n" in page for name in [*names("estimators"), *names("transforms")])
-    done = cli("list", "estimators")
+    done = run_command("list", "estimators")
     assert done.returncode == 0 and all(name in done.stdout for name in names("estimators"))

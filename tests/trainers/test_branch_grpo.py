@@ -241,7 +241,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_model, tmp_path):
 
 def wait_for_lines(process, file, lines):
     while not file.exists() or len(file.read_text().splitlines()) < lines:
-        assert process.is_running(), process.errors
+        assert process.is_running(), process.stderr
         time.sleep(0.005)
 
 
@@ -257,7 +257,7 @@ def test_sigkill_and_resume(tiny_model, tmp_path, lines):
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model").exists()
     again = Command("train", file, "run.resume=true")
-    assert again.wait() == 0, again.errors
+    assert again.wait() == 0, again.stderr
     run(tiny_model, tmp_path / "straight", run={"iterations": 8})
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "killed"))
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
@@ -269,8 +269,8 @@ def test_sigterm_leaves_a_checkpoint(tiny_model, tmp_path):
     process = Command("train", write_recipe(tmp_path / "r.yaml", tree))
     wait_for_lines(process, tmp_path / "r" / "metrics.jsonl", 4)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0, process.errors
-    assert "stopped by signal" in process.errors
+    assert process.wait() == 0, process.stderr
+    assert "stopped by signal" in process.stderr
     assert len(list((tmp_path / "r" / "checkpoints").glob("[0-9]*"))) == 1
 
 
@@ -357,4 +357,4 @@ def test_ranks_end_with_identical_weights(tiny_model, tmp_path):
     )
     file = write_recipe(tmp_path / "r.yaml", recipe(tiny_model, tmp_path / "r", run={"iterations": 2}))
     (tmp_path / "check.py").write_text(code)
-    assert [r.output.count("IDENTICAL") for r in run_ranks(2, tmp_path / "check.py", file)] == [1, 1]
+    assert [r.stdout.count("IDENTICAL") for r in run_ranks(2, tmp_path / "check.py", file)] == [1, 1]
