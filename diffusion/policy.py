@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 # (latents (N, *D), their noise level, conditions, prompt of each (N,)) -> (N,) scores, such as LatentReward.score
 Judge = Callable[[Tensor, Level, Cond, Tensor], Tensor]
 
+# Defaults of a recipe whose policy denoises. Log-probs are means over a latent's elements, hence the narrow clip
+# range (BranchGRPO's script); depths are aligned, hence its estimator; every public trainer clamps advantages at 5.
+DENOISING_DEFAULTS = {
+    "loss.clip_low": 1e-3, "loss.clip_high": 1e-3, "optim.lr": 2e-4,
+    "credit.estimators": [{"name": "branch_depth"}], "credit.clip": 5.0,
+}  # fmt: skip
+
 
 class DiffusionPolicy:
     """Steps are denoising transitions, one action each.
@@ -49,7 +56,7 @@ class DiffusionPolicy:
         self._reference = Reference()
 
     @classmethod
-    @declares(writes=("logp", "tags.std", "actions.latent"), modality="latent")
+    @declares(writes=("logp", "tags.std", "actions.latent"), modality="latent", recipe=DENOISING_DEFAULTS)
     def build(
         cls,
         model: str = "digits",

@@ -40,8 +40,6 @@ class Component(BaseModel):
         """All keys but the name."""
         return dict(self.model_extra or {})
 
-    # null = 60 for a dotted path (a user's own code), 0 for a registered name
-
 
 C = TypeVar("C", bound=Section)
 
@@ -79,7 +77,7 @@ def parse_config(tree: Mapping[str, Any], where: str = "config", model: type[C] 
     """Validate a mapping of sections; see `load_config`. model: by default that of the trainer it names."""
     kind: Any = model or trainer_config(tree, where)
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(with_policy_defaults(tree, kind))
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error, model=kind)}") from None
 
@@ -93,6 +91,35 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
+
+
+def with_policy_defaults(tree: Mapping[str, Any], model: type[Section]) -> Mapping[str, Any]:
+    """The recipe with the defaults that its policy and trainer declare (`recipe={"loss.clip_low": 0.2}`).
+
+    A clip range that suits tokens is 200 times too wide for a denoising step, so such defaults belong to the policy;
+    the trainer's own come second. What the recipe sets itself stays.
+    """
+    policy = tree.get("policy")
+    if not isinstance(policy, Mapping) or not isinstance(policy.get("name"), str):
+        return tree
+    try:
+        declared = dict(find("policies", policy["name"]).facts.get("recipe", {}))
+    except ComponentError as error:
+        raise ConfigError(f"policy.name: {error}") from None
+    if "trainer" in model.model_fields:
+        trainer = str(tree.get("trainer", model.model_fields["trainer"].default))
+        declared |= find("trainers", trainer).facts.get("recipe", {})
+    out = dict(tree)
+    for key, value in declared.items():
+        section, name = key.split(".")
+        field = model.model_fields.get(section)
+        owner = None if field is None else field.annotation
+        if not (isinstance(owner, type) and issubclass(owner, Section) and name in owner.model_fields):
+            continue
+        given = out.get(section) or {}
+        if isinstance(given, Mapping):
+            out[section] = {name: value} | dict(given)
+    return out
 
 
 def _read(file: str | Path, overrides: Sequence[str]) -> dict[str, Any]:

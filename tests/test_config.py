@@ -143,3 +143,23 @@ def test_files_that_are_no_recipes(tmp_path):
 def test_components_by_name(call, message):
     with pytest.raises(ComponentError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "policy, clip, estimator, bound", [("vision", 0.2, "grpo", None), ("diffusion", 1e-3, "branch_depth", 5.0)]
+)
+def test_defaults_that_differ_by_modality_come_from_the_policy(policy, clip, estimator, bound):
+    tree = {"task": {"name": "shapes"}, "policy": {"name": policy}, "plan": {0: 4}}
+    config = parse_config(tree)
+    assert (config.loss.clip_low, config.loss.clip_high, config.credit.clip) == (clip, clip, bound)
+    assert [e.name for e in config.credit.estimators] == [estimator]
+    # a section that sets something else keeps them, a value of its own wins
+    own = parse_config(tree | {"loss": {"kl": 0.1, "clip_high": 0.3}, "credit": {"clip": 2.0}})
+    assert (own.loss.kl, own.loss.clip_low, own.loss.clip_high, own.credit.clip) == (0.1, clip, 0.3, 2.0)
+    assert [e.name for e in own.credit.estimators] == [estimator]
+
+
+def test_a_trainer_has_defaults_of_its_own():
+    tree = {"task": {"name": "shapes"}, "policy": {"name": "vision"}}
+    assert parse_config(tree | {"trainer": "imitation"}).optim.lr == 2e-5
+    assert parse_config(tree | {"trainer": "step_preference"}).optim.lr == 1e-6

@@ -14,7 +14,7 @@ from vision.engine_sync import vllm_engine
 from vision.loading import load_processor, tokenizer_of
 from vision.network import bare
 from vision.policy import VisionPolicy
-from vision.settings import Settings
+from vision.settings import TOKEN_DEFAULTS, Settings
 from vision.step_rule import StepRule
 
 
@@ -23,6 +23,7 @@ from vision.step_rule import StepRule
         "logp", "texts", "state_key", "edge_key", "ok", "tags.truncated", "tags.observed", "actions.token",
     ),
     modality="conversation",
+    recipe=TOKEN_DEFAULTS,
 )  # fmt: skip
 def video_agent(
     model: str = "clips",

@@ -38,7 +38,7 @@ from vision.network import Network, bare, run_job
 from vision.packing import ancestors
 from vision.passes import TokenTree, build_job
 from vision.prompts import PromptEncoder
-from vision.settings import Settings
+from vision.settings import TOKEN_DEFAULTS, Settings
 from vision.step_rule import StepRule
 from vision.turns import grow_turns
 
@@ -82,7 +82,11 @@ class VisionPolicy:
         self._talks = None if environment is None else Conversations(environment, self.tokenizer)
 
     @classmethod
-    @declares(writes=("logp", "texts", "state_key", "edge_key", "tags.truncated", "actions.token"), modality="text")
+    @declares(
+        writes=("logp", "texts", "state_key", "edge_key", "tags.truncated", "actions.token"),
+        modality="text",
+        recipe=TOKEN_DEFAULTS,
+    )
     def build(
         cls,
         model: str = "shapes",

@@ -34,16 +34,17 @@ class EstimatorConfig(Component):
 class CreditConfig(Section):
     """Transforms, then a weighted sum of estimators, then the clip. `mmrl list estimators` prints what there is."""
 
-    transforms: list[str | dict[str, Any]] | None = None  # null = none; with a trained scorer as step reward, clip (at
-    # 1/2) and delta, so that writing more steps never pays (Clip/Delta, Designing Effective RL Reward)
-    estimators: list[EstimatorConfig] = Field(
-        default_factory=lambda: [EstimatorConfig(name="branch_depth")], min_length=1
-    )
+    # null = none; with a trained scorer as step reward, clip (at 1/2) and delta, so that writing more steps never pays
+    # (Clip/Delta, Designing Effective RL Reward).
+    transforms: list[str | dict[str, Any]] | None = None
+    estimators: list[EstimatorConfig] = Field(default_factory=lambda: [EstimatorConfig(name="grpo")], min_length=1)
     counting: Literal["node", "leaf"] = "node"
-    step_reward_kind: Literal["reward", "value"] = "reward"  # a value scores the state and must be differenced
+    # A value scores the state and must be differenced.
+    step_reward_kind: Literal["reward", "value"] = "reward"
     whiten: bool = False  # centre and scale the sum over the whole batch
     allow_double_norm: bool = False
-    clip: PositiveFloat | None = 5.0  # advantages are clamped to +-clip (every public diffusion trainer: 5)
+    # Advantages are clamped to +-clip. Every public diffusion trainer has 5, those of language models have none.
+    clip: PositiveFloat | None = None
 
 
 @dataclass(frozen=True)

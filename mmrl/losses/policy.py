@@ -28,8 +28,9 @@ class LossConfig(Section):
     ratio: Literal["action", "step", "trajectory"] = "action"  # step and trajectory: the GSPO form
     surrogate: Literal["clip", "cispo", "sapo"] = "clip"
     guard: bool = False  # GRPO-Guard ratio normalisation, for latent steps; needs policy.keep_mean
-    clip_low: PositiveFloat = 1e-3
-    clip_high: PositiveFloat = 1e-3
+    # PPO's range; a policy whose log-probs are of another size declares its own (denoising: 0.001).
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
     dual_clip: float | None = Field(None, gt=1)
     kl: float = Field(0.0, ge=0)  # weight of the divergence from the initial model
     kl_form: Literal["exact", "k1", "k2", "k3"] = "exact"

@@ -39,7 +39,7 @@ class SftConfig(PolicyConfig):
     per_prompt: PositiveInt = 1  # at most so many samples of a prompt, the best ones
 
 
-@register("trainers", "imitation", config=SftConfig)
+@register("trainers", "imitation", config=SftConfig, recipe={"optim.lr": 2e-5})
 class ImitationTrainer:
     """The trainer behind `trainer: imitation`."""
 
