@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmrl.rollout import Actions, Continuation, Prompt, Rollout, State
+from mmrl.rollout import Actions, Continuation, Prompt, Rollout, State, StepWriter
 from mmrl.tree import FINISHED, INTERNAL, UNFINISHED, StepTree
 
 ROOT = 0
@@ -150,12 +150,12 @@ def rollout_of(trees: Sequence[GrowingTree], about: Mapping[str, Any] | None = N
         tree.back_up()
     fields: dict[str, list[Any]] = defaultdict(list)
     names = {n for t in grown for n in t.numbers} - {"outcome", "step_reward", "value", "visits", "q_sum"}
-    columns = ["outcome", "step_reward", "value", "visits", "q_sum", *sorted(names)]
+    columns = ["step_reward", "value", "visits", "q_sum", *sorted(names)]
     offset = 0
     for group, tree in enumerate(grown):
         leaves = set(tree.leaves)
         for v in range(1, len(tree.parent)):
-            outcome = tree.numbers["outcome"].get(v, math.nan)
+            outcome = tree.numbers["outcome"].get(v, math.nan) if v in leaves else math.nan
             fields["parent"].append(tree.parent[v] - 1 + offset if tree.parent[v] != ROOT else -1)
             fields["group"].append(group)
             scored = FINISHED if outcome == outcome else UNFINISHED
@@ -168,11 +168,18 @@ def rollout_of(trees: Sequence[GrowingTree], about: Mapping[str, Any] | None = N
             fields["logps"] += tree.logps[v][:sampled]
             fields["logp"].append(math.fsum(tree.logps[v]) if tree.logps[v] else math.nan)
             fields["texts"].append(tree.texts[v])
+            fields["outcome"].append(outcome)
             for name in columns:
                 fields[name].append(tree.numbers[name].get(v, math.nan))
         fields["root_value"].append(tree.numbers["value"].get(ROOT, math.nan))
         offset += len(tree)
     return _rollout(grown, fields, sorted(names), dict(about or {}))
+
+
+def rollout_for(policy: object, trees: Sequence[GrowingTree], about: Mapping[str, Any]) -> Rollout:
+    """The trees as what `policy` trains on, where it can make given steps its own actions; else as they are."""
+    rollout = rollout_of(trees, about)
+    return policy.write_steps(rollout) if isinstance(policy, StepWriter) else rollout
 
 
 def _rollout(

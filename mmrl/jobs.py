@@ -73,6 +73,7 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
                 _labeller(name, options, job, "method"), config.output, solutions=solutions,
                 about={"method": name, "solutions": solutions, **options}, fingerprint=job.fingerprint,
                 seed=config.seed, batch=config.batch,
+                rollouts=job.rollouts({"records": str(config.records)}),
             )  # fmt: skip
         if job.rank == 0:
             report |= {"unusable_prompts": job.lost, "unreadable_rows": count_reasons(bad)}
@@ -122,6 +123,7 @@ def _annotate_on_all_ranks(config: AnnotateConfig, job: _Job, items: Any, method
     report = annotate(
         job.policy, job.verifier, items, method, config.output, rule=rule, fingerprint=job.fingerprint,
         seed=config.seed, batch=config.batch, rank=job.rank, world=job.world,
+        rollouts=job.rollouts({"records": str(config.records)}),
     )  # fmt: skip
     if job.world > 1:
         job.wait()

@@ -68,6 +68,13 @@ class RolloutFolder:
         taken = [int(f.name.partition("-")[0]) for f in self.batches]
         return self.save(rollout, max(taken, default=-1) + 1)
 
+    def trim(self, batches: int, rank: int = 0) -> None:
+        """Drop what a rank wrote behind its first so many batches."""
+        for folder in self.batches:
+            batch, _, own = folder.name.partition("-")
+            if int(own) == rank and int(batch) >= batches:
+                shutil.rmtree(folder)
+
     def keep(self, ids: Collection[str]) -> set[str]:
         """Drop the trees of all other prompts; returns the ids of those that are there."""
         found: set[str] = set()

@@ -60,3 +60,8 @@ def vision_recipe(model: Path, folder: Path, output: Path, **sections: Any) -> d
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) and name != "plan" else values
     return tree
+
+
+def odd(samples: Sequence[Sample]) -> list[float | None]:
+    """Right where an odd number of characters is written."""
+    return [float(len(s.output) % 2) for s in samples]

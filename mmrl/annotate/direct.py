@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,13 +14,16 @@ from mmrl.annotate.consensus import vote
 from mmrl.annotate.denoise import pseudo_labels
 from mmrl.annotate.judge import judge_prompt, parse_critique, parse_first_error
 from mmrl.annotate.labels import Labels, labels_up_to, local_first_error
-from mmrl.annotate.monte_carlo import sample_solutions
+from mmrl.annotate.monte_carlo import Solution, as_state, sample_solutions
 from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
 from mmrl.annotate.store import CompletionStore, Estimator
+from mmrl.annotate.trees import solution_trees
+from mmrl.growth import rollout_for
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_record, record_to_json
 from mmrl.prm.scoring import admitted, score_records
 from mmrl.rollout import Extender, OutcomeReward, Prompt, Sample, State, StepReward
+from mmrl.rollout_folder import RolloutFolder
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ def by_judge(
 
 
 def _voted(store: CompletionStore, state: State, steps: int, votes: int, ask: str) -> Labels | None:
-    parsed = [_read("".join(c.steps), steps, ask) for c in store.completions(state)[:votes]]
+    parsed = [_read("".join(c.written.steps), steps, ask) for c in store.completions(state)[:votes]]
     known = [p for p in parsed if p is not None]
     return vote(known) if known else None
 
@@ -124,15 +128,17 @@ def annotate_directly(
     seed: int = 0,
     separator: str = "\n",
     batch: int = 64,
+    rollouts: RolloutFolder | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Label solutions by `labeller`; questions are solved `solutions` times each first. Files as `run.annotate`'s.
 
-    Sampled solutions are kept in `store.jsonl`, so none is paid twice.
+    Sampled solutions are kept in `store.jsonl`, so none is paid twice. rollouts: where they go as trees, with their
+    verdicts as outcomes and the labels as step rewards.
     """
     folder = Path(folder)
     prompts = [i for i in items if isinstance(i, Prompt)]
-    given = [i for i in items if isinstance(i, SolutionRecord)]
+    given = [(i, as_state(i, separator)) for i in items if isinstance(i, SolutionRecord)]
     bad: list[dict[str, str]] = []
     store = CompletionStore(folder / "store.jsonl", fingerprint=fingerprint, keep=True) if prompts else None
     with store or nullcontext(), progress_bar(len(items), progress) as advance:
@@ -144,10 +150,12 @@ def annotate_directly(
             part = given[a : a + batch]
             if estimator:
                 found = sample_solutions(estimator, prompts[a : a + batch], solutions, separator=separator)
-                part, cost = [s.record for own in found for s in own if s.record.steps], estimator.cost
-                bad += [{"id": s.record.id, "reason": "no step: the policy wrote nothing"}
-                        for own in found for s in own if not s.record.steps]  # fmt: skip
-            for record, labels in zip(part, labeller(part), strict=True):
+                written = [solution for own in found for solution in own]
+                part, cost = [(r, s) for r, s in written if r.steps], estimator.cost
+                bad += [{"id": r.id, "reason": "no step: the policy wrote nothing"} for r, _ in written if not r.steps]
+            labelled: list[Solution] = []
+            for (record, state), labels in zip(part, labeller([r for r, _ in part]), strict=True):
+                labelled.append((replace(record, labels=labels), state))
                 if labels is None or all(y is None for y in labels):
                     bad.append({"id": record.id, "reason": "no label could be made of what the labeller said"})
                     continue
@@ -157,8 +165,12 @@ def annotate_directly(
                     first_error=None if soft else local_first_error(labels),
                 )  # fmt: skip
                 out.write(record_to_json(check_record(made)))
+            if rollouts is not None and (trees := solution_trees(store, labelled)):
+                rollouts.save(rollout_for(extender, trees, {"grown_by": "solutions", "seed": seed}), a // batch)
             advance(len(part) if given else min(batch, len(prompts) - a), cost)
         out.finish()
+        if rollouts is not None:
+            rollouts.trim(math.ceil(len(items) / batch))
     paid = store.spent if store else cost
     report = summary(dict(about or {}), len(items), out.path, bad, {"run": cost, "paid": paid})
     return write_report(folder / "report.json", report)

@@ -14,6 +14,8 @@ from mmrl.annotate.store import Completion, Estimator
 from mmrl.prm.records import Counts, SolutionRecord, Step
 from mmrl.rollout import Prompt, Sample, State
 
+Solution = tuple[SolutionRecord, State]  # what is known of it, and what the policy goes on from
+
 
 @dataclass(frozen=True)
 class MonteCarlo:
@@ -31,41 +33,30 @@ class MonteCarlo:
             raise ValueError(f"monte_carlo: k={self.k} and solutions={self.solutions} must be at least 1")
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A record, the prompt that the policy goes on from, and its steps as written, separators included."""
-
-    record: SolutionRecord
-    prompt: Prompt
-    steps: tuple[str, ...]
-
-    def prefix(self, t: int) -> State:
-        """The state after step t, 0-based."""
-        return State(self.prompt, self.steps[: t + 1])
-
-
-def as_solution(record: SolutionRecord, separator: str = "\n") -> Solution:
+def as_state(record: SolutionRecord, separator: str = "\n") -> State:
     """A solution from elsewhere: `separator` is put after every step but the last, as the policy would write it."""
+    if not record.steps:
+        return State(record.prompt)
     *before, last = record.texts
-    return Solution(record, record.prompt, (*(t + separator for t in before), last))
+    return State(record.prompt, (*(t + separator for t in before), last))
 
 
-def whole_steps(written: Sequence[str], separator: str = "\n") -> tuple[str, ...]:
-    """The steps that say something; white space and separators alone join the step before (first: the one after).
+def whole_steps(state: State, separator: str = "\n") -> State:
+    """The same text in steps that say something; white space and separators alone join the step before.
 
-    The text stays the same. Nothing but separators gives ().
+    Before the first step they join it. Nothing but separators gives no steps.
     """
-    steps: list[str] = []
-    waiting = ""
-    for piece in written:
+    ends: list[int] = []  # of each whole step, how many of the written ones it ends after
+    for i, piece in enumerate(state.steps, 1):
         if step_text(piece, separator):
-            steps.append(waiting + piece)
-            waiting = ""
-        elif steps:
-            steps[-1] += piece
-        else:
-            waiting += piece
-    return tuple(steps)
+            ends.append(i)
+        elif ends:
+            ends[-1] = i
+    starts = [0, *ends][: len(ends)]
+    steps = tuple("".join(state.steps[a:b]) for a, b in zip(starts, ends, strict=True))
+    ids = tuple(tuple(i for own in state.ids[a:b] for i in own) for a, b in zip(starts, ends, strict=True))
+    path = tuple(state.path[b - 1] for b in ends) if state.path else ()
+    return State(state.prompt, steps, state.done, ids if state.ids else (), path)
 
 
 def step_text(written: str, separator: str = "\n") -> str:
@@ -85,20 +76,22 @@ def sample_solutions(
     tallies = estimator.estimate([State(p) for p in prompts], n)
     out: list[list[Solution]] = []
     for prompt, tally in zip(prompts, tallies, strict=True):
-        found: dict[tuple[str, ...], list[tuple[int, Completion]]] = {}
+        found: dict[tuple[str, ...], list[tuple[int, Completion, State]]] = {}
         for i, completion in enumerate(estimator.store.completions(State(prompt))[:n]):
-            found.setdefault(whole_steps(completion.steps, separator), []).append((i, completion))
+            state = whole_steps(State(prompt).then(completion.written), separator)
+            found.setdefault(state.steps, []).append((i, completion, state))
         out.append([])
         for steps, draws in found.items():
-            i, completion = draws[0]
-            about: dict[str, Any] = {"question_id": prompt.id, "draws": len(draws), "truncated": completion.truncated}
+            i, completion, state = draws[0]
+            cut = completion.written.truncated
+            about: dict[str, Any] = {"question_id": prompt.id, "draws": len(draws), "truncated": cut}
             about["root"] = [tally.correct, tally.total]
             record = replace(
                 record_of(prompt, [step_text(s, separator) for s in steps]),
                 id=f"{prompt.id}/{i}",
                 final_correct=completion.correct,
             )
-            out[-1].append(Solution(replace(record, meta=dict(record.meta) | about), prompt, steps))
+            out[-1].append((replace(record, meta=dict(record.meta) | about), state))
     return out
 
 
@@ -134,28 +127,28 @@ def estimate_steps(
     one included, have total 0.
     """
     finals = _outcomes(estimator, solutions)
+    states = [state for _, state in solutions]
     counts: list[list[Counts]] = [[] for _ in solutions]
     live = list(range(len(solutions)))
-    for t in range(max((len(s.steps) for s in solutions), default=0) - 1):
-        live = [i for i in live if t < len(solutions[i].steps) - 1]
-        tallies = estimator.estimate([solutions[i].prefix(t) for i in live], k)
+    for t in range(max((len(s.steps) for s in states), default=0) - 1):
+        live = [i for i in live if t < len(states[i].steps) - 1]
+        tallies = estimator.estimate([states[i].upto(t + 1) for i in live], k)
         for i, tally in zip(live, tallies, strict=True):
             counts[i].append(tally.counts)
         if early_stop:
             live = [i for i in live if counts[i][t].correct or not counts[i][t].total]
     done = []
-    for solution, final, seen in zip(solutions, finals, counts, strict=True):
-        missing = len(solution.steps) - len(seen)
+    for (record, state), final, seen in zip(solutions, finals, counts, strict=True):
+        missing = len(state.steps) - len(seen)
         ended = Counts(int(bool(final)), int(final is not None))
         stopped = early_stop and any(c.total and not c.correct for c in seen)
         seen += [Counts(0, 0)] * (missing if stopped else missing - 1)
-        done.append(replace(solution.record, mc=(*seen, *([] if stopped else [ended])), final_correct=final))
+        done.append(replace(record, mc=(*seen, *([] if stopped else [ended])), final_correct=final))
     return done
 
 
 def _outcomes(estimator: Estimator, solutions: Sequence[Solution]) -> list[bool | None]:
     """Whether each answer is right: as the record says, else as the verifier finds."""
-    unknown = [s for s in solutions if s.record.final_correct is None]
-    samples = [Sample(s.prompt, "".join(s.steps), len(s.steps) - 1) for s in unknown]
-    verdicts = iter(estimator.judge(samples))
-    return [next(verdicts) if s.record.final_correct is None else s.record.final_correct for s in solutions]
+    unknown = [state for record, state in solutions if record.final_correct is None]
+    verdicts = iter(estimator.judge([Sample(s.prompt, s.text, len(s.steps) - 1) for s in unknown]))
+    return [next(verdicts) if r.final_correct is None else r.final_correct for r, _ in solutions]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 
 from mmrl.annotate import targets
 from mmrl.annotate.labels import After, Labels, label_mc
-from mmrl.annotate.monte_carlo import MonteCarlo, Solution, as_solution, estimate_steps, record_of, sample_solutions
+from mmrl.annotate.monte_carlo import MonteCarlo, Solution, as_state, estimate_steps, record_of, sample_solutions
 from mmrl.annotate.omega import Omega, omega_trees, traverse, tree_json
 from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
 from mmrl.annotate.store import CompletionStore, Estimator, prefix_key
+from mmrl.annotate.trees import solution_trees
+from mmrl.growth import GrowingTree, rollout_for
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_record, record_to_json
 from mmrl.rollout import Extender, OutcomeReward, Prompt, State
+from mmrl.rollout_folder import RolloutFolder
 
 Item = Prompt | SolutionRecord
 Bad = dict[str, str]  # id, reason
@@ -99,6 +103,7 @@ def annotate(
     max_unscored: float = 0.2,
     rank: int = 0,
     world: int = 1,
+    rollouts: RolloutFolder | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Label the steps of solutions by completing their prefixes; started again, it goes on where it was.
@@ -115,9 +120,10 @@ def annotate(
             `temperature`, is not used.
         separator: what the policy writes between steps; it is not part of a record's texts.
         batch: most prefixes per call of the policy, and items worked on side by side.
-        keep: keep the texts of completions in the store; OmegaPRM needs them.
+        keep: keep the texts of completions in the store; OmegaPRM and `rollouts` need them.
         max_bad: share of items that may be set aside for their form (id used twice, no step, no question).
         max_unscored: share of completions that may stay without a verdict.
+        rollouts: where the trees of completions go, a batch at a time: values, visits and outcomes.
     Returns:
         The report: items, records, quarantined (id, reason), labels, cost of this run (`run`) and of the whole folder
         (`paid`).
@@ -134,7 +140,7 @@ def annotate(
     folder, tag = Path(folder), f"-{rank}" if world > 1 else ""
     (folder / f"report{tag}.json").unlink(missing_ok=True)
     sampling = fingerprint if temperature is None else f"{fingerprint} temperature {temperature}"
-    keep = keep or isinstance(method, Omega)
+    keep = keep or isinstance(method, Omega) or rollouts is not None
     store = CompletionStore(folder / f"store{tag}.jsonl", fingerprint=sampling, keep=keep)
     with store, progress_bar(len(good), progress and rank == 0) as advance:
         estimator = Estimator(
@@ -144,8 +150,17 @@ def annotate(
         files = {n: LineFile(folder / f"{n}{tag}.jsonl") for n in _file_names(method)}
         for i in range(0, len(good), batch):
             part = good[i : i + batch]
-            _write(files, _work(estimator, part, method, rule, separator), rule, bad)
+            rows, solutions, trees = _work(estimator, part, method, rule, separator)
+            _write(files, rows, rule, bad)
+            if rollouts is not None:
+                trees += solution_trees(store, solutions)
+            if rollouts is not None and trees:
+                told: dict[str, Any] = {"grown_by": type(method).__name__.lower(), "seed": seed}
+                told |= {} if temperature is None else {"temperature": temperature}
+                rollouts.save(rollout_for(extender, trees, told), i // batch, rank)
             advance(len(part), estimator.cost)
+        if rollouts is not None:
+            rollouts.trim(math.ceil(len(good) / batch), rank)
         for file in files.values():
             file.finish()
         costs = {"run": estimator.cost, "paid": store.spent}
@@ -226,29 +241,36 @@ def _admit(items: Sequence[Item], method: MonteCarlo | Omega, max_bad: float) ->
 
 def _work(
     estimator: Estimator, items: Sequence[Item], method: MonteCarlo | Omega, rule: LabelRule, separator: str
-) -> Iterator[tuple[str, SolutionRecord | dict[str, Any]]]:
-    """(file, what to write there): records with counts, and trees as JSON."""
+) -> tuple[list[tuple[str, SolutionRecord | dict[str, Any]]], list[Solution], list[GrowingTree]]:
+    """(file, what to write there): records with counts, and trees as JSON; the solutions; the trees that grew."""
     prompts = [i for i in items if isinstance(i, Prompt)]
+    rows: list[tuple[str, SolutionRecord | dict[str, Any]]] = []
     if isinstance(method, Omega):
-        for tree in omega_trees(estimator, prompts, method, separator=separator):
-            yield "trees", tree_json(tree, separator)
-            for record in traverse(tree, min_words=method.min_words, seed=estimator.seed, separator=separator):
-                yield "records", record
-        return
+        grown = omega_trees(estimator, prompts, method, separator=separator)
+        for tree in grown:
+            rows.append(("trees", tree_json(tree, separator)))
+            records = traverse(tree, min_words=method.min_words, seed=estimator.seed, separator=separator)
+            rows += [("records", r) for r in records]
+        return rows, [], [tree.steps for tree in grown if len(tree.steps)]
     found = sample_solutions(estimator, prompts, method.solutions, separator=separator)
     solutions = [s for of_one in found for s in of_one]
-    given = [as_solution(i, separator) for i in items if isinstance(i, SolutionRecord)]
+    given = [(i, as_state(i, separator)) for i in items if isinstance(i, SolutionRecord)]
     if rule.needs_start:
         given = _with_roots(estimator, given, method.k)
-    for record in estimate_steps(estimator, [*solutions, *given], method.k, early_stop=method.early_stop):
-        yield "records", record
+    solutions += given
+    labelled = estimate_steps(estimator, solutions, method.k, early_stop=method.early_stop)
+    rows += [("records", r) for r in labelled]
+    return rows, [(r, state) for r, (_, state) in zip(labelled, solutions, strict=True)], []
 
 
 def _with_roots(estimator: Estimator, solutions: Sequence[Solution], k: int) -> list[Solution]:
     """The solutions with the counts of their empty prefix in `meta`."""
-    tallies = estimator.estimate([State(s.prompt) for s in solutions], k)
-    metas = [dict(s.record.meta) | {"root": [t.correct, t.total]} for s, t in zip(solutions, tallies, strict=True)]
-    return [replace(s, record=replace(s.record, meta=m)) for s, m in zip(solutions, metas, strict=True)]
+    tallies = estimator.estimate([State(s.prompt) for _, s in solutions], k)
+    out = []
+    for (record, state), tally in zip(solutions, tallies, strict=True):
+        meta = dict(record.meta) | {"root": [tally.correct, tally.total]}
+        out.append((replace(record, meta=meta), state))
+    return out
 
 
 def _labelled(record: SolutionRecord, rule: LabelRule, bad: list[Bad]) -> dict[str, Any] | None:

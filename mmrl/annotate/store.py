@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from mmrl.prm.records import Counts
 from mmrl.rewards.scoring import RewardError, wrong_count
-from mmrl.rollout import Extender, OutcomeReward, Sample, State
+from mmrl.rollout import Continuation, Extender, OutcomeReward, Sample, State
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,11 @@ _ENOUGH = 200  # completions after which a share of unscored ones means somethin
 
 @dataclass(frozen=True)
 class Completion:
-    """One way on from a prefix. steps: separators included. correct: None = the verifier could not score it."""
+    """One way on from a prefix, to its end. correct: None = the verifier could not score it. tokens: what it cost."""
 
-    steps: tuple[str, ...]
+    written: Continuation
     correct: bool | None
     tokens: int
-    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class CompletionStore:
                     f"{row.file}: completions of prompt {state.prompt.id!r} after {len(state.steps)} steps were not "
                     "kept; annotate in another folder with keep=True"
                 )
-            found += [Completion(tuple(steps), correct, tokens, cut) for steps, correct, tokens, cut in texts]
+            found += map(_completion, texts)
         return found
 
     def add(self, state: State, new: Sequence[Completion]) -> None:
@@ -164,7 +163,7 @@ class CompletionStore:
             "tokens": sum(c.tokens for c in new),
         }  # fmt: skip
         kept = self.keep or not state.text
-        texts = [[c.steps, c.correct, c.tokens, c.truncated] for c in new] if kept else None
+        texts = [_entry(c) for c in new] if kept else None
         about = {"key": key, "prompt": state.prompt.id, "after": len(state.steps)}
         row = _Row(**numbers, file=self.file, offset=self._out.tell())
         self._out.write(json.dumps(about | numbers | {"completions": texts}).encode() + b"\n")
@@ -176,6 +175,23 @@ class CompletionStore:
     def spent(self) -> dict[str, int]:
         """What the folder's files have cost: prefixes, completions, unscored, tokens; paid twice counts twice."""
         return {"prefixes": len(self._rows)} | self._spent
+
+
+def _entry(completion: Completion) -> list[Any]:
+    """A completion as it is written: with its token ids and log-probs, where the policy tells ids."""
+    written = completion.written
+    entry = [written.steps, completion.correct, completion.tokens, written.truncated]
+    if not written.ids:
+        return entry
+    # nine digits are a float32
+    logps = [[float(f"{x:.9g}") for x in step] for step in written.logps]
+    return [*entry, written.ids, logps]
+
+
+def _completion(entry: Sequence[Any]) -> Completion:
+    steps, correct, tokens, truncated, *sampled = entry
+    ids, logps = (tuple(map(tuple, x)) for x in sampled) if sampled else ((), ())
+    return Completion(Continuation(tuple(steps), logps, True, truncated, ids), correct, tokens)
 
 
 def _count(spent: dict[str, int], row: _Row) -> None:
@@ -308,7 +324,7 @@ class Estimator:
             for c in row
         ]
         verdicts = iter(self.judge(samples))
-        scored = [[Completion(c.steps, next(verdicts), c.tokens, c.truncated) for c in row] for row in found]
+        scored = [[Completion(c, next(verdicts), c.tokens) for c in row] for row in found]
         flat = [c for row in scored for c in row]
         self.cost["calls"] += 1
         self.cost["completions"] += len(flat)

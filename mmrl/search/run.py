@@ -17,10 +17,10 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
-from mmrl.growth import rollout_of
+from mmrl.growth import rollout_for
 from mmrl.registry import explain, hint
 from mmrl.rewards.scoring import RewardError, score
-from mmrl.rollout import Extender, OutcomeReward, Prompt, Rollout, Sample, StepWriter, check_prompts
+from mmrl.rollout import Extender, OutcomeReward, Prompt, Sample, check_prompts
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.beam import beam, dvts
 from mmrl.search.best_of_n import best_of_n
@@ -103,7 +103,10 @@ def search(
             new = _rows(results, batch, verifier, canonical, whole_trees=rollouts is not None)
             _check_unscored([*rows.values(), *new], max_unscored)
             if rollouts is not None:  # before the rows: a prompt with a row has its tree
-                rollouts.append(_grown(results, extender, {"grown_by": method, "seed": seed}))
+                heats = {r.temperature for r in results}
+                told = {"temperature": heats.pop()} if len(heats) == 1 and None not in heats else {}
+                about_trees = {"grown_by": method, "seed": seed, **told}
+                rollouts.append(rollout_for(extender, [r.tree for r in results], about_trees))
             for row in new:
                 file.write(json.dumps(row) + "\n")
                 rows[row["id"]] = row
@@ -179,14 +182,6 @@ def _ended_elsewhere(found: SearchResult) -> list[int]:
     """The leaves of a tree that ended and are no candidate."""
     known = {found.tree.node(s) for s in found.states}
     return [v for v in found.tree.leaves if found.tree.ended[v] and v not in known]
-
-
-def _grown(results: Sequence[SearchResult], extender: Extender, about: Mapping[str, Any]) -> Rollout:
-    """The trees of some prompts, as what the policy trains on where it can make steps its own actions."""
-    heats = {r.temperature for r in results} - {None}
-    told = dict(about) | ({"temperature": heats.pop()} if len(heats) == 1 else {})
-    rollout = rollout_of([r.tree for r in results], told)
-    return extender.write_steps(rollout) if isinstance(extender, StepWriter) else rollout
 
 
 def _check_trees(rollouts: RolloutFolder, folder: Path, rows: Mapping[str, Any]) -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from mmrl.annotate.omega import Omega
 from mmrl.annotate.run import RULES, LabelRule, annotate, merge_ranks
 from mmrl.prm.records import Counts, SolutionRecord, Step
 from mmrl.prm.records_io import record_from_json
-from mmrl.rollout import Prompt
+from mmrl.rollout import Prompt, Rollout
+from mmrl.rollout_folder import RolloutFolder
 
 PROMPTS = [chain(f"q{i}", 5) for i in range(7)]
 METHODS = {"mc": MonteCarlo(k=4, solutions=3), "early": MonteCarlo(4, 3, True), "omega": Omega(k=4, min_words=3)}
@@ -199,3 +201,75 @@ def test_misuse_is_refused(tmp_path, options, message):
 def test_the_bar_tells_what_was_spent(tmp_path, capsys):
     run(tmp_path, progress=True)
     assert "7/7" in capsys.readouterr().out
+
+
+# ---- the trees it keeps ---------------------------------------------------------------------------------------------
+
+
+def stored(folder):
+    return [Rollout.load(f) for f in sorted(folder.glob("0*"))]
+
+
+def numbers_of(rollouts):
+    """(prompt, text so far) -> value, visits, q_sum and outcome of every step that says so, in order."""
+    out = {}
+    for r in rollouts:
+        whole = []
+        for v, p in enumerate(r.tree.parent.tolist()):
+            whole.append((whole[p] if p >= 0 else "") + r.texts[v])
+            row = tuple(
+                float(x[v]) for x in (r.tree.value, r.tree.tags["visits"], r.tree.tags["q_sum"], r.tree.outcome)
+            )
+            key = (r.prompts[int(r.tree.group[v])].id, whole[v])
+            out.setdefault(key, []).append(tuple(None if math.isnan(x) else x for x in row))
+    return out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_everything_that_was_paid_for_is_in_the_trees(tmp_path, name):
+    """Each completion is a finished leaf; the counts of the records are the values of the steps."""
+    policy = ToyExtender(slips=0.5)
+    run(tmp_path / "a", policy, method=METHODS[name], rollouts=RolloutFolder(tmp_path / "trees", {}))
+    rollouts = stored(tmp_path / "trees")
+    assert sum(int(r.tree.is_finished.sum()) for r in rollouts) == policy.completions
+    found = numbers_of(rollouts)
+    roots = {p.id: v for r in rollouts for p, v in zip(r.prompts, r.tree.root_value.tolist(), strict=True)}
+    for record in records(tmp_path / "a"):
+        prompt = record.meta["question_id"]
+        assert roots[prompt] == pytest.approx(record.meta["root"][0] / record.meta["root"][1])
+        for t, counts in enumerate(record.mc):
+            text = "".join(s.text.replace("\n\n", "\n") + "\n" for s in record.steps[: t + 1])
+            rows = found.get((prompt, text)) or found[prompt, text.removesuffix("\n")]  # an answer ends the text
+            if counts.total:
+                want = (counts.correct / counts.total, counts.total, counts.correct)
+                assert {row[:3] for row in rows} == {want}
+    again = ToyExtender(slips=0.5)
+    run(tmp_path / "a", again, method=METHODS[name], rollouts=RolloutFolder(tmp_path / "other", {}))
+    assert again.completions == 0  # the trees of an annotation that is done cost nothing
+    assert numbers_of(stored(tmp_path / "other")) == found
+
+
+def test_trees_of_a_killed_annotation_are_those_of_a_whole_one(tmp_path):
+    whole = RolloutFolder(tmp_path / "whole", {})
+    policy = ToyExtender(slips=0.5)
+    run(tmp_path / "a", policy, batch=2, rollouts=whole)
+    folder = RolloutFolder(tmp_path / "cut", {})
+    with pytest.raises(Killed):
+        run(tmp_path / "b", ToyExtender(slips=0.5, die_at=policy.calls // 2), batch=2, rollouts=folder)
+    assert 0 < len(folder.batches) < len(whole.batches)
+    run(tmp_path / "b", batch=3, rollouts=folder)  # other batches: those of the first run are not left behind
+    assert numbers_of(stored(tmp_path / "cut")) == numbers_of(stored(tmp_path / "whole"))
+    assert len(folder.batches) == 3
+
+
+def test_given_solutions_of_one_question_are_one_tree(tmp_path):
+    given = [planted(PROMPTS[0], t) for t in (2, None)]
+    run(tmp_path, ToyExtender(), given, MonteCarlo(k=4), rollouts=RolloutFolder(tmp_path / "trees", {}))
+    (rollout,) = stored(tmp_path / "trees")
+    assert [p.id for p in rollout.prompts] == [given[0].id]
+    found = numbers_of([rollout])
+    right = "".join(s.text + "\n" for s in given[1].steps[:2])
+    assert found[given[0].id, right][0][:2] == (1.0, 4)
+    assert found[given[0].id, right + given[0].steps[2].text + "\n"][0][:2] == (0.0, 4)
+    ends = [row[3] for (_, text), rows in found.items() for row in rows if "answer" in text]
+    assert ends.count(1.0) + ends.count(0.0) == len(ends) > 4 * 5

@@ -10,7 +10,7 @@ from mmrl.annotate.consensus import consensus
 from mmrl.annotate.labels import label_mc, mc_first_error
 from mmrl.annotate.monte_carlo import (
     MonteCarlo,
-    as_solution,
+    as_state,
     estimate_steps,
     record_of,
     sample_solutions,
@@ -32,7 +32,7 @@ def asking(folder, policy, **options):
 
 
 def found(estimator, records, k=4, **options):
-    labelled = estimate_steps(estimator, [as_solution(r) for r in records], k, **options)
+    labelled = estimate_steps(estimator, [(r, as_state(r)) for r in records], k, **options)
     return [mc_first_error(mc_values(r.mc)) for r in labelled], labelled
 
 
@@ -106,7 +106,10 @@ def test_a_prefix_without_a_verdict_is_unknown_and_does_not_stop_early(tmp_path)
 
     with CompletionStore(tmp_path / "store.jsonl") as store:
         (record,) = estimate_steps(
-            Estimator(Counting(), shy, store), [as_solution(planted(QUESTION, 2))], 4, early_stop=True
+            Estimator(Counting(), shy, store),
+            [(planted(QUESTION, 2), as_state(planted(QUESTION, 2)))],
+            4,
+            early_stop=True,
         )
     assert record.mc[:3] == (Counts(0, 0), Counts(4, 4), Counts(0, 4)) and record.mc[3:] == (Counts(0, 0),) * 4
     assert mc_first_error(mc_values(record.mc)) is None
@@ -133,40 +136,50 @@ def test_solutions_are_sampled_once_each_and_counted(tmp_path):
     prompt = Prompt("q", QUESTION.inputs, QUESTION.reference | {"difficulty": 3})
     with asking(tmp_path, policy) as estimator:
         (solutions,) = sample_solutions(estimator, [prompt], 8)
-        assert sum(s.record.meta["draws"] for s in solutions) == 8
-        assert len({s.steps for s in solutions}) == len(solutions)
-        right = [s for s in solutions if first_wrong(QUESTION, s.steps) == -1]
-        assert [s.record.meta["draws"] for s in right] == [4] and right[0].record.id == "q/4"
-        record = right[0].record
+        assert sum(r.meta["draws"] for r, _ in solutions) == 8
+        assert len({s.steps for _, s in solutions}) == len(solutions)
+        right = [r for r, s in solutions if first_wrong(QUESTION, s.steps) == -1]
+        assert [r.meta["draws"] for r in right] == [4] and right[0].id == "q/4"
+        record = right[0]
         assert record.final_correct and record.texts[-1] == f"answer: {QUESTION.reference['answer']}"
         about = {"difficulty": 3, "question_id": "q", "draws": 4, "truncated": False, "root": [4, 8]}
         assert record.meta == about and record.answer == QUESTION.reference["answer"]
         records = estimate_steps(estimator, solutions, 4)
-        for s, r in zip(solutions, records, strict=True):
+        for (_, s), r in zip(solutions, records, strict=True):
             assert mc_first_error(mc_values(r.mc)) == first_wrong(QUESTION, s.steps)
         assert sample_solutions(estimator, [prompt], 4) != [solutions]
     assert not any("answer" in text for text in policy.seen)
 
 
+def whole(written):
+    """The whole steps of pieces; ids and nodes of a step are those of all its pieces, and of the last one."""
+    places = tuple(range(1, len(written) + 1))
+    state = whole_steps(State(QUESTION, written, ids=tuple((i,) for i in places), path=places))
+    assert [max(own) for own in state.ids] == list(state.path)
+    assert [i for own in state.ids for i in own] == list(places[: len(written) if state.steps else 0])
+    return state.steps
+
+
 def test_the_policy_goes_on_from_exactly_what_it_wrote(tmp_path):
     written = ("\n", "one\n\n", " \n", "two\n", "\n", "three", "\n")
-    steps = whole_steps(written)
+    steps = whole(written)
     assert steps == ("\none\n\n \n", "two\n\n", "three\n")
     assert [step_text(s) for s in steps] == ["one", "two", "three"]
-    assert step_text(" <s>four <s>\n", "<s>") == "four" and whole_steps(("\n", " ")) == ()
+    assert step_text(" <s>four <s>\n", "<s>") == "four" and whole(("\n", " ")) == ()
 
 
 @given(st.lists(st.sampled_from(["a\n", "b", "\n", " ", "\n\n", "c c\n"])))
 def test_whole_steps_keep_the_text_and_say_something(written):
-    steps = whole_steps(written)
+    written = tuple(written)
+    steps = whole(written)
     assert "".join(steps) == ("".join(written) if steps else "")
     assert all(step_text(s) for s in steps)
 
 
 def test_given_records_get_the_separator_between_their_steps():
-    solution = as_solution(SolutionRecord("r", "?", (Step("a"), Step("b"), Step("c"))), " ки\n")
+    solution = as_state(SolutionRecord("r", "?", (Step("a"), Step("b"), Step("c"))), " ки\n")
     assert solution.steps == ("a ки\n", "b ки\n", "c")
-    assert solution.prefix(1) == State(solution.prompt, ("a ки\n", "b ки\n"))
+    assert solution.upto(2) == State(solution.prompt, ("a ки\n", "b ки\n"))
 
 
 def test_prompts_become_records():

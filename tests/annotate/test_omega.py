@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from toy_extender import ToyExtender, chain, first_wrong, numbers, verify, write
 
 from mmrl.annotate.omega import (
-    Node,
     Omega,
-    Tree,
-    _Growing,
+    OmegaTree,
     exploration,
     locate_error,
     omega_trees,
@@ -20,8 +18,9 @@ from mmrl.annotate.omega import (
     tree_json,
 )
 from mmrl.annotate.store import CompletionStore, Estimator
+from mmrl.growth import rollout_of
 from mmrl.prm.records import Counts
-from mmrl.rollout import Continuation, Prompt
+from mmrl.rollout import Continuation, Prompt, State
 
 QUESTION = chain("q", 7)  # eight steps
 
@@ -92,28 +91,20 @@ def test_exploration_by_hand():
     assert quality(0.75, 100) + exploration(2, 9) == pytest.approx(0.9483623, abs=1e-6)
 
 
-def state(correct, visits=0, name="s"):
-    node = Node((name,), (name,), Counts(correct, 4))
-    node.visits = visits
-    return node
-
-
 def popped(*candidates):
-    growing = _Growing(QUESTION, Omega(), "\n")
-    growing.states = {str(i): node for i, (node, _) in enumerate(candidates)}
-    growing.candidates = list(candidates)
-    order = []
-    while growing.candidates:
-        node, _ = growing._pop()
-        order.append([n for n, _ in candidates].index(node))
-    return order
+    """Order of candidates (right completions of 4, visits of the state, wrong rollout)."""
+    tree = OmegaTree(QUESTION, Omega())
+    for i, (correct, visits, rollout) in enumerate(candidates):
+        tree.counts[i], tree.visits[i] = Counts(correct, 4), visits
+        tree.candidates.append((i, State(QUESTION, (rollout,))))
+    return [tree.pop()[0] for _ in candidates]
 
 
 def test_candidates_by_priority_then_visits_then_text_then_age():
     words = "w " * 100
-    assert popped((state(1), (words,)), (state(3), (words,)), (state(2), (words,))) == [1, 2, 0]
-    assert popped((state(2), (words,)), (state(2), ("w",)), (state(2), ("b",)), (state(2), ("b",))) == [2, 3, 1, 0]
-    assert popped((state(2, visits=2), ("b",)), (state(2, visits=1), ("b",))) == [1, 0]
+    assert popped((1, 0, words), (3, 0, words), (2, 0, words)) == [1, 2, 0]
+    assert popped((2, 0, words), (2, 0, "w"), (2, 0, "b"), (2, 0, "b")) == [2, 3, 1, 0]
+    assert popped((2, 2, "b"), (2, 1, "b")) == [1, 0]
 
 
 def test_a_perfect_completer_finds_every_first_error_exactly(tmp_path):
@@ -154,7 +145,7 @@ def test_questions_that_are_all_right_or_all_wrong_are_left_alone(tmp_path, slip
     policy = ToyExtender(slips=slips)
     with asking(tmp_path, policy) as estimator:
         (tree,) = omega_trees(estimator, [QUESTION], Omega(k=4))
-    assert tree.root.value == value and policy.completions == 4 and not tree.log and traverse(tree) == []
+    assert tree.value(tree.root) == value and policy.completions == 4 and not tree.log and traverse(tree) == []
 
 
 def test_trees_grow_side_by_side_and_do_not_see_each_other(tmp_path):
@@ -241,7 +232,9 @@ def test_an_error_at_the_last_step_is_the_rollout_itself(tmp_path):
     with asking(tmp_path, policy, star) as estimator:
         (tree,) = omega_trees(estimator, [PLAIN], Omega(k=4, searches=1))
     assert tree.log[0]["probes"] == [[0, 0.75], [1, 0.0]] and policy.asked == ["", "a\n"]
-    assert [n.piece for n in tree.root.children[-1].children] == [("*\n",), ("b\n",)]
+    (child,) = tree.below[tree.below[tree.root][-1]][-1:]
+    assert [tree.pieces[n] for n in tree.below[tree.below[tree.root][-1]]] == [("*\n",), ("b\n",)]
+    assert tree.counts[child] == Counts(0, 1)
 
 
 def test_a_state_without_verdicts_is_skipped_and_the_rest_scanned(tmp_path):
@@ -249,8 +242,9 @@ def test_a_state_without_verdicts_is_skipped_and_the_rest_scanned(tmp_path):
     with asking(tmp_path, policy, star) as estimator:
         (tree,) = omega_trees(estimator, [PLAIN], Omega(k=4, searches=1))
     assert tree.log[0]["probes"] == [[1, None], [0, 0.25], [2, 0.0]] and tree.log[0]["first_error"] == 2
-    child = tree.root.children[-1]
-    assert child.piece == ("a\n",) and [n.piece for n in child.children] == [("*\n",), ("b\n", "c\n")]
+    child = tree.below[tree.root][-1]
+    assert tree.pieces[child] == ("a\n",)
+    assert [tree.pieces[n] for n in tree.below[child]] == [("*\n",), ("b\n", "c\n")]
 
 
 def test_a_question_without_any_verdict_has_no_tree(tmp_path):
@@ -260,12 +254,32 @@ def test_a_question_without_any_verdict_has_no_tree(tmp_path):
     assert tree_json(tree)["mc_value"] is None
 
 
-def test_two_states_may_reach_one_solution_and_it_is_a_row_once():
-    leaf = [Node(("a\n", "b\n"), piece, Counts(1, 1)) for piece in (("a\n", "b\n"), ("b\n",))]
-    inner = Node(("a\n",), ("a\n",), Counts(1, 2), children=[leaf[1], Node(("a\n", "c\n"), ("c\n",), Counts(0, 2))])
-    other = Node(("z\n",), ("z\n",), Counts(0, 2))
-    tree = Tree(PLAIN, Node((), (), Counts(1, 2), children=[leaf[0], inner, other]), [], 0)
-    assert [r.texts for r in traverse(tree, min_words=0)] == [("a\n\nb",), ("a", "c"), ("z",)]
+def test_two_states_may_reach_one_solution_and_it_is_a_row_once(tmp_path):
+    """The state of `a` draws the solution ab that the question drew as well."""
+    policy = Scripted({"": "ab* acd acd z", "a\n": "b* c c z", "a\nc\n": "d d d d"})
+    with asking(tmp_path, policy, star) as estimator:
+        (tree,) = omega_trees(estimator, [PLAIN], Omega(k=4, searches=2))
+    ends = [n for n in tree.counts if tree.steps.text(n) == "a\nb\n*\n"]
+    assert len(ends) == 2
+    rows = traverse(tree, min_words=0)
+    assert sorted(r.texts for r in rows) == [("a\n\nb\n\n*",), ("a\n\nc",), ("z",)]
+
+
+def test_the_rollout_of_a_tree(tmp_path):
+    """The tree by hand with all its completions: counts where states were, outcomes at the ends."""
+    with asking(tmp_path, Scripted(SCRIPT), star) as estimator:
+        (tree,) = omega_trees(estimator, [PLAIN], Omega(k=4, searches=1))
+    rollout = rollout_of([tree.steps])
+    t = rollout.tree
+    whole = []
+    for v, p in enumerate(t.parent.tolist()):
+        whole.append((whole[p] if p >= 0 else "") + rollout.texts[v].strip())
+    assert int(t.is_finished.sum()) == tree.rollouts == 12 and t.root_value.tolist() == [0.5]
+    rows = {w: (t.value[v].item(), t.tags["visits"][v].item(), t.tags["q_sum"][v].item()) for v, w in enumerate(whole)}
+    assert rows["ab"] == (0.5, 4, 2) and rows["abc"] == (0, 4, 0)
+    assert rows["abx*"] == (1, 1, 1) and rows["aby"] == (0, 1, 0)
+    assert math.isnan(rows["a"][0]) and rows["abcd"] == (0, 1, 0)
+    assert whole.count("abcd") == 3 and whole.count("ef*") == 2  # as often as drawn
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"max_words": 0}, {"alpha": 0}, {"beta": 1.5}])

@@ -2,14 +2,17 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from toy_extender import ToyExtender, chain, verify
 
 from mmrl.annotate.store import Completion, CompletionStore, Estimator, Tally, prefix_key
 from mmrl.rewards.scoring import RewardError
-from mmrl.rollout import Prompt, State
+from mmrl.rollout import Continuation, Prompt, State
 
 QUESTION = chain("q", 4)
-RIGHT, WRONG, UNKNOWN = (Completion((f"{c} \u2713\n", "end"), c, 3) for c in (True, False, None))
+RIGHT, WRONG, UNKNOWN = (
+    Completion(Continuation((f"{c} \u2713\n", "end"), (), True), c, 3) for c in (True, False, None)
+)
 
 
 def test_tallies_add_up_and_unscored_completions_are_in_no_total(tmp_path):
@@ -181,3 +184,14 @@ def test_rows_can_be_read_by_people(tmp_path):
         and row["after"] == 1
         and row["completions"] == [[["True \u2713\n", "end"], True, 3, False]]
     )
+
+
+def test_sampled_tokens_and_log_probs_are_kept_to_the_last_bit(tmp_path):
+    logps = tuple(tuple(torch.rand(n).log().tolist()) for n in (2, 1))
+    written = Continuation(("a\n", "b"), logps, True, True, ((5, 7), (1,)))
+    with CompletionStore(tmp_path / "store.jsonl") as store:
+        store.add(State(QUESTION), [Completion(written, True, 3), RIGHT])
+        (back, other) = store.completions(State(QUESTION))
+    assert back.written.ids == written.ids and back.written.truncated and other == RIGHT
+    for got, want in zip(back.written.logps, logps, strict=True):
+        assert torch.equal(torch.tensor(got), torch.tensor(want))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mmrl.cli import app
 from mmrl.prm.data import StepRecords
 from mmrl.prm.records_io import read_records, record_to_json, write_records
-from mmrl.rollout import Continuation, Prompt
+from mmrl.rollout import Continuation, Prompt, Rollout
 from mmrl.tree import StepTree
 
 JUDGE = {"name": "judge", "votes": 2, "solutions": 3}
@@ -506,3 +506,32 @@ def test_wrong_files_and_names_are_told(tmp_path, rows, args, message):
         run("score", *args, "--out", tmp_path / "s.jsonl")
     with pytest.raises(ValueError, match="did you mean prmbench"):
         run("bench", "prm_bench", "--data", file, "--scorer", "none")
+
+
+# ---- trees ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_annotation_keeps_its_trees(tmp_path, method):
+    """Outcomes at the ends; of a labeller that costs no completions, its labels as step rewards."""
+    records, report, writer = annotated(tmp_path, method, rollouts=str(tmp_path / "trees"), policy={"fails": 0.3})
+    rollouts = [Rollout.load(f) for f in sorted((tmp_path / "trees").glob("0*"))]
+    assert sum(len(r.prompts) for r in rollouts) == 5
+    made = sum(int(r.tree.is_leaf.sum()) for r in rollouts)
+    judged = len(records) * JUDGE["votes"] if method in ("judge", "critique") else 0
+    assert made == writer.completions - judged == report["cost"]["paid"]["completions"]
+    if METHODS[method]["name"] in ("monte_carlo", "omega"):
+        return
+    labels = {}
+    for record in records:
+        for t, label in enumerate(record.labels):
+            if label is not None:
+                labels.setdefault(("q", *record.texts[: t + 1]), label)
+    found = {}
+    for rollout in rollouts:
+        whole = []
+        for v, p in enumerate(rollout.tree.parent.tolist()):
+            whole.append((*(whole[p] if p >= 0 else ("q",)), rollout.texts[v].strip()))
+            if not rollout.tree.step_reward[v].isnan():
+                found[whole[v]] = float(rollout.tree.step_reward[v])
+    assert found == labels

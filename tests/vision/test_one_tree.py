@@ -152,3 +152,27 @@ def test_other_rewards_leave_open_leaves_alone(trees, tmp_path):
 def test_another_recipe_is_refused(trees, tmp_path, change, told):
     with pytest.raises(ValueError, match=told):
         train("shapes_propa.yaml", tmp_path, f"rollouts={trees}", change)
+
+
+@pytest.mark.parametrize(
+    "method", ["{name: monte_carlo, solutions: 2, k: 2}", "{name: omega, k: 3, searches: 3, min_words: 0}"]
+)
+def test_an_annotation_trains_as_well(cache, tmp_path, method):
+    """Completions of prefixes with their counts: a value model, pairs by value, and GRPO on what was sampled."""
+    trees = tmp_path / "trees"
+    run(
+        "annotate", CONFIGS / "shapes_annotate.yaml", *TASK, *policy(), f"method={method}", "prompts=4", "batch=2",
+        "cpu=true", "verifier={name: 'vision_tiny:odd', timeout_s: 0}", f"output={tmp_path / 'annotated'}",
+        f"rollouts={trees}", "inject=null",
+    )  # fmt: skip
+    stored = rollouts(trees)
+    assert all(r.about["grown_by"] in ("montecarlo", "omega") and not r.tree.is_chains for r in stored)
+    assert all("token" in r.actions.payload and not bool(r.tree.tags["open"].any()) for r in stored)
+    rewards = "rewards=[{name: 'vision_tiny:odd', timeout_s: 0}]"
+    told, _ = train(
+        "shapes_step_dpo.yaml", tmp_path / "dpo", f"rollouts={trees}", "step_rewards=[]", "loss={name: svpo}",
+        "pairs={name: siblings, by: outcome, threshold: 0.01}", rewards,
+    )  # fmt: skip
+    assert told["preference/pairs"] > 0
+    told, _ = train("shapes_propa.yaml", tmp_path / "r", f"rollouts={trees}", "imitation.weight=0", rewards)
+    assert told["policy/ratio_dev_max"] < 1e-4 and told["credit/adv_abs_max"] > 0
