@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from diffusion.adapters.base import Adapter, Cond, Level
 from diffusion.kernels import Interval, gaussian_kl, log_prob
-from diffusion.sampler import Forest, sample_forest, sample_ode, transition
+from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, candidates, plan_course, record
 from mmrl.reference import Reference, unwrap
 from mmrl.registry import declares
-from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Prompt, Rollout, Sample
+from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 
@@ -194,6 +194,60 @@ class DiffusionPolicy:
             {"calls": forest.calls, "leaves": plan.leaves * len(prompts)},
             about,
         )
+
+    @torch.no_grad()
+    def complete(
+        self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
+    ) -> list[list[Sample]]:
+        """Pictures from latents of a rollout, along the rest of its own course; see `mmrl.rollout.Completer`.
+
+        A rollout of another policy is completed where both denoise the same latents by the same schedule.
+
+        Raises:
+            ValueError: a temperature other than None and 0, or a rollout of another kind of model.
+        """
+        if temperature not in (None, 0):
+            raise ValueError(f"temperature={temperature}: denoising draws its own noise (null), or none (0: the ODE)")
+        sampling, course = self._replay(rollout)
+        self._check_kind(rollout)
+        if temperature == 0:
+            course = replace(course, noisy=[False] * len(course))
+        starts, at = [], []
+        for i, place in enumerate(places):
+            ahead = 0 if place.step < 0 else int(rollout.tree.depth[place.step]) + 1
+            if ahead < len(course):
+                stored = rollout.prompt_payload["init"] if place.step < 0 else rollout.actions.payload["latent"]
+                latent = stored[place.prompt if place.step < 0 else place.step]
+                starts.append(Start(place.prompt, ahead, latent.float().to(self._device)))
+                at.append(i)
+        out: list[list[Sample]] = [[] for _ in places]
+        if not starts:
+            return out
+        cond = self.adapter.encode(rollout.prompts)
+
+        def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
+            return self._predict(self._bare, course, cond, x, i, own)
+
+        generators = [torch.Generator().manual_seed(seeds[i]) for i in at]
+        latents = complete(predict, starts, n, sampling, course, generators)
+        pictures = iter(self._decode(torch.cat(latents)))
+        for i, own in zip(at, latents, strict=True):
+            prompt = rollout.prompts[places[i].prompt]
+            out[i] = [Sample(prompt, next(pictures), places[i].step) for _ in own]
+        return out
+
+    def _check_kind(self, rollout: Rollout) -> None:
+        """Refuse a rollout whose latents this model does not denoise."""
+        shape, own = (
+            tuple(rollout.prompt_payload["init"].shape[1:]),
+            tuple(self.adapter.init(named_generator(0)).shape),
+        )
+        made = rollout.about.get("prediction", self.adapter.prediction)
+        if shape != own or made != self.adapter.prediction:
+            raise ValueError(
+                f"this model denoises latents of shape {tuple(own)} and predicts {self.adapter.prediction}; the "
+                f"rollout has {tuple(shape)} of a model that predicts {made}. Give one of the same kind"
+            )
 
     def search(self, prompts: Sequence[Prompt], scorer: Any, *, n: int, k: int, seed: int) -> Found:
         """n samples per prompt, the best of k candidates at every noisy step: `diffusion.search.best_of_k`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,6 +38,14 @@ class Forest(NamedTuple):
     std: Tensor
     side: Tensor
     calls: int
+
+
+class Start(NamedTuple):
+    """Where a completion begins: a latent (*D) before step `step` of the course, and its prompt."""
+
+    prompt: int
+    step: int
+    latent: Tensor
 
 
 def transition(sampling: Sampling, course: Course, i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Transition:
@@ -93,6 +101,37 @@ def sample_forest(
         parent, made = made + kept, made + len(x)
         x, own = x[kept.to(x.device)], own[kept]
     return Forest(**{k: torch.cat(v) for k, v in rows.items()}, calls=calls)
+
+
+def complete(
+    predict: Predict,
+    starts: Sequence[Start],
+    n: int,
+    sampling: Sampling,
+    course: Course,
+    generators: Sequence[torch.Generator],
+) -> list[Tensor]:
+    """Clean latents (k, *D) from each start: k = n where a step is still drawn, 1 where the rest is deterministic.
+
+    All starts of a prompt or of several go through the network together once the earlier ones have reached the later.
+    What a start draws is its own generator's.
+    """
+    storage = getattr(torch, sampling.storage)
+    x, own, row = starts[0].latent.new_zeros((0, *starts[0].latent.shape)), torch.zeros(0, dtype=torch.long), []
+    for i in range(min(s.step for s in starts), len(course)):
+        joining = [j for j, s in enumerate(starts) if s.step == i for _ in range(n if any(course.noisy[i:]) else 1)]
+        x = torch.cat([x, *(starts[j].latent[None] for j in joining)])
+        own = torch.cat([own, torch.tensor([starts[j].prompt for j in joining], dtype=torch.long)])
+        row += joining
+        step = transition(sampling, course, i, x, *predict(x, i, own))
+        x = step.mean
+        if course.noisy[i]:
+            # those that joined before have n rows each, as has everything that joins while noise is to come
+            noise = [torch.randn((n, *x.shape[1:]), generator=generators[j]) for j in dict.fromkeys(row)]
+            x = x + step.std * torch.cat(noise).to(x.device)
+        x = x.to(storage).float()
+    place = torch.tensor(row)
+    return [x[(place == j).to(x.device)] for j in range(len(starts))]
 
 
 def _draw(

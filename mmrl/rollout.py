@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -354,6 +354,83 @@ class StepWriter(Protocol):
         Steps with actions keep their tokens and log-probs; those with a text alone get the tokens that spell it, as if
         sampled with log-prob 0.
         """
+
+
+class Place(NamedTuple):
+    """A state of a rollout: after step `step` of prompt `prompt`, or before the first step where it is -1."""
+
+    prompt: int
+    step: int = -1
+
+
+class Answer(NamedTuple):
+    """A right answer as a policy would write it: what leads to it, such as "answer ", and the answer itself."""
+
+    lead: str
+    text: str
+
+
+# What a second look at a rollout sees of its prompts: their media as they are, blanked out, or in a shuffled order.
+Sight = Literal["given", "blank", "shuffled"]
+
+
+@runtime_checkable
+class Completer(Protocol):
+    """A policy that can go on from any state of a rollout of its own kind, from the very actions that led there."""
+
+    def complete(
+        self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
+    ) -> list[list[Sample]]:
+        """Finished samples from each place, as many as `n`; one where nothing is drawn, none where it has ended.
+
+        What a place draws depends on its own seed alone. temperature: None = as in rollouts, 0 = nothing is drawn
+        (greedy tokens, the ODE).
+        """
+
+
+@runtime_checkable
+class AnswerReader(Protocol):
+    """A policy that can tell how likely it would give an answer right after any state of a rollout."""
+
+    def answer_logps(
+        self, rollout: Rollout, places: Sequence[Place], answers: Sequence[Answer], *, sight: Sight = "given"
+    ) -> Tensor:
+        """(S,) float64, mean log-prob per action of each place's answer behind its lead, by the present weights.
+
+        NaN where the state is an end. Steps that places share are run once.
+        """
+
+
+@runtime_checkable
+class SightReader(Protocol):
+    """A policy that can take the steps of a rollout again without seeing what it saw."""
+
+    def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
+        """(S,) float64, how far each step's distributions lie from those under `sight`; 0 where they are the same."""
+
+
+@runtime_checkable
+class Instructable(Protocol):
+    """A policy that can take the steps of a rollout again under a further instruction."""
+
+    def instructed_logps(self, rollout: Rollout, steps: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
+        """Actions (A,) of `steps`, and their log-probs (A,) under the reference when the prompt says so too."""
+
+
+@runtime_checkable
+class InitialSampler(Protocol):
+    """A policy that can sample with its initial weights, which `freeze_reference` has kept."""
+
+    def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
+        """n independent samples of each prompt as in training; they depend on (seed, prompt id) alone."""
+
+
+@runtime_checkable
+class AnswerGiver(Protocol):
+    """A task whose prompts have one right answer."""
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The right answer, and what a policy is expected to write right before it."""
 
 
 class Policy(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmrl.rewards.scoring import RewardError
-from mmrl.rollout import Policy, Rollout, Sample
+from mmrl.rollout import Answer, Policy, Prompt, Rollout, Sample
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,16 @@ class ReadingContext:
     policy: the one in training, with its present weights.
     outcome: samples -> (L,) float64, the weighted sum of the recipe's rewards, NaN where one gives none.
     seed, iteration: random numbers should depend on (seed, iteration, prompt id) alone, so that a run can be resumed.
+    answer: the right answer of a prompt as the task would have it written; None for a task that has none.
+    cost: what readings add to the iteration's costs, such as `completions`; shown per leaf.
     """
 
     policy: Policy
     outcome: Callable[[Sequence[Sample]], Tensor]
     seed: int = 0
     iteration: int = 0
+    answer: Callable[[Prompt], Answer] | None = None
+    cost: Counter[str] = field(default_factory=Counter)
 
 
 class Reading(Protocol):

@@ -26,7 +26,16 @@ from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, check_prompts
+from mmrl.rollout import (
+    AnswerGiver,
+    BranchPlan,
+    OutcomeReward,
+    Policy,
+    Prompt,
+    Rollout,
+    Sample,
+    check_prompts,
+)
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
@@ -152,9 +161,11 @@ class Rollouts:
         """The rollout with the fields of the recipe's readings, when it has any."""
         if not self.readings:
             return rollout
-        context = ReadingContext(self.policy, self._outcome, seed, iteration)
+        answer = self.task.answer if isinstance(self.task, AnswerGiver) else None
+        context = ReadingContext(self.policy, self._outcome, seed, iteration, answer)
         with self.timed("readings"):
             rollout, records = fill(rollout, self.readings, context, self.config.run.max_unscored)
+        self.cost.update(context.cost)
         self.records.append(records)
         return rollout
 

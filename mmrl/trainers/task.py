@@ -8,6 +8,7 @@ from typing import Protocol
 from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
 from mmrl.readings import Reading
+from mmrl.readings.needs import check_row
 from mmrl.recipe import PolicyConfig, RewardConfig
 from mmrl.registry import build, find
 from mmrl.rewards import Isolated
@@ -77,6 +78,8 @@ def producers(config: PolicyConfig) -> list[Stage]:
             row.check(component.options, where)
             who = f"{row.kind.singular} {row.name!r}"
             stages.append(Stage(where, who, row.reads(component.options), row.writes(component.options)))
+            if kind == "readings":
+                check_row(where, row, component.options, policy, find("tasks", config.task.name))
     return stages
 
 

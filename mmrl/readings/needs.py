@@ -1,0 +1,65 @@
+"""What a reading needs of the policy and of the task, refused when the recipe is read rather than after sampling."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+from mmrl.registry import ComponentError, Row, find, names
+
+Need = type | Callable[[Mapping[str, Any]], type | None] | None  # a protocol, or one that hangs on the row's options
+
+
+def needed(component: Any, protocol: Any, who: str) -> Any:
+    """The component, which has to follow a protocol of `mmrl.rollout`.
+
+    Raises:
+        ComponentError: it does not.
+    """
+    if not isinstance(component, protocol):
+        raise ComponentError(_refusal(f"reading {who!r}", protocol, type(component).__name__))
+    return component
+
+
+def check_row(where: str, row: Row, options: Mapping[str, Any], policy: Row, task: Row) -> None:
+    """Refuse a reading whose policy or task cannot do what it needs, before either is made.
+
+    A class is known from its row, a factory's product from its return annotation; others are checked when asked.
+
+    Raises:
+        ComponentError: naming the protocol, and the registered components that follow it.
+    """
+    defaults = {name: o.default for name, o in row.options.items()}
+    for role, kind, component in (("policy", "policies", policy), ("task", "tasks", task)):
+        need: Need = row.facts.get(role)
+        protocol = need if isinstance(need, type) or need is None else need(defaults | dict(options))
+        if protocol is not None:
+            _check(f"{where}: reading {row.name!r}", protocol, kind, component)
+    for option, protocol in row.facts.get("sections", {}).items():
+        section = options.get(option)
+        if section is not None:
+            _check(f"{where}.{option}: reading {row.name!r}", protocol, "policies", find("policies", section["name"]))
+
+
+def _check(who: str, protocol: type, kind: str, component: Row) -> None:
+    made = _product(component)
+    if made is not None and not issubclass(made, protocol):
+        able = [n for n in names(kind) if (c := _product(find(kind, n))) is not None and issubclass(c, protocol)]
+        raise ComponentError(
+            _refusal(who, protocol, f"{component.kind.singular} {component.name!r}")
+            + f"; those that are: {', '.join(able) or 'none'}"
+        )
+
+
+def _refusal(who: str, protocol: type, component: str) -> str:
+    told = inspect.getdoc(protocol) or ""
+    return f"{who} needs a {protocol.__name__} (mmrl.rollout): {told.rstrip('.').lower()}; {component} is none"
+
+
+def _product(row: Row) -> type | None:
+    """The class of what a row makes, None where that is not told."""
+    if inspect.isclass(row.target):
+        return row.target
+    made = get_type_hints(row.target).get("return")
+    return made if inspect.isclass(made) else None
