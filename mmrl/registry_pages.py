@@ -34,7 +34,7 @@ credit:
 ```
 
 Combinations without meaning are refused with both offenders and the fix. Estimators that normalise take `scale`
-(std, none, loo, bernoulli, batch), `eps`, `ddof`, `singleton`, `std_floor`, or a `preset`:
+(std, none, loo, bernoulli, batch, global_std), `eps`, `ddof`, `singleton`, `std_floor`, or a `preset`:
 
 """
 
@@ -85,6 +85,7 @@ def page(name: str) -> str:
 
 
 def _credit_page() -> str:
+    from mmrl.credit import transforms
     from mmrl.credit.norm import NORM_PRESETS, Norm
 
     fields = Norm._fields[1:]
@@ -92,9 +93,10 @@ def _credit_page() -> str:
     for name, preset in NORM_PRESETS.items():
         cells = [str(preset.get(f, getattr(Norm(), f))) for f in fields]
         out.append(f"| {name} | " + " | ".join(cells) + " |")
-    for title, kind in (("Estimators", "estimators"), ("Transforms", "transforms")):
-        out.append(f"\n## {title}\n" if kind == "estimators" else f"## {title}\n")
-        out += [entry(row) for row in rows(kind)]
+    out.append("\n## Estimators\n")
+    out += [entry(row) for row in rows("estimators")]
+    out.append(f"## Transforms\n\n{inspect.cleandoc(transforms.__doc__ or '')}\n")
+    out += [entry(row) for row in rows("transforms")]
     return "\n".join(out).rstrip() + "\n"
 
 

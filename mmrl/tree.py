@@ -26,7 +26,7 @@ _STRUCTURE = ("depth", "level_order", "level_ptr", "num_children", "is_chains", 
 
 
 class StepTree:
-    """N steps of G prompts in arrays; immutable. Float arrays are kept in float64.
+    """N steps of G prompts in arrays; immutable. Float arrays, and Python floats in tags, are kept in float64.
 
     Args:
         parent: (N,) int, index of the parent step, -1 = child of the prompt. Any order; see `order`.
@@ -41,17 +41,17 @@ class StepTree:
         logp: (N,) float, behaviour log-probability of the step, NaN = no density (an ODE step).
         tok_start, tok_end: (N,) int, half-open span of the step's own actions in the flat action array.
             Default: one action per step, in node order (a latent transition).
-        ok: (N,) bool, the step agreed with a reference; None = unknown.
-        tags: name -> (N, ...) tensor, anything else.
+        ok: (N,) bool or 0 and 1, the step agreed with a reference; None = unknown.
+        tags: name -> (N, ...) numbers, anything else.
 
     Attributes:
         order: (N,) int, the caller's index of each node. Nodes are re-ordered (by depth, stably) only when some
             parent does not come before its child; otherwise `order` is 0..N-1.
 
     Raises:
-        ValueError: arrays of unequal length, a cycle, a child in another group, group ids that leave gaps, an
-            outcome off the finished leaves, a finished leaf without outcome, a leaf with children, overlapping spans.
-            The message names the index in the caller's order.
+        ValueError: arrays of unequal length or not of numbers, a cycle, a child in another group, group ids that leave
+            gaps, an outcome off the finished leaves, a finished leaf without outcome, a leaf with children,
+            overlapping spans. The message names the index in the caller's order.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class StepTree:
             raise ValueError("give both tok_start and tok_end, or neither (one action per step)")
         self.tok_start = _ints(tok_start, "tok_start") if tok_start is not None else torch.arange(n)
         self.tok_end = _ints(tok_end, "tok_end") if tok_end is not None else torch.arange(1, n + 1)
-        self.ok = None if ok is None else torch.as_tensor(ok, dtype=torch.bool)
-        self.tags = {k: torch.as_tensor(v) for k, v in (tags or {}).items()}
+        self.ok = None if ok is None else _flags(ok, "ok")
+        self.tags = {k: _tensor(v, f"tags[{k!r}]") for k, v in (tags or {}).items()}
         self._check_lengths()
         self.num_groups = _check_groups(self.group)
         self.root_value = _floats(root_value, "root_value", self.num_groups)
@@ -388,9 +388,20 @@ class StepTree:
         return tree
 
 
+def _tensor(x: Any, name: str) -> Tensor:
+    """`x` as a tensor; Python floats become float64, where torch alone would round them to float32."""
+    if isinstance(x, Tensor):
+        return x
+    try:
+        t = torch.as_tensor(x)
+        return torch.as_tensor(x, dtype=torch.float64) if t.is_floating_point() else t
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must hold numbers, rows of equal length ({error})") from None
+
+
 def _ints(x: Any, name: str) -> Tensor:
-    t = torch.as_tensor(x)
-    if t.ndim != 1 or t.dtype.is_floating_point:
+    t = _tensor(x, name)
+    if t.ndim != 1 or (t.dtype.is_floating_point and t.numel()):
         raise ValueError(f"{name} must be a 1-d integer array, got {t.dtype} of shape {tuple(t.shape)}")
     return t.detach().to("cpu", torch.long)
 
@@ -398,10 +409,18 @@ def _ints(x: Any, name: str) -> Tensor:
 def _floats(x: Any, name: str, n: int = 0) -> Tensor:
     if x is None:
         return torch.full((n,), math.nan, dtype=torch.float64)
-    t = torch.as_tensor(x)
+    t = _tensor(x, name)
     if t.ndim != 1:
         raise ValueError(f"{name} must be a 1-d array, got shape {tuple(t.shape)}")
     return t.detach().to("cpu", torch.float64)
+
+
+def _flags(x: Any, name: str) -> Tensor:
+    t = _tensor(x, name)
+    if t.ndim != 1:
+        raise ValueError(f"{name} must be a 1-d array of True and False, got shape {tuple(t.shape)}")
+    _refuse((t != 0) & (t != 1), t, name, "is neither true nor false; use 1 or 0, and leave out what is unknown")
+    return t.detach().to("cpu", torch.bool)
 
 
 def _refuse(bad: Tensor, x: Tensor, name: str, why: str) -> None:

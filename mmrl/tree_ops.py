@@ -43,6 +43,11 @@ def before(tree: StepTree, x: Tensor, root: Tensor) -> Tensor:
     return torch.where(tree.parent >= 0, x[tree.parent.clamp(min=0)], root[tree.group])
 
 
+def last_scored(tree: StepTree, x: Tensor) -> Tensor:
+    """(N,) `x` (N,) of the nearest step at or above n that has one (is not NaN); NaN where none has."""
+    return x[run_head(tree, x.isnan())]
+
+
 def run_head(tree: StepTree, joined: Tensor) -> Tensor:
     """(N,) first step of the run that n belongs to, where `joined` (N,) bool says that n continues its parent."""
     p = torch.where(joined & (tree.parent >= 0), tree.parent, torch.arange(len(tree)))
@@ -150,10 +155,12 @@ def path_pairs(tree: StepTree) -> tuple[Tensor, Tensor]:
 def discounted_leaf(tree: StepTree, gamma: float, agg: Literal["mean", "max"] = "mean") -> Tensor:
     """(N,) mean or max over the finished leaves below of gamma^(depth(leaf) - depth(n)) * outcome, gamma in (0, 1].
 
-    Raises ValueError for another gamma.
+    Raises ValueError for another gamma or another name.
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma} must lie in (0, 1]")
+    if agg not in ("mean", "max"):
+        raise ValueError(f"agg {agg!r} is none of mean, max")
     outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
     if agg == "mean":
         discount = torch.full((len(tree),), gamma, dtype=torch.float64)

@@ -9,7 +9,8 @@ from tiny import flatten, random_chains, random_forest
 from mmrl.credit import NORM_PRESETS, Norm, compose, estimate, norm
 from mmrl.credit.estimate import apply_transform
 from mmrl.credit.select import prune_depths, prune_width
-from mmrl.registry import names, rows
+from mmrl.credit.transforms import thoughts
+from mmrl.registry import find, names, rows
 from mmrl.tree import StepTree
 from mmrl.tree_ops import lift, path_sum, returns, togo
 
@@ -277,7 +278,7 @@ def test_guarantees_of_the_transforms(seed):
     severity = run({"name": "severity"}).step_reward
     order = torch.argsort(tree.tags["severity"][valid])
     assert bool((severity[valid][order].diff() <= 0).all())
-    thought = run({"name": "thoughts"}).tags["thought"]
+    thought = thoughts(tree)
     assert torch.equal(tree.tags["wrong"], tree.tags["wrong"][thought])
     page = run({"name": "mixed_grained", "page": 0.6}).outcome[leaf]
     assert float(page.min()) >= 0 and float(page.max()) <= 1 if len(page) else True
@@ -322,14 +323,25 @@ def bare(tree):
 @pytest.mark.parametrize(
     "number, call, message",
     [
-        (1, lambda t: compose(t, [{"name": "grpo"}], ["delta"]), "'grpo' reads outcomes only, so the step rewards of transform 'delta'.*append the fold"),
+        (1, lambda t: compose(t, [{"name": "grpo"}], ["delta"]), "'grpo' does not read step rewards, so those of transform 'delta'.*append the fold"),
         (2, lambda t: estimate(bare(t), "process_grpo"), "'process_grpo' needs step_reward, but every step is NaN"),
         (2, lambda t: estimate(bare(t), "capo"), r"'capo' needs tags\['wrong'\]"),
+        (1, lambda t: estimate(t, "pav", ["gate"]), "'pav' does not read step rewards, so those of transform 'gate'.*append the fold"),
+        (1, lambda t: estimate(t, "stepsearch", ["delta"]), "'stepsearch' does not read step rewards, so those of transform 'delta'"),
+        (1, lambda t: estimate(t, "vsrm", ["severity"]), "'vsrm' does not read step rewards, so those of transform 'severity'"),
+        (1, lambda t: estimate(t, "portool", ["delta"]), "'portool' does not read step rewards"),
+        (1, lambda t: estimate(t, "grpo", ["fold", "delta"]), "'grpo' does not read step rewards, so those of transform 'delta'"),
+        (1, lambda t: estimate(t, "grpo", ["delta", {"name": "mix", "dense": 0.5}]), "'grpo' does not read step rewards, so those of transform 'mix'"),
         (3, lambda t: compose(t, [{"name": "process_grpo"}], kind="value"), "'value' with 'process_grpo' sums state values.*put delta or progress"),
+        (3, lambda t: compose(t, ["igpo"], kind="value"), "'value' with 'igpo' sums state values"),
+        (3, lambda t: compose(t, ["grpo"], ["fold", "delta", "fold"], kind="value"), "'value' with 'fold' sums state values.*put delta or progress before it"),
+        (3, lambda t: compose(t, ["process_grpo"], ["fold", "delta"], kind="value"), "'value' with 'fold' sums state values"),
         (4, lambda t: compose(t, [{"name": "gae"}], ["progress", "delta"]), "'progress' and 'delta' both difference"),
         (4, lambda t: compose(t, [{"name": "gae"}], ["red", "progress"]), "'red' and 'progress' both difference"),
         (5, lambda t: estimate(bare(t), "gae", ["potential"]), "transform 'potential' needs value on every step; step 0"),
         (5, lambda t: estimate(t, "gae", [{"name": "potential", "gamma": 0.9}]), "'potential' has gamma 0.9 and estimator 'gae' 1.0"),
+        (5, lambda t: estimate(t, "gae", [{"name": "reward_machine", "machine": {}, "gamma": 0.9}]), "'reward_machine' has gamma 0.9 and estimator 'gae' 1.0"),
+        (5, lambda t: estimate(t, "process_grpo", ["potential"], gamma=0.9), "'potential' has gamma 1.0 and estimator 'process_grpo' 0.9"),
         (5, lambda t: estimate(t, "gae", [{"name": "potential", "terminal": 1.0}]), "unknown key potential.terminal=1.0; transform 'potential' takes gamma"),
         (6, lambda t: estimate(bare(t), "gigpo"), "'gigpo' needs state_key, but every step has -1"),
         (6, lambda t: estimate(bare(t), "salt"), "'salt' needs edge_key"),
@@ -342,6 +354,10 @@ def bare(tree):
         (9, lambda t: estimate(SINGLE, "branch_depth"), "'branch_depth' compares steps of one prompt, but every prompt is a single chain"),
         (9, lambda t: estimate(SINGLE, "tree_rpo"), "'tree_rpo' compares steps"),
         (10, lambda t: compose(t, [{"name": "grpo"}], whiten=True), "whiten with 'grpo' .*normalises twice.*allow_double_norm"),
+        (10, lambda t: compose(t, ["reinforce_pp_baseline"], whiten=True), "whiten with 'reinforce_pp_baseline' .*normalises twice"),
+        (10, lambda t: compose(t, ["prime"], whiten=True), "whiten with 'prime' .*normalises twice"),
+        (10, lambda t: compose(t, ["capo"], whiten=True), "whiten with 'capo' .*normalises twice"),
+        (10, lambda t: compose(t, ["salt"], whiten=True), "whiten with 'salt' .*normalises twice"),
         (11, lambda t: compose(t, [{"name": "grpo"}], counting="leaf", repeats_prefix=True), "counting 'leaf' with a trainer that repeats"),
         (13, lambda t: estimate(t.replace(tags=t.tags | {"reward_source": torch.arange(8)}), "srgpo"), r"tags\['reward_source'\] has 7 values.*use step_grpo"),
         (14, lambda t: estimate(t.replace(logp=None, tags={"off_policy": torch.ones(8)}), "rapo"), "step 0 is replayed .* no behaviour logp"),
@@ -362,7 +378,12 @@ def test_what_is_allowed(t8):
     compose(t8, [{"name": "grpo"}], ["delta", "fold"])
     compose(t8, [{"name": "grpo"}, {"name": "step_grpo", "weight": 0.5}], ["delta"])
     compose(t8, [{"name": "process_grpo"}], ["delta"], kind="value")
+    compose(t8, ["igpo"], ["delta", "fold"], kind="value")
+    compose(t8, ["grpo"], [{"name": "mixed_grained", "page": 0.5}], kind="value")  # a mean, not a sum
+    compose(t8, [{"name": "portool", "w_format": 0.1}], [{"name": "clip", "eta": 0.3}])
+    compose(t8, [{"name": "process_grpo", "gamma": 0.9}], [{"name": "potential", "gamma": 0.9}])
     compose(t8, [{"name": "dr_grpo"}], whiten=True)
+    compose(t8, [{"name": "salt", "base": "rloo"}], whiten=True)
     whitened = compose(t8, [{"name": "grpo"}], whiten=True, allow_double_norm=True).adv[t8.valid]
     assert float(whitened.mean().abs()) < 1e-9 and float(whitened.std()) == pytest.approx(1, abs=1e-6)
 
@@ -382,9 +403,37 @@ def test_presets_by_name(t8):
 
 
 def test_batch_scale_uses_one_spread_for_all_prompts():
-    tree = StepTree([-1] * 4, [0, 0, 1, 1], [1] * 4, [0.0, 1.0, 10.0, 30.0])
+    outcome = torch.tensor([0.0, 1.0, 10.0, 30.0], dtype=torch.float64)
+    tree = StepTree([-1] * 4, [0, 0, 1, 1], [1] * 4, outcome)
     want = torch.tensor([-0.5, 0.5, -10.0, 10.0], dtype=torch.float64)
     torch.testing.assert_close(estimate(tree, "grpo", scale="batch", eps=0.0).adv, want / want.std())
+    # Flow-GRPO: numpy's std of the rewards as they are, 12.0494 here, plus 1e-4
+    flow = estimate(tree, "grpo", preset="flow_grpo", scale="global_std").adv
+    torch.testing.assert_close(flow, want / (outcome.std(correction=0) + 1e-4))
+    check_close(flow, [-0.041496, 0.041496, -0.829911, 0.829911])
+
+
+def test_process_grpo_discounts_the_later_steps(c7):
+    z = estimate(c7, "step_grpo").adv
+    want = [z[0] + 0.5 * z[1] + 0.25 * z[2], z[1] + 0.5 * z[2], z[2], z[3] + 0.5 * z[4], z[4], z[5] + 0.5 * z[6], z[6]]
+    check_close(estimate(c7, "process_grpo", gamma=0.5).adv, want)
+
+
+def test_reinforce_pp_baseline_counts_a_trajectory_once():
+    """Tokens 1, 1, 6 and outcomes 0, 0, 3: centred -1, -1, 2 have std sqrt(3) over trajectories."""
+    tree = StepTree([-1] * 3, [0] * 3, [1] * 3, [0.0, 0.0, 3.0], tok_start=[0, 1, 2], tok_end=[1, 2, 8])
+    got = compose(tree, [{"name": "reinforce_pp_baseline", "count_by": "trajectory", "weight": 0.5}]).adv
+    check_close(got, [-0.288675, -0.288675, 0.577350])
+    # over tokens the mean is 10/8 and the variance (2 * 2.25^2 + 6 * 0.75^2) / 7
+    check_close(estimate(tree, "reinforce_pp_baseline").adv, [-1.620185, -1.620185, 0.540062])
+
+
+def test_srgpo_counts_an_outcome_once_per_step():
+    """SeeNav's episode scores per step (1, 0, 0, 1, 1); no step part, as all step rewards are equal."""
+    tree = StepTree([-1, -1, 1, -1, 3], [0] * 5, [1, 0, 1, 0, 1], [1.0, n, 0.0, n, 1.0], step_reward=[0.5] * 5)
+    got = estimate(tree, "srgpo").adv
+    check_close(got, [0.730297, -1.095445, -1.095445, 0.730297, 0.730297], 1e-5)
+    assert not estimate(tree, "srgpo", w_episode=0.0).adv.any()
 
 
 def test_random_sets_are_seeded_and_given_back():
@@ -420,7 +469,12 @@ def test_all_processes_share_batch_statistics():
     """Two ranks, each with half of the prompts, through all_sum, give the advantages of one process."""
     tree = random_forest(3, groups=4, steps=60)
     halves = [tree.select((tree.group // 2) == k) for k in (0, 1)]
-    for name, options in (("reinforce_pp_baseline", {}), ("rapo", {}), ("grpo", {"scale": "batch"})):
+    cases = [("reinforce_pp_baseline", {}), ("rapo", {})]
+    for name in names("estimators"):
+        # srgpo draws its sets in one process
+        if "preset" in find("estimators", name).options and name != "srgpo":
+            cases += [(name, {"scale": "batch"}), (name, {"scale": "global_std"})]
+    for name, options in cases:
         whole = estimate(tree, name, **options).adv
         # every call to all_sum is answered with the sum over both ranks, found by running both in step
         got = _in_step(
@@ -493,7 +547,7 @@ def test_info_counts(t8):
         (lambda t: estimate(t, "grpo", transforms=["clipp"]), "unknown transform 'clipp'"),
         (
             lambda t: estimate(t, "grpo", scale="max"),
-            "grpo.scale='max': input should be 'std', 'none', 'loo', 'bernoulli' or 'batch'",
+            "grpo.scale='max': input should be 'std', 'none', 'loo', 'bernoulli', 'batch' or 'global_std'",
         ),
         (
             lambda t: estimate(t.replace(logp=None), "branch_depth", value="edge_softmax"),

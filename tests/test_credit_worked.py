@@ -19,6 +19,7 @@ from mmrl.credit.learned import (
 )
 from mmrl.credit.reward_machine import RewardMachine
 from mmrl.credit.steps import judged_wrong
+from mmrl.credit.transforms import thought_reward, thoughts
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup, returns
 
@@ -47,8 +48,8 @@ def potential_term(t):
     )
 
 
-def thought_ids(t):
-    return apply_transform(t, {"name": "thoughts"}).tags["thought"].double()
+def thought_rewards(t):
+    return torch.where(t.valid, thought_reward(t), 0.0)
 
 
 ROWS = {
@@ -84,7 +85,7 @@ ROWS = {
     "renorm → step_grpo": adv("step_grpo", ["renorm"]),
     "renorm → process_grpo": adv("ppr"),
     "ui_s1 std": adv("ui_s1"),
-    "srgpo ω=.5": adv("srgpo"),
+    "srgpo ω=.5": adv("srgpo", episode_stats="trajectory"),
     "pav α=3 K=1": adv("pav"),
     "pav α=5 K=4": adv("pav", alpha=5, best_of=4),
     "igpo joint": adv("igpo"),
@@ -99,8 +100,8 @@ ROWS = {
     "gate δ=.5": rewards({"name": "gate"}),
     "renorm": rewards({"name": "renorm"}),
     "progress": rewards({"name": "progress"}),
-    "tp_grpo step reward": rewards({"name": "tp_reward"}),
-    "thoughts (label = wrong)": thought_ids,
+    "tp_grpo step reward": thought_rewards,
+    "thoughts (label = wrong)": lambda t: thoughts(t).double(),
     "vsrm": rewards({"name": "vsrm"}),
     "spa exact β=.5": rewards({"name": "spa", "exact": True}),
 }

@@ -172,6 +172,19 @@ def test_recalibrated_continuation():
     assert build_pairs(hopeless, "recalibrated", {}).counts == {"failed": 2, "one_sided": 2}
 
 
+def test_recalibrated_only_where_a_solution_deviates():
+    """The prompt is worth .533: the failed .6 is no deviation although 1 is better, the failed 0 is one."""
+    got = build_pairs(tree([-1, -1, -1], [1.0, 0.6, 0.0]), "recalibrated", {})
+    assert rows(got) == [(0, 2)] and got.counts == {"failed": 2, "one_sided": 1}
+
+
+def test_recalibrated_only_against_a_right_end():
+    """The prompt is worth .3 and 0 falls below it, but the better sibling ends at .6, which is not right."""
+    got = build_pairs(tree([-1, -1], [0.6, 0.0]), "recalibrated", {})
+    assert not len(got) and got.counts == {"failed": 2, "one_sided": 2}
+    assert rows(build_pairs(tree([-1, -1], [0.6, 0.0]), "recalibrated", {"right_at": 0.6})) == [(0, 1)]
+
+
 # --- properties --------------------------------------------------------------------------------------------------
 
 

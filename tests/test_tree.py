@@ -102,11 +102,34 @@ def tree_with(**changes):
         ({"logp": [0.0, -math.inf, 0.0]}, r"step 1: logp=-inf is infinite"),
         ({"root_value": [0.1, 0.2]}, "root_value has 2 entries for 1 prompts"),
         ({"group": [0.0, 0.0, 0.0]}, "group must be a 1-d integer array"),
+        ({"ok": [[True], [True], [False]]}, r"ok must be a 1-d array of True and False, got shape \(3, 1\)"),
+        ({"ok": [1.0, n, 0.0]}, r"step 1: ok=nan is neither true nor false"),
+        ({"tags": {"texts": ["a", "b", "c"]}}, r"tags\['texts'\] must hold numbers"),
+        ({"tags": {"seen": [[1, 0], [1], [0]]}}, r"tags\['seen'\] must hold numbers, rows of equal length"),
+        ({"value": ["high", "low", "low"]}, "value must hold numbers"),
     ],
 )  # fmt: skip
 def test_bad_input_names_index_and_fix(changes, message):
     with pytest.raises(ValueError, match=message):
         tree_with(**changes)
+
+
+def test_python_floats_are_kept_in_double_precision():
+    tree = tree_with(outcome=[n, 0.1, 1000.1], value=[0.1, 0.2, 0.3], root_value=[0.7], tags={"a": [0.1, 0.2, 0.3]})
+    assert tree.outcome.tolist()[1:] == [0.1, 1000.1] and tree.value.tolist() == [0.1, 0.2, 0.3]
+    assert tree.root_value.tolist() == [0.7] and tree.tags["a"].tolist() == [0.1, 0.2, 0.3]
+    kept = tree_with(tags={"a": torch.ones(3), "b": [1, 2, 3], "c": [True, False, True]})
+    assert [kept.tags[k].dtype for k in "abc"] == [torch.float32, torch.int64, torch.bool]
+
+
+def test_a_forest_without_steps_has_no_advantages():
+    from mmrl.credit import estimate
+
+    empty = StepTree([], [], [], [])
+    assert len(empty) == 0 and empty.num_groups == 0 and empty.levels == []
+    assert len(empty.select(torch.zeros(0))) == 0
+    for name in ("grpo", "tree_rpo", "process_grpo", "gae"):
+        assert estimate(empty, name).adv.tolist() == []
 
 
 def test_concatenate_select_and_replace(t8, c7):

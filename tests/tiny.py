@@ -126,6 +126,15 @@ def random_forest(seed: int, groups: int = 3, steps: int = 40, unfinished: float
     )  # fmt: skip
 
 
+def lone_chain(step_reward: list[float], outcome: float = 1.0, **more: Any) -> StepTree:
+    """One rollout of one prompt."""
+    k = len(step_reward)
+    return StepTree(
+        [i - 1 for i in range(k)], [0] * k, [0] * (k - 1) + [1], [torch.nan] * (k - 1) + [outcome],
+        step_reward=step_reward, **more,
+    )  # fmt: skip
+
+
 def random_chains(seed: int, groups: int = 3, chains: int = 4) -> StepTree:
     """The paths of a random forest as independent rollouts, at least `chains` per prompt where it has them."""
     tree = random_forest(seed, groups=groups, steps=groups * chains * 3, unfinished=0.1)

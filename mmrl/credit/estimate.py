@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from mmrl.config import Component, Section
 from mmrl.credit.norm import AllSum, Norm, norm
 from mmrl.credit.norm import whiten as whiten_over_batch
 from mmrl.credit.rules import Kind, check_need, check_recipe, check_tree
-from mmrl.credit.table import Credit, Spec, estimator_of, transform_of
+from mmrl.credit.table import Credit, Spec, as_specs, estimator_of, transform_of
+from mmrl.registry import ComponentError, names
 from mmrl.tree import StepTree
 
 Counting = Literal["node", "leaf"]
@@ -63,7 +64,7 @@ class StepAdvantage:
 
 
 def estimate(
-    tree: StepTree, name: str, transforms: Sequence[str | Mapping[str, Any]] = (), *,
+    tree: StepTree, name: str, transforms: Sequence[str | Spec] = (), *,
     counting: Counting = "node", **options: Any,
 ) -> StepAdvantage:  # fmt: skip
     """Advantages of all steps by one estimator; `compose` with one entry. Options are the estimator's own."""
@@ -72,8 +73,8 @@ def estimate(
 
 def compose(
     tree: StepTree,
-    estimators: Sequence[Mapping[str, Any]],
-    transforms: Sequence[str | Mapping[str, Any]] = (),
+    estimators: Sequence[str | Spec],
+    transforms: Sequence[str | Spec] = (),
     *,
     counting: Counting = "node",
     kind: Kind = "reward",
@@ -86,17 +87,18 @@ def compose(
 
     Args:
         tree: outcomes, step rewards, values ... written into it.
-        estimators: [{"name": ..., "weight": 1.0, option: ...}]. Normalising ones also take scale, eps, ddof,
-            singleton and preset (a row of NORM_PRESETS).
+        estimators: at least one, names or {"name": ..., "weight": 1.0, option: ...}. Normalising ones also take
+            scale, eps, ddof, singleton and preset (a row of NORM_PRESETS).
         transforms: names, or {"name": ..., option: ...}, applied in order.
         kind, repeats_prefix: see `rules.check_recipe`.
         whiten: centre and scale the sum over the whole batch.
         all_sum: sums a tensor over processes, for the estimators whose statistics span the batch.
 
     Raises:
-        ValueError: unknown name or option (with the nearest), a combination without meaning, or a tree that lacks
-            what an estimator needs.
+        ValueError: no estimator, unknown name or option (with the nearest), a combination without meaning, or a tree
+            that lacks what an estimator needs.
     """
+    estimators = as_specs(estimators, "estimators")
     steps = validate(
         estimators, transforms, kind=kind, whiten=whiten, allow_double_norm=allow_double_norm, counting=counting,
         repeats_prefix=repeats_prefix,
@@ -116,13 +118,15 @@ def compose(
 
 
 def validate(
-    estimators: Sequence[Mapping[str, Any]], transforms: Sequence[str | Mapping[str, Any]] = (), **how: Any
+    estimators: Sequence[str | Spec], transforms: Sequence[str | Spec] = (), **how: Any
 ) -> list[dict[str, Any]]:
     """Check names, options and combination without a tree; returns the transforms as mappings.
 
     how: see `rules.check_recipe`. Raises ValueError as `compose` does.
     """
-    steps = [{"name": t} if isinstance(t, str) else dict(t) for t in transforms]
+    estimators, steps = as_specs(estimators, "estimators"), as_specs(transforms, "transforms")
+    if not estimators:
+        raise ComponentError(f"estimators is empty: name at least one of {', '.join(names('estimators'))}")
     for t in steps:
         row, options = transform_of(t)
         row.check(options)

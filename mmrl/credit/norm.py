@@ -9,9 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmrl.registry import option_group
+from mmrl.registry import hint, option_group
 
-Scale = Literal["std", "none", "loo", "bernoulli", "batch"]
+Scale = Literal["std", "none", "loo", "bernoulli", "batch", "global_std"]
+Singleton = Literal["zero", "raw"]
+Unit = Annotated[float, Field(ge=0, le=1)]  # a share or a discount
 AllSum = Callable[[Tensor], Tensor]  # sums a small tensor over processes; the identity on one
 
 # (ddof, eps, singleton) as read in each codebase. BranchGRPO's hard zero below std 1e-6 is `std_floor`.
@@ -30,7 +32,7 @@ class Norm(NamedTuple):
     scale: Scale = "std"
     eps: Annotated[float, Field(ge=0)] = 1e-6
     ddof: Annotated[int, Field(ge=0, le=1)] = 1
-    singleton: Literal["zero", "raw"] = "zero"
+    singleton: Singleton = "zero"
     std_floor: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -61,7 +63,8 @@ def norm(
 
     std: (x - mean)/(std + eps), std with `ddof`. none: x - mean. loo: x minus the mean of the others, which is
     n/(n-1)(x - mean). bernoulli: (x - mean)/(sqrt(mean(1-mean)) + eps). batch: centred per set, divided by the
-    std of all centred values (over all processes) + eps. Two passes in float64.
+    std of all centred values + eps. global_std: centred per set, divided by the std of all values as they were given
+    + eps (Flow-GRPO). Both pools span all processes. Two passes in float64.
 
     A set of one gives 0 (`singleton="raw"`: x itself, for parity with peers). A set with
     max - min <= 1e-8 * max(1, max|x|), or with std < `std_floor`, gives exactly 0: the spread is tested, not std,
@@ -70,29 +73,36 @@ def norm(
     Args:
         x: (N,) float; NaN entries (an outcome off the finished leaves) belong to no set and give 0.
         sets: (N,) int >= 0, set of each entry; negative = no set.
-        weight: (N,) how often each entry counts in n, mean and std; default once.
+        weight: (N,) how often each entry counts in n, mean and std; default once. An entry of weight 0 is measured
+            against the others of its set and decides nothing.
 
     Raises:
-        ValueError: unknown scale, shapes that differ, or `bernoulli` with values outside [0, 1].
+        ValueError: unknown scale or singleton, shapes that differ, or `bernoulli` with values outside [0, 1].
     """
     if how.scale not in get_args(Scale):
-        raise ValueError(f"scale {how.scale!r} is none of {', '.join(get_args(Scale))}")
+        raise unknown_choice("scale", how.scale, Scale)
+    if how.singleton not in get_args(Singleton):
+        raise unknown_choice("singleton", how.singleton, Singleton)
     if x.shape != sets.shape:
         raise ValueError(f"x {tuple(x.shape)} and sets {tuple(sets.shape)} must have one entry per step each")
     member = ~x.isnan() & (sets >= 0)
     sid, v = sets.clamp(min=0), torch.where(member, x.double(), 0.0)
     num = int(sets.max().clamp(min=0)) + 1 if sets.numel() else 0
     w = member.double() if weight is None else torch.where(member, weight.double(), 0.0)
-    size = _sum(member.double(), sid, num)
+    counted = w > 0
+    size = _sum(counted.double(), sid, num)
     n = size if weight is None else _sum(w, sid, num)
     mean = _sum(w * v, sid, num) / n.clamp(min=1)
     centred = torch.where(member, v - mean[sid], 0.0)
     var = _sum(w * centred**2, sid, num) / (n - how.ddof).clamp(min=1)
-    constant = (size > 1) & (_is_flat(v, sid, member, num) | (var.sqrt() < how.std_floor))
+    constant = (size > 1) & (_is_flat(v, sid, counted, num) | (var.sqrt() < how.std_floor))
     if how.scale == "bernoulli":
         _check_unit(v, member)
     centred = torch.where((constant | (size <= 1))[sid], 0.0, centred)  # before `batch` pools them
-    z = centred * _factor(how, centred, member, n, mean, var, all_sum)[sid]
+    pool = {"batch": centred, "global_std": v}.get(how.scale)
+    if pool is not None:
+        var = moments(pool, w, all_sum, how.ddof)[1]
+    z = centred * _factor(how, n, mean, var)[sid]
     if how.singleton == "raw":
         z = torch.where((size <= 1)[sid], v, z)
     return Normed(torch.where(member, z, 0.0), size.long(), constant)
@@ -100,28 +110,35 @@ def norm(
 
 def whiten(x: Tensor, weight: Tensor, all_sum: AllSum | None = None, eps: float = 1e-8, ddof: int = 1) -> Tensor:
     """(N,) (x - mean)/sqrt(var + eps) over everything with positive weight, over all processes; 0 elsewhere."""
+    mean, var = moments(x, weight, all_sum, ddof)
+    return torch.where(weight > 0, (x - mean) / (var + eps).sqrt(), 0.0)
+
+
+def moments(x: Tensor, weight: Tensor, all_sum: AllSum | None = None, ddof: int = 1) -> tuple[Tensor, Tensor]:
+    """(mean, variance), scalars: of x (N,), each entry counted `weight` (N,) times, over all processes."""
     reduce = all_sum or _same
     count, total = reduce(torch.stack([weight.sum(), (weight * x).sum()])).unbind()
-    centred = x - total / count.clamp(min=1)
-    var = reduce((weight * centred**2).sum()[None])[0] / (count - ddof).clamp(min=1)
-    return torch.where(weight > 0, centred / (var + eps).sqrt(), 0.0)
+    mean = total / count.clamp(min=1)
+    squares = reduce((weight * (x - mean) ** 2).sum()[None])[0]
+    return mean, squares / (count - ddof).clamp(min=1)
 
 
-def _factor(
-    how: Norm, centred: Tensor, member: Tensor, n: Tensor, mean: Tensor, var: Tensor, all_sum: AllSum | None
-) -> Tensor:
-    """(S,) what each set's centred values are multiplied by."""
-    if how.scale == "std":
-        return 1 / (var.sqrt() + how.eps)
+def unknown_choice(option: str, value: object, choices: object) -> ValueError:
+    """The error for a value that is none of the `choices` of a Literal."""
+    known = get_args(choices)
+    return ValueError(f"{option} {value!r} is none of {', '.join(known)}{hint(str(value), known)}")
+
+
+def _factor(how: Norm, n: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """(S,) what each set's centred values are multiplied by; `var` of each set, or of the whole pool."""
+    if how.scale == "none":
+        return torch.ones_like(n)
     if how.scale == "loo":
         return n / (n - 1).clamp(min=1)
     if how.scale == "bernoulli":
-        return 1 / ((mean * (1 - mean)).clamp(min=0).sqrt() + how.eps)
-    if how.scale == "batch":  # the centred values have mean 0 in every set, hence over all processes too
-        pool = torch.stack([member.double().sum(), (centred[member] ** 2).sum()])
-        count, squares = (all_sum or _same)(pool).unbind()
-        return (1 / ((squares / (count - how.ddof).clamp(min=1)).sqrt() + how.eps)).expand_as(n)
-    return torch.ones_like(n)
+        var = (mean * (1 - mean)).clamp(min=0)
+    spread = var.sqrt() + how.eps
+    return torch.where(spread > 0, 1 / spread, 0.0).expand_as(n)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from mmrl.credit.norm import AllSum, Norm, Normed, norm, whiten
+from mmrl.credit.norm import AllSum, Norm, Normed, Unit, norm, unknown_choice, whiten
 from mmrl.credit.table import Credit, estimator
+from mmrl.credit.tags import tag
 from mmrl.tree import StepTree
 from mmrl.tree_ops import Backup, backup, before, discounted_leaf, lift, path_sum, returns, run_head
 
 EpisodeStats = Literal["trajectory", "step"]
+CountBy = Literal["token", "trajectory"]
+Unary = Literal["inherit", "zero"]
+Spread = Literal["depth", "leaf"]
+Base = Literal["grpo", "rloo"]
 
 
 def episode(
@@ -22,7 +28,12 @@ def episode(
 
     `stats="step"` counts a trajectory once per step in mean and std, as some released code does.
     """
-    weight = path_sum(tree, torch.ones(len(tree), dtype=torch.float64)) if stats == "step" else None
+    if stats == "trajectory":
+        weight = None
+    elif stats == "step":
+        weight = tree.depth.double() + 1
+    else:
+        raise unknown_choice("episode_stats", stats, EpisodeStats)
     return norm(tree.outcome, tree.group, how, weight=weight, all_sum=all_sum)
 
 
@@ -55,25 +66,31 @@ def rloo(tree: StepTree) -> Credit:
     return grpo(tree, how=Norm(scale="loo"))
 
 
-@estimator("reinforce_pp_baseline", source="REINFORCE++ with baseline; parity with verl (OpenRLHF: ddof 0)")
+@estimator(
+    "reinforce_pp_baseline", scale="std", source="REINFORCE++ with baseline; parity with verl (OpenRLHF: ddof 0)"
+)
 def reinforce_pp_baseline(
     tree: StepTree,
     *,
-    weight: Literal["token", "trajectory"] = "token",
-    ddof: int = 1,
+    count_by: CountBy = "token",
+    ddof: Annotated[int, Field(ge=0, le=1)] = 1,
     all_sum: AllSum | None = None,
 ) -> Credit:
     """a = R - prompt mean, then one whitening over the batch: A = lift((a - mean)/sqrt(var + 1e-8)).
 
-    Mean and var weigh a trajectory by the tokens on its path (`token`: long ones count more) or once (`trajectory`).
+    Mean and var count a trajectory by the tokens on its path (`token`: long ones count more) or once (`trajectory`).
     The population is the batch of all processes. A batch without spread gets 0.
     """
     a = episode(tree, Norm(scale="none"))
-    length = path_sum(tree, tree.span.double()) if weight == "token" else torch.ones(len(tree), dtype=torch.float64)
-    w = torch.where(tree.is_finished, length, 0.0)
+    if count_by == "token":
+        count = path_sum(tree, tree.span.double())
+    elif count_by == "trajectory":
+        count = torch.ones(len(tree), dtype=torch.float64)
+    else:
+        raise unknown_choice("reinforce_pp_baseline.count_by", count_by, CountBy)
     if not bool(a.z.any()) and all_sum is None:
         return Credit(torch.zeros_like(a.z), info=a.info)
-    return Credit(lift(tree, whiten(a.z, w, all_sum, ddof=ddof)), info=a.info)
+    return Credit(lift(tree, whiten(a.z, torch.where(tree.is_finished, count, 0.0), all_sum, ddof=ddof)), info=a.info)
 
 
 @estimator(
@@ -83,7 +100,7 @@ def tree_rpo(
     tree: StepTree,
     *,
     value: Backup = "child_mean",
-    unary: Literal["inherit", "zero"] = "inherit",
+    unary: Unary = "inherit",
     how: Norm = Norm(),
     all_sum: AllSum | None = None,
 ) -> Credit:
@@ -103,16 +120,16 @@ def tree_rpo(
     fits="forks",
     source="PROPA (MCTS + GRPO); as defined here",
 )
-def propa(tree: StepTree, *, how: Norm = Norm()) -> Credit:
+def propa(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
     """tree_rpo with leaf_mean over a search tree; with tags `q_sum` and `visits`, V(n) = q_sum/visits instead.
 
     A step that the search never visited has no such value: it is compared with nothing and gets 0.
     """
     if "visits" not in tree.tags or "q_sum" not in tree.tags:
-        return tree_rpo(tree, value="leaf_mean", how=how)
-    visits = tree.tags["visits"].double()
-    value = torch.where(visits > 0, tree.tags["q_sum"].double() / visits.clamp(min=1), torch.nan)
-    return _among_siblings(tree, value, how)
+        return tree_rpo(tree, value="leaf_mean", how=how, all_sum=all_sum)
+    visits = tag(tree, "visits")
+    value = torch.where(visits > 0, tag(tree, "q_sum") / visits.clamp(min=1), torch.nan)
+    return _among_siblings(tree, value, how, all_sum=all_sum)
 
 
 @estimator(
@@ -125,8 +142,9 @@ def branch_depth(
     tree: StepTree,
     *,
     value: Backup = "leaf_mean",
-    spread: Literal["depth", "leaf"] = "depth",
+    spread: Spread = "depth",
     how: Norm = Norm(eps=1e-8, std_floor=1e-6),
+    all_sum: AllSum | None = None,
 ) -> Credit:
     """A(n) = (V(n) - mean)/(std + eps) over all nodes of the same prompt and depth; 0 if alone or std < 1e-6.
 
@@ -137,8 +155,14 @@ def branch_depth(
     """
     v = torch.where(tree.valid, backup(tree, value), torch.nan)
     sets = tree.depth * tree.num_groups + tree.group
-    z = norm(v, sets, how if spread == "depth" else how._replace(scale="none"))
-    adv = z.z if spread == "depth" else _over_leaf_std(tree, z.z, how)
+    if spread == "depth":
+        z = norm(v, sets, how, all_sum=all_sum)
+        adv = z.z
+    elif spread == "leaf":
+        z = norm(v, sets, how._replace(scale="none"))
+        adv = _over_leaf_std(tree, z.z, how)
+    else:
+        raise unknown_choice("branch_depth.spread", spread, Spread)
     alone = (z.size[sets] == 1) & tree.valid
     return Credit(adv, info=z.info | {"singleton_nodes": float(alone.sum() / tree.valid.sum().clamp(min=1))})
 
@@ -165,12 +189,13 @@ def child_minus_parent(tree: StepTree, *, how: Norm = Norm(eps=1e-8)) -> Credit:
 def portool(
     tree: StepTree,
     *,
-    gamma: float = 1.0,
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0,
     w_traj: float = 1.0,
     w_fork: float = 1.0,
     w_format: float = 0.0,
     agg: Literal["mean", "max"] = "mean",
     how: Norm = Norm(scale="none"),
+    all_sum: AllSum | None = None,
 ) -> Credit:
     """A = w_traj grpo + w_fork norm over siblings of rho.
 
@@ -178,8 +203,8 @@ def portool(
     descendant is right. NaN step rewards read 0. An only child's fork part is 0.
     """
     rho = discounted_leaf(tree, gamma, agg) + w_format * tree.step_reward.nan_to_num(nan=0.0)
-    fork = norm(torch.where(tree.valid, rho, torch.nan), tree.sib, how)
-    whole = grpo(tree, how=how)
+    fork = norm(torch.where(tree.valid, rho, torch.nan), tree.sib, how, all_sum=all_sum)
+    whole = grpo(tree, how=how, all_sum=all_sum)
     return Credit(w_traj * whole.adv + w_fork * fork.z, info=fork.info)
 
 
@@ -194,19 +219,20 @@ def portool(
 def gigpo(
     tree: StepTree,
     *,
-    gamma: float = 0.95,
-    omega: float = 1.0,
+    gamma: Unit = 0.95,
+    omega: NonNegativeFloat = 1.0,
     episode_stats: EpisodeStats = "trajectory",
     how: Norm = Norm(),
+    all_sum: AllSum | None = None,
 ) -> Credit:
     """A = A_E + omega A_S. A_E: grpo. A_S: returns(gamma) normalised over the steps of a prompt with equal state_key.
 
     Steps without key, or alone with it, get A_S = 0. info["mean_set_size"] near 1 means plain GRPO.
     """
-    a = episode(tree, how, episode_stats)
+    a = episode(tree, how, episode_stats, all_sum)
     anchored = tree.valid & (tree.state_key >= 0)
     x = torch.where(anchored, returns(tree, gamma), torch.nan)
-    s = norm(x, dense_sets(tree, tree.state_key, anchored), how)
+    s = norm(x, dense_sets(tree, tree.state_key, anchored), how, all_sum=all_sum)
     used = s.size[s.size > 0].double()
     info = a.info | {"mean_set_size": float(used.mean()) if used.numel() else 0.0}
     return Credit(lift(tree, a.z) + omega * s.z, info=info)
@@ -214,16 +240,22 @@ def gigpo(
 
 @estimator(
     "salt",
+    scale=lambda options: "std" if options["base"] == "grpo" else "loo",
     reads=("outcome", "edge_key"),
     fits="text and GUI states, tool states",
     source="SALT; averaging rule from the paper",
 )
-def salt(tree: StepTree, *, base: Literal["grpo", "rloo"] = "grpo") -> Credit:
+def salt(tree: StepTree, *, base: Base = "grpo") -> Credit:
     """Steps of one prompt with equal edge_key share the m-weighted mean of their base advantage; others keep theirs.
 
     A step that good and bad trajectories have in common becomes neutral, diverging steps keep credit.
     """
-    credit = grpo(tree) if base == "grpo" else rloo(tree)
+    if base == "grpo":
+        credit = grpo(tree)
+    elif base == "rloo":
+        credit = rloo(tree)
+    else:
+        raise unknown_choice("salt.base", base, Base)
     merged = tree.valid & (tree.edge_key >= 0)
     sets = dense_sets(tree, tree.edge_key, merged)
     safe = sets.clamp(min=0)
@@ -236,12 +268,16 @@ def salt(tree: StepTree, *, base: Literal["grpo", "rloo"] = "grpo") -> Credit:
 
 
 @estimator("rapo", source="Fathom-DeepResearch (RAPO); scaling as defined here")
-def rapo(tree: StepTree, *, cap: float | None = None, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
+def rapo(
+    tree: StepTree, *, cap: PositiveFloat | None = None, how: Norm = Norm(), all_sum: AllSum | None = None
+) -> Credit:
     """A = grpo * f, f = prompts with a finished leaf / prompts with spread, over all processes, at most `cap`.
 
     Keeps the size of the update when many prompts have no spread. Replayed rollouts need behaviour `logp`.
     """
-    a = episode(tree, how)
+    if cap is not None and cap <= 0:
+        raise ValueError(f"rapo.cap={cap} must be above 0: it bounds the factor that all advantages are multiplied by")
+    a = episode(tree, how, all_sum=all_sum)
     counts = torch.tensor([float((a.size > 0).sum()), float(((a.size > 1) & ~a.constant).sum())], dtype=torch.float64)
     finished, spread = (all_sum(counts) if all_sum else counts).tolist()
     f = finished / max(spread, 1.0)
@@ -268,16 +304,14 @@ def _over_leaf_std(tree: StepTree, x: Tensor, how: Norm) -> Tensor:
 
 
 def _among_siblings(
-    tree: StepTree,
-    value: Tensor,
-    how: Norm,
-    unary: Literal["inherit", "zero"] = "inherit",
-    all_sum: AllSum | None = None,
+    tree: StepTree, value: Tensor, how: Norm, unary: Unary = "inherit", all_sum: AllSum | None = None
 ) -> Credit:
     """`value` (N,) normalised over each sibling set; an only active child inherits its parent's result, or gets 0."""
     value = torch.where(tree.valid, value, torch.nan)
     z = norm(value, tree.sib, how, all_sum=all_sum)
     if unary == "zero":
         return Credit(z.z, info=z.info)
+    if unary != "inherit":
+        raise unknown_choice("unary", unary, Unary)
     only = ~value.isnan() & (z.size[tree.sib] == 1)
     return Credit(z.z[run_head(tree, only)], info=z.info)

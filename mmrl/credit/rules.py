@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mmrl.credit.table import Spec, estimator_of, transform_of
-from mmrl.registry import REQUIRED, writers
+from mmrl.credit.tags import tag
+from mmrl.registry import REQUIRED, Row, writers
 from mmrl.tree import StepTree
 
 Kind = Literal["reward", "value"]
@@ -69,9 +70,8 @@ def check_tree(tree: StepTree, estimators: Sequence[Spec], transforms: Sequence[
             _check_sources(tree)
         if _optimistic(spec):
             _warn_optimism(tree, row.name)
-    off_policy = tree.tags.get("off_policy")
-    if off_policy is not None:
-        bad = off_policy.bool() & tree.valid & tree.logp.isnan()
+    if "off_policy" in tree.tags:
+        bad = (tag(tree, "off_policy", classes=2) == 1) & tree.valid & tree.logp.isnan()
         if bool(bad.any()):
             raise ValueError(
                 f"step {_first(bad)} is replayed (tags['off_policy']) but has no behaviour logp, so its ratio is "
@@ -161,60 +161,79 @@ _NEEDS: dict[str, Callable[[StepTree, str], None]] = {
 def _check_ignored_steps(transforms: Sequence[Spec], estimators: Sequence[Spec], e: Spec) -> None:
     if any(_reads_steps(other) for other in estimators):
         return
-    last = {w: i for i, t in enumerate(transforms) for w in transform_of(t)[0].writes()}
-    if "step_reward" not in last:
+    rewarding = [i for i, t in enumerate(transforms) if "step_reward" in transform_of(t)[0].writes()]
+    if not rewarding:
         return
-    folding = [i for i, t in enumerate(transforms) if t["name"] in ("fold", "mixed_grained", "spark")]
-    if not folding or folding[-1] < last["step_reward"]:
+    if not any(_folds(t) for t in transforms[rewarding[-1] + 1 :]):
         raise ValueError(
-            f"estimator {e['name']!r} reads outcomes only, so the step rewards of transform "
-            f"{transforms[last['step_reward']]['name']!r} would be ignored; append the fold transform, or use "
-            "process_grpo, step_grpo or gae"
+            f"estimator {e['name']!r} does not read step rewards, so those of transform "
+            f"{transforms[rewarding[-1]]['name']!r} would be ignored; append the fold transform, or use process_grpo, "
+            "step_grpo or gae"
         )
+
+
+def _folds(t: Spec) -> bool:
+    """The transform carries step rewards into the outcome."""
+    row, options = transform_of(t)
+    return "step_reward" in row.reads(options) and row.writes(options) == ("outcome",)
 
 
 def _check_summed_values(transforms: Sequence[Spec], e: Spec, kind: Kind) -> None:
-    names = [t["name"] for t in transforms]
-    summed = e["name"] if estimator_of(e)[0].facts["sums_steps"] else "fold" if "fold" in names else None
-    if kind == "value" and summed and not any(transform_of(t)[0].facts["differences"] for t in transforms):
-        raise ValueError(
-            f"step_reward_kind 'value' with {summed!r} sums state values: longer answers win; put delta or progress "
-            "before it"
-        )
+    if kind != "value":
+        return
+    differenced = False
+    for t in transforms:
+        facts = transform_of(t)[0].facts
+        differenced = differenced or facts["differences"]
+        if facts["sums_steps"] and not differenced:
+            raise _summed(t["name"])
+    if estimator_of(e)[0].facts["sums_steps"] and not differenced:
+        raise _summed(e["name"])
+
+
+def _summed(name: str) -> ValueError:
+    return ValueError(
+        f"step_reward_kind 'value' with {name!r} sums state values: longer answers win; put delta or progress before "
+        "it"
+    )
 
 
 def _check_discounts(transforms: Sequence[Spec], e: Spec) -> None:
     for t in transforms:
-        if t["name"] != "potential":
-            continue
-        mine, theirs = t.get("gamma", 1.0), e.get("gamma", _default(e, "gamma", 1.0))
-        if abs(mine - theirs) > 1e-12:
+        row, options = transform_of(t)
+        mine = options.get("gamma", _default(row, "gamma", None))
+        theirs = e.get("gamma", _default(estimator_of(e)[0], "gamma", 1.0))
+        if mine is not None and abs(mine - theirs) > 1e-12:
             raise ValueError(
-                f"transform 'potential' has gamma {mine} and estimator {e['name']!r} {theirs}; with unequal discounts "
-                "the shaping no longer telescopes: set both alike"
+                f"transform {row.name!r} has gamma {mine} and estimator {e['name']!r} {theirs}; with unequal "
+                "discounts the shaping no longer telescopes: set both alike"
             )
 
 
 def _reads_steps(e: Spec) -> bool:
     row, options = estimator_of(e)
-    read = {*row.reads(options), *row.facts["may_read"]}
-    return not {"step_reward", "value"}.isdisjoint(read)
+    return "step_reward" in (*row.reads(options), *row.facts["may_read"])
 
 
 def _scale(e: Spec) -> str:
-    fixed = estimator_of(e)[0].facts["scale"]
-    return str(fixed or e.get("scale", _default(e, "scale", "none")))
+    row, options = estimator_of(e)
+    fixed = row.facts["scale"]
+    if callable(fixed):
+        fixed = fixed({name: _default(row, name, None) for name in row.options} | options)
+    return str(fixed or options.get("scale", _default(row, "scale", "none")))
 
 
-def _default(e: Spec, name: str, otherwise: Any) -> Any:
-    option = estimator_of(e)[0].options.get(name)
+def _default(row: Row, name: str, otherwise: Any) -> Any:
+    option = row.options.get(name)
     return otherwise if option is None or option.default is REQUIRED else option.default
 
 
 def _check_sources(tree: StepTree) -> None:
-    source = tree.tags.get("reward_source")
-    if source is not None and source[tree.valid].unique().numel() > 1:
-        kinds = source[tree.valid].unique().tolist()
+    if "reward_source" not in tree.tags:
+        return
+    sources = tag(tree, "reward_source")[tree.valid]
+    kinds = sources[~sources.isnan()].unique().tolist()
+    if len(kinds) > 1:
         raise ValueError(
             f"srgpo draws sets across prompts, but tags['reward_source'] has {len(kinds)} values {kinds[:4]}: rewards "
             "of different functions share no scale; use step_grpo, which stays inside a prompt"

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from mmrl.credit.norm import AllSum, Norm, norm, whiten
+from mmrl.credit.norm import AllSum, Norm, Unit, norm, unknown_choice, whiten
 from mmrl.credit.outcome import EpisodeStats, episode, grpo
 from mmrl.credit.table import Credit, estimator
-from mmrl.credit.transforms import fold, need_chains, renorm, spark_outcome, stepsearch_reward, tp_reward, vsrm
+from mmrl.credit.tags import tag
+from mmrl.credit.transforms import (
+    SparkRule,
+    fold,
+    need_chains,
+    renorm,
+    spark_outcome,
+    stepsearch_reward,
+    thought_reward,
+    thoughts,
+    vsrm,
+)
 from mmrl.seeding import named_generator
 from mmrl.tree import StepTree
 from mmrl.tree_ops import before, leaf_share, leaf_sum, lift, run_head, togo
+
+Pool = Literal["joint", "separate"]
+VoteRule = Literal["intersection", "majority"]
+PrimeForm = Literal["paper", "code"]
 
 
 def scored_steps(tree: StepTree, how: Norm, all_sum: AllSum | None = None) -> tuple[Tensor, dict[str, float]]:
@@ -29,35 +45,41 @@ def scored_steps(tree: StepTree, how: Norm, all_sum: AllSum | None = None) -> tu
     sums_steps=True,
     source="DeepSeekMath 4.1.3; intent of WebGen-Agent's cumulative form",
 )
-def process_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
-    """z = step reward normalised over all scored steps of the prompt; A = togo(z, 1).
+def process_grpo(tree: StepTree, *, gamma: Unit = 1.0, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
+    """z = step reward normalised over all scored steps of the prompt; A = togo(z, gamma).
 
     The outcome is not used unless folded in. Unscored steps (NaN) add 0.
     """
-    z, info = scored_steps(tree, how)
-    return Credit(togo(tree, z), info=info)
+    z, info = scored_steps(tree, how, all_sum)
+    return Credit(togo(tree, z, gamma), info=info)
 
 
 @estimator("step_grpo", reads=("step_reward",), source="WebGen-Agent; parity")
-def step_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
+def step_grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
     """A = step reward normalised over all scored steps of the prompt, without accumulation."""
-    z, info = scored_steps(tree, how)
+    z, info = scored_steps(tree, how, all_sum)
     return Credit(z, info=info)
 
 
 @estimator("fold_grpo", reads=("outcome", "step_reward"), sums_steps=True, source="R1-VL StepGRPO as released; parity")
 def fold_grpo(
-    tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = None, how: Norm = Norm()
+    tree: StepTree,
+    *,
+    step_weight: float = 1.0,
+    threshold: float | None = None,
+    how: Norm = Norm(),
+    all_sum: AllSum | None = None,
 ) -> Credit:
     """grpo on R' = R + step_weight * sum of the step rewards on the path; see the `fold` transform."""
-    return grpo(fold(tree, step_weight=step_weight, threshold=threshold), how=how)
+    return grpo(fold(tree, step_weight=step_weight, threshold=threshold), how=how, all_sum=all_sum)
 
 
 @estimator("ppr", reads=("outcome", "step_reward"), sums_steps=True, source="PPR (ReNorm); as defined here")
-def ppr(tree: StepTree, *, accumulate: bool = True, how: Norm = Norm()) -> Credit:
+def ppr(tree: StepTree, *, accumulate: bool = True, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
     """process_grpo (or, without `accumulate`, step_grpo) on ReNorm-ed step rewards; rewards and outcomes in [0, 1]."""
     normed = renorm(tree)
-    return process_grpo(normed, how=how) if accumulate else step_grpo(normed, how=how)
+    z, info = scored_steps(normed, how, all_sum)
+    return Credit(togo(normed, z) if accumulate else z, info=info)
 
 
 @estimator(
@@ -70,11 +92,12 @@ def ppr(tree: StepTree, *, accumulate: bool = True, how: Norm = Norm()) -> Credi
 def ui_s1(
     tree: StepTree,
     *,
-    gamma: float = 0.5,
+    gamma: Unit = 0.5,
     w_episode: float = 1.0,
     w_step: float = 1.0,
     episode_stats: EpisodeStats = "trajectory",
     how: Norm = Norm(),
+    all_sum: AllSum | None = None,
 ) -> Credit:
     """A = w_episode grpo + w_step norm over (prompt, depth) of the return that breaks at steps without `ok`.
 
@@ -84,8 +107,8 @@ def ui_s1(
     valid, above = tree.valid, tree.parent.clamp(min=0)
     r = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0), 0.0)
     g = tree.accumulate(r, gamma * leaf_share(tree) * tree.ok.double() * tree.ok[above].double())
-    s = norm(torch.where(valid, g, torch.nan), tree.depth * tree.num_groups + tree.group, how)
-    e = episode(tree, how, episode_stats)
+    s = norm(torch.where(valid, g, torch.nan), tree.depth * tree.num_groups + tree.group, how, all_sum=all_sum)
+    e = episode(tree, how, episode_stats, all_sum)
     return Credit(w_episode * lift(tree, e.z) + w_step * s.z, info=e.info)
 
 
@@ -98,33 +121,40 @@ def ui_s1(
 def srgpo(
     tree: StepTree,
     *,
-    omega: float = 0.5,
-    set_size: int = 16,
+    w_episode: float = 1.0,
+    omega: NonNegativeFloat = 0.5,
+    set_size: PositiveInt = 16,
     seed: int = 0,
-    episode_stats: EpisodeStats = "trajectory",
+    episode_stats: EpisodeStats = "step",
     how: Norm = Norm(),
+    all_sum: AllSum | None = None,
 ) -> Credit:
-    """A = grpo + omega * norm of the immediate step reward over random sets of `set_size` steps across the batch.
+    """A = w_episode grpo + omega norm of the immediate step reward over random sets of `set_size` steps of the batch.
 
-    Sets are drawn by a generator seeded with `seed`, or given as tags["set_id"]; they stay inside one process. The
-    last set may be smaller, a set of one gives 0. info["set_id"] holds the sets used.
+    Sets are drawn by a generator seeded with `seed`, or given as tags["set_id"] (negative or NaN = none); they stay
+    inside one process. The last set may be smaller, a set of one gives 0. info["set_id"] holds the sets used.
     """
     scored = tree.valid & ~tree.step_reward.isnan()
-    sets = tree.tags["set_id"].long() if "set_id" in tree.tags else _random_sets(scored, set_size, seed)
-    e = episode(tree, how, episode_stats)
-    s = norm(torch.where(scored, tree.step_reward, torch.nan), sets, how)
-    return Credit(lift(tree, e.z) + omega * s.z, info=e.info | {"set_id": sets})
+    if "set_id" in tree.tags:
+        sets = tag(tree, "set_id").nan_to_num(nan=-1.0).long()
+    else:
+        sets = _random_sets(scored, set_size, seed)
+    e = episode(tree, how, episode_stats, all_sum)
+    s = norm(torch.where(scored, tree.step_reward, torch.nan), sets, how, all_sum=all_sum)
+    return Credit(w_episode * lift(tree, e.z) + omega * s.z, info=e.info | {"set_id": sets})
 
 
 def _random_sets(member: Tensor, size: int, seed: int) -> Tensor:
     """(N,) set of each member in a random partition into sets of `size`, -1 elsewhere."""
+    if size < 1:
+        raise ValueError(f"srgpo.set_size={size} must be at least 1; sets of one give 0, the released code takes 16")
     index = member.nonzero().flatten()
     rank = torch.randperm(len(index), generator=named_generator("srgpo", seed))
     return torch.full((len(member),), -1).index_put_((index,), rank // size)
 
 
 @estimator("pav", reads=("outcome", "value", "root_value"), source="Rewarding Progress (PAV); from the paper")
-def pav(tree: StepTree, *, alpha: float = 3.0, best_of: int = 1) -> Credit:
+def pav(tree: StepTree, *, alpha: NonNegativeFloat = 3.0, best_of: PositiveInt = 1) -> Credit:
     """A(n) = leaf_mean V(n) - prompt mean + alpha * (V_mu(n) - V_mu(parent)), V_mu = `value` of the prover.
 
     `best_of` K turns a base value v into the Best-of-K prover's 1 - (1 - v)^K. alpha 3 to 5 in the authors' runs.
@@ -138,12 +168,18 @@ def pav(tree: StepTree, *, alpha: float = 3.0, best_of: int = 1) -> Credit:
 
 @estimator(
     "igpo",
+    sums_steps=True,
     reads=("outcome", "step_reward"),
     fits="turns with a gold answer",
     source="IGPO; from the paper, not the release",
 )
 def igpo(
-    tree: StepTree, *, pool: Literal["joint", "separate"] = "joint", gamma: float = 1.0, how: Norm = Norm()
+    tree: StepTree,
+    *,
+    pool: Pool = "joint",
+    gamma: Unit = 1.0,
+    how: Norm = Norm(),
+    all_sum: AllSum | None = None,
 ) -> Credit:
     """A = togo(z, gamma); z of an inner turn is its information gain (`step_reward`), of a leaf its outcome.
 
@@ -152,25 +188,38 @@ def igpo(
     """
     x = torch.where(tree.is_finished, tree.outcome, tree.step_reward)
     x = torch.where(tree.valid, x, torch.nan)
-    sets = tree.group if pool == "joint" else 2 * tree.group + tree.is_leaf.long()
-    z = norm(x, sets, how)
+    if pool == "joint":
+        sets = tree.group
+    elif pool == "separate":
+        sets = 2 * tree.group + tree.is_leaf.long()
+    else:
+        raise unknown_choice("igpo.pool", pool, Pool)
+    z = norm(x, sets, how, all_sum=all_sum)
     return Credit(togo(tree, z.z, gamma), info=z.info)
 
 
 @estimator(
     "capo",
+    scale="std",
     reads=("outcome", "tags.wrong"),
     fits="steps with a judge's verdict",
     source="CAPO; idea from the paper, weights as defined here",
 )
-def capo(tree: StepTree, *, w_out: float = 2.0, w_proc: float = 1.0, eps: float = 1e-6, ddof: int = 1) -> Credit:
+def capo(
+    tree: StepTree,
+    *,
+    w_out: NonNegativeFloat = 2.0,
+    w_proc: NonNegativeFloat = 1.0,
+    eps: NonNegativeFloat = 1e-6,
+    ddof: Annotated[int, Field(ge=0, le=1)] = 1,
+) -> Credit:
     """Token reward w_out R - w_proc [step judged wrong], normalised over all tokens of all trajectories of the prompt.
 
     A(n) = mean over the leaves below n. A step's tokens count once per trajectory that contains them. tags["wrong"]
-    is the judges' verdict (see `judged_wrong`).
+    is the judges' verdict (see `judged_wrong`); a step that was not judged (NaN) is not wrong.
     """
     w = tree.span.double()
-    wrong = torch.where(tree.valid, tree.tags["wrong"].double(), 0.0)
+    wrong = (tree.valid & (tag(tree, "wrong", classes=2) == 1)).double()
     m = tree.m.double()
     centred = episode(tree, Norm(scale="none"))
     r = w_out * lift(tree, centred.z)  # mean centred outcome below each node
@@ -188,10 +237,14 @@ def capo(tree: StepTree, *, w_out: float = 2.0, w_proc: float = 1.0, eps: float 
     return Credit(torch.where(flat[tree.group], 0.0, adv), info=centred.info)
 
 
-def judged_wrong(votes: Tensor, rule: Literal["intersection", "majority"] = "majority") -> Tensor:
+def judged_wrong(votes: Tensor, rule: VoteRule = "majority") -> Tensor:
     """(N,) bool from the verdicts (N, K) of K critiques: wrong if all say so, or more than half do."""
     share = votes.double().mean(1)
-    return share == 1 if rule == "intersection" else share > 0.5
+    if rule == "intersection":
+        return share == 1
+    if rule == "majority":
+        return share > 0.5
+    raise unknown_choice("judged_wrong.rule", rule, VoteRule)
 
 
 @estimator(
@@ -201,7 +254,7 @@ def judged_wrong(votes: Tensor, rule: Literal["intersection", "majority"] = "maj
     sums_steps=True,
     source="Schulman et al. 2016; one decision per step",
 )
-def gae(tree: StepTree, *, gamma: float = 1.0, lam: float = 0.95) -> Credit:
+def gae(tree: StepTree, *, gamma: Unit = 1.0, lam: Unit = 0.95) -> Credit:
     """delta(n) = r + [leaf] R + gamma value(n) [not finished leaf] - V_before; A = delta + gamma lam mean of children.
 
     V_before = value(parent) or root_value; NaN r reads 0. returns = A + V_before. A leaf with tags["bootstrapped"]
@@ -233,11 +286,11 @@ def stepsearch(tree: StepTree, *, scale: float = 0.6) -> Credit:
 def vsrm_gae(
     tree: StepTree,
     *,
-    threshold: float = 0.05,
-    discount: float = 0.7,
-    window: int = 5,
-    gamma: float = 1.0,
-    lam: float = 1.0,
+    threshold: NonNegativeFloat = 0.05,
+    discount: Unit = 0.7,
+    window: PositiveInt = 5,
+    gamma: Unit = 1.0,
+    lam: Unit = 1.0,
 ) -> Credit:
     """gae on the step rewards of the `vsrm` transform (the next significant change of value, discounted)."""
     return gae(vsrm(tree, threshold=threshold, discount=discount, window=window), gamma=gamma, lam=lam)
@@ -249,32 +302,42 @@ def vsrm_gae(
     fits="steps with a judge's verdict",
     source="TP-GRPO; table as defined here",
 )
-def tp_grpo(tree: StepTree, *, how: Norm = Norm()) -> Credit:
-    """step_grpo on thought rewards: not accumulated, so that a long thought earns no more than a short one."""
-    return step_grpo(tp_reward(tree), how=how)
+def tp_grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
+    """Rewards of thoughts (see `tp_reward`) normalised over those of the prompt, each given to all its steps.
+
+    A thought counts once in mean and std, by its first step, and nothing is accumulated: a long thought earns no more
+    than a short one, and cutting a step in two changes no token's advantage. Steps that were not judged get 0.
+    """
+    reward = torch.where(tree.valid, thought_reward(tree), torch.nan)
+    first = thoughts(tree) == torch.arange(len(tree))
+    z = norm(reward, tree.group, how, weight=first.double(), all_sum=all_sum)
+    return Credit(z.z, info=z.info)
 
 
 @estimator(
     "spark", reads=("step_reward",), fits="steps with verdicts, no ground truth", source="SPARK; from the paper"
 )
-def spark(tree: StepTree, *, rule: Literal["mean", "all"] = "mean", how: Norm = Norm()) -> Credit:
+def spark(tree: StepTree, *, rule: SparkRule = "mean", how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
     """grpo on R' = mean of the step verdicts (`step_reward` in {0, 1}) over the path, or 1 if all are right.
 
     Leaves with tags["format_ok"] false get 0. The recorded outcome is not used.
     """
-    return grpo(spark_outcome(tree, rule=rule), how=how)
+    return grpo(spark_outcome(tree, rule=rule), how=how, all_sum=all_sum)
 
 
 @estimator("oprl", reads=("outcome", "tags.implicit"), source="OPRL; from the paper, alpha as defined here")
-def oprl(tree: StepTree, *, alpha: float = 1.0, how: Norm = Norm()) -> Credit:
+def oprl(
+    tree: StepTree, *, alpha: NonNegativeFloat = 1.0, how: Norm = Norm(), all_sum: AllSum | None = None
+) -> Credit:
     """A = grpo + alpha * norm over all steps of the prompt of tags["implicit"] = beta (logp_PRM - logp_old)."""
-    e = episode(tree, how)
-    x = torch.where(tree.valid, tree.tags["implicit"].double(), torch.nan)
-    return Credit(lift(tree, e.z) + alpha * norm(x, tree.group, how).z, info=e.info)
+    e = episode(tree, how, all_sum=all_sum)
+    x = torch.where(tree.valid, tag(tree, "implicit"), torch.nan)
+    return Credit(lift(tree, e.z) + alpha * norm(x, tree.group, how, all_sum=all_sum).z, info=e.info)
 
 
 @estimator(
     "prime",
+    scale=lambda options: "std" if options["whitened"] else "loo",
     reads=("outcome", "tags.implicit"),
     fits="chains; tokens or steps",
     source="PRIME; paper form (default) and code form",
@@ -284,8 +347,8 @@ def prime(
     *,
     w_process: float = 5.0,
     w_outcome: float = 1.0,
-    gamma: float = 1.0,
-    form: Literal["paper", "code"] = "paper",
+    gamma: Unit = 1.0,
+    form: PrimeForm = "paper",
     whitened: bool = True,
     all_sum: AllSum | None = None,
 ) -> Credit:
@@ -299,18 +362,24 @@ def prime(
     Raises ValueError on branching trees.
     """
     need_chains(tree, "prime", "use oprl, or a plan {0: G}")
-    valid = tree.valid
-    r = torch.where(valid, tree.tags["implicit"].double(), 0.0)
+    valid, implicit = tree.valid, tag(tree, "implicit")
+    scored = valid & ~implicit.isnan()
+    r = torch.where(scored, implicit, 0.0)
     chain = run_head(tree, torch.ones(len(tree), dtype=torch.bool))
-    length = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, valid.double())
+    length = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, scored.double())
     mean = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, r) / length.clamp(min=1)
     zero = torch.zeros(tree.num_groups, dtype=torch.float64)
     finished = tree.is_finished
     n = zero.index_add(0, tree.group, finished.double())[tree.group]
     total = zero.index_add(0, tree.group, torch.where(finished, mean[chain], 0.0))[tree.group]
     others = (n - 1).clamp(min=1)
-    centred = r - (total - mean[chain]) / others if form == "paper" else r * n / others - total / others
-    process = torch.where(valid & (n > 1), centred, 0.0)
+    if form == "paper":
+        centred = r - (total - mean[chain]) / others
+    elif form == "code":
+        centred = r * n / others - total / others
+    else:
+        raise unknown_choice("prime.form", form, PrimeForm)
+    process = torch.where(scored & (n > 1), centred, 0.0)
     outcome = episode(tree, Norm(scale="loo"))
     returned = w_process * togo(tree, process, gamma) + w_outcome * togo(tree, outcome.z, gamma)
     adv = whiten(returned, valid.double(), all_sum) if whitened else returned

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mmrl.registry import Fields, Row, find, register
+from mmrl.registry import ComponentError, Fields, Row, find, register
 from mmrl.tree import StepTree
 
 Spec = Mapping[str, Any]  # {"name": ..., option: ...}
@@ -32,14 +32,14 @@ def estimator(
     source: str,
     may_read: tuple[str, ...] = (),
     sums_steps: bool = False,
-    scale: str | None = None,
+    scale: str | Callable[[Mapping[str, Any]], str] | None = None,
 ) -> Callable[[Callable[..., Credit]], Callable[..., Credit]]:
     """Enter the decorated function as an estimator.
 
     Args:
         may_read: fields it uses where the tree has them.
         sums_steps: it adds step rewards up along a path, so a score of the state must be differenced before.
-        scale: the normalisation it uses where that is no option.
+        scale: the normalisation it uses where that is no option; it may depend on the options.
     """
     return register(
         "estimators", name, reads=reads, fits=fits, source=source,
@@ -53,23 +53,49 @@ def transform(
     reads: Fields = ("step_reward",),
     writes: tuple[str, ...] = ("step_reward",),
     differences: bool = False,
+    sums_steps: bool = False,
     fits: str = "any",
     source: str,
 ) -> Callable[[Callable[..., StepTree]], Callable[..., StepTree]]:
-    """Enter the decorated function as a transform. differences: it turns a running score into increments."""
-    return register("transforms", name, reads=reads, writes=writes, fits=fits, source=source, differences=differences)
+    """Enter the decorated function as a transform.
+
+    Args:
+        differences: it turns a running score into increments.
+        sums_steps: it adds step rewards up along a path, so a score of the state must be differenced before.
+    """
+    return register(
+        "transforms", name, reads=reads, writes=writes, fits=fits, source=source,
+        differences=differences, sums_steps=sums_steps,
+    )  # fmt: skip
 
 
 def estimator_of(spec: Spec) -> tuple[Row, dict[str, Any]]:
-    """The row that `{"name": ..., "weight": ..., option: ...}` names, and its options."""
-    return _row_of("estimators", spec)
+    """The row that `{"name": ..., "weight": ..., option: ...}` names, and its options.
+
+    Raises ComponentError for an estimator with an option called `weight`, which would never be set.
+    """
+    row = find("estimators", str(spec["name"]))
+    if "weight" in row.options:
+        raise ComponentError(
+            f"estimator {row.name!r} has an option 'weight', which a recipe reads as its weight in the sum; rename it"
+        )
+    return row, {k: v for k, v in spec.items() if k not in ("name", "weight")}
 
 
 def transform_of(spec: Spec) -> tuple[Row, dict[str, Any]]:
     """The row that `{"name": ..., option: ...}` names, and its options."""
-    return _row_of("transforms", spec)
+    return find("transforms", str(spec["name"])), {k: v for k, v in spec.items() if k != "name"}
 
 
-def _row_of(kind: str, spec: Spec) -> tuple[Row, dict[str, Any]]:
-    options = {k: v for k, v in spec.items() if k not in ("name", "weight")}
-    return find(kind, str(spec["name"])), options
+def as_specs(entries: Sequence[str | Spec], kind: str) -> list[dict[str, Any]]:
+    """Names and mappings as mappings with a name; `kind` is for the message.
+
+    Raises ComponentError for something that is no list, and for an entry without name.
+    """
+    if isinstance(entries, str | Mapping):
+        raise ComponentError(f"{kind}={entries!r} must be a list, such as [{entries!r}]")
+    specs = [{"name": e} if isinstance(e, str) else dict(e) for e in entries]
+    for spec in specs:
+        if "name" not in spec:
+            raise ComponentError(f"{kind}: {spec} needs a name beside its options")
+    return specs

@@ -1,20 +1,37 @@
 """Reward transforms: pure functions tree -> tree, applied before the estimator in the order they are listed.
 
-Transformed step rewards are 0 on invalid nodes. NaN ("not scored") reads 0 where a formula sums.
+Steps without a score. NaN in `step_reward` or in a tag says "not scored", which is another thing than 0. All
+transforms treat such a step alike:
+
+- It keeps none: a formula of the step's own score leaves NaN where that score is missing. A term that is added to the
+  score, such as `blend`'s auxiliary reward, reads 0 where it is missing.
+- Differences are taken to the nearest scored step above (`red`) or below (`delta`), so that sums still telescope.
+- Sums over a path read it as 0; means and counts are of the scored steps alone (`fold`, `mixed_grained`, `spark`).
+- `potential` and `reward_machine` give every step a reward of their own and read a missing score as 0: their terms
+  cancel along a path only when no step lacks one.
+
+Estimators leave unscored steps out of their statistics and add 0 for them to sums. Transformed step rewards are 0 on
+invalid nodes, those without a finished leaf below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from mmrl.credit.norm import Unit, unknown_choice
 from mmrl.credit.reward_machine import RewardMachine
 from mmrl.credit.table import transform
+from mmrl.credit.tags import tag
 from mmrl.tree import FINISHED, UNFINISHED, StepTree
-from mmrl.tree_ops import before, leaf_share, lift, path_max, path_sum, run_head
+from mmrl.tree_ops import before, last_scored, leaf_share, leaf_sum, lift, path_max, path_sum, run_head
+
+SparkRule = Literal["mean", "all"]
 
 
 @transform("clip", source="On Designing Effective RL Reward (Clip)")
@@ -27,18 +44,20 @@ def clip(tree: StepTree, *, eta: float) -> StepTree:
 def delta(tree: StepTree) -> StepTree:
     """Inner step: r(n) minus the leaf-weighted mean of its inner children's r; leaf: 0.
 
-    Then togo(r', 1)(n) = r(n) on inner steps: the return cannot grow with length.
+    Then togo(r', 1)(n) = r(n) on scored inner steps: the return cannot grow with length.
     """
     inner = ~tree.is_leaf & tree.valid
-    r = torch.where(inner, _read(tree), 0.0)
-    below = torch.zeros_like(r).index_add_(
-        0, tree.parent.clamp(min=0), torch.where(tree.parent >= 0, leaf_share(tree) * r, 0.0)
-    )
-    return _steps(tree, torch.where(inner, r - below, 0.0))
+    scored = inner & ~tree.step_reward.isnan()
+    r = torch.where(scored, tree.step_reward, 0.0)
+    share, above = leaf_share(tree), tree.parent.clamp(min=0)
+    # an unscored step stands for what the nearest scored steps below it hold
+    held = tree.accumulate(r, torch.where(scored[above], 0.0, share))
+    below = torch.zeros_like(r).index_add_(0, above, torch.where(tree.parent >= 0, share * held, 0.0))
+    return _steps(tree, torch.where(scored, r - below, torch.where(inner, torch.nan, 0.0)))
 
 
 @transform("potential", reads=("value", "root_value"), source="Ng, Harada, Russell 1999")
-def potential(tree: StepTree, *, gamma: float = 1.0) -> StepTree:
+def potential(tree: StepTree, *, gamma: Unit = 1.0) -> StepTree:
     """r' = r + gamma Phi(n) [n not terminal] - Phi(parent), Phi = value (root_value for the prompt).
 
     The discounted sum over a path changes by -Phi(prompt) only, so the optimal policy stays.
@@ -55,8 +74,13 @@ def progress(tree: StepTree) -> StepTree:
 
 @transform("red", reads=("step_reward", "root_value"), differences=True, source="RED")
 def red(tree: StepTree) -> StepTree:
-    """r_t = s_t - s_(t-1): `step_reward` is a reward model's score of the prefix, root_value of the empty one."""
-    return _steps(tree, tree.step_reward - before(tree, tree.step_reward, tree.root_value))
+    """r_t = s_t - s_(t-1): `step_reward` is a reward model's score of the prefix, root_value of the empty one.
+
+    s_(t-1) is the score of the nearest scored step above, so that a path's sum is its last score minus root_value.
+    """
+    root = tree.root_value[tree.group]
+    previous = before(tree, last_scored(tree, tree.step_reward), tree.root_value)
+    return _steps(tree, tree.step_reward - torch.where(previous.isnan(), root, previous))
 
 
 @transform("gate", reads=("step_reward", "outcome"), source="G-RA")
@@ -74,13 +98,19 @@ def renorm(tree: StepTree) -> StepTree:
     return _steps(tree, torch.where(tree.is_leaf, outcome, tree.step_reward + outcome - 1))
 
 
-@transform("mix", reads=("step_reward", "outcome"), source="RED")
-def mix(tree: StepTree, *, dense: float) -> StepTree:
+@transform("mix", writes=("step_reward", "outcome"), reads=("step_reward", "outcome"), source="RED")
+def mix(tree: StepTree, *, dense: Unit) -> StepTree:
     """dense * step rewards and (1 - dense) * outcome: a path's total is kept when both sum to R."""
     return _steps(tree, dense * tree.step_reward).replace(outcome=(1 - dense) * tree.outcome)
 
 
-@transform("fold", writes=("outcome",), reads=("step_reward", "outcome"), source="R1-VL StepGRPO as released")
+@transform(
+    "fold",
+    sums_steps=True,
+    writes=("outcome",),
+    reads=("step_reward", "outcome"),
+    source="R1-VL StepGRPO as released",
+)
 def fold(tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = None) -> StepTree:
     """R' = R + step_weight * sum of step rewards on the path (NaN reads 0).
 
@@ -96,26 +126,37 @@ def fold(tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = 
 @transform("contrastive", writes=("outcome",), reads=("outcome", "tags.baseline"), source="Contrastive Rewards")
 def contrastive(tree: StepTree) -> StepTree:
     """R' = R - mean reward of the prompt's offline baseline answers, tags["baseline"] (N,) or (N, K)."""
-    base = tree.tags["baseline"].double()
-    return tree.replace(outcome=tree.outcome - (base.mean(1) if base.ndim == 2 else base))
+    several = tree.tags["baseline"].ndim == 2 if "baseline" in tree.tags else False
+    base = tag(tree, "baseline", ndim=2).nanmean(1) if several else tag(tree, "baseline")
+    missing = tree.is_finished & base.isnan()
+    if bool(missing.any()):
+        i = int(missing.nonzero()[0])
+        raise ValueError(
+            f"contrastive: leaf {i} has no baseline answer in tags['baseline']; sample one for its prompt"
+        )
+    return tree.replace(outcome=tree.outcome - base)
 
 
 @transform("alarm", writes=("outcome",), reads=("outcome", "tags.aspect"), source="ALaRM; constants as defined here")
-def alarm(tree: StepTree, *, threshold: float = 0.5, weight: float = 0.3) -> StepTree:
-    """R' = R + [R > threshold] weight sigmoid(aspect): aspects cannot rescue a bad holistic score."""
-    bonus = weight * torch.sigmoid(tree.tags["aspect"].double())
+def alarm(tree: StepTree, *, threshold: float = 0.5, weight: NonNegativeFloat = 0.3) -> StepTree:
+    """R' = R + [R > threshold] weight sigmoid(aspect): aspects cannot rescue a bad holistic score.
+
+    A leaf without aspect in tags["aspect"] gets no bonus.
+    """
+    bonus = weight * torch.sigmoid(tag(tree, "aspect")).nan_to_num(nan=0.0)
     return tree.replace(outcome=tree.outcome + torch.where(tree.outcome > threshold, bonus, 0.0))
 
 
 @transform("mixed_grained", writes=("outcome",), reads=("outcome", "step_reward"), source="PageLLM")
-def mixed_grained(tree: StepTree, *, page: float) -> StepTree:
-    """R' = page * R + (1 - page) * mean of the scored step rewards on the path (items)."""
-    count = path_sum(tree, (~tree.step_reward.isnan()).double()).clamp(min=1)
-    return tree.replace(outcome=page * tree.outcome + (1 - page) * path_sum(tree, _read(tree)) / count)
+def mixed_grained(tree: StepTree, *, page: Unit) -> StepTree:
+    """R' = page * R + (1 - page) * mean of the scored step rewards on the path (items); R where it has none."""
+    items = _path_mean(tree)
+    mixed = page * tree.outcome + (1 - page) * items
+    return tree.replace(outcome=torch.where(items.isnan(), tree.outcome, mixed))
 
 
 @transform("step_prune", writes=("outcome",), reads=("outcome",), source="Step Pruner; formula as defined here")
-def step_prune(tree: StepTree, *, penalty: float = 0.5, max_step_tokens: int | None = None) -> StepTree:
+def step_prune(tree: StepTree, *, penalty: Unit = 0.5, max_step_tokens: PositiveInt | None = None) -> StepTree:
     """Correct (R >= 0.5): 1 - penalty (K - K_min)/max(K_max - K_min, 1) over the prompt's correct answers; wrong: 0.
 
     K is the number of steps. A trajectory with a step above `max_step_tokens` becomes unfinished: merging steps to
@@ -136,30 +177,49 @@ def step_prune(tree: StepTree, *, penalty: float = 0.5, max_step_tokens: int | N
 
 
 @transform("severity", reads=("tags.severity",), source="xCOMET/MQM; as defined here")
-def severity(tree: StepTree, *, rewards: Sequence[float] = (0.0, -1.0, -5.0, -10.0)) -> StepTree:
+def severity(
+    tree: StepTree, *, rewards: Annotated[Sequence[float], Field(min_length=1)] = (0.0, -1.0, -5.0, -10.0)
+) -> StepTree:
     """r' = rewards[class], tags["severity"] 0 none, 1 minor, 2 major, 3 critical."""
-    return _steps(tree, torch.tensor(rewards, dtype=torch.float64)[tree.tags["severity"].long()])
+    kind = tag(tree, "severity", classes=len(rewards))
+    judged = tree.valid & ~kind.isnan()
+    reward = torch.tensor(rewards, dtype=torch.float64)[torch.where(judged, kind, 0.0).long()]
+    return _steps(tree, torch.where(judged, reward, torch.nan))
 
 
-@transform("attribution", reads=("outcome", "tags.attribution"), source="Explainable dense reward shapes")
+@transform(
+    "attribution",
+    writes=("step_reward", "outcome"),
+    reads=("outcome", "tags.attribution"),
+    source="Explainable dense reward shapes",
+)
 def attribution(tree: StepTree, *, weights: Sequence[float]) -> StepTree:
     """r_t = lift(R) sum_i w_i phi_(i,t), tags["attribution"] (N, I), each summing to 1 on a path; w on the simplex.
 
-    The outcome becomes 0: its whole is in the steps. Raises ValueError when w is off the simplex.
+    The outcome becomes 0: its whole is in the steps. Raises ValueError when w is off the simplex, or not one weight
+    per attribution.
     """
     w = torch.tensor(weights, dtype=torch.float64)
     if bool((w < 0).any()) or abs(float(w.sum()) - 1) > 1e-6:
         raise ValueError(f"attribution weights {list(weights)} must be >= 0 and sum to 1")
-    r = lift(tree, torch.where(tree.is_finished, tree.outcome, 0.0)) * (tree.tags["attribution"].double() @ w)
+    phi = tag(tree, "attribution", ndim=2)
+    if phi.shape[1] != len(w):
+        raise ValueError(f"attribution: {len(w)} weights for the {phi.shape[1]} columns of tags['attribution']")
+    r = lift(tree, torch.where(tree.is_finished, tree.outcome, 0.0)) * (phi @ w)
     return _steps(tree, r).replace(outcome=tree.outcome * 0)
 
 
 @transform(
     "blend", reads=("step_reward", "tags.auxiliary"), source="Behavior Alignment via Reward Function Optimization"
 )
-def blend(tree: StepTree, *, phi: Sequence[float] = (0.0, 1.0, 0.0)) -> StepTree:
+def blend(
+    tree: StepTree, *, phi: Annotated[Sequence[float], Field(min_length=3, max_length=3)] = (0.0, 1.0, 0.0)
+) -> StepTree:
     """r' = phi_1 + phi_2 r + phi_3 tags["auxiliary"]; (0, 1, 0) is the task itself. phi is tuned by an outer loop."""
-    return _steps(tree, phi[0] + phi[1] * tree.step_reward + phi[2] * tree.tags["auxiliary"].double())
+    if len(phi) != 3:
+        raise ValueError(f"blend.phi={list(phi)} must hold 3 numbers: constant, weight of r, weight of the auxiliary")
+    auxiliary = tag(tree, "auxiliary").nan_to_num(nan=0.0)
+    return _steps(tree, phi[0] + phi[1] * tree.step_reward + phi[2] * auxiliary)
 
 
 @transform("info_gain", reads=("tags.similarity",), source="StepSearch")
@@ -181,7 +241,9 @@ def stepsearch_reward(tree: StepTree, *, scale: float = 0.6) -> StepTree:
 
 
 @transform("vsrm", reads=("value", "root_value"), differences=True, fits="chains", source="VSRM; as defined here")
-def vsrm(tree: StepTree, *, threshold: float = 0.05, discount: float = 0.7, window: int = 5) -> StepTree:
+def vsrm(
+    tree: StepTree, *, threshold: NonNegativeFloat = 0.05, discount: Unit = 0.7, window: PositiveInt = 5
+) -> StepTree:
     """d = progress. |d| > threshold: r' = d; else the next such d at distance q <= window, times discount^q; else 0.
 
     Chains only: on a branching tree the look-ahead is ambiguous.
@@ -201,66 +263,89 @@ def vsrm(tree: StepTree, *, threshold: float = 0.05, discount: float = 0.7, wind
     return _steps(tree, out)
 
 
-@transform("spa", reads=("tags.contribution",), source="SPA-RL; parity, with the exact option")
+@transform(
+    "spa",
+    writes=("step_reward", "outcome"),
+    reads=("outcome", "tags.contribution"),
+    source="SPA-RL; parity, with the exact option",
+)
 def spa(tree: StepTree, *, exact: bool = False, alpha: float = 1.0, beta: float = 0.5) -> StepTree:
     """r_t = alpha c_t + beta g_t, tags["contribution"] and optionally tags["grounded"] (0/1).
 
-    `exact` first adds (R - sum c)/T to every c_t of a chain, so that contributions sum to R. The outcome becomes 0.
+    `exact` first adds (R - sum c)/T to each of the T contributions of a chain, so that they sum to R. The outcome
+    becomes 0.
     """
-    c = torch.where(tree.valid, tree.tags["contribution"].double(), 0.0)
+    c = tag(tree, "contribution")
     if exact:
         need_chains(tree, "spa(exact)", "use exact: false")
-        length = tree.depth.double() + 1
-        rest = torch.where(tree.is_finished, (tree.outcome - path_sum(tree, c)) / length, 0.0)
+        scored = tree.valid & ~c.isnan()
+        missing = tree.outcome - path_sum(tree, torch.where(scored, c, 0.0))
+        rest = torch.where(tree.is_finished, missing / path_sum(tree, scored.double()).clamp(min=1), 0.0)
         c = c + lift(tree, rest)
-    grounded = tree.tags.get("grounded", torch.zeros(len(tree))).double()
-    return _steps(tree, alpha * c + beta * grounded).replace(outcome=tree.outcome * 0)
+    grounded = tag(tree, "grounded", classes=2) == 1 if "grounded" in tree.tags else torch.zeros(len(tree))
+    return _steps(tree, alpha * c + beta * grounded.double()).replace(outcome=tree.outcome * 0)
 
 
 @transform("tp_reward", reads=("outcome", "tags.wrong"), source="TP-GRPO; as defined here")
 def tp_reward(tree: StepTree) -> StepTree:
-    """r = (1-p) explore[o, l] + p exploit[o, l], o = outcome right, l = step right, p = the prompt's success rate.
+    """The reward of each thought in equal shares to its steps on a path; mean over the leaves below.
 
-    explore (1,1) 1, (1,0) 0, (0,1) .5, (0,0) 0; exploit (1,1) 1, (1,0) -1, (0,1) 0, (0,0) -1; mean over the leaves
-    below. A weak policy is not punished for wrong attempts, a strong one is.
+    A thought is a maximal run of steps with equal tags["wrong"] along a path, and earns
+    r = (1-p) explore[o, l] + p exploit[o, l], o = outcome right, l = step right, p = the prompt's success rate.
+    explore (1,1) 1, (1,0) 0, (0,1) .5, (0,0) 0; exploit (1,1) 1, (1,0) -1, (0,1) 0, (0,0) -1. A weak policy is not
+    punished for wrong attempts, a strong one is. A trajectory thus earns one reward per thought, and cutting a step in
+    two changes no sum. The estimator `tp_grpo` sums nothing, and gives every step the whole reward of its thought.
     """
-    right = torch.where(tree.is_finished, (tree.outcome >= 0.5).double(), 0.0)
-    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
-    count = zero.index_add(0, tree.group, tree.is_finished.double()).clamp(min=1)
-    p = (zero.index_add(0, tree.group, right) / count)[tree.group]
-    o, good = lift(tree, right), ~tree.tags["wrong"].bool()
-    explore = torch.where(good, o + 0.5 * (1 - o), 0.0)
-    exploit = torch.where(good, o, -1.0)
-    return _steps(tree, (1 - p) * explore + p * exploit)
+    return _steps(tree, _per_thought(tree, partial(_shared_in_thought, tree)))
 
 
-@transform("thoughts", writes=("tags.thought",), reads=("tags.wrong",), source="TP-GRPO")
-def thoughts(tree: StepTree) -> StepTree:
-    """tags["thought"]: first step of the maximal run of equal tags["wrong"] along the path."""
-    label = tree.tags["wrong"]
-    thought = run_head(tree, label == label[tree.parent.clamp(min=0)])
-    return tree.replace(tags=tree.tags | {"thought": thought})
+def thought_reward(tree: StepTree) -> Tensor:
+    """(N,) whole reward of each step's thought, see `tp_reward`; mean over the leaves below, NaN where not judged."""
+    return _per_thought(tree, partial(leaf_sum, tree))
+
+
+def thoughts(tree: StepTree) -> Tensor:
+    """(N,) int, the first step of each step's thought: the maximal run of equal tags["wrong"] along the path.
+
+    A step that was not judged belongs to the thought before it.
+    """
+    label = last_scored(tree, tag(tree, "wrong", classes=2))
+    return run_head(tree, label == label[tree.parent.clamp(min=0)])
 
 
 @transform("spark", writes=("outcome",), reads=("step_reward",), source="SPARK")
-def spark_outcome(tree: StepTree, *, rule: Literal["mean", "all"] = "mean") -> StepTree:
-    """R' = mean of the path's verdicts (or 1 if all are right); 0 where tags["format_ok"] is false."""
-    length = tree.depth.double() + 1
-    share = path_sum(tree, _read(tree)) / length
-    verdict = share if rule == "mean" else (share >= 1 - 1e-9).double()
-    well = tree.tags.get("format_ok", torch.ones(len(tree))).double()
-    return tree.replace(outcome=torch.where(tree.is_finished, verdict * well, torch.nan))
+def spark_outcome(tree: StepTree, *, rule: SparkRule = "mean") -> StepTree:
+    """R' = mean of the path's verdicts (or 1 if all are right); 0 where tags["format_ok"] is false.
+
+    A leaf whose path has no verdict becomes unfinished: nothing says how good it is.
+    """
+    share = _path_mean(tree)
+    if rule == "mean":
+        verdict = share
+    elif rule == "all":
+        verdict = torch.where(share.isnan(), torch.nan, (share >= 1 - 1e-9).double())
+    else:
+        raise unknown_choice("spark.rule", rule, SparkRule)
+    if "format_ok" in tree.tags:
+        verdict = torch.where(tag(tree, "format_ok", classes=2) == 0, 0.0, verdict)
+    leaves = tree.is_finished.nonzero().flatten()
+    return tree.with_outcomes(leaves, verdict[leaves])
 
 
-@transform("reward_machine", reads=("tags.events",), source="Hierarchies of Reward Machines")
-def reward_machine(tree: StepTree, *, machine: Mapping[str, Any], gamma: float | None = None) -> StepTree:
+@transform(
+    "reward_machine",
+    writes=("step_reward", "tags.machine_state"),
+    reads=("tags.events",),
+    source="Hierarchies of Reward Machines",
+)
+def reward_machine(tree: StepTree, *, machine: Mapping[str, Any], gamma: Unit | None = None) -> StepTree:
     """r' = r + 1 on reaching acceptance; tags["machine_state"] is the machine's state after the step.
 
     tags["events"] (N, E) bool, columns in the order of machine["events"]. With `gamma`, the potential
     Phi = -(distance to acceptance) is added. Put the machine state into `state_key` where a method groups by state.
     """
     compiled = RewardMachine.parse(machine)
-    state, reward = compiled.run(tree, tree.tags["events"].bool())
+    state, reward = compiled.run(tree, tag(tree, "events", ndim=2, classes=2) == 1)
     if gamma is not None:
         phi = compiled.potential()
         reward = reward + gamma * phi[state] - before(tree, phi[state], phi[compiled.start].expand(tree.num_groups))
@@ -276,7 +361,7 @@ def unfinished_outcome(tree: StepTree, *, outcome: float) -> StepTree:
     )
 
 
-@transform("bootstrap", writes=("outcome",), reads=("value",), source="standard; for gae")
+@transform("bootstrap", writes=("outcome", "tags.bootstrapped"), reads=("value",), source="standard; for gae")
 def bootstrap(tree: StepTree) -> StepTree:
     """Unfinished leaves with a value count as finished with outcome 0; gae continues them with their own value."""
     cut = (tree.status == UNFINISHED) & ~tree.value.isnan()
@@ -293,13 +378,18 @@ def _read(tree: StepTree) -> Tensor:
     return tree.step_reward.nan_to_num(nan=0.0)
 
 
+def _path_mean(tree: StepTree) -> Tensor:
+    """(N,) mean of the scored step rewards from the first step to n; NaN where there are none."""
+    return path_sum(tree, _read(tree)) / path_sum(tree, (~tree.step_reward.isnan()).double())
+
+
 def _gain(tree: StepTree) -> Tensor:
-    sim = tree.tags["similarity"].double()
-    return (sim - _best_before(tree, sim)).clamp(min=0).mean(1)
+    sim = tag(tree, "similarity", ndim=2)
+    return (sim - _best_before(tree, sim.nan_to_num(nan=0.0))).clamp(min=0).mean(1)
 
 
 def _repeated(tree: StepTree) -> Tensor:
-    docs = tree.tags["documents"].double()
+    docs = (tag(tree, "documents", ndim=2, classes=2) == 1).double()
     return (docs * _best_before(tree, docs)).sum(1) / docs.sum(1).clamp(min=1)
 
 
@@ -307,6 +397,34 @@ def _best_before(tree: StepTree, x: Tensor) -> Tensor:
     """(N, D) maximum of `x` over the strict ancestors, 0 for first steps."""
     best = path_max(tree, x)[tree.parent.clamp(min=0)]
     return torch.where((tree.parent >= 0)[:, None], best, 0.0)
+
+
+def _per_thought(tree: StepTree, leaf_total: Callable[[Tensor], Tensor]) -> Tensor:
+    """(N,) thought rewards of the two outcomes, weighted by `leaf_total` of the right and of the wrong leaves."""
+    wrong = tag(tree, "wrong", classes=2)
+    solved = torch.where(tree.is_finished, (tree.outcome >= 0.5).double(), 0.0)
+    failed = tree.is_finished.double() - solved
+    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
+    successes, failures = (zero.index_add(0, tree.group, x) for x in (solved, failed))
+    p = (successes / (successes + failures).clamp(min=1))[tree.group]
+    of_right = leaf_total(solved) + 0.5 * (1 - p) * leaf_total(failed)
+    of_wrong = -p * (leaf_total(solved) + leaf_total(failed))
+    reward = torch.where(wrong == 1, of_wrong, of_right) / tree.m.clamp(min=1)
+    return torch.where(wrong.isnan(), torch.nan, reward)
+
+
+def _shared_in_thought(tree: StepTree, x: Tensor) -> Tensor:
+    """(N,) sum over the leaves below n of `x` (N,), divided by the judged steps of n's thought on the leaf's path."""
+    head = thoughts(tree)
+    joined = head != torch.arange(len(tree))
+    judged = (~tag(tree, "wrong", classes=2).isnan()).double()
+    judged_above = path_sum(tree, judged) - judged
+    length = path_sum(tree, judged) - judged_above[head]
+    # leaves whose thought ends here: the step itself, or those behind a child that begins another one
+    ending = torch.where(tree.is_finished, x, 0.0)
+    begins = (~joined & (tree.parent >= 0)).nonzero().flatten()
+    ending = ending.index_add(0, tree.parent[begins], leaf_sum(tree, x)[begins])
+    return tree.accumulate(ending / length.clamp(min=1), joined.double())
 
 
 def need_chains(tree: StepTree, name: str, fix: str) -> None:

@@ -78,7 +78,8 @@ def test_mix_is_the_weighted_sum():
     tree = ragged()
     episode = compose(tree, [{"name": "grpo"}]).adv
     check_close(credit("mix", tree).adv, episode + credit("future", tree).adv)
-    check_close(credit("srgpo", tree).adv, episode + 0.5 * credit("random_group", tree).adv)
+    per_step = torch.tensor([0.72457, 0.72457, -1.20761, -1.20761, -1.20761, 0.72457, 0.72457, 0.72457])
+    check_close(credit("srgpo", tree).adv, per_step + 0.5 * credit("random_group", tree).adv)
     scores = norm(tree.step_reward, tree.group).z
     check_close(credit("ui_s1", tree).adv, scores + credit("future", tree).adv)
 
