@@ -1,14 +1,15 @@
 """Shared fixtures: one thread, tiny random models, no download."""
 
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(1)
+# Read by torch when a test imports it. It is not imported here: the process that only hands out tests needs none.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

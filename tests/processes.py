@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["preloaded"])
@@ -35,15 +34,14 @@ class Command:
     """
 
     def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
-        variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+        variables = os.environ | (environment or {})
         # a developer's setting, which turns messages into tracebacks
         variables.pop("MMRL_DEBUG", None)
         self._folder = tempfile.TemporaryDirectory()
         self._stdout, self._stderr = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
         with pytest.MonkeyPatch.context() as patch:
-            # the server's environment; that of a command is set after the fork
-            for name, value in SERVER_ENVIRONMENT.items():
-                patch.setenv(name, value)
+            # for the server alone, which starts here unless it runs; a command has the path of its caller
+            patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (TESTS, TESTS.parent))))
             forkserver.ensure_running()
         streams = (str(self._stdout), str(self._stderr))
         self.process = _processes.Process(target=_run, args=([str(a) for a in arguments], dict(variables), *streams))

@@ -1,8 +1,8 @@
 """The import arrows of the house, and that a bare import stays cheap."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,12 @@ def test_import_mmrl_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def children_cpu_s():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_is_instant():
-    start = time.perf_counter()
+    start = children_cpu_s()
     done = subprocess.run([sys.executable, "-m", "mmrl", "--help"], capture_output=True, text=True, check=True)
-    assert "doctor" in done.stdout and time.perf_counter() - start < 3
+    assert "doctor" in done.stdout and children_cpu_s() - start < 2

@@ -118,6 +118,6 @@ def test_sizes():
 def test_best_of_k_of_500_problems_takes_well_under_a_second():
     rng = np.random.default_rng(0)
     scores, right = rng.random((500, 64)), rng.random((500, 64)) < 0.3
-    start = time.perf_counter()
+    start = time.process_time()
     best_of_k(scores, right, sizes(64))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
