@@ -1,22 +1,29 @@
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl.rewards.answers import (
-    ExactAnswer,
-    MathAnswer,
-    MultipleChoice,
-    boxed,
-    choice_letter,
-    extract_answer,
-    normalise,
-)
+from mmrl.rewards.answer_text import boxed, choice_letter, extract_answer, normalise
+from mmrl.rewards.answers import ExactAnswer, MathAnswer, MultipleChoice
 from mmrl.rollout import Prompt, Sample
 
 
 def sample(text, answer="5", **inputs):
     reference = answer if isinstance(answer, dict) else {"answer": answer}
     return Sample(Prompt("p0", inputs, reference), text, 0)
+
+
+ROWS = (Path(__file__).parent / "data" / "answer_pairs.tsv").read_text().splitlines()[1:]
+PAIRS = [line.split("\t") for line in ROWS]
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    reward = MathAnswer()
+    yield reward
+    reward.close()
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
@@ -46,6 +53,18 @@ def sample(text, answer="5", **inputs):
         ("answer: 5\nbut let me think again", None),  # only the last line states one
         ("2 + 3 = 5", None),
         ("", None),
+        ("<think>first I get \\boxed{3}</think>\n\nThe answer is 4.", "4"),
+        ("perhaps \\boxed{3}</think>So \\boxed{4}", "4"),  # the template opened the thinking
+        ("<think>perhaps <answer>A</answer></think>", None),
+        ("<think>\\boxed{3} and cut off", None),
+        ("[THINK]\\boxed{3}[/THINK] \\boxed{4}", "4"),
+        ("<think>a</think> \\boxed{1} <think>\\boxed{2}</think>", "1"),
+        ("The answer to the question is 4.", "4"),
+        ("The answer to the ultimate question of life is 42", "42"),
+        ("答案：7", "7"),
+        ("所以答案是 7。".replace("。", ""), "7"),
+        ("so \\boxed {2}", "2"),
+        ("so \\fbox{2}", "2"),
     ],
 )
 def test_extract_answer(text, want):
@@ -129,6 +148,10 @@ ANIMALS = ["A. cat", "B. black cat", "C. dog", "D. 12"]
         ("B", "B"),
         ("(B)", "B"),
         ("b", "B"),
+        ("\\text{B}", "B"),
+        ("\\mathrm{B}", "B"),
+        ("\\textbf{(B)}", "B"),
+        ("Ｂ", "B"),
         ("B.", "B"),
         ("**B**", "B"),
         ("A) cat", "A"),
@@ -234,6 +257,18 @@ def test_math_verify_decides_and_a_power_tower_is_killed():
     assert reward.failures == {"timeout": 1} and reward._worker.starts == 2
     assert reward.last_error == "no answer within 1 s of CPU time"
     reward.close()
+
+
+@pytest.mark.parametrize("answer, reference, equal", PAIRS)
+def test_answer_pairs_are_equal_or_not(verifier, answer, reference, equal):
+    assert verifier([sample(f"so \\boxed{{{answer}}}", reference)]) == [float(equal)]
+
+
+@pytest.mark.parametrize("text", ["answer " * 4000, "<think>" * 4000, "\\boxed{" * 4000, "answer to the " * 3000])
+def test_hostile_texts_are_read_in_linear_time(text):
+    start = time.process_time()
+    extract_answer(text)
+    assert time.process_time() - start < 1.0
 
 
 def test_wrong_limit():

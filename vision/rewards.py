@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrl.rewards.answers import boxed, completion, extract_answer, normalise
+from mmrl.rewards.answer_text import boxed, extract_answer, normalise
+from mmrl.rewards.answers import completion
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmrl.annotate.labels import Labels, local_first_error
-from mmrl.rewards.answers import boxed, normalise
+from mmrl.rewards.answer_text import boxed, normalise
 
 _FIRST_ERROR = """\
 Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.

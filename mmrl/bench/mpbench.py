@@ -18,7 +18,7 @@ from mmrl.bench.base import Benchmark, Item, Result, Scored, Steps, mean, of_gro
 from mmrl.jsonl import RowError
 from mmrl.prm.metrics import f1, first_error, macro_f1, mcc
 from mmrl.prm.records import SolutionRecord, plain_steps
-from mmrl.rewards.answers import normalise
+from mmrl.rewards.answer_text import normalise
 from mmrl.rows import Row, first_zero, images, row_id, rows, same_length, text
 from mmrl.search.votes import best_of_n, weighted
 

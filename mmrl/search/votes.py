@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from mmrl.rewards.answers import choice_letter, extract_answer, normalise
+from mmrl.rewards.answer_text import choice_letter, extract_answer, normalise
 from mmrl.rollout import Prompt
 from mmrl.search.core import best
 

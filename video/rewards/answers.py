@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmrl.rewards.answers import normalise
+from mmrl.rewards.answer_text import normalise
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.actions import Syntax
