@@ -480,6 +480,13 @@ class OutcomeReward(Protocol):
     def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]: ...
 
 
+@runtime_checkable
+class GroupReward(OutcomeReward, Protocol):
+    """An outcome reward that compares the samples of a prompt with one another: it is never asked about one alone."""
+
+    compares_samples: bool
+
+
 class StepReward(Protocol):
     """Rollout -> (N,) one number per step, NaN where it has no opinion."""
 

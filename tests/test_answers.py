@@ -212,9 +212,11 @@ def test_multiple_choice():
 
 
 @pytest.mark.parametrize("reward", [ExactAnswer, MultipleChoice, MathAnswer])
-def test_data_without_answer_or_text_is_an_error(reward):
-    with pytest.raises(ValueError, match="prompt 'p0': the reference {'label': 1} holds no answer"):
-        reward()([sample("answer 5", {"label": 1})])
+def test_a_row_without_answer_is_unscored_alone_and_an_output_that_is_no_text_is_an_error(reward):
+    judge = reward()
+    answers = [{"label": 1}, {"answer": None}, "B"]
+    assert judge([sample("answer B", a, options=ANIMALS) for a in answers]) == [None, None, 1.0]
+    assert "prompt 'p0': the reference {'answer': None} holds no answer" in judge.last_error
     with pytest.raises(ValueError, match="prompt 'p0': this reward reads texts, the output is a list"):
         reward()([sample([5])])
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from tiny import nan_for_first, raising, wrong_length
@@ -38,3 +39,62 @@ def test_bad_rewards_are_clear_errors(reward, message):
 def test_a_raising_reward_below_the_limit_leaves_samples_unscored():
     scored = score(samples(), {"r": (raising, 1.0)}, max_unscored=1.0)
     assert bool(scored.total.isnan().all()) and scored.unscored["r"] == 10
+
+
+def raises_for(*bad):
+    calls = []
+
+    def reward(batch):
+        calls.append(len(batch))
+        if any((s.prompt.id, s.step) in bad for s in batch):
+            raise KeyError("answer")
+        return [1.0] * len(batch)
+
+    return reward, calls
+
+
+def test_a_sample_that_breaks_a_reward_costs_itself_alone():
+    batch = [Sample(Prompt(f"p{i % 3}", {}), "x", i) for i in range(9)]
+    reward, calls = raises_for(("p1", 4))
+    scored = score(batch, {"r": (reward, 1.0)})
+    assert scored.total.isnan().nonzero().flatten().tolist() == [4] and scored.unscored["r"] == 1
+    assert sorted(calls) == [1, 1, 1, 3, 3, 3, 9]
+
+
+def test_a_reward_that_compares_samples_is_never_asked_about_one_alone():
+    batch = [Sample(Prompt(f"p{i % 3}", {}), "x", i) for i in range(9)]
+    reward, calls = raises_for(("p1", 4))
+
+    class Comparing:
+        compares_samples = True
+
+        def __call__(self, samples):
+            return reward(samples)
+
+    scored = score(batch, {"r": (Comparing(), 1.0)}, max_unscored=0.5)
+    assert scored.total.isnan().nonzero().flatten().tolist() == [1, 4, 7] and min(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ({"a": 1.0, "b": 2.0}, "'r': it returned a dict"),
+        ("01", "it returned a str, 01"),
+        (b"ab", "it returned a bytes"),
+        ((x for x in (1.0, 2.0)), "it returned a generator"),
+        (3.0, "it returned a float"),
+        (["0.5", 1.0], "sample 0 got '0.5', which is no number"),
+        ([1.0, 10**400], "sample 1 got '1000.*which is no number"),
+        ([[1.0, 2.0], 1.0], "sample 0 got"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_refused(answer, message):
+    with pytest.raises(RewardError, match=message):
+        score(samples(2), {"r": (lambda batch: answer, 1.0)})
+
+
+@pytest.mark.parametrize(
+    "answer", [[1.0, 0], (True, 1), torch.tensor([1.0, 0.0]), np.array([1, 0]), [torch.tensor(1.0), None]]
+)
+def test_lists_tuples_arrays_and_tensors_are_read(answer):
+    assert score(samples(2), {"r": (lambda batch: answer, 1.0)}, max_unscored=0.5).parts["r"][0] == 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmrl.registry import find
@@ -27,26 +27,57 @@ _CLOCK_PER_CPU = 20.0  # seconds on the clock that a verifier gets for each seco
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
-class ExactAnswer:
-    """1 when the completion's answer equals `reference["answer"]` in normal form, else 0; no answer is 0."""
+class NoAnswerError(ValueError):
+    """A prompt whose reference holds no answer."""
+
+
+class AnswerReward:
+    """What the rewards of answers share: a sample whose reference holds no answer is None and punishes no other.
+
+    Attributes:
+        last_error: about the last such sample of a call, None without one.
+    """
+
+    last_error: str | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        """One number per sample."""
-        return [float(_same(answer_of(s), reference_answer(s))) for s in samples]
+        """One number per sample, None where there is no verdict.
+
+        Raises:
+            ValueError: an output that is no text.
+        """
+        self.last_error = None
+        values: list[float | None] = []
+        for sample in samples:
+            try:
+                values.append(self.verdict(sample))
+            except NoAnswerError as error:
+                self.last_error = str(error)
+                values.append(None)
+        return values
+
+    def verdict(self, sample: Sample) -> float | None:
+        """1 if the sample's answer is right, 0 if it is wrong, None if that is unknown."""
+        raise NotImplementedError
 
 
-class MultipleChoice:
+class ExactAnswer(AnswerReward):
+    """1 when the completion's answer equals `reference["answer"]` in normal form, else 0; no answer is 0."""
+
+    def verdict(self, sample: Sample) -> float:
+        """See `AnswerReward`."""
+        return float(_same(answer_of(sample), reference_answer(sample)))
+
+
+class MultipleChoice(AnswerReward):
     """1 when the completion chooses the option of `reference["answer"]` (a letter or an option's text), else 0.
 
     Options come from `reference["options"]`, else from the prompt's inputs. Without a stated answer the last line is
     read. No choice or several are 0; a reference that names no single option leaves the sample unscored.
     """
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        """One number per sample, None where the reference is unclear."""
-        return [self._score(s) for s in samples]
-
-    def _score(self, sample: Sample) -> float | None:
+    def verdict(self, sample: Sample) -> float | None:
+        """See `AnswerReward`."""
         reference, inputs = sample.prompt.reference, sample.prompt.inputs
         options = (reference.get("options") if isinstance(reference, Mapping) else None) or inputs.get("options")
         text, right = completion(sample), choice_letter(reference_answer(sample), options)
@@ -55,7 +86,7 @@ class MultipleChoice:
         return float(choice_letter(extract_answer(text) or final_line(text), options) == right)
 
 
-class MathAnswer:
+class MathAnswer(AnswerReward):
     """1 when the completion's answer is mathematically equal to `reference["answer"]`, else 0; no answer is 0.
 
     Equal normal forms settle it. Otherwise the verifier decides in a worker process that is killed when one pair
@@ -77,7 +108,7 @@ class MathAnswer:
             raise ValueError(f"math_answer: verify_s={verify_s} must be above 0")
         self.verify_s = verify_s
         self.failures: Counter[str] = Counter()
-        self.last_error: str | None = None
+        self._verdicts: dict[tuple[str, str], float | None] = {}  # of the present batch
         self._worker = Worker(partial(_load_verifier, verifier))
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -86,14 +117,19 @@ class MathAnswer:
         Raises:
             ComponentError, WorkerStartError: the verifier cannot be loaded.
         """
-        self.last_error = None
-        verify = cache(self._verify)
-        values: list[float | None] = []
-        for s in samples:
-            reference, answer = reference_answer(s), answer_of(s)
-            equal = False if answer is None else compare(answer, reference)
-            values.append(verify(reference, answer) if equal is None else float(equal))
-        return values
+        self._verdicts.clear()
+        return super().__call__(samples)
+
+    def verdict(self, sample: Sample) -> float | None:
+        """See `AnswerReward`."""
+        answer, reference = answer_of(sample), reference_answer(sample)
+        equal = False if answer is None else compare(answer, reference)
+        if equal is not None or answer is None:
+            return float(bool(equal))
+        pair = reference, answer
+        if pair not in self._verdicts:
+            self._verdicts[pair] = self._verify(reference, answer)
+        return self._verdicts[pair]
 
     def close(self) -> None:
         """End the worker process; it also ends by itself with this object and with the program."""
@@ -151,12 +187,12 @@ def reference_answer(sample: Sample) -> str:
     """`reference["answer"]`, or the reference itself when it is a text or a number.
 
     Raises:
-        ValueError: there is none; the message names the prompt.
+        NoAnswerError: there is none; the message names the prompt.
     """
     reference = sample.prompt.reference
     answer = reference.get("answer") if isinstance(reference, Mapping) else reference
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise ValueError(
+        raise NoAnswerError(
             f"prompt {sample.prompt.id!r}: the reference {reference!r} holds no answer; give a text or a number, or "
             '{"answer": ...}'
         )

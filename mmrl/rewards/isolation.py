@@ -305,7 +305,7 @@ def serve(fd: int, parent: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, limit + _MARGIN_S)
         signal.setitimer(signal.ITIMER_PROF, cpu_limit or 0)
         try:
-            return [_number(v) for v in target(batch)]
+            return [_number(v) for v in as_values(target(batch))]
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -326,9 +326,25 @@ def _answer(handle: Callable[[bytes], list[Any]], request: bytes) -> bytes:
     return json.dumps(answer).encode()
 
 
+def as_values(answer: Any) -> list[Any]:
+    """The values of a reward's answer, which is a list, a tuple, an array or a tensor.
+
+    Raises:
+        TypeError: anything else; a dict would be read by its keys, a text by its characters.
+    """
+    if isinstance(answer, (list, tuple)) or hasattr(answer, "tolist"):
+        return list(answer)
+    raise TypeError(
+        f"it returned a {type(answer).__name__}, {str(answer)[:80]}; return a list, tuple, array or tensor with one "
+        "value per sample"
+    )
+
+
 def _number(value: Any) -> float | str | None:
+    if value is None:
+        return None
     try:
-        return None if value is None else float(value)
+        return repr(value)[:200] if isinstance(value, (str, bytes)) else float(value)
     except Exception:
         return repr(value)[:200]  # the caller names the sample
 

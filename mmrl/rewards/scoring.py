@@ -8,11 +8,13 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mmrl.rollout import OutcomeReward, Rollout, Sample
+from mmrl.rewards.isolation import as_values
+from mmrl.rollout import GroupReward, OutcomeReward, Rollout, Sample
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,8 @@ def score(
 ) -> Scored:
     """Call every reward (name -> (function, weight)) on all samples at once and sum them by weight.
 
-    None and NaN mean "not scorable". A reward that raises, SystemExit included, leaves all its samples unscored; its
-    traceback is logged.
+    None and NaN mean "not scorable". A reward that raises, SystemExit included, is asked again prompt by prompt, then
+    sample by sample (a `GroupReward` by prompt alone); what it still raises on is unscored, its traceback is logged.
     A sample that one reward could not score has no total, so it leaves its group's statistics.
 
     Raises:
@@ -54,17 +56,9 @@ def score(
     trouble: str | None = None
     for name, (reward, _) in rewards.items():
         start = time.perf_counter()
-        try:
-            raw: Sequence[float | None] = reward(samples)
-            trouble = getattr(reward, "last_error", None) or trouble  # an isolated reward keeps its own
-        except RewardError:
-            raise
-        except (Exception, SystemExit) as error:
-            trouble = f"{type(error).__name__}: {error}"
-            log.error("reward %r raised on %d samples:\n%s", name, len(samples), traceback.format_exc())
-            raw = [None] * len(samples)
+        parts[name], error = _values(name, reward, samples)
+        trouble = error or getattr(reward, "last_error", None) or trouble  # an isolated reward keeps its own
         seconds[name] = time.perf_counter() - start
-        parts[name] = _as_tensor(name, raw, samples)
     weighted = [weight * parts[name] for name, (_, weight) in rewards.items()]
     total = torch.stack(weighted).sum(0)
     missing = float(total.isnan().double().mean())
@@ -76,6 +70,40 @@ def score(
             "run.max_unscored if this share is expected"
         )
     return Scored(total, parts, seconds, {k: int(p.isnan().sum()) for k, p in parts.items()})
+
+
+def _values(name: str, reward: OutcomeReward, samples: Sequence[Sample]) -> tuple[Tensor, str | None]:
+    """(L,) numbers, NaN where the reward gives none or raises even on a sample alone; and its last error."""
+    values = torch.full((len(samples),), torch.nan, dtype=torch.float64)
+    comparing = isinstance(reward, (GroupReward, partial))
+    by_prompt: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        by_prompt.setdefault(sample.prompt.id, []).append(i)
+    parts = [list(range(len(samples)))]
+    trouble: str | None = None
+    lost = 0
+    while parts:
+        part = parts.pop()
+        own = [samples[i] for i in part]
+        try:
+            values[part] = _as_tensor(name, reward(own), own)
+            continue
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:
+            if trouble is None:
+                log.error("reward %r raised on %d samples:\n%s", name, len(part), traceback.format_exc())
+            trouble = f"{type(error).__name__}: {error}"
+        prompts = {s.prompt.id for s in own}
+        if len(prompts) > 1:
+            parts += [by_prompt[p] for p in prompts]
+        elif len(part) > 1 and not comparing:
+            parts += [[i] for i in part]
+        else:
+            lost += len(part)
+    if lost:
+        log.warning("reward %r left %d of %d samples unscored; last error: %s", name, lost, len(samples), trouble)
+    return values, trouble
 
 
 def write_outcomes(rollout: Rollout, samples: Sequence[Sample], total: Tensor) -> Rollout:
@@ -94,18 +122,20 @@ def wrong_count(name: str, got: int, samples: int) -> str:
 
 def _as_tensor(name: str, raw: Sequence[float | None], samples: Sequence[Sample]) -> Tensor:
     try:
-        values = list(raw)
+        values = as_values(raw)
     except TypeError as error:
-        raise RewardError(f"reward {name!r} returned {raw!r}; return a sequence with one value per sample") from error
+        raise RewardError(f"reward {name!r}: {error}") from None
     if len(values) != len(samples):
         raise RewardError(wrong_count(name, len(values), len(samples)))
     out = []
     for i, v in enumerate(values):
         try:
+            if isinstance(v, (str, bytes)):
+                raise TypeError("a text")
             number = math.nan if v is None else float(v)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardError(
-                f"reward {name!r}: sample {i} got {v!r}, which is no number; return float or None"
+                f"reward {name!r}: sample {i} got {str(v)[:80]!r}, which is no number; return float or None"
             ) from error
         if math.isinf(number):
             raise RewardError(f"reward {name!r}: sample {i} (prompt {samples[i].prompt.id!r}) is infinite; bound it")

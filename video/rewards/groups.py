@@ -44,6 +44,8 @@ class TemporalContrast:
         syntax: how answers are written, see `VideoAnswer`. ratio, bonus, above: see `temporal_bonus`.
     """
 
+    compares_samples = True
+
     syntax: Literal["tags", "videocom", "tool_call"] = "tags"
     ratio: float = 0.8
     bonus: float = 0.3
@@ -104,6 +106,8 @@ class Curiosity:
     Args:
         syntax: how calls are written; every call that can be read counts. z: see `curiosity`.
     """
+
+    compares_samples = True
 
     syntax: Syntax = "tool_call"
     z: float = 1.5
