@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.adapters.base import Level
-from mmrl.losses.preference import Side, error_logp, preference_loss, preset
+from mmrl.losses.preference import Preference, Side, preference_loss
 
 
 def prediction_error(x0_hat: Tensor, eps_hat: Tensor, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
@@ -34,10 +34,11 @@ def diffusion_dpo_loss(
         chosen, rejected: (P,) `prediction_error` of the policy on the two samples of a pair, noised to the same level
             with the same noise. ref_chosen, ref_rejected: (P,) of the reference; they get no gradient.
     """
+    # Where a model predicts noise with mean squared error e, -e / 2 stands for a log-prob.
     pair = torch.arange(len(chosen), device=chosen.device)
-    better = Side(error_logp(chosen), error_logp(ref_chosen), pair)
-    worse = Side(error_logp(rejected), error_logp(ref_rejected), pair)
-    return preference_loss(better, worse, len(chosen), preset("diffusion_dpo", beta=beta)).loss
+    better = Side(-chosen.float() / 2, -ref_chosen.float() / 2, pair)
+    worse = Side(-rejected.float() / 2, -ref_rejected.float() / 2, pair)
+    return preference_loss(better, worse, len(chosen), Preference(beta=beta)).loss
 
 
 def refl_loss(reward: Tensor, *, target: float = 2.0, weight: float = 1e-3) -> Tensor:

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from tiny import flatten, random_forest
 
 from mmrl.preference import (
-    BUILDERS,
-    PAIRS_OF,
     Pairs,
     build_pairs,
     dynamic_threshold,
@@ -19,7 +17,8 @@ from mmrl.preference import (
     select_steps,
     token_kl,
 )
-from mmrl.registry import ComponentError
+from mmrl.registry import ComponentError, build, find, names
+from mmrl.registry import rows as rows_of
 from mmrl.tree import StepTree
 
 n = math.nan
@@ -188,7 +187,7 @@ def test_recalibrated_only_against_a_right_end():
 # --- properties --------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 3000), st.sampled_from(sorted(set(BUILDERS) - {"contrastive"})))
+@given(st.integers(0, 3000), st.sampled_from(sorted(set(names("pairs")) - {"contrastive"})))
 @settings(max_examples=60, deadline=None)
 def test_pairs_of_any_tree_are_siblings_with_a_gap(seed, name):
     t = random_forest(seed)
@@ -254,9 +253,11 @@ def test_bad_segments(fork):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("extreme", {}, r"pairs.name='extreme' is none of .*did you mean extremes"),
+        ("extreme", {}, r"unknown pair builder 'extreme' \(did you mean extremes\?\)"),
         ("extremes", {"bye": "value"}, r"unknown key pairs.bye='value' \(did you mean by\?\)"),
-        ("extremes", {"by": "values"}, "is none of outcome, best, value"),
+        ("extremes", {"by": "values"}, r"one of outcome, best, value, .* or tags.<name> \(did you mean value\?\)"),
+        ("contrastive", {"divergence": "divergence"}, "pairs.divergence='divergence': a score of steps is one of"),
+        ("contrastive", {"k": 0}, "pairs.k=0: input should be greater than 0"),
         ("extremes", {"by": "step_reward"}, "no step of the rollout has one; name a step reward"),
         ("extremes", {"threshold": [0.5, 0.3]}, "low <= high"),
         ("extremes", {"threshold": [0.3, 0.5], "spread": "std"}, "has no tag 'std'"),
@@ -278,7 +279,38 @@ def test_equal_and_missing_scores_are_counted():
 
 
 def test_every_preset_has_a_builder():
-    from mmrl.losses.preference import PRESETS
+    for row in rows_of("preferences"):
+        pairs = dict(row.facts["pairs"])
+        assert callable(build("pairs", "pairs", pairs.pop("name"), pairs))
 
-    assert set(PRESETS) - set(PAIRS_OF) == {"diffusion_dpo"}
-    assert {p["name"] for p in PAIRS_OF.values()} <= set(BUILDERS)
+
+@pytest.mark.parametrize(
+    "name, options, reads",
+    [
+        ("extremes", {}, "forks outcome"),
+        ("extremes", {"by": "best"}, "forks outcome"),
+        ("extremes", {"by": "tags.mine", "spread": "std", "threshold": [0.1, 0.2]}, "forks tags.mine tags.std"),
+        ("extremes", {"by": "step_reward", "spread": "std"}, "forks step_reward"),
+        ("siblings", {"by": "value"}, "forks value"),
+        ("first_wrong", {}, "forks ok"),
+        ("contrastive", {}, "forks outcome tags.divergence"),
+        ("recalibrated", {}, "outcome forks"),
+    ],
+)
+def test_builders_declare_what_they_read(name, options, reads):
+    assert find("pairs", name).reads(options) == tuple(reads.split())
+
+
+@pytest.mark.parametrize(
+    "name, options, reads",
+    [
+        ("dpo", {}, ""),
+        ("dpo", {"gamma": 0.5}, "step_reward"),
+        ("full_step_dpo", {}, "step_reward"),
+        ("full_step_dpo", {"gamma": 0}, ""),
+        ("mcts_dpo", {}, "tags.visits"),
+        ("t_reg", {"smooth_by_visits": True}, "tags.visits actions.token_reward"),
+    ],
+)
+def test_losses_declare_what_they_read(name, options, reads):
+    assert find("preferences", name).reads(options) == tuple(reads.split())

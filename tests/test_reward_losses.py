@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.losses.reward import (
-    LOSSES,
+    atanh_mse,
     atanh_target,
     bce,
     bce_two_sided,
@@ -24,15 +24,15 @@ from mmrl.losses.reward import (
     last_labels,
     mse,
     nca,
-    needs_path,
     q_rank,
     smooth,
     step_loss,
     value_margin,
 )
+from mmrl.registry import names
 
 NAN = math.nan
-ALL = sorted(LOSSES)
+ALL = names("step_losses")
 
 
 def tensor(*values):
@@ -107,7 +107,7 @@ def test_signed_targets_and_their_distance():
     at_target = torch.tensor([[2 * math.atanh(0.5)]])
     assert good_logit(at_target).sigmoid().item() == pytest.approx(0.75)  # the optimum scores the label
     with pytest.raises(ValueError, match="atanh of"):
-        step_loss("atanh_mse", margin=0.0)(logits, labels)
+        atanh_mse(logits, labels, margin=0.0)
 
 
 def test_three_class_loss_with_buffer():
@@ -230,7 +230,7 @@ def test_value_margin_puts_siblings_in_order():
 
 
 def test_only_ranking_needs_solutions():
-    assert [n for n in ALL if needs_path(n)] == ["preference", "q_rank", "value_margin"]
+    assert [n for n in ALL if step_loss(n).needs_path] == ["preference", "q_rank", "value_margin"]
     with pytest.raises(ValueError, match="give `path`"):
         step_loss("q_rank")(torch.zeros(1, 1), tensor(1))
 
@@ -270,7 +270,7 @@ def test_extreme_logits_stay_finite(name, dtype):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if not needs_path(n)])
+@pytest.mark.parametrize("name", [n for n in ALL if not step_loss(n).needs_path])
 @settings(deadline=None, max_examples=30)
 @given(st.permutations(range(5)))
 def test_order_of_steps_does_not_matter(name, order):
@@ -306,8 +306,12 @@ def test_parts_add_up_to_the_whole(name):
 def test_wrong_requests_are_named():
     with pytest.raises(ValueError, match="did you mean bce"):
         step_loss("bec")
-    with pytest.raises(ValueError, match="no option 'zetta' .did you mean zeta"):
+    with pytest.raises(
+        ValueError, match=r"unknown key loss.zetta=1 \(did you mean zeta\?\); step loss 'q_rank' takes"
+    ):
         step_loss("q_rank", zetta=1)
+    with pytest.raises(ValueError, match=r"loss.margin=0.0: input should be greater than 0"):
+        step_loss("atanh_mse", margin=0.0)
     with pytest.raises(ValueError, match="label -100 of step 2 is outside"):
         step_loss("bce")(torch.zeros(3, 1), tensor(1, NAN, -100))
 

@@ -14,24 +14,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from mmrl.registry import hint
+from mmrl.registry import build, register
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Settings of the loss. `PRESETS` has those of the published methods.
+    """Settings of the loss. `mmrl list preferences` has those of the published methods.
 
     beta: scale of the log-ratio, > 0. form: `sigmoid`, or `ipo`: (S(w) - S(l) - margin / beta - 1 / (2 beta))^2.
     margin: what h must exceed; gap_margin: further margin per unit of the gap between the pair's scores.
-    smoothing: eps in [0, 1/2]; smooth_by_visits: eps from a search's visit counts instead (`visit_smoothing`), where
-        the tree has them (tag `visits`).
+    smoothing: eps in [0, 1/2]; above it the pair would be swapped. smooth_by_visits: eps from the visits of both
+        branches instead (`visit_smoothing`).
     nll: weight of the chosen segment's mean negative log-likelihood.
     clip: bound c on the ratio exp S(y): S is clamped to [ln(1 - c), ln(1 + c)]. None = none.
     length_power: S is divided by (number of weighted actions)^this.
@@ -43,29 +46,21 @@ class Preference:
     regulariser: weight of T-REG's token term (`token_regulariser`).
     """
 
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     form: Literal["sigmoid", "ipo"] = "sigmoid"
     margin: float = 0.0
     gap_margin: float = 0.0
-    smoothing: float = 0.0
+    smoothing: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     smooth_by_visits: bool = False
-    nll: float = 0.0
-    clip: float | None = None
-    length_power: float = 0.0
+    nll: NonNegativeFloat = 0.0
+    clip: Share | None = None
+    length_power: NonNegativeFloat = 0.0
     reference_free: bool = False
     gamma: float = 0.0
     guide: float = 0.0
     regulariser: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"loss.beta={self.beta}: the scale of the log-ratio is above 0")
-        if not 0 <= self.smoothing <= 0.5:
-            raise ValueError(f"loss.smoothing={self.smoothing} must lie in [0, 0.5]; above it the pair is swapped")
-        if self.clip is not None and not 0 < self.clip < 1:
-            raise ValueError(f"loss.clip={self.clip} must lie between 0 and 1")
-        if self.form not in ("sigmoid", "ipo"):
-            raise ValueError(f"loss.form={self.form!r} is none of sigmoid, ipo")
         if self.form == "ipo" and (self.smoothing or self.smooth_by_visits):
             raise ValueError("loss.smoothing belongs to form sigmoid; ipo has no label to smooth")
 
@@ -73,6 +68,9 @@ class Preference:
     def needs_actions(self) -> str | None:
         """What the loss reads of every action besides its log-probs: `guide`, `token_reward`, or None."""
         return "guide" if self.guide else "token_reward" if self.regulariser else None
+
+
+P = TypeVar("P", bound=Preference)
 
 
 @dataclass(frozen=True)
@@ -268,11 +266,6 @@ def token_regulariser(chosen: Side, rejected: Side, h: Tensor, beta: float) -> T
     return torch.sigmoid(-h.detach()) * total
 
 
-def error_logp(error: Tensor) -> Tensor:
-    """-e / 2: stands for a log-prob where a model predicts noise with mean squared error e (Diffusion-DPO)."""
-    return -error.float() / 2
-
-
 def value_ranking(chosen: Tensor, rejected: Tensor, *, margin: float = 0.0) -> Tensor:
     """max(0, margin - (v_w - v_l)): a value head learns the order of the pair (SVPO's auxiliary loss).
 
@@ -281,119 +274,138 @@ def value_ranking(chosen: Tensor, rejected: Tensor, *, margin: float = 0.0) -> T
     return (margin - (chosen.float() - rejected.float())).clamp(min=0)
 
 
-# --- presets -----------------------------------------------------------------------------------------------------
+# --- published settings ------------------------------------------------------------------------------------------
 
 
-def dpo() -> Preference:
+def fields_read(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of a rollout that the loss reads with these settings, besides log-probs; what pairs read is their own."""
+    needed = {
+        "step_reward": options["gamma"],
+        "tags.visits": options["smooth_by_visits"],
+        "actions.token_reward": options["regulariser"],
+    }
+    return tuple(name for name, setting in needed.items() if setting)
+
+
+def published(name: str, source: str, pairs: str, **options: Any) -> Callable[[type[P]], type[P]]:
+    """Enter a subclass of `Preference` whose defaults are those of a paper.
+
+    Args:
+        pairs, options: the pair builder that it compares by, where a recipe names none.
+    """
+    return register("preferences", name, reads=fields_read, source=source, pairs={"name": pairs, **options})
+
+
+@published("dpo", "Rafailov et al. 2023", "leaves")
+@dataclass(frozen=True)
+class Dpo(Preference):
     """-ln sigmoid(beta (ln pi/ref (w) - ln pi/ref (l))) on whole responses, beta .1 (Rafailov et al. 2023)."""
-    return Preference(beta=0.1)
 
 
-def step_dpo() -> Preference:
+@published("step_dpo", "Step-DPO, 2024", "first_wrong")
+@dataclass(frozen=True)
+class StepDpo(Preference):
     """DPO on the first wrong step against a right one after the same, right steps: weight 1 there, 0 on the prefix.
 
     beta .4 as in the authors' README; their recipe files have .05 (Step-DPO, 2024).
     """
-    return Preference(beta=0.4)
+
+    beta: PositiveFloat = 0.4
 
 
-def full_step_dpo() -> Preference:
+@published("full_step_dpo", "Full-Step-DPO, 2025", "leaves")
+@dataclass(frozen=True)
+class FullStepDpo(Preference):
     """DPO on whole responses with step weights softmax(gamma r) T (w) and softmax(-gamma r) T (l), r = step rewards.
 
     beta .05, gamma 1: from the paper's text (Full-Step-DPO, 2025); gamma 0 is DPO.
     """
-    return Preference(beta=0.05, gamma=1.0)
+
+    beta: PositiveFloat = 0.05
+    gamma: float = 1.0
 
 
-def mcts_dpo() -> Preference:
+@published("mcts_dpo", "MCTS-DPO / IPL, 2024", "best_path", by="value")
+@dataclass(frozen=True)
+class MctsDpo(Preference):
     """DPO on the best against the worst sibling at each depth of the best path, beta .1, labels smoothed by visits.
 
     eps = min(1 - c, 1/2), c = 1 / (1 + N_l / max(1, N_w)); as in the authors' code (MCTS-DPO / IPL, 2024), which also
     offers length_power 1.25.
     """
-    return Preference(beta=0.1, smooth_by_visits=True)
+
+    smooth_by_visits: bool = True
 
 
-def svpo() -> Preference:
+@published("svpo", "SVPO, 2024; weights as set here", "siblings", by="value", threshold=0.1)
+@dataclass(frozen=True)
+class Svpo(Preference):
     """DPO on siblings whose values differ by a margin, plus the chosen step's NLL (SVPO, 2024; weights as set here).
 
     Its value head is a step scorer trained by `mmrl.losses.reward.value_margin`.
     """
-    return Preference(beta=0.1, nll=1.0)
+
+    nll: float = 1.0
 
 
-def pdpo() -> Preference:
+@published("pdpo", "video-SALMONN-o1, 2025", "contrastive")
+@dataclass(frozen=True)
+class Pdpo(Preference):
     """DPO, beta .1, on the better and the worse of two steps after one prefix, at contrastively selected steps.
 
     Process DPO of video-SALMONN-o1 (2025); the published code has the selection, the loss is the text's.
     """
-    return Preference(beta=0.1)
 
 
-def tgdpo() -> Preference:
+@published("tgdpo", "TGDPO, 2025", "leaves")
+@dataclass(frozen=True)
+class Tgdpo(Preference):
     """DPO with action weights 1 + alpha beta rho^G (w) and 1 - alpha beta rho^G (l), rho^G of a frozen DPO model.
 
     beta .1, alpha .5, as in the authors' code (TGDPO, 2025).
     """
-    return Preference(beta=0.1, guide=0.5)
+
+    guide: float = 0.5
 
 
-def t_reg() -> Preference:
+@published("t_reg", "T-REG, 2024", "leaves")
+@dataclass(frozen=True)
+class TReg(Preference):
     """DPO + alpha w (R(w) + R(l)), R(y) = -sum beta rhat_i ln pi(i), w = sigmoid(r(l) - r(w)); beta .1, alpha .25.
 
     rhat_i comes from the model's own opinion of each token under opposite instructions (T-REG, 2024).
     """
-    return Preference(beta=0.1, regulariser=0.25)
+
+    regulariser: float = 0.25
 
 
-def lpo() -> Preference:
+@published("lpo", "LPO, 2025", "extremes", by="step_reward", squash=True, threshold=[0.35, 0.5])
+@dataclass(frozen=True)
+class Lpo(Preference):
     """-ln sigmoid(beta (ln rho_w - ln rho_l)), rho = clamp(pi / pi_ref, 1 - .1, 1 + .1) of one transition, beta 500.
 
     Log-probs are means over the latent's elements, hence the large beta. Pairs: best and worst of k candidates after
     one latent by a latent reward model, dynamic threshold (LPO, 2025; as in the authors' code).
     """
-    return Preference(beta=500.0, clip=0.1)
+
+    beta: PositiveFloat = 500.0
+    clip: Share | None = 0.1
 
 
-def spo() -> Preference:
+@published("spo", "SPO, 2024", "extremes", by="step_reward", squash=True, threshold=0.3, first_depth=4)
+@dataclass(frozen=True)
+class Spo(Preference):
     """As `lpo` with beta 10: candidates are judged by a step-aware preference model on pictures (SPO, 2024)."""
-    return Preference(beta=10.0, clip=0.1)
 
-
-def diffusion_dpo() -> Preference:
-    """-ln sigmoid(-beta/2 ((e_w - e_l) - (eref_w - eref_l))), e = mean squared error of predicted noise, beta 5000.
-
-    Both pictures share noise and time. With `error_logp` in the place of log-probs it is this loss (Diffusion-DPO,
-    2023; authors' code).
-    """
-    return Preference(beta=5000.0)
-
-
-PRESETS: Mapping[str, Callable[[], Preference]] = {
-    "dpo": dpo,
-    "step_dpo": step_dpo,
-    "full_step_dpo": full_step_dpo,
-    "mcts_dpo": mcts_dpo,
-    "svpo": svpo,
-    "pdpo": pdpo,
-    "tgdpo": tgdpo,
-    "t_reg": t_reg,
-    "lpo": lpo,
-    "spo": spo,
-    "diffusion_dpo": diffusion_dpo,
-}
+    beta: PositiveFloat = 10.0
+    clip: Share | None = 0.1
 
 
 def preset(name: str, **changes: Any) -> Preference:
     """The settings of a published method, some of them changed.
 
     Raises:
-        ValueError: unknown name or setting (the nearest is named), or a value out of range.
+        ComponentError: unknown name or setting (the nearest is named), or a value out of range.
     """
-    if name not in PRESETS:
-        raise ValueError(f"loss.name={name!r} is none of {', '.join(PRESETS)}{hint(name, list(PRESETS))}")
-    known = [f.name for f in fields(Preference)]
-    for key in changes:
-        if key not in known:
-            raise ValueError(f"unknown key loss.{key}{hint(key, known)}; known: {', '.join(known)}")
-    return replace(PRESETS[name](), **changes)
+    settings: Preference = build("preferences", "loss", name, changes)
+    return settings

@@ -6,7 +6,8 @@ loss, sigmoid of `good_logit` is the score. All of it is computed in float32.
 
 A trainer takes `step_loss(name)`, which gives one number per step, adds up, and divides by the weights of the labelled
 steps of all micro-batches and processes, so neither accumulation nor sharding changes the objective. A new loss is one
-function of the labelled rows and one line in `LOSSES`.
+function of the labelled rows, a row of the registry kind `step_losses`; `path` is a parameter of those that compare
+the steps of a solution.
 """
 
 from __future__ import annotations
@@ -14,38 +15,75 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmrl.config import Section
-from mmrl.losses.preference import value_ranking
-from mmrl.registry import hint
+from mmrl.config import Component
+from mmrl.losses.preference import Share, value_ranking
+from mmrl.registry import build, register
 
 
-class RewardLossConfig(Section):
-    """The loss of a step reward model."""
+class RewardLossConfig(Component):
+    """The loss of a step reward model, a row of `step_losses`; its own options stand beside these."""
 
-    name: str = "bce"  # of mmrl.losses.reward.LOSSES
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = "bce"
     balance: Literal["none", "class", "solution"] = "none"  # equal weight per labelled step, per class, per solution
     smoothing: float = Field(0.0, ge=0, lt=1)
     last_step_only: bool = False  # an outcome reward model
 
 
-class StepLoss(Protocol):
-    """Loss of every step: (S, C) logits, (S,) labels, (S,) weights (default 1), (S,) int solution ids -> (S,) float32.
+@dataclass(frozen=True)
+class StepLoss:
+    """A loss in the form that trainers use.
 
-    Unlabelled steps get 0 and exactly no gradient, whatever their logits are; without any labelled step the result is
-    0 with a graph. `path` is read only by losses that compare the steps of a solution (`needs_path`).
+    function: (logits (L, C), labels (L,)) of labelled steps -> (L,); one that compares the steps of a solution takes
+        `path` (L,) too, the solution of each step.
     """
+
+    function: Callable[..., Tensor]
+
+    @cached_property
+    def needs_path(self) -> bool:
+        """Whether it compares the steps of a solution: they must stay in one micro-batch, in order."""
+        return "path" in inspect.signature(self.function).parameters
 
     def __call__(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, path: Tensor | None = None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """(S, C) logits, (S,) labels, (S,) weights (default 1), (S,) int solution ids -> (S,) float32.
+
+        Unlabelled steps get 0 and exactly no gradient, whatever their logits are; without any labelled step the
+        result is 0 with a graph.
+
+        Raises:
+            ValueError: a label outside [0, 1], or no `path` where it is needed.
+        """
+        labels = labels.to(logits.device, torch.float32)
+        labelled = (~labels.isnan()).nonzero().flatten()
+        y = labels[labelled]
+        _check_labels(y, labelled)
+        if self.needs_path and path is None:
+            raise ValueError("this loss compares the steps of a solution: give `path`, the solution of each step")
+        extra = {"path": path.to(logits.device)[labelled]} if self.needs_path and path is not None else {}
+        each = self.function(logits[labelled], y, **extra)
+        if weight is not None:
+            each = each * weight.to(each)[labelled]
+        return torch.zeros_like(labels).index_put((labelled,), each)
+
+
+def step_loss(name: str, **options: Any) -> StepLoss:
+    """The loss called `name` with its options set.
+
+    Raises:
+        ComponentError: an unknown name or option, or a value out of range.
+    """
+    return StepLoss(build("step_losses", "loss", name, options))
 
 
 # --- labels and weights, made once for a whole rollout -----------------------------------------------------------
@@ -78,16 +116,19 @@ def good_logit(logits: Tensor) -> Tensor:
     return z[:, 0] if z.shape[1] == 1 else z[:, 0] - z[:, 1]
 
 
+@register("step_losses", "bce", source="MM-PRM, URSA")
 def bce(logits: Tensor, labels: Tensor) -> Tensor:
     """-(y ln p + (1 - y) ln(1 - p)), labels may be soft: the two-token softmax (MM-PRM) and the scalar head (URSA)."""
     return F.binary_cross_entropy_with_logits(good_logit(logits), labels, reduction="none")
 
 
+@register("step_losses", "bce_two_sided", source="CoS")
 def bce_two_sided(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy of both classes' probabilities, added (CoS): twice `bce`, as the two add up to one."""
     return 2 * bce(logits, labels)
 
 
+@register("step_losses", "ce_full", source="VisualPRM, VL-PRM")
 def ce_full(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of good and bad in the softmax over all columns, e.g. the vocabulary (VisualPRM, VL-PRM).
 
@@ -99,12 +140,14 @@ def ce_full(logits: Tensor, labels: Tensor) -> Tensor:
     return -(labels * logp[:, 0] + (1 - labels) * logp[:, 1])
 
 
+@register("step_losses", "mse")
 def mse(logits: Tensor, labels: Tensor) -> Tensor:
     """(p - y)^2, for soft labels."""
     return (good_logit(logits).sigmoid() - labels) ** 2
 
 
-def atanh_mse(logits: Tensor, labels: Tensor, *, margin: float = 0.05) -> Tensor:
+@register("step_losses", "atanh_mse", source="MASPRM")
+def atanh_mse(logits: Tensor, labels: Tensor, *, margin: Share = 0.05) -> Tensor:
     """Squared distance of signed values before the tanh (MASPRM): (z / 2 - atanh v)^2, v = 2 y - 1.
 
     v is clipped to +-(1 - margin), margin in (0, 1). The value of a step is tanh(z / 2) = 2 p - 1, so sigmoid(z) stays
@@ -113,7 +156,8 @@ def atanh_mse(logits: Tensor, labels: Tensor, *, margin: float = 0.05) -> Tensor
     return (good_logit(logits) / 2 - atanh_target(2 * labels - 1, margin=margin)) ** 2
 
 
-def atanh_huber(logits: Tensor, labels: Tensor, *, margin: float = 0.05) -> Tensor:
+@register("step_losses", "atanh_huber", source="MASPRM")
+def atanh_huber(logits: Tensor, labels: Tensor, *, margin: Share = 0.05) -> Tensor:
     """`atanh_mse` with Huber's loss (delta 1): linear beyond a distance of 1."""
     target = atanh_target(2 * labels - 1, margin=margin)
     return F.huber_loss(good_logit(logits) / 2, target, reduction="none")
@@ -126,6 +170,7 @@ def atanh_target(value: Tensor, *, margin: float = 0.05) -> Tensor:
     return value.float().clamp(margin - 1, 1 - margin).atanh()
 
 
+@register("step_losses", "free_prm", source="FreePRM")
 def free_prm(logits: Tensor, labels: Tensor) -> Tensor:
     """FreePRM: `buffered_nll` in expectation over a ~ Bernoulli(1/2), so nothing is drawn.
 
@@ -163,6 +208,7 @@ def _need_columns(logits: Tensor, least: int, name: str) -> None:
 # --- whole solutions ---------------------------------------------------------------------------------------------
 
 
+@register("step_losses", "q_rank", source="PQM")
 def q_rank(logits: Tensor, labels: Tensor, path: Tensor, *, zeta: float = 4.0, anchor: bool = True) -> Tensor:
     """Q-ranking: a right step's q exceeds those of the right steps before it and, by `zeta`, of all wrong ones.
 
@@ -195,7 +241,8 @@ def q_rank(logits: Tensor, labels: Tensor, path: Tensor, *, zeta: float = 4.0, a
     return (total / count.clamp(min=1))[solution]
 
 
-def preference(logits: Tensor, labels: Tensor, path: Tensor, *, center: float = 0.0) -> Tensor:
+@register("step_losses", "preference", source="Bradley-Terry; LRM; Eisenstein et al. 2023")
+def preference(logits: Tensor, labels: Tensor, path: Tensor, *, center: NonNegativeFloat = 0.0) -> Tensor:
     """Bradley-Terry on the steps of a path, which are alternatives to each other: KL(labels || softmax of logits).
 
     A pair labelled 1, 0 gives -ln sigmoid(q_1 - q_0), a tie 1/2, 1/2 at least 0 (LRM's loss); labels are divided by
@@ -222,7 +269,10 @@ def preference(logits: Tensor, labels: Tensor, path: Tensor, *, center: float = 
     return (q.new_zeros(len(size)).index_add(0, pair, each) + center * mean**2)[pair]
 
 
-def value_margin(logits: Tensor, labels: Tensor, path: Tensor, *, margin: float = 0.1, weight: float = 1.0) -> Tensor:
+@register("step_losses", "value_margin", source="SVPO, 2024")
+def value_margin(
+    logits: Tensor, labels: Tensor, path: Tensor, *, margin: NonNegativeFloat = 0.1, weight: NonNegativeFloat = 1.0
+) -> Tensor:
     """SVPO's value head on the children of a state, the steps of a path: regression to their values, and their order.
 
     With p = sigmoid of the logit and y the value of the state after a step, in [0, 1] (mean outcome below it, a
@@ -255,57 +305,6 @@ def _first_rows(solution: Tensor) -> Tensor:
     row = torch.arange(len(solution), device=solution.device)
     first = torch.full_like(row, len(row)).scatter_reduce(0, solution, row, "amin")
     return first[first < len(row)]
-
-
-# --- the table ---------------------------------------------------------------------------------------------------
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "bce": bce,
-    "bce_two_sided": bce_two_sided,
-    "ce_full": ce_full,
-    "mse": mse,
-    "atanh_mse": atanh_mse,
-    "atanh_huber": atanh_huber,
-    "free_prm": free_prm,
-    "q_rank": q_rank,
-    "preference": preference,
-    "value_margin": value_margin,
-}
-
-
-def needs_path(name: str) -> bool:
-    """Whether the loss compares the steps of a solution: its steps must stay in one micro-batch, in order."""
-    return "path" in inspect.signature(LOSSES[name]).parameters
-
-
-def step_loss(name: str, **options: Any) -> StepLoss:
-    """The loss called `name` in the form trainers use; `options` are the keyword-only arguments of its function.
-
-    Raises:
-        ValueError: unknown name or option. The loss itself: a label outside [0, 1], or no `path` where it is needed.
-    """
-    if name not in LOSSES:
-        raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}{hint(name, list(LOSSES))}")
-    function, whole = LOSSES[name], needs_path(name)
-    known = [k for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for key in options:
-        if key not in known:
-            raise ValueError(f"loss {name!r} has no option {key!r}{hint(key, known)}; it takes {known or 'none'}")
-
-    def loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None, path: Tensor | None = None) -> Tensor:
-        labels = labels.to(logits.device, torch.float32)
-        labelled = (~labels.isnan()).nonzero().flatten()
-        y = labels[labelled]
-        _check_labels(y, labelled)
-        if whole and path is None:
-            raise ValueError(f"loss {name!r} compares the steps of a solution: give `path`, the solution of each step")
-        extra = (path.to(logits.device)[labelled],) if whole and path is not None else ()
-        each = function(logits[labelled], y, *extra, **options)
-        if weight is not None:
-            each = each * weight.to(each)[labelled]
-        return torch.zeros_like(labels).index_put((labelled,), each)
-
-    return loss
 
 
 def _check_labels(y: Tensor, labelled: Tensor) -> None:

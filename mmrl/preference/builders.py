@@ -8,18 +8,29 @@ than two finished leaves). A step without siblings is no fork.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from mmrl.preference.pairs import Pairs, fork_of
-from mmrl.preference.scores import Spread, select_steps, step_scores, thresholds
+from mmrl.preference.scores import Score, Spread, field_of, select_steps, step_scores, thresholds
+from mmrl.registry import register
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup, before, path_sum
 
 
-def siblings(tree: StepTree, *, by: str = "outcome", threshold: float = 0.0) -> Pairs:
+def _reads(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields that a builder reads with its options: steps to compare, their scores, and what thresholds go by."""
+    scores = [field_of(options[key]) for key in ("by", "divergence") if key in options]
+    noise = ["tags.std"] if options.get("spread") == "std" and not isinstance(options["threshold"], float) else []
+    return ("forks", *scores, *noise)
+
+
+@register("pairs", "siblings", reads=_reads)
+def siblings(tree: StepTree, *, by: Score = "outcome", threshold: NonNegativeFloat = 0.0) -> Pairs:
     """Every two siblings whose scores differ by more than `threshold`, the better one chosen.
 
     SVPO's pairs with by: value; step pairs for a Q model from a search's values.
@@ -41,15 +52,16 @@ def siblings(tree: StepTree, *, by: str = "outcome", threshold: float = 0.0) -> 
     return Pairs.of_steps(chosen, rejected, score[chosen] - score[rejected], counts)
 
 
+@register("pairs", "extremes", reads=_reads, source="LPO, SPO")
 def extremes(
     tree: StepTree,
     *,
-    by: str = "outcome",
-    threshold: float | Sequence[float] = 0.0,
+    by: Score = "outcome",
+    threshold: NonNegativeFloat | list[float] = 0.0,
     spread: Spread = "depth",
     squash: bool = False,
-    first_depth: int = 0,
-    last_depth: int | None = None,
+    first_depth: NonNegativeInt = 0,
+    last_depth: NonNegativeInt | None = None,
 ) -> Pairs:
     """Best and worst of the siblings at every fork, when they differ by more than the threshold (LPO, SPO).
 
@@ -64,7 +76,8 @@ def extremes(
     return _extremes(tree, step_scores(tree, by), allowed, thresholds(tree, threshold, spread), squash)
 
 
-def best_path(tree: StepTree, *, by: str = "outcome", threshold: float = 0.0) -> Pairs:
+@register("pairs", "best_path", reads=_reads, source="MCTS-DPO")
+def best_path(tree: StepTree, *, by: Score = "outcome", threshold: NonNegativeFloat = 0.0) -> Pairs:
     """Along the path of best steps, the best against the worst sibling at every depth (MCTS-DPO; by: value is Q)."""
     score = step_scores(tree, by)
     top = _best_member(tree, score)
@@ -73,13 +86,14 @@ def best_path(tree: StepTree, *, by: str = "outcome", threshold: float = 0.0) ->
     return _extremes(tree, score, ~above, thresholds(tree, threshold, "depth"), False)
 
 
+@register("pairs", "contrastive", reads=_reads, source="video-SALMONN-o1")
 def contrastive(
     tree: StepTree,
     *,
-    by: str = "outcome",
-    k: int = 2,
-    threshold: float = 0.0,
-    divergence: str = "tags.divergence",
+    by: Score = "outcome",
+    k: PositiveInt = 2,
+    threshold: NonNegativeFloat = 0.0,
+    divergence: Score = "tags.divergence",
 ) -> Pairs:
     """Best and worst alternative at the k steps of each solution that diverge most (pDPO).
 
@@ -96,7 +110,8 @@ def contrastive(
     return _extremes(tree, step_scores(tree, by), picked[tree.sib], thresholds(tree, threshold, "depth"), False)
 
 
-def leaves(tree: StepTree, *, threshold: float = 0.0) -> Pairs:
+@register("pairs", "leaves", reads=("outcome", "forks"), source="DPO")
+def leaves(tree: StepTree, *, threshold: NonNegativeFloat = 0.0) -> Pairs:
     """The best and the worst finished leaf of each prompt, from where their paths part to their ends (DPO).
 
     What they share counts on both sides alike and cancels, so on any tree this is DPO on whole responses.
@@ -119,7 +134,8 @@ def leaves(tree: StepTree, *, threshold: float = 0.0) -> Pairs:
     return _continuations(found, gaps, counts)
 
 
-def first_wrong(tree: StepTree, *, by: str = "ok", right_at: float = 0.5) -> Pairs:
+@register("pairs", "first_wrong", reads=_reads, source="Step-DPO")
+def first_wrong(tree: StepTree, *, by: Score = "ok", right_at: float = 0.5) -> Pairs:
     """Each first wrong step against the best right step after the same right prefix (Step-DPO).
 
     right_at: score from which a step is right. Steps after an unscored one have an unknown prefix and are left out.
@@ -143,7 +159,8 @@ def first_wrong(tree: StepTree, *, by: str = "ok", right_at: float = 0.5) -> Pai
     return Pairs.of_steps(chosen, rejected, score[chosen] - score[rejected], counts)
 
 
-def recalibrated(tree: StepTree, *, right_at: float = 1.0, threshold: float = 0.0) -> Pairs:
+@register("pairs", "recalibrated", reads=("outcome", "forks"), source="STeCa")
+def recalibrated(tree: StepTree, *, right_at: float = 1.0, threshold: NonNegativeFloat = 0.0) -> Pairs:
     """Where a failed solution first deviates, a better continuation to a right end against the failed one (STeCa).
 
     A step deviates when its value, the mean outcome below it, is not above the value before it and some sibling's is

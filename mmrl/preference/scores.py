@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
+from mmrl.registry import hint
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup
 
 Spread = Literal["depth", "std"]
+
+_SCORES = ("outcome", "best", "value", "step_reward", "ok")
+
+
+def _check_score(by: str) -> str:
+    if by not in _SCORES and not by.startswith("tags."):
+        raise ValueError(f"a score of steps is one of {', '.join(_SCORES)} or tags.<name>{hint(by, _SCORES)}")
+    return by
+
+
+# The type of an option that names a score of steps.
+Score = Annotated[str, AfterValidator(_check_score)]
+
+
+def field_of(by: str) -> str:
+    """The field of the rollout that a score is read from."""
+    return "outcome" if by == "best" else by
 
 
 def step_scores(tree: StepTree, by: str) -> Tensor:
@@ -23,6 +42,7 @@ def step_scores(tree: StepTree, by: str) -> Tensor:
     Raises:
         ValueError: unknown name, or no step has such a score.
     """
+    _check_score(by)
     if by in ("outcome", "best"):
         lifted = backup(tree, "leaf_mean" if by == "outcome" else "leaf_max")
         score = torch.where(tree.valid, lifted, torch.nan)
@@ -30,10 +50,8 @@ def step_scores(tree: StepTree, by: str) -> Tensor:
         score = getattr(tree, by)
     elif by == "ok":
         score = torch.full((len(tree),), torch.nan) if tree.ok is None else tree.ok.double()
-    elif by.startswith("tags."):
-        score = _tag(tree, by.removeprefix("tags."))
     else:
-        raise ValueError(f"pairs.by={by!r} is none of outcome, best, value, step_reward, ok, tags.<name>")
+        score = _tag(tree, by.removeprefix("tags."))
     if len(tree) and bool(score.isnan().all()):
         raise ValueError(f"pairs.by={by!r}: no step of the rollout has one; {_REMEDY.get(by, 'write that tag')}")
     return score.double()

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmrl.config import Component
+from mmrl.fields import Stage
 from mmrl.losses.preference import (
     PairLoss,
     Side,
@@ -27,12 +28,13 @@ from mmrl.losses.preference import (
     reward_weights,
     visit_smoothing,
 )
-from mmrl.preference import PAIRS_OF, Pairs, build_pairs
+from mmrl.preference import Pairs
 from mmrl.recipe import PolicyConfig
-from mmrl.registry import build, register
+from mmrl.registry import build, find, register
 from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.stored import fields_given
 from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,8 @@ class StepPreferenceConfig(PolicyConfig):
     trainer: Literal["step_preference"] = "step_preference"
     plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the rollouts
     rollouts: Path | None = None  # stored ones (`mmrl rollouts`) in place of sampled ones
-    loss: Component = Component(name="dpo")  # of mmrl.losses.preference.PRESETS; other keys change its settings
-    pairs: Component | None = None  # of mmrl.preference.BUILDERS; null = the builder that belongs to the loss
+    loss: Component = Component(name="dpo")  # a row of `preferences`; other keys change its settings
+    pairs: Component | None = None  # a row of `pairs`; null = the builder that belongs to the loss
     guide: Component | None = None  # a policy trained by DPO whose log-ratios weight the actions (TGDPO)
 
 
@@ -119,9 +121,13 @@ class StepPreferenceTrainer:
         """
         self.config = config
         self.settings = preset(config.loss.name, **config.loss.options)
-        self._pairs = _pairs_section(config)
+        self._pairs = _pairs_of(config)
+        self._build_pairs = build("pairs", "pairs", self._pairs.name, self._pairs.options)
         self._check_guide()
-        self.rollouts = Rollouts(config, policy, task, rewards, reference=not self.settings.reference_free)
+        self.rollouts = Rollouts(
+            config, policy, task, rewards, reference=not self.settings.reference_free,
+            readers=_readers(config, self._pairs), given=fields_given(config.plan, config.rollouts),
+        )  # fmt: skip
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)
         self.guide: Policy | None = None
@@ -145,7 +151,7 @@ class StepPreferenceTrainer:
         """Run to the end; returns the last metrics."""
         if self.loop.is_main:
             source = f"rollouts of {self.config.rollouts}" if self.stored else f"plan {dict(self.plan.factors)}"
-            log.info("%s; pairs %s; %s", source, self._pairs, self.settings)
+            log.info("%s; pairs %s; %s", source, self._pairs.model_dump(), self.settings)
         return self.loop.run(self)
 
     # ---- one iteration ----------------------------------------------------------------------------------------
@@ -171,11 +177,11 @@ class StepPreferenceTrainer:
     def batch(self, rollout: Rollout) -> Batch:
         """The pairs of a rollout with their weights; warns when no rank has one."""
         tree, s = rollout.tree, self.settings
-        pairs = build_pairs(tree, self._pairs["name"], {k: v for k, v in self._pairs.items() if k != "name"})
+        pairs: Pairs = self._build_pairs(tree).check(tree)
         chosen, rejected = (self._segment(rollout, pairs, side) for side in ("chosen", "rejected"))
         _need_density(rollout, pairs, chosen, rejected)
         smoothing = None
-        if s.smooth_by_visits and "visits" in tree.tags:  # of a search; a plan's equal counts would teach nothing
+        if s.smooth_by_visits:
             visits = tree.tags["visits"]
             smoothing = visit_smoothing(visits[pairs.chosen], visits[pairs.rejected])
         total = self.loop.all_sum(float(pairs.weight.sum()))[0]
@@ -265,11 +271,6 @@ class StepPreferenceTrainer:
                 raise ValueError("the guide sees other actions than the policy; give a policy of the same kind")
             return told.logp.to(new.ref_logp) - new.ref_logp
         if wanted == "token_reward":
-            if "token_reward" not in rollout.actions.payload:
-                raise ValueError(
-                    "loss.regulariser (T-REG) reads the action payload 'token_reward', which this rollout does not "
-                    "have; compute it with mmrl.losses.preference.token_rewards and store it in the rollout"
-                )
             return rollout.actions.payload["token_reward"][new.index.cpu()].to(new.logp)
         return None
 
@@ -291,16 +292,23 @@ class StepPreferenceTrainer:
         self.rollouts.save_model()
 
 
-def _pairs_section(config: StepPreferenceConfig) -> dict[str, Any]:
-    """The recipe's pairs, or those that belong to its loss."""
-    if config.loss.name == "diffusion_dpo":
-        raise ValueError(
-            f"loss {config.loss.name!r} compares errors of predicted noise, not steps of rollouts: use it as a "
-            "function (mmrl.losses.preference.error_logp), or take lpo or spo here"
-        )
+def _pairs_of(config: StepPreferenceConfig) -> Component:
+    """The recipe's pair builder, or the one that belongs to its loss."""
     if config.pairs is not None:
-        return {"name": config.pairs.name, **config.pairs.options}
-    return dict(PAIRS_OF[config.loss.name])
+        return config.pairs
+    pairs = find("preferences", config.loss.name).facts.get("pairs")
+    if pairs is None:
+        raise ValueError(f"loss {config.loss.name!r} names no pair builder of its own; set pairs.name")
+    return Component(**pairs)
+
+
+def _readers(config: StepPreferenceConfig, pairs: Component) -> list[Stage]:
+    """The pair builder and the loss of a recipe, with what they read."""
+    stages = []
+    for section, kind, component in (("pairs", "pairs", pairs), ("loss", "preferences", config.loss)):
+        row = find(kind, component.name)
+        stages.append(Stage(section, f"{row.kind.singular} {row.name!r}", row.reads(component.options), ()))
+    return stages
 
 
 def _need_density(rollout: Rollout, pairs: Pairs, chosen: Segment, rejected: Segment) -> None:

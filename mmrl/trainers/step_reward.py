@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmrl.config import Component
-from mmrl.losses.reward import RewardLossConfig, StepLoss, last_labels, needs_path, smooth, step_loss
+from mmrl.losses.reward import RewardLossConfig, StepLoss, last_labels, smooth, step_loss
 from mmrl.prm.data import Labelled, LabelledTask, solution_forest
 from mmrl.prm.metrics import evaluate_steps
 from mmrl.prm.scoring import probabilities
@@ -65,11 +65,11 @@ class StepRewardTrainer:
         self, config: RewardModelConfig, scorer: StepScorer | None = None, task: LabelledTask | None = None
     ) -> None:
         self.config = config
+        self._loss: StepLoss = step_loss(config.loss.name, **config.loss.options)
         read = {} if config.rollouts is None else {"train": str(config.rollouts)}
         self.task: LabelledTask = task or build("tasks", "task", config.task.name, config.task.options | read)
         self.scorer: StepScorer = scorer or build("scorers", "scorer", config.scorer.name, config.scorer.options)
         check_prompts([*self.task.prompts, *self.task.eval_prompts])
-        self._loss: StepLoss = step_loss(config.loss.name, **config.loss.options)
         self.loop = Loop(config, self.scorer.model)
         self.scorer.model = self.loop.model
         self._admission = Admission(self.scorer.admit, config.run.max_unusable)
@@ -109,10 +109,9 @@ class StepRewardTrainer:
         )
         batch, unread = self.batch(mine)
         sums: list[Tensor] = []
-        whole = needs_path(self.config.loss.name)
         wanted = torch.unique(batch.data.node[batch.weight > 0])
         scorer, rollout = self.scorer, batch.data.rollout
-        parts = scorer.micro_batches(rollout, wanted, whole_prompts=whole) if len(wanted) else []
+        parts = scorer.micro_batches(rollout, wanted, whole_prompts=self._loss.needs_path) if len(wanted) else []
         losses = [partial(self.loss, batch, steps, sums) for steps in parts]
         norm = self.loop.update(losses, partial(self.idle, batch))
         mean = float(torch.stack(sums).sum()) if sums else 0.0

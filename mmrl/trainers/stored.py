@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl.fields import ANYTHING
 from mmrl.rollout import BranchPlan, Policy, Prompt, Rollout
 from mmrl.rollout_folder import RECIPE
 from mmrl.seeding import named_generator
@@ -42,14 +41,8 @@ class StoredRollouts:
 
     def __init__(self, folder: str | Path, size: int, *, seed: int = 0, rank: int = 0, world: int = 1) -> None:
         self.folder = folder = Path(folder)
-        found = [folder, *sorted(p for p in folder.glob("[!.]*") if p.is_dir())] if folder.is_dir() else []
         self.recipe = _recipe(folder)
-        self._parts = _parts([f for f in found if (f / "rollout.json").exists()], self.recipe.get("processes", 1))
-        if not self._parts:
-            raise ValueError(
-                f"{folder} holds no rollouts (no rollout.json there or one level below); write some first: "
-                "mmrl rollouts RECIPE --out FOLDER"
-            )
+        self._parts = _parts(_folders(folder), self.recipe.get("processes", 1))
         self._seed, self._rank, self._world = seed, rank, world
         self._known: Mapping[str, Prompt] | None = None
         self._made: Rollout | None = None  # what the policy at hand makes
@@ -161,16 +154,31 @@ class StoredRollouts:
 def fields_given(plan: Mapping[int, int], folder: Path | None) -> list[str]:
     """Fields that rollouts have before a recipe writes any: those on disk where it names a folder, and `forks`.
 
-    Of a folder without rollouts any field, since it is refused when it is opened.
+    Raises:
+        ValueError: no rollouts in the folder.
     """
     if folder is None:
         return ["forks"] if BranchPlan(plan).leaves > 1 else []
-    files = [folder / "rollout.json", *sorted(folder.glob("[!.]*/rollout.json"))]
-    first = next((f.parent for f in files if f.exists()), None)
-    return [ANYTHING] if first is None else ["forks", *Rollout.load(first).fields()]
+    return ["forks", *Rollout.load(_folders(folder)[0]).fields()]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The rollouts at a folder or one level below it.
+
+    Raises:
+        ValueError: none there.
+    """
+    files = [folder / "rollout.json", *sorted(folder.glob("[!.]*/rollout.json"))]
+    found = [f.parent for f in files if f.exists()]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no rollouts (no rollout.json there or one level below); write some first: "
+            "mmrl rollouts RECIPE --out FOLDER"
+        )
+    return found
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

@@ -433,7 +433,7 @@ def test_rollouts_it_cannot_score(tiny_model):
 
 def config(output, iterations, **run):
     return RewardModelConfig.model_validate({
-        "task": {"name": "given"}, "scorer": {"name": "given"}, "loss": {"name": "preference", "options": {"center": 0.01}},
+        "task": {"name": "given"}, "scorer": {"name": "given"}, "loss": {"name": "preference", "center": 0.01},
         "optim": {"lr": 3e-3},
         "run": {"output": output, "iterations": iterations, "eval_every": 100, "checkpoint_every": 3, "cpu": True,
                 "report": False, "trackers": [], "prompts_per_iteration": 5} | run,

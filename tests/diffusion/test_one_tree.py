@@ -54,7 +54,7 @@ def scorer(model, output, train, held_out, **run):
     return {
         "trainer": "step_reward", "scorer": {"name": "latent_reward", "model": str(model)},
         "task": {"name": "tree_pairs", "train": str(train), "eval": str(held_out)},
-        "loss": {"name": "preference", "options": {"center": 0.01}}, "optim": {"lr": 3e-3},
+        "loss": {"name": "preference", "center": 0.01}, "optim": {"lr": 3e-3},
         "run": recipe(model, output)["run"] | {"iterations": 20, "eval_every": 20} | run,
     }  # fmt: skip
 

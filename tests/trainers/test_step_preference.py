@@ -15,7 +15,7 @@ from tiny import recipe, write_recipe
 from vision_tiny import vision_recipe
 
 from mmrl.config import load_config, parse_config
-from mmrl.losses.preference import PRESETS, Side, preference_loss
+from mmrl.losses.preference import Side, preference_loss
 from mmrl.rollout import BranchPlan, Rollout
 from mmrl.trainers import trainer_of
 from mmrl.trainers.rollouts import StoredRollouts, store_rollouts
@@ -54,6 +54,9 @@ def make(request, tiny_model, tmp_path):
             return latent(tiny_model, tmp_path / name, **sections)
         return token(tmp_path, tmp_path / name, **sections)
 
+    pictures = {"name": "diffusion.baselines:CleanReward", "reward": "tiny:brightness", "model": str(tiny_model)}
+    maker.step_reward = {"latent": pictures, "token": {"name": "vision_tiny:step_digits"}}[request.param]
+    maker.middle = {"latent": 0.5, "token": 0.05}[request.param]  # of the step rewards of an untrained model
     maker.weights = lambda name: load_file(tmp_path / name / "model" / MODEL[request.param])
     maker.kind = request.param
     return maker
@@ -158,33 +161,66 @@ def test_steps_outside_the_pairs_do_not_matter(make):
     torch.testing.assert_close(each.loss, want.loss)
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"tgdpo", "t_reg", "diffusion_dpo"}))
-def test_every_preset_trains(make, name, monkeypatch):
-    monkeypatch.setattr("mmrl.trainers.rollouts.Rollouts.reward_steps", scored)
-    pairs = {"pairs": {"name": "contrastive", "divergence": "step_reward"}} if name == "pdpo" else {"pairs": None}
-    if name in ("lpo", "spo"):
-        pairs = {"pairs": {"name": "extremes", "by": "step_reward"}}
+# What fills the fields that a loss and its pairs read, and the field that says which of two steps is the better one.
+NEEDS = {
+    "dpo": ({}, "outcome"),
+    "step_dpo": ({"pairs": {"name": "first_wrong", "by": "step_reward"}, "step_rewards": True}, "step_reward"),
+    "full_step_dpo": ({"step_rewards": True}, "outcome"),
+    "svpo": ({"readings": [{"name": "tree_value"}], "pairs": {"name": "siblings", "by": "value"}}, "value"),
+    "lpo": ({"step_rewards": True, "pairs": {"name": "extremes", "by": "step_reward"}}, "step_reward"),
+    "spo": ({"step_rewards": True, "pairs": {"name": "extremes", "by": "step_reward"}}, "step_reward"),
+}  # fmt: skip
+
+
+def learner(make, name, **more):
+    """A trainer with this preset, and the field that orders its pairs."""
+    sections, field = NEEDS[name]
+    sections = {"pairs": None, **sections, **more}
+    if sections.pop("step_rewards", False):
+        sections["step_rewards"] = [make.step_reward]
     if name == "step_dpo":
-        pairs = {"pairs": {"name": "first_wrong", "by": "step_reward"}}
-    if name == "svpo":
-        pairs = {"pairs": {"name": "siblings", "by": "step_reward", "threshold": 0.1}}
-    told = build(make("r", loss={"name": name}, **pairs)).iterate(0)
-    assert told["preference/pairs"] > 0 and math.isfinite(told["preference/loss"]) and told["policy/grad_norm"] > 0
+        sections["pairs"] = {**sections["pairs"], "right_at": make.middle}
+    return build(make("r", loss={"name": name}, optim={"lr": 1e-3}, **sections)), field
 
 
-def test_visits_of_a_search_smooth_the_labels(tiny_model, tmp_path):
-    trainer = build(latent(tiny_model, tmp_path / "r", loss={"name": "mcts_dpo"}, pairs=None))
-    rollout = trainer.sample(0)
-    assert trainer.batch(rollout).smoothing is None
-    tree = rollout.tree.replace(tags={"visits": torch.arange(len(rollout.tree))})
-    batch = trainer.batch(rollout.with_tree(tree))
-    assert batch.smoothing is not None and bool((batch.smoothing <= 0.5).all())
+@pytest.mark.parametrize("name", NEEDS)
+def test_every_preset_raises_the_better_step_over_the_worse(make, name):
+    """By fields that components of the recipe filled; the distance between the two is measured apart from the loss."""
+    trainer, field = learner(make, name)
+    batch = trainer.batch(trainer.sample(0))
+    quality = getattr(batch.rollout.tree, field)
+    assert bool((quality[batch.pairs.chosen_end] > quality[batch.pairs.rejected_end]).all()) and len(batch.pairs)
+
+    def distance():
+        """Log-prob of the chosen segments less that of the rejected ones, averaged over pairs."""
+        total = 0.0
+        for segment, sign in ((batch.chosen, 1), (batch.rejected, -1)):
+            steps = torch.unique(segment.step)
+            with torch.no_grad():
+                new = trainer.policy.log_probs(batch.rollout, steps)
+            owner = batch.rollout.tree.step_of_action(batch.rollout.actions.logp.numel())[new.index.cpu()]
+            of_step = torch.zeros(len(batch.rollout.tree)).index_add(0, owner, new.logp.cpu())
+            total += sign * float(of_step[segment.step].sum()) / len(batch.pairs)
+        return total
+
+    before = distance()
+    for _ in range(4):
+        trainer.update(batch)
+    assert distance() > before + 1e-4
 
 
-def scored(self, rollout):
-    """Step rewards that differ between siblings."""
-    tree = rollout.tree
-    return rollout.with_tree(tree.replace(step_reward=(torch.arange(len(tree)) * 0.37) % 1))
+@pytest.mark.parametrize("make", ["latent"], indirect=True)  # whose segments have several steps
+def test_rewards_of_steps_weigh_both_sides_of_a_pair(make):
+    """Full-Step-DPO: of the chosen segment the best step counts most, of the rejected one the worst."""
+    trainer, _ = learner(make, "full_step_dpo")
+    batch = trainer.batch(trainer.sample(0))
+    reward = batch.rollout.tree.step_reward
+    for segment, sign in ((batch.chosen, 1.0), (batch.rejected, -1.0)):
+        for pair in segment.pair.unique():
+            own = segment.pair == pair
+            want = (sign * reward[segment.step[own]]).softmax(0) * int(own.sum())
+            torch.testing.assert_close(segment.weight[own], want.float(), atol=1e-5, rtol=0)
+    assert float(batch.chosen.weight.std()) > 0
 
 
 def test_stored_rollouts_train_like_sampled_ones(make, tmp_path):
@@ -242,33 +278,54 @@ def test_tgdpo_takes_its_guide(tiny_model, tmp_path):
         build(latent(tiny_model, tmp_path / "d", guide=guide))
 
 
-def test_t_reg_reads_token_rewards_of_the_rollout(tmp_path, monkeypatch):
-    tree = token(tmp_path, tmp_path / "r", loss={"name": "t_reg"}, pairs=None)
-    with pytest.raises(ValueError, match="action payload 'token_reward'"):
-        build(tree).iterate(0)
-
-    def with_rewards(self, rollout):
-        payload = {**rollout.actions.payload, "token_reward": torch.full_like(rollout.actions.logp, 0.1)}
-        return replace(rollout, actions=replace(rollout.actions, payload=payload))
-
-    monkeypatch.setattr("mmrl.trainers.rollouts.Rollouts.reward_steps", with_rewards)
-    assert build(tree).iterate(0)["preference/loss"] > math.log(2)  # - beta rhat ln pi > 0
+def test_t_reg_adds_its_regulariser(tmp_path):
+    """Before the first update w = 1/2: ln 2 + alpha / 2 (R(w) + R(l)), R(y) = -beta sum rhat_i ln pi(i)."""
+    readings = [{"name": "vision_tiny:token_rewards"}]
+    trainer = build(token(tmp_path, tmp_path / "r", loss={"name": "t_reg"}, pairs=None, readings=readings))
+    batch = trainer.batch(trainer.sample(0))
+    each, rows = trainer.pair_losses(batch, batch.parts(trainer.policy)[0])
+    rollout, tree = batch.rollout, batch.rollout.tree
+    rhat = rollout.actions.payload["token_reward"]
+    for loss, i in zip(each.loss.tolist(), rows.tolist(), strict=True):
+        terms = []
+        for segment in (batch.chosen, batch.rejected):
+            at = tree.actions_of(segment.step[segment.pair == i])
+            terms.append(-0.1 * float((rhat[at] * rollout.actions.logp[at]).sum()))
+        assert loss == pytest.approx(math.log(2) + 0.25 * 0.5 * sum(terms), abs=1e-4) and loss != math.log(2)
 
 
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"loss": {"name": "diffusion_dpo"}}, "compares errors of predicted noise"),
-        ({"loss": {"name": "lpo", "bta": 3}}, r"unknown key loss.bta \(did you mean beta"),
-        ({"pairs": {"name": "extremes", "by": "step_reward"}}, "name a step reward in the recipe's step_rewards"),
-        ({"plan": {9: 2}}, "depth 9 lies beyond the last step"),
+        ({"loss": {"name": "diffusion_dpo"}}, r"unknown preference loss 'diffusion_dpo'"),
+        ({"loss": {"name": "lpo", "bta": 3}}, r"unknown key loss.bta=3 \(did you mean beta"),
+        ({"pairs": {"name": "extremes", "byy": "value"}}, r"unknown key pairs.byy='value' \(did you mean by"),
         ({"rollouts": "nowhere"}, "holds no rollouts"),
-        ({"loss": {"name": "full_step_dpo"}, "pairs": {"name": "leaves"}}, "has no reward; score all steps"),
+        ({"loss": {"name": "lpo"}, "pairs": None}, "pairs: pair builder 'extremes' reads step_reward, which nothing"),
+        ({"loss": {"name": "step_dpo"}, "pairs": None}, "pairs: pair builder 'first_wrong' reads ok, which nothing"),
+        (
+            {"loss": {"name": "full_step_dpo"}},
+            "loss: preference loss 'full_step_dpo' reads step_reward, which nothing",
+        ),
+        (
+            {"loss": {"name": "mcts_dpo"}},
+            r"reads tags.visits, which nothing .* the readings tree_value \(`readings:`\)",
+        ),
+        ({"loss": {"name": "svpo"}, "pairs": None}, r"reads value, which nothing .* the readings .*tree_value"),
+        ({"loss": {"name": "pdpo"}, "pairs": None}, "reads tags.divergence, which nothing in this recipe writes"),
+        ({"loss": {"name": "t_reg"}}, "loss: .* reads actions.token_reward, which nothing in this recipe writes"),
+        ({"plan": {0: 1}}, "pair builder 'extremes' reads forks, which nothing"),
     ],
 )
-def test_recipes_that_cannot_run(tiny_model, tmp_path, sections, message):
+def test_recipes_that_cannot_run_are_refused_before_a_model_is_loaded(tmp_path, sections, message):
+    model = tmp_path / "no model here"
     with pytest.raises(ValueError, match=message):
-        build(latent(tiny_model, tmp_path / "r", **sections)).iterate(0)
+        build(latent(model, tmp_path / "r", **sections))
+
+
+def test_a_plan_that_does_not_fit(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="depth 9 lies beyond the last step"):
+        build(latent(tiny_model, tmp_path / "r", plan={9: 2}))
 
 
 def test_a_policy_without_reference_log_probs(tiny_model, tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ from families import family_folder
 from typer.testing import CliRunner
 
 from mmrl.cli import app
+from mmrl.config import load_config
 from mmrl.rollout import Rollout
+from mmrl.trainers import trainer_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vision"
 SHORT = ["run.cpu=true", "run.iterations=1", "run.prompts_per_iteration=2", "run.trackers=[]", "run.report=false"]
@@ -94,6 +96,21 @@ def test_mcts_dpo_with_visits(trees, tmp_path, caplog):
     )  # fmt: skip
     assert told["preference/pairs"] > 0 and told["preference/loss"] == pytest.approx(0.693147, abs=1e-5)
     assert told["policy/grad_norm"] > 0
+
+
+def test_visits_say_how_sure_a_label_is(trees, tmp_path):
+    """eps = min(1 - c, 1/2), c = 1 / (1 + N_l / N_w): below 1/2 where the chosen step was visited more."""
+    config = load_config(
+        CONFIGS / "shapes_step_dpo.yaml",
+        [*SHORT, *TASK, *policy(), f"rewards=[{DIGITS}]", f"run.output={tmp_path}", f"rollouts={trees}",
+         "step_rewards=[]", "loss={name: mcts_dpo}", "pairs=null"],
+    )  # fmt: skip
+    trainer = trainer_of(config)
+    batch = trainer.batch(trainer.sample(0))
+    visits = batch.rollout.tree.tags["visits"]
+    w, l = visits[batch.pairs.chosen].double(), visits[batch.pairs.rejected].double()  # noqa: E741
+    assert bool((w != l).any())
+    torch.testing.assert_close(batch.smoothing.double(), (1 - w / (w + l)).clamp(max=0.5), atol=1e-6, rtol=0)
 
 
 def test_svpo_with_values(trees, tmp_path):
