@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mmrl.preference.scores import step_scores
 from mmrl.prm.data import Labelled
+from mmrl.prm.units import contract_edges, with_pairs
 from mmrl.rollout import Prompt, Rollout
 
 
@@ -21,21 +23,31 @@ class TreeValues:
         train, eval: folders of rollouts. by: the value of a step: `outcome` (mean outcome of the leaves below it),
             `best`, `value`, `step_reward`, or `tags.<name>`, as in `pairs.by`; in [0, 1].
         margin: siblings whose values differ by at least so much count in the measure `pair_acc`.
+        units: of the training trees: `steps`; `pairs`, which adds every two neighbouring steps as one (HRM); or
+            `contracted`, trees in which some pairs stand for their steps (HNC). seed: of the contraction.
 
     Raises:
         ValueError: no rollout there, no value, or a value outside [0, 1].
     """
 
-    def __init__(self, train: str, eval: str, by: str = "outcome", margin: float = 0.1) -> None:
-        self.by, self.margin = by, margin
+    def __init__(
+        self,
+        train: str,
+        eval: str,
+        by: str = "outcome",
+        margin: float = 0.1,
+        units: Literal["steps", "pairs", "contracted"] = "steps",
+        seed: int = 0,
+    ) -> None:
+        self.by, self.margin, self.seed = by, margin, seed
         self._rollouts: dict[str, Rollout] = {}
-        self.prompts, self.eval_prompts = self._read(Path(train)), self._read(Path(eval))
+        self.prompts, self.eval_prompts = self._read(Path(train), units), self._read(Path(eval), "steps")
 
     def labelled(self, prompts: Sequence[Prompt]) -> Labelled:
         """The states of these trees, siblings together; those without value are unlabelled."""
         rollout = Rollout.concatenate([self._rollouts[p.id] for p in prompts])
         tree, state = rollout.tree, states(rollout)
-        value = step_scores(tree, self.by)
+        value = tree.value
         known = (~value.isnan()).double()
         total, count = (torch.zeros(len(tree)).double().index_add(0, state, x) for x in (value.nan_to_num(), known))
         node = state.unique()
@@ -54,14 +66,16 @@ class TreeValues:
         out = {"value_mse": float(((score - y)[known] ** 2).mean())} if bool(known.any()) else {}
         return out | ({"pair_acc": float(right.mean()), "pairs": float(len(right))} if len(right) else {})
 
-    def _read(self, folder: Path) -> list[Prompt]:
-        """Every prompt of every rollout is a tree of its own, named after its folder."""
+    def _read(self, folder: Path, units: str) -> list[Prompt]:
+        """Every prompt of every rollout is a tree of its own, named after its folder; its values as `tree.value`."""
         files = sorted(folder.rglob("rollout.json"))
         if not files:
             raise ValueError(f"no rollout in {folder}; write some: mmrl rollouts RECIPE --out {folder}")
         out = []
         for file in files:
             whole = Rollout.load(file.parent)
+            if units == "contracted":
+                whole = contract_edges(whole, self.seed)
             value = step_scores(whole.tree, self.by)
             if bool(((value < 0) | (value > 1)).any()):
                 low, high = float(value[~value.isnan()].min()), float(value[~value.isnan()].max())
@@ -69,6 +83,9 @@ class TreeValues:
                     f"{file.parent}: values by {self.by} go from {low:g} to {high:g}; a value model learns values in "
                     "[0, 1]: store rollouts with a reward in that range"
                 )
+            whole = whole.with_tree(whole.tree.replace(value=value))
+            if units == "pairs":
+                whole = with_pairs(whole)
             prompts = [replace(p, id=f"{file.parent}/{p.id}") for p in whole.prompts]
             named = replace(whole, prompts=prompts, counts={})
             self._rollouts |= {p.id: named.select([g]) for g, p in enumerate(prompts)}

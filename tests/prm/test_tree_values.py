@@ -78,6 +78,29 @@ def test_siblings_that_say_the_same_lead_to_one_state(tmp_path):
     assert dict(zip(data.node.tolist(), data.label.tolist(), strict=True)) == {0: 0.75, 2: 0, 3: 1, 4: 0, 6: 1, 7: 0}
 
 
+def test_units_of_two_steps(tmp_path):
+    """HRM: beside each first step the unit with every second one, whose value is that of the second; HNC: other trees.
+    The held-out trees stay as they are."""
+    store(tmp_path / "train", ["p"])
+    store(tmp_path / "eval", ["r"])
+    task = TreeValues(str(tmp_path / "train"), str(tmp_path / "eval"), units="pairs")
+    data = task.labelled(task.prompts)
+    labels = {data.rollout.texts[v]: y for v, y in zip(data.node.tolist(), data.label.tolist(), strict=True)}
+    assert {k: labels[k] for k in ("a\nx", "a\ny", "b\nz")} == {"a\nx": 1, "a\ny": 0, "b\nz": 1}
+    assert math.isnan(labels["c\nx"]) and len(data.node) == 8 + 5
+    assert len(task.labelled(task.eval_prompts).node) == 8
+    tree = {"a": {"x": 1, "y": 0}, "b": {"x": 1}, "c": {"x": 0}, "d": {"x": 1}}
+    wide, paths = solution_forest([Prompt("p", {})], [[[s, e] for s, own in tree.items() for e in own]])
+    leaves = torch.tensor([path[-1] for path in paths[0]])
+    outcomes = torch.tensor([y for own in tree.values() for y in own.values()], dtype=torch.float64)
+    wide.with_tree(wide.tree.with_outcomes(leaves, outcomes)).save(tmp_path / "wide")
+    changed = 0
+    for seed in range(8):
+        task = TreeValues(str(tmp_path / "wide"), str(tmp_path / "eval"), units="contracted", seed=seed)
+        changed += any("\n" in t for t in task.labelled(task.prompts).rollout.texts)
+    assert 0 < changed < 8
+
+
 def test_other_values_may_be_named(tmp_path):
     store(tmp_path, ["p"])
     data = TreeValues(str(tmp_path), str(tmp_path), by="best").labelled([Prompt(f"{tmp_path}/p", {})])
