@@ -6,12 +6,12 @@ completer that repairs errors finds the first one too late, a weak one too early
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mmrl.annotate.store import Completion, Estimator
-from mmrl.prm.records import Counts, SolutionRecord, Step
+from mmrl.prm.records import Counts, SolutionRecord, record_of
 from mmrl.rollout import Prompt, Sample, State
 
 Solution = tuple[SolutionRecord, State]  # what is known of it, and what the policy goes on from
@@ -93,28 +93,6 @@ def sample_solutions(
             )
             out[-1].append((replace(record, meta=dict(record.meta) | about), state))
     return out
-
-
-def record_of(prompt: Prompt, texts: Sequence[str]) -> SolutionRecord:
-    """An unlabelled record of a prompt; `meta` has the reference's columns besides the answer.
-
-    Raises:
-        ValueError: the prompt has no question.
-    """
-    inputs, reference = prompt.inputs, prompt.reference
-    if not isinstance(inputs.get("question"), str):
-        raise ValueError(f"prompt {prompt.id!r} has no text `question` in its inputs, only {sorted(inputs)}")
-    known: dict[str, Any] = dict(reference) if isinstance(reference, Mapping) else {"answer": reference}
-    answer = known.pop("answer", None)
-    return SolutionRecord(
-        prompt.id,
-        inputs["question"],
-        tuple(Step(t) for t in texts),
-        images=tuple(inputs.get("images") or ()),
-        options=tuple(inputs.get("options") or ()),
-        answer=None if answer is None else str(answer),
-        meta=known,
-    )
 
 
 def estimate_steps(

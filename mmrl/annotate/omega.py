@@ -13,11 +13,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmrl.annotate.monte_carlo import record_of, step_text, whole_steps
+from mmrl.annotate.monte_carlo import step_text, whole_steps
 from mmrl.annotate.store import Completion, Estimator, Tally
 from mmrl.annotate.trees import attach, note_counts
 from mmrl.growth import ROOT, GrowingTree
-from mmrl.prm.records import Counts, SolutionRecord
+from mmrl.prm.records import Counts, SolutionRecord, record_of
 from mmrl.rollout import Prompt, State
 
 Answer = tuple[Tally, list[Completion]]

@@ -13,14 +13,14 @@ from typing import Any
 
 from mmrl.annotate import targets
 from mmrl.annotate.labels import After, Labels, label_mc
-from mmrl.annotate.monte_carlo import MonteCarlo, Solution, as_state, estimate_steps, record_of, sample_solutions
+from mmrl.annotate.monte_carlo import MonteCarlo, Solution, as_state, estimate_steps, sample_solutions
 from mmrl.annotate.omega import Omega, omega_trees, traverse, tree_json
 from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
 from mmrl.annotate.store import CompletionStore, Estimator, prefix_key
 from mmrl.annotate.trees import solution_trees
 from mmrl.growth import GrowingTree, rollout_for
 from mmrl.jsonl import RowError
-from mmrl.prm.records import SolutionRecord
+from mmrl.prm.records import SolutionRecord, record_of
 from mmrl.prm.records_io import check_record, record_to_json
 from mmrl.rollout import Extender, OutcomeReward, Prompt, State
 from mmrl.rollout_folder import RolloutFolder

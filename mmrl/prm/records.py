@@ -71,3 +71,25 @@ class SolutionRecord:
         if self.options:
             inputs["options"] = list(self.options)
         return Prompt(self.id, inputs, dict(self.meta) | {"answer": self.answer})
+
+
+def record_of(prompt: Prompt, texts: Sequence[str]) -> SolutionRecord:
+    """An unlabelled record of a prompt; `meta` has the reference's columns besides the answer.
+
+    Raises:
+        ValueError: the prompt has no question.
+    """
+    inputs, reference = prompt.inputs, prompt.reference
+    if not isinstance(inputs.get("question"), str):
+        raise ValueError(f"prompt {prompt.id!r} has no text `question` in its inputs, only {sorted(inputs)}")
+    known: dict[str, Any] = dict(reference) if isinstance(reference, Mapping) else {"answer": reference}
+    answer = known.pop("answer", None)
+    return SolutionRecord(
+        prompt.id,
+        inputs["question"],
+        plain_steps(texts),
+        images=tuple(inputs.get("images") or ()),
+        options=tuple(inputs.get("options") or ()),
+        answer=None if answer is None else str(answer),
+        meta=known,
+    )

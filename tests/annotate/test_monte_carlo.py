@@ -12,14 +12,13 @@ from mmrl.annotate.monte_carlo import (
     MonteCarlo,
     as_state,
     estimate_steps,
-    record_of,
     sample_solutions,
     step_text,
     whole_steps,
 )
 from mmrl.annotate.store import CompletionStore, Estimator
 from mmrl.annotate.targets import mc_values
-from mmrl.prm.records import Counts, SolutionRecord, Step
+from mmrl.prm.records import Counts, SolutionRecord, Step, record_of
 from mmrl.rollout import Prompt, State
 
 QUESTION = chain("q", 6)  # seven steps

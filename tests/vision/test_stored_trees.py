@@ -1,6 +1,7 @@
 """Stored searches and annotations of the shapes task train every trainer, from the command lines of docs/search.md."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from mmrl.config import load_config
 from mmrl.rollout import Rollout
 from mmrl.trainers import trainer_of
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "vision"
+ROOT = Path(__file__).parents[2]
+CONFIGS, DOCS = ROOT / "configs" / "vision", ROOT / "docs"
 SHORT = ["run.cpu=true", "run.iterations=1", "run.prompts_per_iteration=2", "run.trackers=[]", "run.report=false"]
 TASK = ["task.train=6", "task.held_out=2"]
 # a random model never answers right, so what is searched for is digits
@@ -24,6 +26,7 @@ DIGITS = "{name: 'vision_tiny:digits', timeout_s: 0}"
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the documented commands name configs/
         patch.setenv("MMRL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -41,27 +44,32 @@ def run(verb, *args):
     return done.output
 
 
-def search(folder, method, *more):
-    """Trees of four questions."""
-    run(
-        "search", CONFIGS / "shapes_search.yaml", *TASK, *policy(), f"method={method}", "split=train", "prompts=4",
-        "batch=2", "cpu=true", "scorer=vision_tiny:step_digits", f"verifier={DIGITS}", f"output={folder / 'search'}",
-        f"rollouts={folder / 'trees'}", *more,
-    )  # fmt: skip
-    return folder / "trees"
+def documented():
+    """The commands of "Train on what was searched": words after `mmrl`, by the method or loss that they name."""
+    section = (DOCS / "search.md").read_text().partition("## Train on what was searched")[2].partition("\n## ")[0]
+    lines = section.partition("```\n")[2].partition("```")[0].replace("\\\n", " ").splitlines()
+    rows = [shlex.split(line, comments=True) for line in lines]
+    return {name: row[1:] for name, row in zip(("mcts", "mcts_dpo", "svpo", "propa"), filter(None, rows), strict=True)}
 
 
 @pytest.fixture(scope="module")
 def trees(cache, tmp_path_factory):
-    return search(tmp_path_factory.mktemp("mcts"), "{name: mcts, n: 3, iterations: 8}")
+    """The trees of the documented search, of four questions and fewer iterations."""
+    folder = tmp_path_factory.mktemp("mcts")
+    run(
+        *documented()["mcts"], *TASK, *policy(), "method={name: mcts, n: 3, iterations: 8}", "prompts=4", "batch=2",
+        "cpu=true", "scorer=vision_tiny:step_digits", f"verifier={DIGITS}", f"output={folder / 'search'}",
+        f"rollouts={folder / 'trees'}",
+    )  # fmt: skip
+    return folder / "trees"
 
 
 def train(recipe, output, *more):
-    told = run(
-        "train", CONFIGS / recipe, *SHORT, *TASK, *policy(), f"rewards=[{DIGITS}]", f"run.output={output}", *more
-    )
+    """Metrics of a command of the documentation, by its name, or of a recipe: one iteration on a random model."""
+    command = documented().get(recipe) or ["train", str(CONFIGS / recipe)]
+    run(*command, *SHORT, *TASK, *policy(), f"rewards=[{DIGITS}]", f"run.output={output}", *more)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {k: v for row in rows for k, v in row.items()}, told
+    return {k: v for row in rows for k, v in row.items()}
 
 
 def rollouts(folder):
@@ -89,11 +97,8 @@ def test_a_search_stores_what_it_knows(trees):
         assert rollout.about == {"grown_by": "mcts", "seed": 2, "temperature": 1.0, "written": True}
 
 
-def test_mcts_dpo_with_visits(trees, tmp_path, caplog):
-    told, _ = train(
-        "shapes_step_dpo.yaml", tmp_path, f"rollouts={trees}", "step_rewards=[]", "loss={name: mcts_dpo}",
-        "pairs={name: best_path, by: value}",
-    )  # fmt: skip
+def test_mcts_dpo_with_visits(trees, tmp_path):
+    told = train("mcts_dpo", tmp_path, f"rollouts={trees}")
     assert told["preference/pairs"] > 0 and told["preference/loss"] == pytest.approx(0.693147, abs=1e-5)
     assert told["policy/grad_norm"] > 0
 
@@ -114,15 +119,12 @@ def test_visits_say_how_sure_a_label_is(trees, tmp_path):
 
 
 def test_svpo_with_values(trees, tmp_path):
-    told, _ = train(
-        "shapes_step_dpo.yaml", tmp_path, f"rollouts={trees}", "step_rewards=[]", "loss={name: svpo}",
-        "pairs={name: siblings, by: value, threshold: 0.01}",
-    )  # fmt: skip
+    told = train("svpo", tmp_path, f"rollouts={trees}", "pairs.threshold=0.01")
     assert told["preference/pairs"] > 0 and told["policy/grad_norm"] > 0
 
 
 def test_propa_with_visits(trees, tmp_path):
-    told, _ = train("shapes_propa.yaml", tmp_path, f"rollouts={trees}", "imitation.weight=0")
+    told = train("propa", tmp_path, f"rollouts={trees}")
     assert told["policy/ratio_dev_max"] < 1e-4 and told["policy/grad_norm"] > 0 and told["credit/adv_abs_max"] > 0
 
 
@@ -141,7 +143,7 @@ def test_a_value_model_and_imitation(trees, tmp_path):
         "source": "samples", "keep_above": 0.0,
     }  # fmt: skip
     (tmp_path / "imitation.yaml").write_text(json.dumps(recipe))
-    told, _ = train(tmp_path / "imitation.yaml", tmp_path / "imitation", f"rollouts={trees}")
+    told = train(tmp_path / "imitation.yaml", tmp_path / "imitation", f"rollouts={trees}")
     assert told["imitation/solutions_per_prompt"] == 1 and told["policy/grad_norm"] > 0
     with pytest.raises(ValueError, match="set source=samples"):
         train(tmp_path / "imitation.yaml", tmp_path / "r", f"rollouts={trees}", "source=reference")
@@ -186,10 +188,10 @@ def test_an_annotation_trains_as_well(cache, tmp_path, method):
     assert all(r.about["grown_by"] in ("montecarlo", "omega") and not r.tree.is_chains for r in stored)
     assert all("token" in r.actions.payload and not bool(r.tree.tags["open"].any()) for r in stored)
     rewards = "rewards=[{name: 'vision_tiny:odd', timeout_s: 0}]"
-    told, _ = train(
+    told = train(
         "shapes_step_dpo.yaml", tmp_path / "dpo", f"rollouts={trees}", "step_rewards=[]", "loss={name: svpo}",
         "pairs={name: siblings, by: outcome, threshold: 0.01}", rewards,
     )  # fmt: skip
     assert told["preference/pairs"] > 0
-    told, _ = train("shapes_propa.yaml", tmp_path / "r", f"rollouts={trees}", "imitation.weight=0", rewards)
+    told = train("shapes_propa.yaml", tmp_path / "r", f"rollouts={trees}", "imitation.weight=0", rewards)
     assert told["policy/ratio_dev_max"] < 1e-4 and told["credit/adv_abs_max"] > 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmrl.jsonl import Quarantined, read_rows
 from mmrl.prm.formats import benches, chat, text, trees
+from mmrl.prm.formats.rollouts import read_rollouts
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_images
 from mmrl.registry import hint
@@ -59,12 +60,18 @@ def read_format(
 ) -> tuple[list[SolutionRecord], list[Quarantined]]:
     """Records of a file in a published format, checked, and the rows set aside. Arguments as `read_records`.
 
+    `rollouts` is a folder of stored rollouts, whose paths are the solutions.
+
+
     options: the format's own, e.g. `neutral` of prm800k.
     Raises:
         ValueError: unknown format, no file, no usable row, or too many bad rows.
     """
+    if name == "rollouts":
+        return read_rollouts(path, markers=markers, max_bad=max_bad, unlabelled=unlabelled)
     if name not in FORMATS:
-        raise ValueError(f"format {name!r} is none of {', '.join(FORMATS)}{hint(name, FORMATS)}")
+        known = [*FORMATS, "rollouts"]
+        raise ValueError(f"format {name!r} is none of {', '.join(known)}{hint(name, known)}")
     seen: dict[Path, None] = {}
 
     def make(row: Mapping[str, Any], at: str) -> list[SolutionRecord]:
