@@ -92,6 +92,12 @@ class VideoEncoder(PromptEncoder):
         order = [prompt.id] if prompt.inputs.get("shuffled") else []
         return (*super().key(prompt), *map(str, prompt.inputs.get("videos") or []), *order)
 
+    def shuffled(self, prompt: Prompt) -> Prompt:
+        """The prompt with the frames of its clip in the random order fixed by its id."""
+        if not prompt.inputs.get("videos"):
+            return super().shuffled(prompt)
+        return replace(prompt, inputs={**prompt.inputs, "shuffled": True})
+
     def info(self, prompt: Prompt) -> VideoInfo:
         """The prompt's clip; with `shuffled: true` among its inputs, in an order fixed by the prompt's id.
 

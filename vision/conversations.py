@@ -22,16 +22,22 @@ class Conversations:
         self._replay, self._tokenizer = Replay(environment), tokenizer
 
     def answers(
-        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens]
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[PromptTokens],
+        before: Sequence[tuple[tuple[str, int], ...]] = (),
     ) -> Callable[[list[Node], int], PromptTokens | None]:
-        """(nodes, index of one that ended) -> the observation after it, None where the conversation is over."""
+        """(nodes, index of one that ended) -> the observation after it, None where the conversation is over.
+
+        before: per prompt, turns that were taken before the nodes begin, each its text and its number of tokens.
+        """
 
         def answer(nodes: list[Node], v: int) -> PromptTokens | None:
             path = [v]
             while nodes[path[-1]].parent >= 0:
                 path.append(nodes[path[-1]].parent)
             g = nodes[v].prompt
-            turns = tuple(self._turn(nodes[u].ids) for u in reversed(path))
+            turns = (before[g] if before else ()) + tuple(self._turn(nodes[u].ids) for u in reversed(path))
             return self._replay.after(prompts[g], len(tokens[g].ids), turns).answered.observation
 
         return answer
@@ -81,6 +87,11 @@ class Conversations:
         """What step `v` made the environment show, for people."""
         before = self._after(rollout, self._path(rollout, v)[:-1], v)
         return self._replay.environment.picture(before.answered.state, rollout.texts[v])
+
+    def turns(self, rollout: Rollout, v: int) -> tuple[tuple[str, int], ...]:
+        """The turns up to step `v` of a rollout, each its text and its number of tokens; none for -1."""
+        spans = rollout.tree.span
+        return tuple((rollout.texts[u], int(spans[u])) for u in (self._path(rollout, v) if v >= 0 else []))
 
     def _path(self, rollout: Rollout, v: int) -> list[int]:
         return ancestors(rollout.tree.parent.tolist(), v)[::-1]

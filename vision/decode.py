@@ -21,6 +21,17 @@ from vision.passes import left_pad, pad_positions
 from vision.step_rule import StepRule
 
 
+@dataclass(frozen=True)
+class Opened:
+    """Prompts that have been run: (G, V) logits after each, the cache, its mask, and for each how many of its last
+    tokens count as sampled already."""
+
+    logits: Tensor
+    past: Any
+    mask: Tensor | None
+    written: Sequence[int]
+
+
 @dataclass
 class _Row:
     """A live sequence: the node it is writing, its place in the prompt's noise table, tokens sampled so far."""
@@ -38,14 +49,18 @@ def grow(
     rule: StepRule,
     seeds: Sequence[int],
     cache: ByteCache | None = None,
+    opened: Opened | None = None,
 ) -> list[Node]:
     """Sample the tree of every prompt under `plan`; parents come before children.
 
     A step at depth d that ends as a step gets plan.factor(d + 1) children. The last token of a path is never run
     through the network, and a node's logp are those of the sampling distribution (temperature, banned ids), float32.
+    opened: the prompts as they have been run already.
     """
     with torch.no_grad():
-        return _Decoder(hf, prompts, plan, decoding, rule, seeds).run(cache)
+        if opened is None:
+            opened = Opened(*prefill(hf, prompts, cache), [0] * len(prompts))
+        return _Decoder(hf, prompts, plan, decoding, rule, seeds, opened).run()
 
 
 class _Decoder:
@@ -53,20 +68,20 @@ class _Decoder:
 
     def __init__(
         self, hf: Any, prompts: Sequence[PromptTokens], plan: BranchPlan,
-        decoding: Decoding, rule: StepRule, seeds: Sequence[int],
+        decoding: Decoding, rule: StepRule, seeds: Sequence[int], opened: Opened,
     ) -> None:  # fmt: skip
-        self.hf, self.device = hf, bare(hf).device
+        self.hf, self.device, self.opened = hf, bare(hf).device, opened
         self.prompts, self.plan, self.decoding, self.rule = prompts, plan, decoding, rule
         self.nodes: list[Node] = []
         self.eos = set(decoding.eos)
         self.noise = torch.stack([noise_table(s, decoding.max_new_tokens, plan.leaves) for s in seeds])
 
-    def run(self, cache: ByteCache | None) -> list[Node]:
-        logits, past, mask = prefill(self.hf, self.prompts, cache)
+    def run(self) -> list[Node]:
+        logits, past, mask = self.opened.logits, self.opened.past, self.opened.mask
         rows: list[_Row] = []
         origin: list[int] = []
         for g in range(len(self.prompts)):
-            children = self._children(g, -1, 0, 0, 0)
+            children = self._children(g, -1, 0, 0, self.opened.written[g])
             rows += children
             origin += [g] * len(children)
         logits, mask = logits[origin], None if mask is None else mask[origin]
@@ -129,7 +144,9 @@ class _Decoder:
 
     def _positions(self, rows: Sequence[_Row]) -> Tensor:
         """Rotary positions of each row's newest token, (R, 1) or (3, R, 1)."""
-        at = [self.prompts[self.nodes[r.node].prompt].next_position + r.length - 1 for r in rows]
+        owners = [self.nodes[r.node].prompt for r in rows]
+        new = [r.length - self.opened.written[g] for r, g in zip(rows, owners, strict=True)]
+        at = [self.prompts[g].next_position + n - 1 for g, n in zip(owners, new, strict=True)]
         where = torch.tensor(at, device=self.device)[:, None]
         return where if self.prompts[0].positions.ndim == 1 else where.expand(3, -1, -1)
 

@@ -28,6 +28,12 @@ class Pixels:
         """Which placeholders stand for it."""
         return "video" if self.seconds else "image"
 
+    @property
+    def blank(self) -> Pixels:
+        """Of the same size with nothing to see: every pixel is what the family's normalisation takes for the mean."""
+        values = torch.zeros_like(self.tensors["pixel_values"])
+        return replace(self, key=f"{self.key}/blank", tensors={**self.tensors, "pixel_values": values})
+
 
 @dataclass(frozen=True)
 class PromptTokens:
@@ -46,6 +52,11 @@ class PromptTokens:
     text: str = ""
     images: Sequence[Image.Image] = ()
     pixels: Pixels | None = None
+
+    @property
+    def blank(self) -> PromptTokens:
+        """The same tokens with nothing to see in their pictures."""
+        return self if self.pixels is None else replace(self, pixels=self.pixels.blank, images=())
 
     def followed_by(self, ids: Tensor, text: str) -> PromptTokens:
         """The same prompt with tokens (n,) already written after it; `text` is what they say."""

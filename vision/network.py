@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.byte_cache import ByteCache
+from mmrl.preference.scores import token_kl
 from vision.growth import Pixels
 from vision.passes import Job, Pass
 
@@ -149,6 +150,21 @@ def run_job(
     device = rows[0].device
     logp, entropy = _score(rows, job.source.to(device), job.tokens.to(device), temperature, banned)
     return {"logp": logp if idle is None else logp + idle, "entropy": entropy}
+
+
+def run_trees(hf: Any, job: Job, cache: ByteCache | None) -> tuple[Tensor, Any]:
+    """(A, V) logits at the places of a job of layout `packed`, and the cache of its rows, a tree each."""
+    assert job.rows is not None and job.prefix is None
+    by_key = encode_images(hf, job.rows.images, cache)
+    out = _call(hf, job.rows, [by_key[p.key] for p in job.rows.images], None, True, False)
+    return out.logits.flatten(0, 1)[job.source.to(out.logits.device)], out.past_key_values
+
+
+def kl_job(hf: Any, job: Job, other: Job, cache: ByteCache | None) -> Tensor:
+    """(A,) float32 KL(p || q) at the job's tokens, q from `other`, the same job seen otherwise; temperature 1."""
+    logits, others = (torch.cat(_outputs(hf, j, cache, None)[0]) for j in (job, other))
+    parts = job.source.to(logits.device).split(512)  # a vocabulary in float32, three times, for so many at once
+    return torch.cat([token_kl(logits[at], others[at]) for at in parts])
 
 
 class StepHead(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,29 +16,34 @@ from mmrl.registry import declares
 from mmrl.rollout import (
     ActionLogProbs,
     Actions,
+    Answer,
     BranchPlan,
     Continuation,
     Forecast,
+    Place,
     Prompt,
     Rollout,
     Sample,
+    Sight,
     State,
 )
 from mmrl.seeding import named_generator
 from mmrl.sharding import is_sharded
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.attention import FLEX, attend_by
-from vision.backbone import Backbone, closure, micro_batches, trainable_model
+from vision.backbone import Backbone, trainable_model
+from vision.completion import Completions
 from vision.conversations import Conversations
 from vision.decode import grow
 from vision.engine_sync import SyncedEngine, vllm_engine
 from vision.environment import Environment
 from vision.growth import Decoding, Node, PromptTokens
 from vision.loading import banned_ids, eos_ids, load_processor, save, tokenizer_of
-from vision.network import Network, bare, run_job
+from vision.network import Network, bare, kl_job, run_job
 from vision.packing import ancestors
-from vision.passes import TokenTree, build_job
+from vision.passes import Job, TokenTree, build_job
 from vision.prompts import PromptEncoder
+from vision.rollout_trees import RolloutTrees, place_batches, step_batches
 from vision.settings import TOKEN_DEFAULTS, Settings
 from vision.step_rule import StepRule
 from vision.turns import grow_turns
@@ -80,6 +86,7 @@ class VisionPolicy:
         )
         self._reference = Reference()
         self._talks = None if environment is None else Conversations(environment, self.tokenizer)
+        self._trees = RolloutTrees(self.encode, self._talks)
 
     @classmethod
     @declares(
@@ -163,37 +170,48 @@ class VisionPolicy:
         self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding,
         seeds: Sequence[int],
     ) -> list[Node]:  # fmt: skip
-        """In parts of at most `max_batch` leaves; prompts of like length together would pad less, order is kept."""
         if self._engine is not None and self._talks is not None:
             return self._engine.grow_turns(
                 self._network.hf, tokens, plan, decoding, self.rule, seeds, self._talks.answers(prompts, tokens)
             )
         if self._engine is not None:
             return self._engine.grow(self._network.hf, tokens, plan, decoding, self.rule, seeds)
-        if is_sharded(self._network):
-            raise RuntimeError(
-                "policy.engine: transformers cannot sample with sharded weights: every forward is a collective, and "
-                "ranks make unequal numbers of them; set policy.engine: vllm"
-            )
+        with self._sampling(self._network) as network:
+            return self._grow_by(network, prompts, tokens, plan, decoding, seeds)
+
+    def _grow_by(
+        self, network: nn.Module, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan,
+        decoding: Decoding, seeds: Sequence[int],
+    ) -> list[Node]:  # fmt: skip
+        """In parts of at most `max_batch` leaves; prompts of like length together would pad less, order is kept."""
         size = max(1, self.settings.max_batch // plan.leaves)
-        self._network.hf.eval()
-        if self._body.style.implementation == FLEX:
-            attend_by(bare(self._network.hf), "sdpa")
         nodes: list[Node] = []
         for a in range(0, len(tokens), size):
             own = (tokens[a : a + size], plan, decoding)
             if self._talks is None:
-                part = self._network(grow, *own, self.rule, seeds[a : a + size], self._body.features)
+                part = network(grow, *own, self.rule, seeds[a : a + size], self._body.features)
             else:
                 answer = self._talks.answers(prompts[a : a + size], own[0])
-                part = self._network(grow_turns, *own, seeds[a : a + size], answer, self._body.features)
-            for n in part:
-                n.prompt += a
-                n.parent += len(nodes) if n.parent >= 0 else 0
-            nodes += part
-        if self._body.style.implementation == FLEX:
-            attend_by(bare(self._network.hf), FLEX)
+                part = network(grow_turns, *own, seeds[a : a + size], answer, self._body.features)
+            nodes += _behind(nodes, part, a)
         return nodes
+
+    @contextmanager
+    def _sampling(self, network: nn.Module) -> Iterator[nn.Module]:
+        """The network, set to sample inside the block."""
+        if is_sharded(network):
+            raise RuntimeError(
+                "policy.engine: transformers cannot sample with sharded weights: every forward is a collective, and "
+                "ranks make unequal numbers of them; set policy.engine: vllm"
+            )
+        assert isinstance(network, Network)
+        flex = self._body.style.implementation == FLEX
+        network.hf.eval()
+        if flex:
+            attend_by(bare(network.hf), "sdpa")
+        yield network
+        if flex:
+            attend_by(bare(network.hf), FLEX)
 
     def _as_rollout(
         self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], nodes: Sequence[Node], about: dict[str, Any]
@@ -255,7 +273,7 @@ class VisionPolicy:
         if self._talks is not None:
             turns = [[rollout.texts[v] for v in reversed(ancestors(parent, s))] for s in leaves]
             return [Sample(rollout.prompts[group[s]], "\n".join(t), s) for s, t in zip(leaves, turns, strict=True)]
-        paths = [torch.cat([self._ids(rollout, v) for v in reversed(ancestors(parent, s))]) for s in leaves]
+        paths = [torch.cat([self._trees.ids(rollout, v) for v in reversed(ancestors(parent, s))]) for s in leaves]
         texts = self.tokenizer.batch_decode([p.tolist() for p in paths], skip_special_tokens=True)
         return [Sample(rollout.prompts[group[s]], t, s) for s, t in zip(leaves, texts, strict=True)]
 
@@ -389,17 +407,14 @@ class VisionPolicy:
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
         """Steps of whole prompts while their trees fit in `max_tokens`; a larger tree is cut along its branches."""
-        tree = rollout.tree
-        prompt_sizes = dict(enumerate(rollout.prompt_payload["prompt_tokens"].tolist()))
-        sizes = (tree.tok_end - tree.tok_start + tree.tags.get("observed", 0)).tolist()
-        return micro_batches(tree, steps, sizes, prompt_sizes, self.settings.max_tokens, whole_prompts)
+        return step_batches(rollout, steps, self.settings.max_tokens, whole_prompts=whole_prompts)
 
     def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
         """Log-probs of the tokens of `steps`, every prompt and shared step run once per call.
 
         With `reference`, `ref_logp` of the initial model.
         """
-        trees, wanted, index = self._trees(rollout, steps)
+        trees, wanted, index = self._trees.of_steps(rollout, steps)
         out = self._log_probs(trees, wanted, self.decoding.temperature)
         ref = None
         if reference:
@@ -412,65 +427,193 @@ class VisionPolicy:
     ) -> dict[str, Tensor]:
         """Log-probs and entropies of packed tokens; by `model` instead of the trained one, without gradient."""
         body = self._body
-        job = body.job(
-            trees, lambda mode: build_job(trees, wanted, mode, body.style),
-            sharded=is_sharded(self._network),
-        )  # fmt: skip
-        arguments = (run_job, job, temperature, self.decoding.banned, body.features)
+        arguments = (run_job, self._job(trees, wanted), temperature, self.decoding.banned, body.features)
         if model is not None:
             return model(*arguments, None)
         grad = torch.is_grad_enabled()
         self._network.hf.train(grad and self.settings.gradient_checkpointing)
         return (self.model if grad else self._network)(*arguments, body.blank if grad else None)
 
-    def _trees(self, rollout: Rollout, steps: Tensor) -> tuple[list[TokenTree], list[Tensor], Tensor]:
-        """The trees that `steps` need, the packed indices of their tokens, and the actions these are."""
-        tree = rollout.tree
-        trees, wanted, index = [], [], []
-        for g in tree.group[steps].unique().tolist():
-            own = steps[tree.group[steps] == g].tolist()
-            nodes, parent = closure(tree, own)
-            prompt = self._checked_prompt(rollout, g)
-            one, place = self._token_tree(rollout, prompt, nodes, parent)
-            start = one.packed.start
-            wanted.append(torch.cat([start[place[v]] + torch.arange(len(one.ids[place[v]])) for v in own]))
-            index.append(torch.cat([torch.arange(int(tree.tok_start[v]), int(tree.tok_end[v])) for v in own]))
-            trees.append(one)
-        return trees, wanted, torch.cat(index)
+    def _job(self, trees: Sequence[TokenTree], wanted: Sequence[Tensor]) -> Job:
+        """The cheapest layout that gives the packed tokens `wanted` their log-probs."""
+        style = self._body.style
+        sharded = is_sharded(self._network)
+        return self._body.job(trees, lambda mode: build_job(trees, wanted, mode, style), sharded=sharded)
 
-    def _token_tree(
-        self, rollout: Rollout, prompt: PromptTokens, nodes: Sequence[int], parent: Sequence[int]
-    ) -> tuple[TokenTree, dict[int, int]]:
-        """The prompt, the steps `nodes` (with `parent` as places, 0 the prompt) and the observations between them;
-        and the place of every step."""
-        ids, above, shown = [prompt.ids], [-1], {}
-        place: dict[int, int] = {}
-        below = [0]  # by place in `parent`: what a child hangs from
+    # ---- a second look ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def complete(
+        self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
+    ) -> list[list[Sample]]:
+        """Texts (of conversations the turns, a line break between them) from states of a rollout, each state run once;
+        see `mmrl.rollout.Completer`. A completion has as much room as a rollout has left there.
+
+        Steps of a policy with another tokenizer are read as text.
+        """
+        heat = self.decoding.temperature if temperature is None else temperature
+        decoding, n = replace(self.decoding, temperature=heat), n if heat > 0 else 1
+        rollout = self._respelt(rollout)
+        going = [i for i, p in enumerate(places) if p.step < 0 or not bool(rollout.tree.is_leaf[p.step])]
+        chosen = [places[i] for i in going]
+        out: list[list[Sample]] = [[] for _ in places]
+        most = len(places) if self._engine is not None else max(1, self.settings.max_batch // n)
+        for part in place_batches(rollout, chosen, self.settings.max_tokens, most=most):
+            own, own_seeds = [chosen[j] for j in part], [seeds[going[j]] for j in part]
+            nodes = self._completed(rollout, own, n, decoding, own_seeds)
+            for j, text in self._texts(rollout, own, nodes):
+                place = own[j]
+                out[going[part[j]]].append(Sample(rollout.prompts[place.prompt], text, place.step))
+        return out
+
+    def _completed(
+        self, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Node]:
+        finish = Completions(self._body, self._trees, self._talks, self.rule)
+        if self._engine is None:
+            with self._sampling(self._network) as network:
+                return network(finish.run, rollout, places, n, decoding, seeds)
+        if self._talks is not None:
+            raise ValueError("conversations are completed by policy.engine: transformers alone")
+        paths = [finish.written(rollout, p) for p in places]
+        prompts = [self.encode(rollout.prompts[p.prompt]) for p in places]
+        tokens = [t.followed_by(ids, self.tokenizer.decode(ids)) for t, ids in zip(prompts, paths, strict=True)]
+        whole = replace(decoding, max_steps=1)
+        nodes = self._engine.grow(self._network.hf, tokens, BranchPlan({0: n}), whole, self.rule, seeds)
+        for node in nodes:  # as if sampling had stopped where the room ends
+            node.ids = node.ids[: max(1, decoding.max_new_tokens - len(paths[node.prompt]))]
+        return nodes
+
+    def _texts(self, rollout: Rollout, places: Sequence[Place], nodes: Sequence[Node]) -> list[tuple[int, str]]:
+        """(position of its place, whole text) of every completion."""
+        parent = [n.parent for n in nodes]
         inner = set(parent)
-        for i, v in enumerate(nodes, 1):
-            place[v] = len(ids)
-            ids.append(self._ids(rollout, v))
-            above.append(below[parent[i]])
-            if self._talks is not None and i in inner:
-                seen = self._talks.observation(rollout, v)
-                shown[len(ids)] = seen
-                ids.append(seen.ids)
-                above.append(place[v])
-            below.append(len(ids) - 1)
-        return TokenTree(prompt, above, ids, shown), place
+        texts = []
+        for leaf in (v for v in range(len(nodes)) if v not in inner):
+            new = [nodes[v].ids for v in ancestors(parent, leaf)[::-1]]
+            place = places[nodes[leaf].prompt]
+            before = ancestors(rollout.tree.parent.tolist(), place.step)[::-1] if place.step >= 0 else []
+            if self._talks is None:
+                old = [i for v in before for i in self._trees.ids(rollout, v).tolist()]
+                text = self.tokenizer.decode(old + new[0], skip_special_tokens=True)
+            else:
+                turns = [rollout.texts[v] for v in before]
+                text = "\n".join([*turns, *self.tokenizer.batch_decode(new, skip_special_tokens=True)])
+            texts.append((nodes[leaf].prompt, text))
+        return texts
 
-    def _checked_prompt(self, rollout: Rollout, g: int) -> PromptTokens:
-        prompt, size = self.encode(rollout.prompts[g]), int(rollout.prompt_payload["prompt_tokens"][g])
-        if len(prompt.ids) != size:
-            raise ValueError(
-                f"prompt {rollout.prompts[g].id!r} has {len(prompt.ids)} tokens now and had {size} when the rollout "
-                "was made; use the processor, instruction and pictures of that run"
-            )
-        return prompt
+    def _respelt(self, rollout: Rollout) -> Rollout:
+        """The rollout in this policy's own tokens.
 
-    @staticmethod
-    def _ids(rollout: Rollout, v: int) -> Tensor:
-        return rollout.actions.payload["token"][int(rollout.tree.tok_start[v]) : int(rollout.tree.tok_end[v])]
+        Raises:
+            ValueError: a conversation in other tokens, whose observations would be others too.
+        """
+        steps = range(len(rollout.tree))
+        ids = [self._trees.ids(rollout, v) for v in steps]
+        if self.tokenizer.batch_decode([i.tolist() for i in ids], skip_special_tokens=True) == list(rollout.texts):
+            return rollout
+        if self._talks is not None:
+            raise ValueError("these conversations were sampled with another tokenizer; take a model that shares it")
+        tree = rollout.tree
+        nodes = [
+            Node(int(tree.group[v]), int(tree.parent[v]), int(tree.depth[v]), own, [0.0] * len(own), "step")
+            for v, own in ((v, self._written(rollout.texts[v]).tolist()) for v in steps)
+        ]
+        tokens = [self.encode(p) for p in rollout.prompts]
+        return self._as_rollout(rollout.prompts, tokens, nodes, dict(rollout.about))
+
+    @torch.no_grad()
+    def answer_logps(
+        self, rollout: Rollout, places: Sequence[Place], answers: Sequence[Answer], *, sight: Sight = "given"
+    ) -> Tensor:
+        """Mean log-probs of answers behind states, at temperature 1; see `mmrl.rollout.AnswerReader`."""
+        rollout = self._seen(rollout, sight)
+        spelt = {answer: self._spelt(answer) for answer in set(answers)}
+        tails = [spelt[a] for a in answers]
+        out = torch.full((len(places),), torch.nan, dtype=torch.float64)
+        going = [i for i, p in enumerate(places) if p.step < 0 or not bool(rollout.tree.is_leaf[p.step])]
+        longest = max((len(ids) for ids, _ in tails), default=0)
+        limit = self.settings.max_tokens
+        for part in place_batches(rollout, [places[i] for i in going], limit, extra=longest, most=len(places)):
+            trees, wanted, owner = [], [], []
+            own = [going[j] for j in part]
+            for g in dict.fromkeys(places[i].prompt for i in own):
+                mine = [i for i in own if places[i].prompt == g]
+                behind = [(places[i].step, tails[i][0]) for i in mine]
+                laid = self._trees.lay_out(
+                    rollout, self._trees.checked_prompt(rollout, g), [step for step, _ in behind if step >= 0],
+                    blank=sight == "blank", open_ended=True, tails=behind,
+                )  # fmt: skip
+                spans = [laid.tokens(node)[tails[i][1] :] for node, i in zip(laid.tails, mine, strict=True)]
+                trees.append(laid.tree)
+                wanted.append(torch.cat(spans))
+                owner += [i for i, span in zip(mine, spans, strict=True) for _ in span]
+            logp = self._log_probs(trees, wanted, 1.0)["logp"].double().cpu()
+            index = torch.tensor(owner)
+            count = torch.bincount(index, minlength=len(places))
+            total = torch.zeros(len(places), dtype=torch.float64).index_add(0, index, logp)
+            out = torch.where(count > 0, total / count, out)
+        return out
+
+    def _spelt(self, answer: Answer) -> tuple[Tensor, int]:
+        """Ids of an answer behind its lead, and where the answer's own begin: a token that holds the end of the lead
+        and the beginning of the answer is the answer's."""
+        ids, lead = self._written(answer.lead + answer.text), self._written(answer.lead)
+        n = min(len(ids), len(lead))
+        first = int((ids[:n] == lead[:n]).long().cumprod(0).sum())
+        if first == len(ids):
+            raise ValueError(f"the answer {answer.text!r} behind {answer.lead!r} has no token of its own")
+        return ids, first
+
+    @torch.no_grad()
+    def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
+        """Mean KL(p || q) over a step's tokens, q under `sight`, at temperature 1; see `mmrl.rollout.SightReader`."""
+        other = self._seen(rollout, sight)
+        total = torch.zeros(len(rollout.tree), dtype=torch.float64)
+        owner = rollout.tree.step_of_action(rollout.actions.logp.numel())
+        self._network.hf.eval()
+        for part in self.micro_batches(rollout, steps):
+            given, wanted, index = self._trees.of_steps(rollout, part)
+            blind, _, _ = self._trees.of_steps(other, part, blank=sight == "blank")
+            jobs = [self._job(trees, wanted) for trees in (given, blind)]
+            kl = self._network(kl_job, *jobs, self._body.features)
+            total.index_add_(0, owner[index], kl.double().cpu())
+        return (total / rollout.tree.span)[steps]
+
+    def instructed_logps(self, rollout: Rollout, steps: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
+        """Actions and log-probs at temperature 1 with the instruction behind the question; see
+        `mmrl.rollout.Instructable`."""
+        told = [replace(p, inputs={**p.inputs, "question": _told(p, instruction)}) for p in rollout.prompts]
+        rollout = replace(rollout, prompts=told)
+        index, logps = [], []
+        with self._reference.applied(self.model, self._network.hf) as model:
+            for part in self.micro_batches(rollout, steps):
+                trees, wanted, own = self._trees.of_steps(rollout, part, reworded=True)
+                index.append(own)
+                logps.append(self._log_probs(trees, wanted, 1.0, model)["logp"].cpu())
+        return torch.cat(index), torch.cat(logps)
+
+    def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
+        """Texts by the initial weights, at the temperature of rollouts; see `mmrl.rollout.InitialSampler`.
+
+        They are always sampled by the transformers model: an engine has the weights in training.
+        """
+        tokens = [self.encode(p) for p in prompts]
+        seeds = [named_generator(seed, "initial", p.id).initial_seed() for p in prompts]
+        plan = BranchPlan({0: n}, n)
+        with self._reference.applied(self.model, self._network.hf) as model, self._sampling(model) as network:
+            nodes = self._grow_by(network, prompts, tokens, plan, self.decoding, seeds)
+        rollout = self._as_rollout(prompts, tokens, nodes, {})
+        out: list[list[Sample]] = [[] for _ in prompts]
+        for sample in self.samples(rollout):
+            out[int(rollout.tree.group[sample.step])].append(sample)
+        return out
+
+    def _seen(self, rollout: Rollout, sight: Sight) -> Rollout:
+        """The rollout with the prompts that are seen; blank ones have the same tokens, blanked where they are run."""
+        if sight != "shuffled":
+            return rollout
+        return replace(rollout, prompts=[self.encode.shuffled(p) for p in rollout.prompts])
 
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
@@ -483,6 +626,18 @@ class VisionPolicy:
         """
         weights = state_dict and {name.removeprefix("hf."): w for name, w in state_dict.items()}
         save(self._network.hf, self.processor, folder, weights)
+
+
+def _told(prompt: Prompt, instruction: str) -> str:
+    return f"{prompt.inputs.get('question', '')}\n{instruction}"
+
+
+def _behind(nodes: Sequence[Node], part: list[Node], prompts: int) -> list[Node]:
+    """The nodes of a part, renamed to stand behind `nodes` and so many prompts."""
+    for n in part:
+        n.prompt += prompts
+        n.parent += len(nodes) if n.parent >= 0 else 0
+    return part
 
 
 def text_states(parent: Sequence[int], group: Sequence[int], texts: Sequence[str]) -> dict[str, list[int]]:

@@ -66,6 +66,14 @@ class PromptEncoder:
         """What decides a prompt's tokens."""
         return (str(prompt.inputs.get("question", "")), *map(str, prompt.inputs.get("images") or []))
 
+    def shuffled(self, prompt: Prompt) -> Prompt:
+        """The prompt with its frames in another order.
+
+        Raises:
+            PromptError: it has none.
+        """
+        raise PromptError(f"prompt {prompt.id!r} has no frames to shuffle; only clips of a video agent have")
+
     def blank(self) -> Pixels | None:
         """A grey picture's pixels, None for a text model."""
         if self.image_token is None:

@@ -18,17 +18,16 @@ from mmrl.byte_cache import ByteCache
 from mmrl.rollout import BranchPlan
 from vision.decode import draw, noise_table, prefill
 from vision.growth import Decoding, Node, PromptTokens
+from vision.kv import Layers, check_cache, cut, join
 from vision.network import bare, encode_images, encoder_outputs
 from vision.passes import left_pad, pad_positions
 
 # (all nodes, the index of one that just ended) -> the observation after it, None = the conversation is over
 Answer = Callable[[list[Node], int], PromptTokens | None]
 
-Layers = list[tuple[Tensor, Tensor]]  # per layer keys and values, (heads, L, d) each
-
 
 @dataclass
-class _Talk:
+class Talk:
     """A conversation whose next turn begins: the node before it, its column of noise, tokens sampled so far, what the
     network remembers of it, the logits (V,) of its next token and that token's rotary position."""
 
@@ -60,6 +59,7 @@ def grow_turns(
     seeds: Sequence[int],
     answer: Answer,
     cache: ByteCache | None = None,
+    talks: Sequence[Talk] | None = None,
 ) -> list[Node]:
     """Sample the tree of every prompt under `plan`, where a step is a turn of at most `max_new_tokens` that ends with
     an end mark, and a conversation has at most `max_steps`.
@@ -67,11 +67,13 @@ def grow_turns(
     The last token of a turn is run together with the observation behind it, that of a conversation never; a node's
     logp are those of the sampling distribution (temperature, banned ids), float32.
 
+    Args:
+        talks: conversations under way to go on with, in place of the prompts' first turns.
     Raises:
         ValueError: a model that forgets (sliding windows), whose caches cannot be cut and joined.
     """
     with torch.no_grad():
-        return _Turns(hf, prompts, plan, decoding, seeds, answer, cache).run()
+        return _Turns(hf, prompts, plan, decoding, seeds, answer, cache).run(talks)
 
 
 class _Turns:
@@ -88,24 +90,33 @@ class _Turns:
         tokens = decoding.max_new_tokens * decoding.max_steps
         self.noise = torch.stack([noise_table(s, tokens, plan.leaves) for s in seeds])
 
-    def run(self) -> list[Node]:
-        talks = self._open()
+    def run(self, begun: Sequence[Talk] | None) -> list[Node]:
+        talks = self._open() if begun is None else list(begun)
         while talks:
             ended = self._turn(talks)
             talks = self._observe(ended)
         return self.nodes
 
-    def _open(self) -> list[_Talk]:
+    def _open(self) -> list[Talk]:
         logits, past, mask = prefill(self.hf, self.prompts, self.cache)
-        _check_cache(past)
+        check_cache(past)
         return [
-            _Talk(g, -1, 0, 0, 0, _cut(past, g, None if mask is None else mask[g].bool()), logits[g], p.next_position)
+            Talk(
+                g,
+                -1,
+                0,
+                0,
+                0,
+                cut(past, g, slice(None) if mask is None else mask[g].bool()),
+                logits[g],
+                p.next_position,
+            )
             for g, p in enumerate(self.prompts)
         ]
 
     # ---- a turn ---------------------------------------------------------------------------------------------------
 
-    def _fork(self, talks: Sequence[_Talk]) -> tuple[list[_Row], list[int]]:
+    def _fork(self, talks: Sequence[Talk]) -> tuple[list[_Row], list[int]]:
         """A row per child, and the conversation it continues."""
         rows, origin = [], []
         for t, talk in enumerate(talks):
@@ -116,11 +127,11 @@ class _Turns:
                 origin.append(t)
         return rows, origin
 
-    def _turn(self, talks: Sequence[_Talk]) -> list[tuple[_Row, Layers]]:
+    def _turn(self, talks: Sequence[Talk]) -> list[tuple[_Row, Layers]]:
         """Write one turn of every conversation; those whose turn was closed, with their caches (the closing token is
         not in them yet)."""
         rows, origin = self._fork(talks)
-        past, mask = _join([talks[t].memory for t in origin], self.device)
+        past, mask = join([talks[t].memory for t in origin], self.device)
         logits = torch.stack([talks[t].logits for t in origin])
         closed: list[tuple[_Row, Layers]] = []
         while rows:
@@ -128,7 +139,7 @@ class _Turns:
             live = self._write(rows, tokens.tolist(), logp.tolist())
             for r, row in enumerate(rows):
                 if self.nodes[row.node].end == "step":
-                    closed.append((row, _cut(past, r, mask[r])))
+                    closed.append((row, cut(past, r, mask[r])))
             if not live:
                 break
             rows = [rows[r] for r in live]
@@ -171,7 +182,7 @@ class _Turns:
 
     # ---- the answer ------------------------------------------------------------------------------------------------
 
-    def _observe(self, closed: Sequence[tuple[_Row, Layers]]) -> list[_Talk]:
+    def _observe(self, closed: Sequence[tuple[_Row, Layers]]) -> list[Talk]:
         """Ask the environment after every closed turn and run what it shows; the conversations that go on."""
         going: list[tuple[_Row, Layers, PromptTokens]] = []
         for row, memory in closed:
@@ -185,8 +196,8 @@ class _Turns:
                 going.append((row, memory, seen))
         return self._run_observations(going) if going else []
 
-    def _run_observations(self, going: Sequence[tuple[_Row, Layers, PromptTokens]]) -> list[_Talk]:
-        past, before = _join([memory for _, memory, _ in going], self.device)
+    def _run_observations(self, going: Sequence[tuple[_Row, Layers, PromptTokens]]) -> list[Talk]:
+        past, before = join([memory for _, memory, _ in going], self.device)
         ids, _ = left_pad([torch.cat([torch.tensor(self.nodes[r.node].ids[-1:]), s.ids]) for r, _, s in going])
         length = torch.tensor([1 + len(s.ids) for _, _, s in going])
         fresh = (torch.arange(ids.shape[1])[None] >= ids.shape[1] - length[:, None]).to(self.device)
@@ -204,8 +215,8 @@ class _Turns:
         talks = []
         for r, (row, _, seen) in enumerate(going):
             node = self.nodes[row.node]
-            memory, at = _cut(out.past_key_values, r, mask[r]), row.position + seen.next_position
-            talk = _Talk(node.prompt, row.node, node.depth + 1, row.slot, row.length, memory, out.logits[r, -1], at)
+            memory, at = cut(out.past_key_values, r, mask[r]), row.position + seen.next_position
+            talk = Talk(node.prompt, row.node, node.depth + 1, row.slot, row.length, memory, out.logits[r, -1], at)
             talks.append(talk)
         return talks
 
@@ -214,36 +225,3 @@ def _behind(position: int, seen: PromptTokens) -> Tensor:
     """(n + 1,) or (3, n + 1) positions of a turn's last token and the observation after it."""
     last = torch.full((*seen.positions.shape[:-1], 1), position)
     return torch.cat([last, seen.positions + position + 1], -1)
-
-
-def _check_cache(past: Any) -> None:
-    if any(getattr(layer, "is_sliding", False) for layer in past.layers):
-        raise ValueError(
-            "this model's cache is a sliding window, which cannot be kept between turns; use policy.engine: vllm"
-        )
-
-
-def _cut(past: Any, row: int, mask: Tensor | None) -> Layers:
-    """One row of a cache without its padding."""
-    columns = slice(None) if mask is None or bool(mask.all()) else mask.nonzero().flatten()
-    return [(layer.keys[row][:, columns].clone(), layer.values[row][:, columns].clone()) for layer in past.layers]
-
-
-def _join(rows: Sequence[Layers], device: torch.device) -> tuple[Any, Tensor]:
-    """A cache of several rows, padded on the left, and its mask (R, L) bool."""
-    from transformers import DynamicCache
-
-    length = torch.tensor([memory[0][0].shape[1] for memory in rows], device=device)
-    longest = int(length.max())
-    past = DynamicCache()
-    for i in range(len(rows[0])):
-        past.update(_stack([m[i][0] for m in rows], longest), _stack([m[i][1] for m in rows], longest), i)
-    return past, torch.arange(longest, device=device)[None] >= longest - length[:, None]
-
-
-def _stack(rows: Sequence[Tensor], longest: int) -> Tensor:
-    """(R, heads, longest, d) from (heads, L, d), zeros in front."""
-    out = rows[0].new_zeros(len(rows), rows[0].shape[0], longest, rows[0].shape[2])
-    for r, x in enumerate(rows):
-        out[r, :, longest - x.shape[1] :] = x
-    return out

@@ -48,13 +48,13 @@ def _check(who: str, protocol: type, kind: str, component: Row) -> None:
         able = [n for n in names(kind) if (c := _product(find(kind, n))) is not None and issubclass(c, protocol)]
         raise ComponentError(
             _refusal(who, protocol, f"{component.kind.singular} {component.name!r}")
-            + f"; those that are: {', '.join(able) or 'none'}"
+            + f"; those that do: {', '.join(able) or 'none'}"
         )
 
 
 def _refusal(who: str, protocol: type, component: str) -> str:
-    told = inspect.getdoc(protocol) or ""
-    return f"{who} needs a {protocol.__name__} (mmrl.rollout): {told.rstrip('.').lower()}; {component} is none"
+    meaning = (inspect.getdoc(protocol) or "").rstrip(".").lower()
+    return f"{who} needs the protocol {protocol.__name__} of mmrl.rollout ({meaning}); {component} does not have it"
 
 
 def _product(row: Row) -> type | None:

@@ -17,7 +17,7 @@ from mmrl.rewards.answer_text import choice_letter, compare, extract_answer, fin
 from mmrl.rewards.isolation import Worker, WorkerError
 
 if TYPE_CHECKING:
-    from mmrl.rollout import Sample
+    from mmrl.rollout import Prompt, Sample
 
 log = logging.getLogger(__name__)
 
@@ -184,16 +184,21 @@ def answer_of(sample: Sample) -> str | None:
 
 
 def reference_answer(sample: Sample) -> str:
+    """The right answer of a sample's prompt; see `right_answer`."""
+    return right_answer(sample.prompt)
+
+
+def right_answer(prompt: Prompt) -> str:
     """`reference["answer"]`, or the reference itself when it is a text or a number.
 
     Raises:
         NoAnswerError: there is none; the message names the prompt.
     """
-    reference = sample.prompt.reference
+    reference = prompt.reference
     answer = reference.get("answer") if isinstance(reference, Mapping) else reference
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise NoAnswerError(
-            f"prompt {sample.prompt.id!r}: the reference {reference!r} holds no answer; give a text or a number, or "
+            f"prompt {prompt.id!r}: the reference {reference!r} holds no answer; give a text or a number, or "
             '{"answer": ...}'
         )
     return str(answer)

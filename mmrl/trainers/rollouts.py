@@ -21,7 +21,7 @@ from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
 from mmrl.recipe import PolicyConfig
-from mmrl.registry import build
+from mmrl.registry import build, find
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
@@ -52,7 +52,7 @@ class Rollouts:
 
     Args:
         policy, task, rewards: in place of those the recipe names.
-        reference: keep the policy's initial weights, for losses that compare with them.
+        reference: keep the policy's initial weights, for losses that compare with them; readings may ask for it too.
         readers: what reads the fields of a rollout, checked against what writes them before anything is loaded.
         given: fields that are there before anything of the recipe has written, see `fields_given`.
     """
@@ -77,7 +77,7 @@ class Rollouts:
         self.readings = build_readings(config)
         check_prompts(self.task.prompts)
         check_prompts(self.task.eval_prompts)
-        if reference:
+        if reference or any(find("readings", r.name).facts.get("reference") for r in config.readings):
             self.policy.freeze_reference()
         self.loop = Loop(config, self.policy.model)
         self.policy.model = self.loop.model

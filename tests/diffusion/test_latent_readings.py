@@ -153,9 +153,10 @@ def test_a_policy_that_cannot_complete_is_refused_before_it_is_made(tiny_model, 
     own = recipe(tiny_model, tmp_path, credit=credit, readings=[{"name": "monte_carlo"}])
     own["policy"] = {"name": "test_latent_readings:cannot_complete"}
     with pytest.raises(
-        ComponentError, match=r"readings.0: reading 'monte_carlo' needs a Completer.*is none.*diffusion"
+        ComponentError,
+        match=r"readings.0: reading 'monte_carlo' needs the protocol Completer.*does not have it.*diffusion",
     ):
         BranchGrpo(parse_config(own))
     reading = {"name": "monte_carlo", "policy": {"name": "test_latent_readings:cannot_complete"}}
-    with pytest.raises(ComponentError, match=r"readings.0.policy: reading 'monte_carlo' needs a Completer"):
+    with pytest.raises(ComponentError, match=r"readings.0.policy: reading 'monte_carlo' needs the protocol Completer"):
         BranchGrpo(parse_config(recipe(tiny_model, tmp_path, credit=credit, readings=[reading])))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.cache import cache_root, made_once
-from mmrl.rollout import Prompt, Sample
+from mmrl.rollout import Answer, Prompt, Sample
 from video.rewards import manipulation_f1
 from video.rewards.calls import Reading
 from video.tasks.clips_files import write_mp4
@@ -64,6 +64,10 @@ class ClipsTask:
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         folder = made_once(cache_root() / f"clips-films-{key}", partial(_write_films, settings))
         self.prompts, self.eval_prompts = (_read_prompts(folder, split) for split in ("train", "held_out"))
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The last turn of a right conversation."""
+        return Answer(f"{ANSWER_WORD} ", str(prompt.reference["answer"]))
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
         """accuracy: share of right answers. f1, precision, recall: of manipulations, against what was drawn."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mmrl.jsonl import RowError
-from mmrl.rollout import Prompt, Sample
+from mmrl.rewards.answers import right_answer
+from mmrl.rollout import Answer, Prompt, Sample
 from video.formats import read_format
 from video.reader import VideoDecodeError, VideoReader
 from video.records import VideoSample, to_prompt, with_info, with_seen
@@ -60,6 +61,10 @@ class VideoJsonlTask:
         self.prompts: list[Prompt] = [to_prompt(s) for s in samples]
         self.eval_prompts: list[Prompt] = [to_prompt(s) for s in held_out]
         self.quarantined = bad + bad_eval
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The reference's answer behind `FINAL_ANSWER:`."""
+        return Answer("FINAL_ANSWER: ", right_answer(prompt))
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
         """answered: share of outputs that are not empty."""

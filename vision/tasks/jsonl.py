@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, RowError, read_rows
-from mmrl.rollout import Prompt, Sample
+from mmrl.rewards.answers import right_answer
+from mmrl.rollout import Answer, Prompt, Sample
 from vision.images import ImageError, check_image, resolve
 
 # texts that models read as a picture, a video or a turn of the conversation; in a question they would shift the images
@@ -74,6 +75,10 @@ class JsonlTask:
         self.prompts, bad_train = load_prompts(train, make, max_bad=max_bad, limit=limit)
         self.eval_prompts, bad_eval = load_prompts(eval, make, max_bad=max_bad, limit=limit)
         self.quarantined = bad_train + bad_eval
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The reference's answer behind `Answer:`."""
+        return Answer("Answer: ", right_answer(prompt))
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
         """answered: share of outputs that are not empty."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrl.rollout import Prompt, Sample
+from mmrl.rewards.answers import right_answer
+from mmrl.rollout import Answer, Prompt, Sample
 from vision.tasks.jsonl import Columns, Quarantined, RowError, answered, load_prompts, row_prompt
 
 _COLUMNS = Columns(images="image")
@@ -50,6 +51,10 @@ class PuzzleTask:
                 f"{file}: {len(self.prompts)} training and {len(self.eval_prompts)} evaluation puzzles at "
                 f"eval_share={eval_share}, seed={seed}; both sides need some, use more rows or another share or seed"
             )
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The reference's answer behind `Answer:`."""
+        return Answer("Answer: ", right_answer(prompt))
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
         """answered: share of outputs that are not empty."""

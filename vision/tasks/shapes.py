@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrl.cache import cache_root, made_once
-from mmrl.rollout import Prompt, Rollout, Sample
+from mmrl.rollout import Answer, Prompt, Rollout, Sample
 from vision.tasks.shapes_scene import (
     KINDS,
     WORDS,
@@ -84,6 +84,10 @@ class ShapesTask:
         }  # fmt: skip
         folder = _scenes(settings)
         self.prompts, self.eval_prompts = (_read_prompts(folder, split) for split in ("train", "held_out"))
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The last line of a right trace."""
+        return Answer("answer ", str(prompt.reference["answer"]))
 
     @staticmethod
     def step_kind(text: str) -> Kind:

@@ -1,0 +1,126 @@
+"""Finishing rollouts of tokens from their states: their trees are run once, and every completion forks the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrl.rollout import BranchPlan, Place, Rollout
+from vision.attention import FLEX
+from vision.backbone import Backbone
+from vision.conversations import Conversations
+from vision.decode import Opened, grow, prefill
+from vision.growth import Decoding, Node, PromptTokens
+from vision.kv import Layers, check_cache, cut, join
+from vision.network import run_trees
+from vision.packing import ancestors, leaf_rows
+from vision.passes import build_reading
+from vision.rollout_trees import RolloutTrees
+from vision.step_rule import StepRule
+from vision.turns import Talk, grow_turns
+
+
+@dataclass(frozen=True)
+class _State:
+    """A state that has been run. prompt: its tokens, with the position of what comes next. logits: (V,) of that."""
+
+    prompt: PromptTokens
+    logits: Tensor
+    memory: Layers
+
+
+class Completions:
+    """Completes rollouts with a transformers model.
+
+    Args:
+        talks: where an environment answers between steps.
+    """
+
+    def __init__(self, body: Backbone, trees: RolloutTrees, talks: Conversations | None, rule: StepRule) -> None:
+        self._body, self._trees, self._talks, self._rule = body, trees, talks, rule
+
+    def run(
+        self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Node]:
+        """n completions of each place; a node's `prompt` is the place's position, paths begin behind the place."""
+        if self._talks is not None:
+            return self._turns(hf, rollout, places, n, decoding, seeds)
+        whole = replace(decoding, max_steps=1)  # nobody asks where a completion's steps end
+        opened, prompts = self._opened(hf, rollout, places, decoding)
+        plan = BranchPlan({0: n}, max(n, 1))
+        return grow(hf, prompts, plan, whole, self._rule, seeds, self._body.features, opened)
+
+    def written(self, rollout: Rollout, place: Place) -> Tensor:
+        """Ids of all steps up to a place."""
+        steps = ancestors(rollout.tree.parent.tolist(), place.step)[::-1] if place.step >= 0 else []
+        return torch.cat([torch.empty(0, dtype=torch.int64), *(self._trees.ids(rollout, v) for v in steps)])
+
+    def _opened(
+        self, hf: Any, rollout: Rollout, places: Sequence[Place], decoding: Decoding
+    ) -> tuple[Opened, list[PromptTokens]]:
+        paths = [self.written(rollout, p) for p in places]
+        written = [min(len(ids), decoding.max_new_tokens - 1) for ids in paths]
+        style = self._body.style
+        if style.plain and "flash" not in style.implementation:
+            states = self._states(hf, rollout, places)
+            past, mask = join([s.memory for s in states], states[0].logits.device)
+            logits = torch.stack([s.logits for s in states])
+            return Opened(logits, past, mask.long(), written), [s.prompt for s in states]
+        prompts = [
+            self._body.encode(rollout.prompts[p.prompt]).followed_by(i, "") for p, i in zip(places, paths, strict=True)
+        ]
+        return Opened(*prefill(hf, prompts, self._body.features), written), prompts
+
+    def _states(self, hf: Any, rollout: Rollout, places: Sequence[Place]) -> list[_State]:
+        """Every place's state: all trees in one call, each token of theirs once."""
+        style = self._body.style
+        if style.implementation == FLEX:
+            style = replace(style, implementation="sdpa")
+        owners: dict[int, list[int]] = {}
+        for i, place in enumerate(places):
+            owners.setdefault(place.prompt, []).append(i)
+        prompts = {g: self._body.encode(rollout.prompts[g]) for g in owners}
+        laid = {
+            g: self._trees.lay_out(
+                rollout, prompts[g], [places[i].step for i in own if places[i].step >= 0], open_ended=True
+            )
+            for g, own in owners.items()
+        }
+        ends = [torch.tensor([laid[g].end(places[i].step) for i in own]) for g, own in owners.items()]
+        job = build_reading([x.tree for x in laid.values()], ends, "packed", style)
+        logits, past = run_trees(hf, job, self._body.features)
+        check_cache(past)
+        states: dict[int, _State] = {}
+        rows = iter(logits)
+        for row, (g, own) in enumerate(owners.items()):
+            tree = laid[g].tree
+            for i in own:
+                (columns,) = leaf_rows(tree.packed, [laid[g].after[places[i].step]])
+                after = int(tree.positions[..., columns].max()) + 1
+                memory = cut(past, row, columns.to(logits.device))
+                states[i] = _State(replace(prompts[g], next_position=after), next(rows), memory)
+        return [states[i] for i in range(len(places))]
+
+    def _turns(
+        self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Node]:
+        assert self._talks is not None
+        if not self._body.style.plain or "flash" in self._body.style.implementation:
+            raise ValueError("conversations are completed from packed trees; load the model with attn: sdpa")
+        states = self._states(hf, rollout, places)
+        before = [self._talks.turns(rollout, p.step) for p in places]
+        talks = []
+        for i, (place, state, turns) in enumerate(zip(places, states, before, strict=True)):
+            depth = 0 if place.step < 0 else int(rollout.tree.depth[place.step]) + 1
+            length = sum(tokens for _, tokens in turns)
+            for slot in range(1 if depth == 0 else n):  # before the first turn the plan itself branches
+                new = (i, -1, depth, slot, length, state.memory, state.logits, state.prompt.next_position)
+                talks.append(Talk(*new))
+        prompts = [rollout.prompts[p.prompt] for p in places]
+        tokens = [s.prompt for s in states]
+        answer = self._talks.answers(prompts, tokens, before)
+        return grow_turns(hf, tokens, BranchPlan({0: n}), decoding, seeds, answer, self._body.features, talks)
