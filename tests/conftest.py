@@ -64,3 +64,19 @@ def tiny_model(tmp_path_factory):
     from tiny import save_tiny_dit
 
     return save_tiny_dit(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def sandbox_root(tmp_path_factory):
+    """The folder of recipes that run in seconds, made once; take `sandbox`."""
+    from sandbox import Sandbox
+
+    return Sandbox(tmp_path_factory.mktemp("sandbox"))
+
+
+@pytest.fixture
+def sandbox(sandbox_root, monkeypatch):
+    """What runs recipes and command lines for one iteration, from a working folder of its own."""
+    monkeypatch.chdir(sandbox_root.root)
+    monkeypatch.setenv("MMRL_CACHE", str(sandbox_root.root / "cache"))
+    return sandbox_root

@@ -7,7 +7,6 @@ import yaml
 
 from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.config import ConfigError, load_config, load_section, parse_config
-from mmrl.credit import compose
 from mmrl.registry import ComponentError, build, find
 from mmrl.search.recipe import SearchConfig
 
@@ -27,13 +26,6 @@ def test_every_recipe_parses(file):
         return
     config = load_config(file)
     assert parse_config(yaml.safe_load(config.dump())) == config
-
-
-@pytest.mark.parametrize("file", [f for f in CONFIGS if "credit" in f.parts], ids=lambda f: f.stem)
-def test_every_credit_section_runs(file, t8):
-    credit = parse_config(BASE | yaml.safe_load(file.read_text())).credit
-    out = compose(t8, [e.spec for e in credit.estimators], credit.transforms or [])
-    assert bool(out.adv.isfinite().all()) and bool(out.adv.any())
 
 
 def test_overrides(tmp_path):
