@@ -158,13 +158,15 @@ def _checked(record: SolutionRecord, scores: Sequence[float], lenient: bool) -> 
 
 
 def remembered(score: Score) -> Score:
-    """The scorer, asked once per record object; records must stay alive between the calls."""
-    memo: dict[int, Sequence[float]] = {}
+    """The scorer, asked once per record object."""
+    # the record is kept beside its scores: once it were freed, a new one could have its id
+    memo: dict[int, tuple[SolutionRecord, Sequence[float]]] = {}
 
     def call(records: Sequence[SolutionRecord]) -> list[Sequence[float]]:
         new = [r for r in records if id(r) not in memo]
-        memo.update(zip(map(id, new), score(new) if new else [], strict=True))
-        return [memo[id(r)] for r in records]
+        for record, scores in zip(new, score(new) if new else [], strict=True):
+            memo[id(record)] = record, scores
+        return [memo[id(r)][1] for r in records]
 
     return call
 

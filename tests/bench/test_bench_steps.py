@@ -259,6 +259,19 @@ def test_a_remembered_scorer_is_asked_once():
     assert asked == [1, 1]
 
 
+def test_a_record_in_the_memory_of_one_that_is_gone_is_scored_anew():
+    asked = []
+
+    def score(records):
+        asked.extend(r.id for r in records)
+        return [[0.5] for _ in records]
+
+    once = remembered(score)
+    for i in range(100):
+        once([record(str(i), 1)])
+    assert asked == [str(i) for i in range(100)]
+
+
 def test_threshold_candidates_are_thinned():
     assert thresholds([[0.1, 0.30001], [0.3, 0.2]], 10) == [0.1, 0.2, 0.3]
     assert thresholds([[i / 10 for i in range(10)]], 4) == [0.0, 0.3, 0.6, 0.9]
