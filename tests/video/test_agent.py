@@ -74,7 +74,7 @@ def test_packed_equals_rows_with_films_and_stills_in_branches(family, clip):
 def test_positions_are_those_of_the_models_own_rule_along_every_conversation(clip):
     policy = agent(str(family_folder("qwen2_5_vl")))
     rollout = policy.rollout(prompts(clip), BranchPlan({0: 4}), seed=0)
-    trees, _, _ = policy._trees(rollout, torch.arange(len(rollout.tree)))
+    trees, _, _ = policy._trees.of_steps(rollout, torch.arange(len(rollout.tree)))
     from vision.packing import rows_of
 
     for tree in trees:
