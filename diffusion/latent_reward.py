@@ -202,6 +202,19 @@ class LatentReward:
         steps: list[Tensor] = list(torch.arange(len(rollout.tree)).split(self.max_batch))
         return torch.cat([self.logits(rollout, part)[:, 0].double().cpu() for part in steps])
 
+    @torch.no_grad()
+    def root_scores(self, rollout: Rollout) -> Tensor:
+        """(G,) float64 sigmoid of the score of each prompt's initial noise.
+
+        Raises:
+            ValueError: the rollout has no initial latents or no recorded course.
+        """
+        if "init" not in rollout.prompt_payload or "course" not in rollout.about:
+            raise ValueError("the rollout has no initial noise with its level: only a diffusion policy's own has")
+        level = Course.from_record(rollout.about["course"]).levels[0]
+        own = torch.arange(len(rollout.prompts))
+        return self.score(rollout.prompt_payload["init"], level, _conditions(rollout), own).sigmoid().double()
+
     # ---- StepScorer -------------------------------------------------------------------------------------------
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -248,8 +261,8 @@ class LatentReward:
             raise ValueError("the rollout has no latents: a latent reward scores rollouts of a diffusion policy")
         if told := rollout.about.get("prediction"):
             self.space.check(self.space.shape, prediction=str(told))
-        cond = {k.removeprefix("cond_"): v for k, v in rollout.prompt_payload.items() if k.startswith("cond_")}
-        return self._scores(latent[steps], levels_of(rollout)[steps], cond, rollout.tree.group[steps])[:, None]
+        own = rollout.tree.group[steps]
+        return self._scores(latent[steps], levels_of(rollout)[steps], _conditions(rollout), own)[:, None]
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights as `latent_reward.safetensors`, the configurations of denoiser and scheduler, and the record."""
@@ -289,6 +302,11 @@ class LatentReward:
         rows = {k: v.to(device)[own.to(device)] for k, v in cond.items()}
         model = self.model if torch.is_grad_enabled() else network
         return model(x, levels[:, 2].to(device, torch.float32), rows)
+
+
+def _conditions(rollout: Rollout) -> dict[str, Tensor]:
+    """What the policy's adapter encoded, one row per prompt."""
+    return {k.removeprefix("cond_"): v for k, v in rollout.prompt_payload.items() if k.startswith("cond_")}
 
 
 def levels_of(rollout: Rollout) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
     "Train models from rewards on steps: vision-language, diffusion, video."))  # fmt: skip
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as configs/diffusion/digits_branch.yaml")]
+SCORER = (
+    "A saved scorer's folder, a name of `mmrl list scorers`, or a section: '{name: generative_prm, policy: {...}}'"
+)
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, such as optim.lr=1e-4")]
 
 
@@ -110,7 +113,7 @@ def rollouts(
 
 @app.command()
 def score(
-    scorer: Annotated[str, typer.Option(help="A saved scorer's folder, or a name of mmrl.scorers")],
+    scorer: Annotated[str, typer.Option(help=SCORER)],
     data: Annotated[Path, typer.Option(help="Solutions, JSON lines")],
     out: Annotated[Path, typer.Option(help="Where the scores go, JSON lines")] = Path("scores.jsonl"),
     format_: Annotated[str, typer.Option("--format", help="Of the data, one of mmrl.prm.formats")] = "records",
@@ -118,7 +121,7 @@ def score(
     """Score every step of written solutions."""
     from mmrl.jobs import run_score
 
-    told = run_score(scorer, data, out, format_)
+    told = run_score(_section(scorer), data, out, format_)
     typer.echo(f"{told['records']} solutions, {told['unscored']} unscored, {told['quarantined']} set aside: {out}")
 
 
@@ -140,7 +143,7 @@ def search(recipe: Recipe, overrides: Overrides = None) -> None:
 def bench(
     name: Annotated[str, typer.Argument(help="processbench, prmbench, visualprocessbench, mpbench, ...")],
     data: Annotated[Path, typer.Option(help="File or folder in the benchmark's own layout")],
-    scorer: Annotated[str, typer.Option(help="A saved scorer's folder, or a name of mmrl.scorers")],
+    scorer: Annotated[str, typer.Option(help=SCORER)],
     out: Annotated[Path | None, typer.Option(help="JSON report")] = None,
     threshold: Annotated[float, typer.Option(help="A step is right from here on")] = 0.5,
     tune_on: Annotated[Path | None, typer.Option(help="Another split on which the threshold is chosen")] = None,
@@ -151,9 +154,10 @@ def bench(
     from mmrl.jobs import run_benchmark
     from mmrl.prm.scoring import aggregate_of
 
+    chosen = _section(scorer)
     run_benchmark(
-        name, data, scorer, out, threshold=threshold, tune_on=tune_on, media_root=media_root,
-        aggregate=aggregate or aggregate_of(scorer),
+        name, data, chosen, out, threshold=threshold, tune_on=tune_on, media_root=media_root,
+        aggregate=aggregate or aggregate_of(chosen),
     )  # fmt: skip
 
 
@@ -171,6 +175,18 @@ def demo(
     where = folder or _unused(Path("runs/demo"))
     page = run_all(where, overrides or []) if name == "all" else run_demo(name, where, overrides or [])
     typer.echo(f"report: {page.resolve()}")
+
+
+def _section(text: str) -> str | dict[str, Any]:
+    """A name or folder as it is, or the section that a text in braces says in YAML."""
+    if not text.startswith("{"):
+        return text
+    import yaml
+
+    try:
+        return dict(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--scorer {text!r} is no YAML mapping: {error}") from None
 
 
 def _unused(folder: Path) -> Path:

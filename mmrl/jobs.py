@@ -26,7 +26,7 @@ from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Kind, SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
-from mmrl.prm.scoring import admitted, load_scorer, score_records, score_states
+from mmrl.prm.scoring import ScorerSpec, admitted, check_scorer, load_scorer, score_records, score_states
 from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
 from mmrl.registry import build, call, hint
 from mmrl.report.search_panel import disagreements
@@ -136,7 +136,7 @@ def _labeller(name: str, options: Mapping[str, Any], job: _Job, section: str) ->
     made: Callable[..., Labeller]
     if name == "scorer":
 
-        def made(scorer: str, threshold: float | None = None) -> Labeller:
+        def made(scorer: ScorerSpec, threshold: float | None = None) -> Labeller:
             return by_scorer(job.scorer(scorer), threshold=threshold)
     elif name == "judge":
 
@@ -230,7 +230,7 @@ def run_rollouts(config: TrainingConfig, out: Path) -> dict[str, Any]:
 # ---- score, search, bench -------------------------------------------------------------------------------------------
 
 
-def run_score(scorer: str, data: Path, out: Path, format: str = "records") -> dict[str, Any]:
+def run_score(scorer: str | Mapping[str, Any], data: Path, out: Path, format: str = "records") -> dict[str, Any]:
     """Scores of the solutions in a file, one row each: id, scores (null where a question cannot be taken)."""
     records, bad = read_format(data, format, unlabelled=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +247,8 @@ def run_score(scorer: str, data: Path, out: Path, format: str = "records") -> di
 
 def run_search(config: SearchConfig) -> dict[str, Any]:
     """Search every prompt as the recipe says; writes results.jsonl and report.json below its output."""
+    if config.scorer is not None:
+        check_scorer(config.scorer)
     job = _Job(config)
     job.alone("mmrl search")
     if config.method.name == "best_of_k":
@@ -305,8 +307,10 @@ def _candidates(n: int = 8, k: tuple[int, ...] = (4,)) -> dict[str, Any]:
     return {"n": n, "k": k}
 
 
-def run_benchmark(name: str, data: Path, scorer: str, out: Path | None, **options: Any) -> dict[str, Any]:
-    """A saved scorer, or one of mmrl.scorers, on a public benchmark's file; prints the table."""
+def run_benchmark(
+    name: str, data: Path, scorer: str | Mapping[str, Any], out: Path | None, **options: Any
+) -> dict[str, Any]:
+    """A scorer, by name, folder or section, on a public benchmark's file; prints the table."""
     from mmrl.bench.run import find_bench, run_bench
 
     lenient = find_bench(name).lenient  # what has no score counts against the scorer
@@ -396,9 +400,9 @@ class _Job:
         if self.world > 1:
             raise ConfigError(f"{what} runs in one process, but {self.world} were started; leave the launcher out")
 
-    def scorer(self, name: str) -> StepReward:
-        """A scorer on this job's device."""
-        return on_device(load_scorer(name), self._cpu)
+    def scorer(self, scorer: str | Mapping[str, Any]) -> StepReward:
+        """A scorer, by name, folder or section, on this job's device."""
+        return on_device(load_scorer(scorer), self._cpu)
 
 
 def _first_reward(task: Any, name: str) -> str:
@@ -424,7 +428,17 @@ def on_device(component: Any, cpu: bool = False) -> Any:
     return component
 
 
-def _stamp(model: str) -> str:
-    """A folder's weights by name, size and time, so that another checkpoint under the same path is told apart."""
-    files = sorted(Path(model).glob("*.safetensors")) if model and Path(model).is_dir() else []
-    return json.dumps([model, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+def _stamp(component: str | Mapping[str, Any]) -> str:
+    """A folder or a section, with the weights in the folders it names by name, size and time, so that another
+    checkpoint under the same path is told apart."""
+    files: list[Path] = []
+    for folder in _texts(component):
+        files += sorted(Path(folder).glob("*.safetensors")) if folder and Path(folder).is_dir() else []
+    return json.dumps([component, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in a section, inner sections included."""
+    if isinstance(value, Mapping):
+        return [text for inner in value.values() for text in _texts(inner)]
+    return [value] if isinstance(value, str) else []

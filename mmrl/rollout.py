@@ -493,6 +493,7 @@ class StepReward(Protocol):
     def __call__(self, rollout: Rollout) -> Tensor: ...
 
 
+@runtime_checkable
 class StepScorer(StepReward, Protocol):
     """A trainable step reward. Called, it gives (N,) probabilities that a step is good, without gradient."""
 
@@ -512,6 +513,14 @@ class StepScorer(StepReward, Protocol):
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the model and the record of how it reads steps; `mmrl.prm.scoring.load_scorer` reads it."""
+
+
+@runtime_checkable
+class RootScorer(Protocol):
+    """A step reward that can also tell what the prompt alone is worth, before any step."""
+
+    def root_scores(self, rollout: Rollout) -> Tensor:
+        """(G,) one number per prompt, on the scale of its step scores."""
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:

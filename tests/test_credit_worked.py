@@ -8,15 +8,6 @@ import torch
 
 from mmrl.credit import estimate
 from mmrl.credit.estimate import apply_transform
-from mmrl.credit.learned import (
-    bt_trajectory_loss,
-    discriminator_reward,
-    half_split_pairs,
-    implicit_rewards,
-    implicit_turn_advantage,
-    outcome_bce_loss,
-    progress_loss,
-)
 from mmrl.credit.reward_machine import RewardMachine
 from mmrl.credit.steps import judged_wrong
 from mmrl.credit.transforms import thought_reward, thoughts
@@ -258,35 +249,6 @@ def test_machines_that_call_themselves_or_nobody():
         RewardMachine.parse(loop)
     with pytest.raises(ValueError, match="calls unknown machine 'z'"):
         RewardMachine.parse(MACHINE | {"edges": [["u0", "a", "accept", {"call": "z"}]]})
-
-
-def test_sweet():
-    logp, ref = torch.tensor([-1, -0.5, -2, -0.2, -0.3]), torch.tensor([-1.2, -0.4, -1.5, -0.6, -0.9])
-    mine = implicit_turn_advantage(logp, ref, torch.tensor([0, 0, 1, 1, 1]), 2)
-    check_close(mine, [0.05, 0.166667])
-    other = torch.tensor([-0.1, 0.02])
-    check_close(bt_trajectory_loss(mine, other, 0.1), 0.678424)
-    check_close(bt_trajectory_loss(mine, other, 1.0), 0.555775)
-    score = torch.arange(16.0)
-    pairs = half_split_pairs(score, 50, seed=0)
-    assert int(pairs[:, 0].min()) >= 8 > int(pairs[:, 1].max()) and len(pairs) == 50
-    assert len(half_split_pairs(torch.zeros(4), 10, seed=0)) == 0
-    with pytest.raises(ValueError, match="at least 2 candidates"):
-        half_split_pairs(torch.zeros(1), 1, seed=0)
-
-
-def test_learned_losses_by_hand():
-    implicit = implicit_rewards(torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-2.0, -2.0, -3.0]), beta=0.5)
-    check_close(implicit, [0.5, 0, 1])
-    loss = outcome_bce_loss(implicit, torch.tensor([0, 0, 1]), torch.tensor([1, 0]))
-    want = (-torch.log(torch.sigmoid(torch.tensor(0.5))) - torch.log(1 - torch.sigmoid(torch.tensor(1.0)))) / 2
-    check_close(loss, float(want))
-    check_close(
-        progress_loss(torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0])),
-        (0.25 + 0.16) / 2,
-    )
-    check_close(discriminator_reward(torch.tensor([0.5])), [0.693147])
-    assert bool(discriminator_reward(torch.tensor([1.0])).isfinite())
 
 
 def test_red_info_gain_redundancy():

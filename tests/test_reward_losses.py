@@ -11,20 +11,15 @@ from mmrl.losses.reward import (
     bce,
     bce_two_sided,
     bradley_terry,
-    buffer_share,
     buffered_nll,
     ce_full,
     free_prm,
     good_logit,
-    head_distance,
-    implicit_ce,
-    implicit_rewards,
-    kto,
-    kto_reference,
     last_labels,
     mse,
     nca,
     q_rank,
+    return_decomposition,
     smooth,
     step_loss,
     value_margin,
@@ -119,7 +114,6 @@ def test_three_class_loss_with_buffer():
     check_worked(
         free_prm(logits, tensor(1, 0)), [-(math.log(0.6) + math.log(0.9)) / 2, -(math.log(0.7) + math.log(0.8)) / 2]
     )
-    check_worked(buffer_share(logits), 0.2)
     check_worked(good_logit(logits).sigmoid(), [0.6 / 0.7, 0.2 / 0.9])
 
 
@@ -230,7 +224,8 @@ def test_value_margin_puts_siblings_in_order():
 
 
 def test_only_ranking_needs_solutions():
-    assert [n for n in ALL if step_loss(n).needs_path] == ["preference", "q_rank", "value_margin"]
+    whole = ["bradley_terry", "nca", "preference", "q_rank", "return_decomposition", "value_margin"]
+    assert [n for n in ALL if step_loss(n).needs_path] == whole
     with pytest.raises(ValueError, match="give `path`"):
         step_loss("q_rank")(torch.zeros(1, 1), tensor(1))
 
@@ -332,66 +327,45 @@ def test_wrong_requests_are_named():
     ],
 )
 def test_bradley_terry(delta, options, want):
-    assert bradley_terry(torch.tensor(delta), **options).item() == pytest.approx(want, abs=1e-6)
+    loss = bradley_terry(torch.tensor([[0.2], [0.2 + delta]]), tensor(0.0, 1.0), torch.tensor([3, 3]), **options)
+    check_worked(loss, [want, want])  # both steps carry the loss of their path
 
 
 def test_bradley_terry_over_all_pairs_of_two_sets():
-    better, worse = tensor(0.8, 0.5), tensor(-0.3, 0.1)
-    assert bradley_terry(better[:, None] - worse).mean().item() == pytest.approx(0.393659, abs=1e-6)
+    q, labels = torch.tensor([[0.8], [-0.3], [0.5], [0.1]]), tensor(1.0, 0.0, 1.0, 0.0)
+    check_worked(bradley_terry(q, labels, torch.zeros(4).long()), [0.393659] * 4)
+
+
+def test_pairs_are_ordered_by_label_within_their_path():
+    """Labels 0, 1/2, 1 make three pairs, with a gap of 0.6 one; a path without a pair costs nothing."""
+    q, labels = torch.tensor([[0.0], [1.0], [3.0], [9.0]]), tensor(0.0, 0.5, 1.0, 0.3)
+    path = torch.tensor([1, 1, 1, 0])
+    three = sum(math.log(1 + math.exp(-d)) for d in (1, 2, 3)) / 3
+    check_worked(bradley_terry(q, labels, path), [three] * 3 + [0.0])
+    check_worked(bradley_terry(q, labels, path, gap=0.6), [math.log(1 + math.exp(-3))] * 3 + [0.0])
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_bradley_terry_gradient_is_finite_at_extremes(gamma):
-    delta = tensor(-200, 0, 30, 200).requires_grad_()
-    bradley_terry(delta, gamma=gamma).sum().backward()
-    assert delta.grad.isfinite().all()
-    assert delta.grad[0] == pytest.approx(-1)
+    q = torch.tensor([[-200.0], [0.0], [30.0], [200.0]]).requires_grad_()
+    labels, path = tensor(1, 1, 1, 1, 0, 0, 0, 0), torch.arange(4).repeat(2)
+    bradley_terry(torch.cat([q, torch.zeros(4, 1)]), labels, path, gamma=gamma)[:4].sum().backward()
+    assert q.grad.isfinite().all()
+    assert q.grad[0].item() == pytest.approx(-1)
 
 
-# --- implicit rewards
+def test_nca_reads_more_than_differences():
+    path, labels = torch.tensor([0, 0]), tensor(1.0, 0.0)
+    check_worked(nca(torch.tensor([[0.4], [0.1]]), labels, path), [1.341721] * 2)
+    assert nca(torch.tensor([[1.4], [1.1]]), labels, path)[0] != nca(torch.tensor([[0.4], [0.1]]), labels, path)[0]
 
 
-def test_implicit_rewards():
-    logp, ref = tensor(-1, -0.5, -0.2, -0.8), tensor(-1.2, -0.4, -0.6, -0.5)
-    got = implicit_rewards(logp, ref, torch.tensor([0, 0, 1, 1]), 2)
-    check_worked(got.token, [0.01, -0.005, 0.02, -0.015])
-    check_worked(got.step, [0.005, 0.005])
-    check_worked(got.q, [0.005, 0.01])
-    outside = implicit_rewards(logp, ref, torch.tensor([0, -1, 2, -1]), 3)
-    check_worked(outside.step, [0.01, 0, 0.02])
-
-
-def test_implicit_objectives():
-    check_worked(implicit_ce(tensor(0.5, 0.5), tensor(1, 0)), [0.474077, 0.974077])
-    check_worked(nca(tensor(0.4), tensor(0.1)), [1.341721])
-    got = kto(tensor(2, 2), torch.tensor([True, False]), 0.5, beta=0.1)
-    check_worked(got, [0.462570, 0.537430])
-    weighed = kto(tensor(2, 2), torch.tensor([True, False]), 0.5, beta=0.1, w_desirable=2.0, w_undesirable=0.5)
-    check_worked(weighed, [2 * 0.462570, 0.5 * 0.537430])
-
-
-def test_kto_reference_is_a_constant_and_not_negative():
-    rho = tensor(1.0, 0.0).requires_grad_()
-    assert kto_reference(rho).item() == 0.5
-    assert kto_reference(rho - 3).item() == 0
-    assert not kto_reference(rho).requires_grad
-
-
-def test_kto_moves_both_kinds_their_way():
-    rho = tensor(0.0, 0.0).requires_grad_()
-    kto(rho, torch.tensor([True, False]), 0.0).sum().backward()
-    assert rho.grad[0] < 0 < rho.grad[1]
-
-
-# --- regulariser
-
-
-def test_head_distance():
-    w, w0 = [torch.ones(2, 2, requires_grad=True), torch.zeros(1)], [torch.zeros(2, 2), torch.tensor([3.0])]
-    loss = head_distance(w, w0)
-    assert loss.item() == pytest.approx((4 + 9) / 5)
-    loss.backward()
-    assert w[0].grad.flatten().tolist() == pytest.approx([0.4] * 4)
+def test_contributions_add_up_to_the_outcome():
+    """SPA: (0.2 + 0.3 - 1)^2 and (0.4 - 0)^2; the optimum is any split whose sum is the outcome."""
+    q, labels = torch.tensor([[0.2], [0.4], [0.3]]), tensor(1.0, 0.0, 1.0)
+    check_worked(return_decomposition(q, labels, torch.tensor([0, 1, 0])), [0.25, 0.16, 0.25])
+    exact = torch.tensor([[-1.5], [0.0], [2.5]])
+    check_worked(return_decomposition(exact, labels, torch.tensor([0, 1, 0])), [0, 0, 0])
 
 
 def test_mse_worked_by_hand():

@@ -211,11 +211,11 @@ def read_job(
 
 
 def _likelihood(hf: Any, hidden: Tensor, tokens: Tensor, owner: Tensor, slots: int) -> Tensor:
-    """(S,) float32 mean log-prob of each slot's tokens, from the hidden states that predict them."""
+    """(S,) float32 mean log-prob of each slot's tokens, from the hidden states that predict them; 0 without tokens."""
     logp = bare(hf).get_output_embeddings()(hidden).float().log_softmax(-1)
     own = logp.gather(1, tokens.to(logp.device)[:, None])[:, 0]
     owner = owner.to(own.device)
-    return own.new_zeros(slots).index_add(0, owner, own) / torch.bincount(owner, minlength=slots)
+    return own.new_zeros(slots).index_add(0, owner, own) / torch.bincount(owner, minlength=slots).clamp(min=1)
 
 
 def _outputs(

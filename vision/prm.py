@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmrl.losses.reward import good_logit
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.prm.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
 from mmrl.reference import unwrap
 from mmrl.rollout import Prompt, Rollout
 from mmrl.sharding import is_sharded
 from vision.backbone import Backbone, closure, micro_batches, trainable_model
+from vision.growth import PromptTokens
 from vision.loading import banned_ids, eos_ids, load_processor, save
 from vision.network import Network, StepHead, bare, read_job
 from vision.passes import TokenTree, build_reading
@@ -185,7 +187,38 @@ class VisionPrm:
         Raises:
             ValueError: a step without a slot; see `readable`.
         """
-        asked = self._trees(rollout, steps)
+        return self._read(self._trees(rollout, steps))
+
+    def root_scores(self, rollout: Rollout) -> Tensor:
+        """(G,) float64 score of every prompt with nothing written yet: read where an empty first step would be."""
+        closing = list(self._slots.closing)
+        out: list[Tensor] = []
+        part: list[PromptTokens] = []
+        used = 0
+        for prompt in rollout.prompts:
+            encoded = self._body.encode(prompt)
+            size = len(encoded.ids) + len(closing)
+            if part and used + size > self.settings.max_tokens:
+                out.append(self._root_logits(part, closing))
+                part, used = [], 0
+            part.append(encoded)
+            used += size
+        out.append(self._root_logits(part, closing))
+        return good_logit(torch.cat(out)).sigmoid().double().cpu()
+
+    @torch.no_grad()
+    def _root_logits(self, prompts: Sequence[PromptTokens], closing: Sequence[int]) -> Tensor:
+        """(P, C) outputs after each of a few prompts and the marks that close an empty step."""
+        trees, slots = [], []
+        for prompt in prompts:
+            ids = [prompt.ids, *([torch.tensor(closing)] if closing else [])]
+            trees.append(TokenTree(prompt, [-1, 0][: len(ids)], ids))
+            slots.append(torch.tensor([len(prompt.ids) + len(closing) + self._slots.read]))
+        none = [torch.empty(0, dtype=torch.int64)] * len(trees)
+        return self._read(_Asked(trees, slots, none, none[0], torch.arange(len(trees))))
+
+    def _read(self, asked: _Asked) -> Tensor:
+        """(S, C) outputs at the slots, in the caller's order."""
         body, wanted = self._body, asked.tokens if self.head == "likelihood" else []
         job = body.job(
             asked.trees,

@@ -1,4 +1,4 @@
-"""Losses of step reward models: pointwise on labelled steps, on whole solutions, on pairs, and implicit ones.
+"""Losses of step reward models: pointwise on labelled steps, on whole solutions, on pairs.
 
 Logits are (S, C), one row per step: C = 1 the logit of "good"; C >= 2 the columns good, bad, then any other classes of
 the softmax (a buffer class, the rest of the vocabulary). Labels are (S,) in [0, 1], NaN = unlabelled. Whatever the
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -36,6 +36,8 @@ class RewardLossConfig(Component):
     balance: Literal["none", "class", "solution"] = "none"  # equal weight per labelled step, per class, per solution
     smoothing: float = Field(0.0, ge=0, lt=1)
     last_step_only: bool = False  # an outcome reward model
+    among: Literal["solution", "prompt"] = "solution"  # what a loss that compares steps compares: those of a solution
+    # (of a state, in stored trees), or all labelled ones of a prompt; with last_step_only, its solutions
 
 
 @dataclass(frozen=True)
@@ -192,11 +194,6 @@ def buffered_nll(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
     return -(labels * right + (1 - labels) * wrong)
 
 
-def buffer_share(logits: Tensor) -> Tensor:
-    """Mean p_buffer of (S, 3) logits, without gradient; above 0.8 FreePRM has collapsed."""
-    return logits.detach().float().softmax(1)[:, 2].mean()
-
-
 def _need_columns(logits: Tensor, least: int, name: str) -> None:
     if logits.shape[1] < least:
         raise ValueError(
@@ -292,6 +289,76 @@ def value_margin(
     return (squares / count + weight * short / pairs)[fork]
 
 
+@register("step_losses", "bradley_terry", source="rStar-Math, OPRL, SWEET-RL")
+def bradley_terry(
+    logits: Tensor,
+    labels: Tensor,
+    path: Tensor,
+    *,
+    margin: float = 0.0,
+    gamma: NonNegativeFloat = 0.0,
+    gap: NonNegativeFloat = 0.0,
+) -> Tensor:
+    """Bradley-Terry on the ordered pairs of a path: mean of -ln sigmoid(d - margin), d = q_w - q_l.
+
+    Pairs are those with y_w > y_l and y_w - y_l >= gap; a path without one costs 0. On siblings it is rStar-Math's
+    process preference model, on the last steps of a prompt's solutions the DPO objective of an implicit model (OPRL;
+    with turns averaged, SWEET-RL's critic). gamma > 0 is the focal form: times (1 - 2 max(0, sigmoid(d) - 1/2))^gamma,
+    which fades out pairs already ordered. Every step carries the loss of its path.
+    """
+
+    def each(better: Tensor, worse: Tensor) -> Tensor:
+        delta = better - worse
+        loss = -F.logsigmoid(delta - margin)
+        if gamma == 0:
+            return loss
+        # 1 - 2 (sigmoid(d) - 1/2) = 2 sigmoid(-d); as a logarithm, because its power has no gradient at 0
+        return loss * (gamma * (math.log(2) + F.logsigmoid(-delta)).clamp(max=0)).exp()
+
+    return _over_pairs(good_logit(logits), labels, path, gap, each)
+
+
+@register("step_losses", "nca", source="Implicit PRM; Noise Contrastive Alignment")
+def nca(logits: Tensor, labels: Tensor, path: Tensor, *, gap: NonNegativeFloat = 0.0) -> Tensor:
+    """NCA on the ordered pairs of a path: mean of -ln s(q_w) - ln s(-q_w) / 2 - ln s(-q_l) / 2, s = sigmoid.
+
+    Pairs as in `bradley_terry`; unlike there a single q matters, not differences alone (Implicit PRM).
+    """
+
+    def each(better: Tensor, worse: Tensor) -> Tensor:
+        return -F.logsigmoid(better) - F.logsigmoid(-better) / 2 - F.logsigmoid(-worse) / 2
+
+    return _over_pairs(good_logit(logits), labels, path, gap, each)
+
+
+@register("step_losses", "return_decomposition", source="SPA-RL; RUDDER")
+def return_decomposition(logits: Tensor, labels: Tensor, path: Tensor) -> Tensor:
+    """SPA's progress estimator: (sum of the contributions of a path - its outcome)^2, a step's logit its contribution.
+
+    Every step of a solution is labelled with the solution's outcome, and carries the loss of its solution. Read the
+    contributions as logits: the reading `score` with `form: logit` and `into: tags.contribution`.
+    """
+    c = good_logit(logits)
+    _, solution = torch.unique(path, return_inverse=True)
+    count = torch.bincount(solution).float()
+    total = c.new_zeros(len(count)).index_add(0, solution, c)
+    outcome = labels.new_zeros(len(count)).index_add(0, solution, labels) / count
+    return ((total - outcome) ** 2)[solution]
+
+
+def _over_pairs(
+    q: Tensor, labels: Tensor, path: Tensor, gap: float, each: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """(L,) mean of `each` (q of the better ones (P,), q of the worse ones (P,)) over the ordered pairs of a path."""
+    _, fork = torch.unique(path, return_inverse=True)
+    better = (fork[:, None] == fork[None, :]) & (labels[:, None] > labels[None, :])
+    better &= labels[:, None] - labels[None, :] >= gap - 1e-6
+    w, l = better.nonzero().unbind(1)  # noqa: E741
+    total = q.new_zeros(len(q)).index_add(0, fork[w], each(q[w], q[l]))
+    count = torch.bincount(fork[w], minlength=len(q)).clamp(min=1)
+    return (total / count)[fork]
+
+
 def _logsumexp(x: Tensor, among: Tensor, with_zero: bool) -> Tensor:
     """(R,) ln sum e^{x_j} over `among` (R, L); with_zero adds e^0. No row may be empty of both."""
     rows = x.expand(among.shape).masked_fill(~among, -math.inf)
@@ -315,91 +382,3 @@ def _check_labels(y: Tensor, labelled: Tensor) -> None:
             f"label {float(y[i]):g} of step {int(labelled[i])} is outside [0, 1] ({len(bad)} in all); an unlabelled "
             "step is NaN, a signed value v is (v + 1) / 2"
         )
-
-
-# --- pairs -------------------------------------------------------------------------------------------------------
-
-
-def bradley_terry(delta: Tensor, *, margin: float = 0.0, gamma: float = 0.0) -> Tensor:
-    """-ln sigmoid(delta - margin), `delta` = reward of the better minus that of the worse, any shape.
-
-    gamma > 0 is the focal form: times (1 - 2 max(0, sigmoid(delta) - 1/2))^gamma, which fades out pairs already
-    ordered. The implicit model's DPO objective and rStar-Math's step preference loss are this function.
-    """
-    delta = delta.float()
-    loss = -F.logsigmoid(delta - margin)
-    if gamma == 0:
-        return loss
-    # 1 - 2 (sigmoid(d) - 1/2) = 2 sigmoid(-d); as a logarithm, because its power has no gradient at 0
-    return loss * (gamma * (math.log(2) + F.logsigmoid(-delta)).clamp(max=0)).exp()
-
-
-# --- implicit rewards --------------------------------------------------------------------------------------------
-
-
-class Implicit(NamedTuple):
-    """Rewards of one solution: token (A,), step (S,), and q (S,), the sum of `step` up to and including each."""
-
-    token: Tensor
-    step: Tensor
-    q: Tensor
-
-
-def implicit_rewards(logp: Tensor, ref_logp: Tensor, owner: Tensor, num_steps: int, *, beta: float = 0.05) -> Implicit:
-    """beta (ln pi - ln pi_ref) per token of one solution, added up per step (implicit PRM; PRIME).
-
-    q is beta times the log-ratio of the prefix: under the reference policy a soft value of it, whose increment is the
-    step's reward. For trees, take `step` and `mmrl.tree_ops.path_sum`.
-
-    Args:
-        logp, ref_logp: (A,) log-probabilities; float32 at least, as bf16 differences are noise at this beta.
-        owner: (A,) int, step of each token, -1 = none. num_steps: S.
-    """
-    token = beta * (logp.float() - ref_logp.float())
-    inside = owner >= 0
-    step = token.new_zeros(num_steps).index_add(0, owner[inside], token[inside])
-    return Implicit(token, step, step.cumsum(0))
-
-
-def implicit_ce(reward: Tensor, outcome: Tensor) -> Tensor:
-    """(N,) cross-entropy of sigmoid(r(y)) with the outcome in [0, 1]; r(y) (N,) is summed over a solution's tokens."""
-    return F.binary_cross_entropy_with_logits(reward.float(), outcome.float(), reduction="none")
-
-
-def nca(better: Tensor, worse: Tensor) -> Tensor:
-    """NCA on a pair of solution rewards: -ln s(r_w) - ln s(-r_w) / 2 - ln s(-r_l) / 2, s = sigmoid."""
-    w, l = better.float(), worse.float()  # noqa: E741
-    return -F.logsigmoid(w) - F.logsigmoid(-w) / 2 - F.logsigmoid(-l) / 2
-
-
-def kto(
-    rho: Tensor,
-    desirable: Tensor,
-    reference: Tensor | float,
-    *,
-    beta: float = 0.05,
-    w_desirable: float = 1.0,
-    w_undesirable: float = 1.0,
-) -> Tensor:
-    """(N,) KTO: w (1 - sigmoid(beta (rho - z0))) for desirable solutions, the difference reversed for the others.
-
-    Args:
-        rho: (N,) log-ratio summed over a solution's tokens, without beta. desirable: (N,) bool.
-        reference: z0 of `kto_reference`.
-    """
-    gap = beta * (rho.float() - reference)
-    return torch.where(desirable, w_desirable * torch.sigmoid(-gap), w_undesirable * torch.sigmoid(gap))
-
-
-def kto_reference(mismatched: Tensor) -> Tensor:
-    """z0 = max(0, mean log-ratio of mismatched pairs (prompt with another prompt's solution)), without gradient."""
-    return mismatched.detach().float().mean().clamp(min=0)
-
-
-# --- regulariser -------------------------------------------------------------------------------------------------
-
-
-def head_distance(weights: Sequence[Tensor], initial: Sequence[Tensor]) -> Tensor:
-    """Mean squared distance of all entries of `weights` to their initial values (ActPRM's heads, times lambda 0.5)."""
-    squares = [((w.float() - w0.detach().float()) ** 2).sum() for w, w0 in zip(weights, initial, strict=True)]
-    return torch.stack(squares).sum() / sum(w.numel() for w in weights)

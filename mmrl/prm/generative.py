@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mmrl.registry import build_section
+from mmrl.prm.scoring import RECORD
+from mmrl.registry import build_section, of_kind
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Extender, Prompt, Rollout, State
 
@@ -29,6 +32,9 @@ class Chooser(Extender, Protocol):
     def choice_logps(self, states: Sequence[State], choices: Sequence[str]) -> Tensor:
         """(S, C) float32 log-prob of the first token of each choice directly after each state."""
 
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write its model in its ecosystem's own format."""
+
 
 class GenerativePrm:
     """A StepReward: p(Yes) / (p(Yes) + p(No)) at the verdict, the mean over `samples` analyses (GenPRM, ThinkPRM).
@@ -38,8 +44,17 @@ class GenerativePrm:
     1/2) have no score.
     """
 
-    def __init__(self, policy: Chooser, *, samples: int = 0, stop: bool = False, seed: int = 0) -> None:
-        self.policy, self.samples, self.stop, self.seed = policy, samples, stop, seed
+    def __init__(
+        self,
+        policy: Chooser,
+        *,
+        samples: int = 0,
+        stop: bool = False,
+        seed: int = 0,
+        section: Mapping[str, Any] | None = None,
+    ) -> None:
+        """section: what `build` made the policy of."""
+        self.policy, self.samples, self.stop, self.seed, self._section = policy, samples, stop, seed, section
 
     @property
     def model(self) -> Any:
@@ -47,10 +62,40 @@ class GenerativePrm:
         return getattr(self.policy, "model", None)
 
     @classmethod
-    def build(cls, policy: Mapping[str, Any], samples: int = 0, stop: bool = False, seed: int = 0) -> GenerativePrm:
-        """From a recipe: `policy:` is a section like a trainer's, with `name` and options."""
-        judge = build_section("policies", "scorer.policy", policy)
-        return cls(judge, samples=samples, stop=stop, seed=seed)
+    def build(
+        cls,
+        policy: Annotated[Mapping[str, Any], of_kind("policies")] | None = None,
+        samples: int | None = None,
+        stop: bool | None = None,
+        seed: int | None = None,
+        model: str | None = None,
+    ) -> GenerativePrm:
+        """From a recipe: `policy:` is a section like a trainer's, with `name` and options. Or from the folder of a
+        saved one, `model`, which brings its own options where none are named.
+
+        Raises:
+            ValueError: neither of the two, or both.
+        """
+        if (policy is None) == (model is None):
+            raise ValueError("generative_prm: give `policy`, a section with name and options, or `model`, its folder")
+        options: dict[str, Any] = {"samples": 0, "stop": False, "seed": 0}
+        if model is not None:
+            record = json.loads((Path(model) / RECORD).read_text())
+            policy = {**record["policy"], "model": model}
+            options = {key: record[key] for key in options}
+        assert policy is not None
+        named = {"samples": samples, "stop": stop, "seed": seed}
+        options |= {key: value for key, value in named.items() if value is not None}
+        return cls(build_section("policies", "scorer.policy", policy), **options, section=policy)
+
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The policy in its ecosystem's format, and a record of how it is asked."""
+        self.policy.save(folder, state_dict)
+        record = {
+            "scorer": "generative_prm", "policy": dict(self._section or {}), "samples": self.samples,
+            "stop": self.stop, "seed": self.seed, "format": {"aggregate": "min"},
+        }  # fmt: skip
+        (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(N,) float64 in [0, 1]; NaN for blank steps, where the policy cannot take the question about a step (too

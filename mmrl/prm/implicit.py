@@ -11,15 +11,18 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmrl.prm.scoring import RECORD
-from mmrl.registry import build_section
+from mmrl.registry import build_section, of_kind
 from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout, StepWriter
 from mmrl.tree_ops import path_sum
+
+Against = Literal["reference", "behaviour"]
+Reduce = Literal["sum", "mean"]
 
 
 class ImplicitPrm:
@@ -37,20 +40,27 @@ class ImplicitPrm:
         beta: float = 0.05,
         reference: Policy | None = None,
         section: Mapping[str, Any] | None = None,
+        reduce: Reduce = "sum",
     ) -> None:
-        """reference: the policy before training; by default its weights of now. section: what `build` made it of."""
+        """reference: the policy before training; by default its weights of now. section: what `build` made it of.
+        reduce: log-ratios of a step's actions are added up, or averaged (SWEET-RL)."""
         if beta <= 0:
             raise ValueError(f"scorer.beta={beta}: the scale of the log-ratio is above 0")
         self.policy, self.beta, self.reference, self._section = policy, beta, reference, section
+        self.reduce: Reduce = reduce
         if reference is None:
             policy.freeze_reference()
 
     @classmethod
     def build(
-        cls, policy: Mapping[str, Any] | None = None, beta: float = 0.05, model: str | None = None
+        cls,
+        policy: Annotated[Mapping[str, Any], of_kind("policies")] | None = None,
+        beta: float = 0.05,
+        reduce: Reduce = "sum",
+        model: str | None = None,
     ) -> ImplicitPrm:
         """From a recipe: `policy:` is a section like a trainer's, with `name` and options; beta .05 (PRIME). Or from
-        the folder of a saved one, `model`, whose record names the policy it started from.
+        the folder of a saved one, `model`, whose record names the policy it started from, beta and reduce.
 
         Raises:
             ValueError: neither of the two, or both.
@@ -60,10 +70,10 @@ class ImplicitPrm:
         make = partial(build_section, "policies", "scorer.policy")
         if model is None:
             assert policy is not None
-            return cls(make(policy), beta, section=policy)
+            return cls(make(policy), beta, section=policy, reduce=reduce)
         record = json.loads((Path(model) / RECORD).read_text())
         section = record["policy"]
-        return cls(make({**section, "model": model}), record["beta"], make(section), section)
+        return cls(make({**section, "model": model}), record["beta"], make(section), section, record["reduce"])
 
     @property
     def model(self) -> nn.Module:
@@ -76,9 +86,17 @@ class ImplicitPrm:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(N,) float64 step rewards r_t = beta * log-ratio of the step's own actions."""
+        return self.step_rewards(rollout)
+
+    def step_rewards(self, rollout: Rollout, against: Against = "reference") -> Tensor:
+        """(N,) float64 step rewards, also against the policy that sampled the rollout; without gradient."""
         rollout = self._with_actions(rollout)
         with torch.no_grad():
-            return self._rewards(rollout, torch.arange(len(rollout.tree))).double().cpu()
+            return self._rewards(rollout, torch.arange(len(rollout.tree)), against).double().cpu()
+
+    def root_scores(self, rollout: Rollout) -> Tensor:
+        """(G,) zeros: nothing has been done yet, so there is no log-ratio."""
+        return torch.zeros(len(rollout.prompts), dtype=torch.float64)
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The policy's."""
@@ -106,29 +124,15 @@ class ImplicitPrm:
         self.policy.save(folder, state_dict)
         record = {
             "scorer": "implicit_prm", "policy": dict(self._section or {}), "beta": self.beta,
-            "format": {"aggregate": "min"},
+            "reduce": self.reduce, "format": {"aggregate": "min"},
         }  # fmt: skip
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
-    def _rewards(self, rollout: Rollout, steps: Tensor) -> Tensor:
+    def _rewards(self, rollout: Rollout, steps: Tensor, against: Against = "reference") -> Tensor:
         """(S,) beta * log-ratio of the own actions of ascending `steps`, differentiable."""
-        tree, out = rollout.tree, None
-        for part in self.policy.micro_batches(rollout, steps):
-            lp = self.policy.log_probs(rollout, part, reference=self.reference is None)
-            rho = self.beta * (lp.logp.float() - self._reference_logp(rollout, part, lp))
-            owner = tree.step_of_action(rollout.actions.logp.numel())[lp.index]
-            row = torch.searchsorted(steps, owner).to(rho.device)
-            out = (rho.new_zeros(len(steps)) if out is None else out).index_add(0, row, rho)
-        assert out is not None
-        return out
-
-    def _reference_logp(self, rollout: Rollout, steps: Tensor, lp: ActionLogProbs) -> Tensor:
-        """(A,) log-probs of the same actions before training."""
-        if self.reference is None:
-            assert lp.ref_logp is not None
-            return lp.ref_logp.float().detach()
-        with torch.no_grad():
-            return self.reference.log_probs(rollout, steps).logp.float()
+        return self.beta * step_log_ratios(
+            self.policy, rollout, steps, against=against, reference=self.reference, reduce=self.reduce
+        )
 
     def _with_actions(self, rollout: Rollout) -> Rollout:
         """A written rollout gets the policy's own actions for its texts."""
@@ -137,3 +141,44 @@ class ImplicitPrm:
         if not isinstance(self.policy, StepWriter):
             raise ValueError("the rollout has no actions and this policy cannot make them of texts")
         return self.policy.write_steps(rollout)
+
+
+def step_log_ratios(
+    policy: Policy,
+    rollout: Rollout,
+    steps: Tensor,
+    *,
+    against: Against = "reference",
+    reference: Policy | None = None,
+    reduce: Reduce = "sum",
+) -> Tensor:
+    """(S,) log-ratio of the own actions of ascending `steps`, added up or averaged per step, differentiable.
+
+    Args:
+        against: what the policy was before training, or the policy that sampled, by the rollout's own log-probs.
+        reference: the policy before training, where `policy` does not remember it itself.
+    """
+    tree, out = rollout.tree, None
+    owners = tree.step_of_action(rollout.actions.logp.numel())
+    for part in policy.micro_batches(rollout, steps):
+        lp = policy.log_probs(rollout, part, reference=against == "reference" and reference is None)
+        ratio = lp.logp.float() - _old_logp(rollout, part, lp, against, reference).to(lp.logp.device)
+        row = torch.searchsorted(steps, owners[lp.index]).to(ratio.device)
+        if reduce == "mean":
+            ratio = ratio / torch.bincount(row, minlength=len(steps))[row]
+        out = (ratio.new_zeros(len(steps)) if out is None else out).index_add(0, row, ratio)
+    assert out is not None
+    return out
+
+
+def _old_logp(
+    rollout: Rollout, steps: Tensor, lp: ActionLogProbs, against: Against, reference: Policy | None
+) -> Tensor:
+    """(A,) log-probs of the same actions under what the policy is compared with."""
+    if against == "behaviour":
+        return rollout.actions.logp[lp.index].float()
+    if reference is None:
+        assert lp.ref_logp is not None
+        return lp.ref_logp.float().detach()
+    with torch.no_grad():
+        return reference.log_probs(rollout, steps).logp.float()

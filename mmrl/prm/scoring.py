@@ -5,31 +5,73 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
-from mmrl.registry import build
+from mmrl.registry import ComponentError, build, find, names
 from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer
 
 RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
 
 
-def load_scorer(name: str | Path, options: Mapping[str, Any] | None = None) -> StepReward:
-    """A step reward of the group `mmrl.scorers` by name, or a saved scorer by its folder.
+def load_scorer(scorer: str | Path | Mapping[str, Any], options: Mapping[str, Any] | None = None) -> StepReward:
+    """A step reward: a registered name, a saved scorer's folder, or a section with either as `name`, options beside.
 
     Raises:
         ComponentError: no such name or option. ValueError: a folder without the record of a scorer.
     """
+    name, chosen = _resolved(scorer, options)
+    return build("scorers", "scorer", name, chosen)
+
+
+def check_scorer(scorer: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """The same scorer, after checking that `load_scorer` knows its name and options; nothing is loaded."""
+    name, chosen = _resolved(scorer)
+    find("scorers", name).check(chosen, "scorer")
+    return scorer
+
+
+# An option that is a scorer: name, folder or section; checked when the recipe is read.
+ScorerSpec = Annotated[str | Mapping[str, Any], AfterValidator(check_scorer)]
+
+
+def aggregate_of(scorer: str | Path | Mapping[str, Any], default: str = "min") -> str:
+    """The aggregation that a saved scorer was made for."""
+    name, options = _split(scorer)
+    for folder in (name, options.get("model", name)):
+        file = Path(str(folder)) / RECORD
+        if file.is_file():
+            return str(json.loads(file.read_text())["format"].get("aggregate", default))
+    return default
+
+
+def _split(scorer: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name (or folder) and options."""
+    if not isinstance(scorer, Mapping):
+        return str(scorer), {}
+    options = dict(scorer)
+    if "name" not in options:
+        raise ComponentError(f"scorer needs a name (or a saved scorer's folder); known: {', '.join(names('scorers'))}")
+    return str(options.pop("name")), options
+
+
+def _resolved(
+    scorer: str | Path | Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Registered name and options; those of a saved scorer name its folder as `model`."""
+    name, chosen = _split(scorer)
+    chosen |= dict(options or {})
     folder = Path(name)
-    if len(folder.parts) > 1 and ":" not in str(name) and not folder.is_dir():
-        raise FileNotFoundError(f"no scorer in {folder}: the folder does not exist")
     if not folder.is_dir():
-        return build("scorers", "scorer", str(name), options or {})
+        if len(folder.parts) > 1 and ":" not in name:
+            raise FileNotFoundError(f"no scorer in {folder}: the folder does not exist")
+        return name, chosen
     try:
         record = json.loads((folder / RECORD).read_text())
         kind = record["scorer"]
@@ -37,13 +79,7 @@ def load_scorer(name: str | Path, options: Mapping[str, Any] | None = None) -> S
         raise ValueError(
             f"{folder} is no saved scorer ({error}); it needs {RECORD}, as scorer.save writes it"
         ) from error
-    return build("scorers", "scorer", kind, {"model": str(folder), **(options or {})})
-
-
-def aggregate_of(name: str | Path, default: str = "min") -> str:
-    """The aggregation that a saved scorer was made for."""
-    file = Path(name) / RECORD
-    return str(json.loads(file.read_text())["format"].get("aggregate", default)) if file.is_file() else default
+    return kind, {"model": str(folder), **chosen}
 
 
 def score_solutions(
@@ -96,13 +132,18 @@ def score_states(scorer: StepReward, states: Sequence[State]) -> list[list[float
 def probabilities(scorer: StepScorer, rollout: Rollout) -> Tensor:
     """(N,) float64 probability that each step is good by the scorer's logits, without gradient; NaN where it cannot be
     read."""
+    return good_logits(scorer, rollout).sigmoid()
+
+
+def good_logits(scorer: StepScorer, rollout: Rollout) -> Tensor:
+    """(N,) float64 logit of "good" of each step, without gradient; NaN where it cannot be read."""
     out = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
     readable = scorer.readable(rollout)
     steps = readable.nonzero().flatten()
     with torch.no_grad():
         for part in scorer.micro_batches(rollout, steps) if len(steps) else []:
             part = part[readable[part]]
-            out[part] = good_logit(scorer.logits(rollout, part)).sigmoid().double().cpu()
+            out[part] = good_logit(scorer.logits(rollout, part)).double().cpu()
     return out
 
 

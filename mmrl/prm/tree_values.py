@@ -14,12 +14,15 @@ from mmrl.preference.scores import step_scores
 from mmrl.prm.data import Labelled
 from mmrl.prm.units import contract_edges, with_pairs
 from mmrl.rollout import Prompt, Rollout
+from mmrl.tree_ops import path_pairs
 
 
 class TreeValues:
-    """Task `tree_values`: the steps of rollouts on disk (`mmrl rollouts`); a path is the children of one state.
+    """Task `tree_values`: the steps of rollouts on disk (`mmrl rollouts`).
 
     Args:
+        paths: what stands together for losses that compare steps: the children of one state (`siblings`), or the
+            steps to one finished leaf, each labelled with that leaf's outcome (`solutions`, for return_decomposition).
         train, eval: folders of rollouts. by: the value of a step: `outcome` (mean outcome of the leaves below it),
             `best`, `value`, `step_reward`, or `tags.<name>`, as in `pairs.by`; in [0, 1].
         margin: siblings whose values differ by at least so much count in the measure `pair_acc`.
@@ -27,7 +30,7 @@ class TreeValues:
             `contracted`, trees in which some pairs stand for their steps (HNC). seed: of the contraction.
 
     Raises:
-        ValueError: no rollout there, no value, or a value outside [0, 1].
+        ValueError: no rollout there, no value, or a value outside [0, 1]; or solutions by something else than outcome.
     """
 
     def __init__(
@@ -38,14 +41,20 @@ class TreeValues:
         margin: float = 0.1,
         units: Literal["steps", "pairs", "contracted"] = "steps",
         seed: int = 0,
+        paths: Literal["siblings", "solutions"] = "siblings",
     ) -> None:
-        self.by, self.margin, self.seed = by, margin, seed
+        if paths == "solutions" and by != "outcome":
+            raise ValueError(f"task.by={by!r}: the steps of a solution are labelled with its outcome; leave by out")
+        self.by, self.margin, self.seed, self.paths = by, margin, seed, paths
         self._rollouts: dict[str, Rollout] = {}
         self.prompts, self.eval_prompts = self._read(Path(train), units), self._read(Path(eval), "steps")
 
     def labelled(self, prompts: Sequence[Prompt]) -> Labelled:
-        """The states of these trees, siblings together; those without value are unlabelled."""
+        """The states of these trees, siblings or the steps of a solution together; those without value are
+        unlabelled."""
         rollout = Rollout.concatenate([self._rollouts[p.id] for p in prompts])
+        if self.paths == "solutions":
+            return _solutions(rollout)
         tree, state = rollout.tree, states(rollout)
         value = tree.value
         known = (~value.isnan()).double()
@@ -91,6 +100,16 @@ class TreeValues:
             self._rollouts |= {p.id: named.select([g]) for g, p in enumerate(prompts)}
             out += prompts
         return out
+
+
+def _solutions(rollout: Rollout) -> Labelled:
+    """The path to every finished leaf, each of its steps labelled with the outcome."""
+    tree = rollout.tree
+    leaf, node = path_pairs(tree)
+    order = torch.argsort(leaf * len(tree) + tree.depth[node])  # leaf by leaf, first steps first
+    leaf, node = leaf[order], node[order]
+    solution = torch.unique(leaf, return_inverse=True)[1]
+    return Labelled(rollout, node, tree.outcome[leaf].float(), solution, ["unknown"] * len(node))
 
 
 def states(rollout: Rollout) -> Tensor:

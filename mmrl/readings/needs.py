@@ -42,6 +42,13 @@ def check_row(where: str, row: Row, options: Mapping[str, Any], policy: Row, tas
             _check(f"{where}.{option}: reading {row.name!r}", protocol, "policies", find("policies", section["name"]))
 
 
+def keeps_reference(row: Row, options: Mapping[str, Any]) -> bool:
+    """Whether the policy must keep its initial weights: the fact `reference`, or what that says of the options."""
+    fact = row.facts.get("reference", False)
+    defaults = {name: o.default for name, o in row.options.items()}
+    return bool(fact(defaults | dict(options)) if callable(fact) else fact)
+
+
 def _check(who: str, protocol: type, kind: str, component: Row) -> None:
     made = _product(component)
     if made is not None and not issubclass(made, protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -16,6 +16,7 @@ class SearchConfig(JobConfig):
     """
 
     split: Literal["train", "eval"] = "eval"
-    scorer: str | None = None  # a saved scorer's folder, or a name of mmrl.scorers; null scores nothing
+    scorer: str | dict[str, Any] | None = None  # a registered name, a saved scorer's folder, or a section with `name`
+    # and options; null scores nothing
     aggregates: list[str] = Field(default_factory=lambda: ["min", "product", "last", "mean"], min_length=1)
     max_tokens: PositiveInt | None = None  # generated per prompt, by policies that write

@@ -79,7 +79,7 @@ class BranchGrpo:
         self._estimators = [e.spec for e in config.credit.estimators]
         self._transforms = _transforms(config, self.step_rewards)
         validate(self._estimators, self._transforms, **self._credit_how)
-        self._online = OnlineScorer.of(config.online, self.step_rewards, self.loop)
+        self._online = OnlineScorer.of(config.online, self.step_rewards, self.rollouts.readings, self.loop)
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
+from mmrl.readings.needs import keeps_reference
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find
 from mmrl.report.artifacts import save_samples, save_tree
@@ -77,7 +78,7 @@ class Rollouts:
         self.readings = build_readings(config)
         check_prompts(self.task.prompts)
         check_prompts(self.task.eval_prompts)
-        if reference or any(find("readings", r.name).facts.get("reference") for r in config.readings):
+        if reference or any(keeps_reference(find("readings", r.name), r.options) for r in config.readings):
             self.policy.freeze_reference()
         self.loop = Loop(config, self.policy.model)
         self.policy.model = self.loop.model

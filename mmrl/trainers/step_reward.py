@@ -158,7 +158,9 @@ class StepRewardTrainer:
         logits = self.scorer.logits(batch.data.rollout, steps)
         device = logits.device
         logits = logits[torch.searchsorted(steps, batch.data.node[rows]).to(device)]
-        target, weight, path = (x[rows].to(device) for x in (batch.target, batch.weight, batch.data.solution))
+        tree, node = batch.data.rollout.tree, batch.data.node
+        compared = tree.group[node] if self.config.loss.among == "prompt" else batch.data.solution
+        target, weight, path = (x[rows].to(device) for x in (batch.target, batch.weight, compared))
         total = self._loss(logits, target, weight, path).sum() / batch.total
         sums.append(total.detach().cpu())
         return total

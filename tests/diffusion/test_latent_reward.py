@@ -1,4 +1,3 @@
-import importlib.metadata
 import json
 import math
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from diffusion.schedule import Sampling
 from diffusion.tasks.digits_base import DigitsBase, classifier_net, new_dit
 from diffusion.tasks.digits_pairs import DigitsPairs
 from mmrl.credit import compose
-from mmrl.losses.reward import bradley_terry, needs_path, preference, step_loss
+from mmrl.losses.reward import bradley_terry, preference, step_loss
 from mmrl.prm.data import solution_forest
 from mmrl.prm.scoring import load_scorer
 from mmrl.rewards.scoring import write_outcomes
@@ -64,10 +63,11 @@ def test_preference_of_a_pair_is_bradley_terry_and_reads_differences_only():
     q = torch.randn(6, 1, generator=torch.Generator().manual_seed(0))
     path, label = torch.tensor([0, 1, 0, 2, 1, 2]), torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
     gap = torch.stack([q[0] - q[2], q[4] - q[1], q[3] - q[5]])[:, 0]
-    want = bradley_terry(gap)[path]
+    want = -torch.nn.functional.logsigmoid(gap)[path]
     torch.testing.assert_close(preference(q, label, path), want)
+    torch.testing.assert_close(bradley_terry(q, label, path), want)
     torch.testing.assert_close(preference(q + 7, label, path), want)
-    assert needs_path("preference") and math.isfinite(
+    assert step_loss("preference").needs_path and math.isfinite(
         float(preference(rows(300.0, -300.0), rows(0, 1)[:, 0] * 1.0, torch.zeros(2))[0])
     )
 
@@ -316,13 +316,9 @@ def test_score_does_not_depend_on_batch_or_company(case):
     assert not torch.allclose(scorer.score(x, level, cond, 1 - own), together)
 
 
-def test_save_and_load(case, tmp_path, monkeypatch):
+def test_save_and_load(case, tmp_path):
     scorer, x, level, cond, own = case
     scorer.save(tmp_path / "lr")
-    entry = importlib.metadata.EntryPoint(
-        "latent_reward", "diffusion.latent_reward:LatentReward.build", "mmrl.scorers"
-    )
-    monkeypatch.setattr("mmrl.registry.entry_points", lambda **_: [entry])
     loaded = load_scorer(tmp_path / "lr")
     torch.testing.assert_close(loaded.score(x, level, cond, own), scorer.score(x, level, cond, own), rtol=0, atol=0)
     assert loaded.space == scorer.space and not any("up_blocks" in n for n, _ in loaded.model.named_parameters())

@@ -155,3 +155,20 @@ def test_choices_that_begin_alike_are_refused():
     policy = load_scorer(NAME, {"policy": {"name": "vision", "model": str(family_folder("text"))}}).policy
     with pytest.raises(ValueError, match="begin with the same token"):
         policy.choice_logps([State(P)], ("Yes", "Yet"))
+
+
+def test_a_saved_one_is_read_back_with_its_options(tmp_path):
+    policy = {"name": "vision", "model": str(family_folder("text"))}
+    prm = load_scorer({"name": NAME, "policy": policy, "stop": True, "seed": 3})
+    with torch.no_grad():
+        for p in prm.model.parameters():
+            p.mul_(1.1)
+    prm.save(tmp_path / "judge")
+    again = load_scorer(tmp_path / "judge")
+    assert (again.stop, again.seed, again.samples) == (True, 3, 0)
+    assert load_scorer({"name": str(tmp_path / "judge"), "stop": False}).stop is False
+    rollout = solution_forest([P], [[["1 + 1", "= 3"], ["2"]]])[0]
+    torch.testing.assert_close(again(rollout), prm(rollout), equal_nan=True)
+    assert not torch.allclose(load_scorer({"name": NAME, "policy": policy})(rollout), prm(rollout), equal_nan=True)
+    with pytest.raises(ValueError, match="give `policy`"):
+        load_scorer({"name": NAME})

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmrl.config import parse_config
+from mmrl.losses.reward import step_loss
 from mmrl.prm.data import labelled_forest, solution_forest
 from mmrl.prm.implicit import ImplicitPrm
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.scoring import load_scorer, score_solutions
 from mmrl.registry import ComponentError
 from mmrl.rollout import ActionLogProbs, Actions, Prompt, Rollout
-from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
+from mmrl.trainers.step_reward import StepRewardTrainer
 from mmrl.tree import FINISHED, INTERNAL, StepTree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
@@ -72,6 +73,18 @@ def test_worked_example(parts):
     torch.testing.assert_close(prm.logits(rollout, torch.arange(2)), torch.tensor([[0.005], [0.01]]))
     torch.testing.assert_close(prm.logits(rollout, torch.tensor([1, 0])), torch.tensor([[0.01], [0.005]]))
     assert not prm(rollout).requires_grad and prm.readable(rollout).all()
+
+
+def test_the_mean_over_a_turn_and_pairs_of_trajectories():
+    """SWEET-RL (credit.md): turns of 2 and 3 tokens have .05 and .166667; Bradley-Terry against a trajectory of -.08."""
+    policy = Table([-1.0, -0.5, -2.0, -0.2, -0.3], [-1.2, -0.4, -1.5, -0.6, -0.9])
+    turns = ImplicitPrm(policy, beta=1.0, reduce="mean")(chain([2, 3]))
+    torch.testing.assert_close(turns, torch.tensor([0.05, 0.166667]).double(), atol=1e-6, rtol=0)
+    for beta, want in ((0.1, 0.678424), (1.0, 0.555775)):
+        q = ImplicitPrm(policy, beta=beta, reduce="mean").logits(chain([2, 3]), torch.tensor([1]))
+        pair = torch.cat([q, torch.tensor([[beta * -0.08]])])
+        loss = step_loss("bradley_terry")(pair, torch.tensor([1.0, 0.0]), path=torch.zeros(2).long())
+        torch.testing.assert_close(loss, torch.full((2,), want), atol=1e-6, rtol=0)
 
 
 def test_q_telescopes_along_every_path_of_a_tree():
@@ -191,7 +204,7 @@ def test_outcomes_teach_it_which_solutions_and_steps_are_right(tmp_path):
         "loss": {"name": "bce", "last_step_only": True}, "optim": {"lr": 3e-3},
         "run": {"output": str(tmp_path / "r"), "iterations": 10, "prompts_per_iteration": 8, "eval_every": 10,
                 "checkpoint_every": 10, "trackers": [], "report": False, "cpu": True},
-    }, model=RewardModelConfig)  # fmt: skip
+    })  # fmt: skip
     trainer = StepRewardTrainer(config)
     batch, _ = trainer.batch(trainer.task.prompts[:4])
     assert float(batch.weight.sum()) == 16

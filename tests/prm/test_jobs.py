@@ -427,6 +427,72 @@ def test_wrong_searches_are_told(tmp_path, method, sections, message):
         searched(tmp_path, method, **sections)
 
 
+# ---- a scorer is a name, a folder or a section, everywhere -------------------------------------------------------
+
+
+class Verdicts(Writer):
+    """A judge of single steps: sure that a line with an even number of characters is right."""
+
+    def choice_logps(self, states, choices):
+        steps = [s.prompt.inputs["question"].split("\n\nIs the last")[0].split("\n\n")[-1] for s in states]
+        return torch.tensor([[0.9, 0.1] if len(t) % 2 == 0 else [0.2, 0.8] for t in steps]).log()
+
+    def save(self, folder, state_dict=None):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+SECTION = {"name": "generative_prm", "policy": {"name": "test_jobs:Verdicts"}}
+
+
+def even(text):
+    return pytest.approx(0.9 if len(text.strip()) % 2 == 0 else 0.2)
+
+
+def test_a_section_scores_searches_labels_and_is_measured(tmp_path, rows):
+    file, out = tmp_path / "r.jsonl", tmp_path / "s.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run("score", "--scorer", yaml.safe_dump(SECTION, default_flow_style=True).strip(), "--data", file, "--out", out)
+    for row, scored in zip(rows, map(json.loads, out.read_text().splitlines()), strict=True):
+        assert scored["scores"] == [even(t["text"]) for t in row["steps"]]
+    found, searched_rows, _ = searched(tmp_path / "search", scorer=SECTION)
+    for row in searched_rows:
+        for c in row["candidates"]:
+            assert c["step_scores"] == [even(t) for t in c["steps"]]
+    assert json.loads(found["about"]["scorer"])[0] == SECTION
+    with pytest.raises(ValueError, match="holds another search"):
+        searched(tmp_path / "search", scorer=SECTION | {"stop": True})
+    records, _, _ = annotated(
+        tmp_path / "label", {"name": "scorer", "scorer": SECTION, "threshold": 0.5, "solutions": 2}
+    )
+    assert all(r.labels == tuple(float(len(t) % 2 == 0) for t in r.texts) for r in records)
+    data = tmp_path / "bench.jsonl"
+    made = [{"id": str(i), "generator": "x", "problem": "1 +2", "steps": [t["text"] for t in r["steps"]], "label": -1,
+             "final_answer_correct": True} for i, r in enumerate(rows[:4])]  # fmt: skip
+    data.write_text("\n".join(map(json.dumps, made)))
+    text = yaml.safe_dump(SECTION, default_flow_style=True).strip()
+    run("bench", "processbench", "--data", data, "--scorer", text, "--out", tmp_path / "b.json")
+    right = sum(all(len(t["text"]) % 2 == 0 for t in r["steps"]) for r in rows[:4]) / 4
+    groups = json.loads((tmp_path / "b.json").read_text())["groups"]
+    assert next(iter(groups.values()))["correct_acc"] == pytest.approx(100 * right)
+
+
+@pytest.mark.parametrize(
+    "scorer, message",
+    [
+        ({"name": "generative_prm", "polcy": {}}, "did you mean policy"),
+        ({"name": "generative_prm", "policy": {"name": "visoin"}}, "did you mean vision"),
+        ({"policy": {}}, "scorer needs a name"),
+        ("none/there", "the folder does not exist"),
+    ],
+    ids=str,
+)
+def test_a_wrong_section_is_told_before_anything_is_loaded(tmp_path, scorer, message):
+    made = len(Writer.made)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        searched(tmp_path, scorer=scorer)
+    assert len(Writer.made) == made
+
+
 # ---- score, and rows that cannot be used ------------------------------------------------------------------------
 
 

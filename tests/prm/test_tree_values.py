@@ -120,6 +120,35 @@ def test_what_cannot_be_read(tmp_path):
         TreeValues(str(tmp_path / "b"), str(tmp_path / "b"))
 
 
+def test_solutions_are_labelled_with_their_outcome(tmp_path):
+    store(tmp_path, ["p", "q"])
+    data = TreeValues(str(tmp_path), str(tmp_path), paths="solutions").labelled([Prompt(f"{tmp_path}/p", {})])
+    texts = [[data.rollout.texts[v] for v in data.node[rows].tolist()] for rows in data.paths]
+    labels = [data.label[rows].tolist() for rows in data.paths]
+    known = [(s, [y] * len(s)) for s, y in zip(SOLUTIONS, OUTCOMES, strict=True) if y == y]
+    assert sorted(zip(texts, labels, strict=True)) == sorted(known)
+    with pytest.raises(ValueError, match="labelled with its outcome"):
+        TreeValues(str(tmp_path), str(tmp_path), by="value", paths="solutions")
+
+
+def test_contributions_are_learned_from_outcomes(tmp_path):
+    """SPA's estimator: the contributions of a solution add up to its outcome, so what decides gets the larger share."""
+    store(tmp_path / "t", ["p", "q"])
+    store(tmp_path / "e", ["r"])
+    task, scorer = TreeValues(str(tmp_path / "t"), str(tmp_path / "e"), paths="solutions"), Lookup()
+    tree = {
+        "trainer": "step_reward", "task": {"name": "unused"}, "scorer": {"name": "unused"},
+        "loss": {"name": "return_decomposition", "balance": "solution"}, "optim": {"lr": 0.1, "weight_decay": 0.0},
+        "run": {"output": str(tmp_path / "run"), "iterations": 80, "prompts_per_iteration": 2, "eval_every": 80,
+                "trackers": [], "report": False},
+    }  # fmt: skip
+    StepRewardTrainer(parse_config(tree), scorer=scorer, task=task).train()
+    c = dict(zip(VALUES, scorer.model.weight.detach()[:, 0].tolist(), strict=True))
+    for steps, outcome in zip(SOLUTIONS[:4], OUTCOMES, strict=False):
+        assert c[steps[0]] + c["".join(steps)] == pytest.approx(outcome, abs=0.02)
+    assert c["ax"] - c["ay"] == pytest.approx(1, abs=0.03)  # after a, the second step decides
+
+
 class Lookup:
     """A logit per path of texts."""
 

@@ -63,7 +63,7 @@ def test_online_updates_move_the_scorer_and_lower_its_loss(tmp_path):
         assert label[v] == pytest.approx(float(outcome[below].mean()))
     losses = [online.update(rollout)["online/loss"] for _ in range(12)]
     assert losses[-1] < losses[0] - 0.02
-    online.spread = False
+    online.config.spread = False
     assert bool((online.labels(rollout).isnan() == ~tree.is_leaf).all())
 
 
@@ -89,13 +89,13 @@ def test_a_run_trains_both_and_resumes(tmp_path):
 
 
 def test_what_cannot_learn_along_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no trainable step reward"):
+    with pytest.raises(ConfigError, match="no trainable step reward or reading; trainable here: vision_prm"):
         trainer(tmp_path / "a", online={"scorer": "other"})
     frozen = VisionPrm.build(model=FOLDER)
     for p in frozen.model.parameters():
         p.requires_grad_(False)
     t = trainer(tmp_path / "b")
-    from mmrl.trainers.online import OnlineScorer
+    from mmrl.trainers.online import OnlineConfig, OnlineScorer
 
     with pytest.raises(ConfigError, match="no trainable parameter"):
-        OnlineScorer(frozen, t.loop, 1e-3, False)
+        OnlineScorer(frozen, t.loop, OnlineConfig(scorer="vision_prm"))

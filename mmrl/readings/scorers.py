@@ -1,0 +1,163 @@
+"""Readings that run a scorer: its scores as any field, and log-ratios of a policy as implicit rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.prm.implicit import Against, ImplicitPrm, step_log_ratios
+from mmrl.prm.scoring import ScorerSpec, good_logits, load_scorer
+from mmrl.readings.base import ReadingContext, Values
+from mmrl.registry import register
+from mmrl.rollout import Rollout, RootScorer, StepReward, StepScorer
+from mmrl.tree import StepTree
+
+Form = Literal["score", "logit"]
+
+
+@runtime_checkable
+class ScorerReading(Protocol):
+    """A reading with a scorer inside, which `online:` can train along with the policy."""
+
+    scorer: StepReward | None
+
+
+def _score_fields(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return (str(options["into"]), *(("root_value",) if options["root"] else ()))
+
+
+@register(
+    "readings",
+    "score",
+    writes=_score_fields,
+    source="a critic (Schulman et al. 2016), RED, PAV, BARFI, ALaRM; any step reward or trained scorer",
+)
+class ScoreReading:
+    """The scores of a step reward in the field `into`: `value`, `step_reward`, or a tag such as `tags.auxiliary`.
+
+    A score belongs to the state after its step. As `value`, a step that the scorer cannot read (blank, too long) has
+    the value of the nearest step above it that it can, or of the prompt.
+
+    Args:
+        scorer: a registered name, a saved scorer's folder, or a section with `name` and options.
+        root: fill `root_value` as well, with the scorer's number for the prompt alone.
+        form: the score, or the logit of a trained scorer, for losses whose prediction is the logit.
+        below: fill `into` with bool instead: whether the number lies below this one, such as 0.5 for `tags.wrong`;
+            False where there is none.
+    Raises:
+        ValueError: another field, or a scorer that lacks what `root` or `form` asks for.
+    """
+
+    def __init__(
+        self,
+        scorer: ScorerSpec,
+        into: str = "value",
+        root: bool = False,
+        form: Form = "score",
+        below: float | None = None,
+    ) -> None:
+        if into not in ("value", "step_reward") and not into.startswith("tags."):
+            raise ValueError(f"into={into!r} is no field of a step; name value, step_reward or tags.<name>")
+        if below is not None and not into.startswith("tags."):
+            raise ValueError(f"below={below:g} makes booleans, which {into} does not hold; name a tag, as tags.wrong")
+        loaded = load_scorer(scorer)
+        if root and not isinstance(loaded, RootScorer):
+            raise ValueError(f"scorer {scorer!r} has no score for a prompt alone (root_scores); leave root out")
+        if form == "logit" and not isinstance(loaded, StepScorer):
+            raise ValueError(f"scorer {scorer!r} has no logits; set form: score")
+        if form == "logit" and root:
+            raise ValueError("root scores are no logits; leave root or form: logit out")
+        self.scorer: StepReward | None = loaded
+        self.into, self.root, self.form, self.below = into, root, form, below
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The scorer's, None where it has none."""
+        return model_of(self.scorer)
+
+    def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
+        """The field `into`, and `root_value` with `root`."""
+        scorer = self.scorer
+        assert scorer is not None
+        if self.form == "logit":
+            assert isinstance(scorer, StepScorer)
+            numbers = good_logits(scorer, rollout)
+        else:
+            numbers = scorer(rollout).double().cpu()
+        out: dict[str, Tensor] = {}
+        root = torch.full((len(rollout.prompts),), torch.nan, dtype=torch.float64)
+        if self.root:
+            assert isinstance(scorer, RootScorer)
+            out["root_value"] = root = scorer.root_scores(rollout).double().cpu()
+        if self.into == "value":
+            numbers = _held(rollout.tree, numbers, root)
+        out[self.into] = numbers if self.below is None else numbers < self.below
+        return out
+
+
+def model_of(scorer: StepReward | None) -> nn.Module | None:
+    """The network of a trained scorer, None of any other step reward."""
+    model = scorer.model if isinstance(scorer, StepScorer) else getattr(scorer, "model", None)
+    return model if isinstance(model, nn.Module) else None
+
+
+def _held(tree: StepTree, value: Tensor, root: Tensor) -> Tensor:
+    """(N,) `value` where it is there, else that of the nearest step above, else of the prompt."""
+    out = value.clone()
+    for level in tree.levels:
+        parent = tree.parent[level]
+        above = torch.where(parent >= 0, out[parent.clamp(min=0)], root[tree.group[level]])
+        out[level] = torch.where(out[level].isnan(), above, out[level])
+    return out
+
+
+@register(
+    "readings",
+    "implicit",
+    writes=("tags.implicit",),
+    source="Free Process Rewards (Implicit PRM), PRIME, OPRL",
+    reference=lambda options: options["scorer"] is None,
+)
+class ImplicitReading:
+    """tags.implicit: beta times the log-ratio of each step's own actions, 0 for steps without a density.
+
+    Args:
+        scorer: an `implicit_prm`, by section or folder; it has a beta of its own. Without one the policy in training
+            is compared with what it was at the start.
+        beta: without a scorer; 0.05 as PRIME.
+        against: the scorer's own reference (PRIME), or the policy that sampled, by the log-probs of the rollout
+            (OPRL; give the scorer's policy the temperature of the sampling one).
+    Raises:
+        ValueError: another kind of scorer, or the policy against itself.
+    """
+
+    def __init__(
+        self, scorer: ScorerSpec | None = None, beta: float | None = None, against: Against = "reference"
+    ) -> None:
+        loaded = None if scorer is None else load_scorer(scorer)
+        if loaded is not None and not isinstance(loaded, ImplicitPrm):
+            raise ValueError(f"scorer {scorer!r} has no log-ratios; name implicit_prm, or use the reading `score`")
+        if loaded is not None and beta is not None:
+            raise ValueError(f"beta={beta:g}: the scorer has its own; write it into the scorer's section")
+        if loaded is None and against == "behaviour":
+            raise ValueError("against: behaviour compares a scorer with the policy in training; name a scorer")
+        self.scorer: StepReward | None = loaded
+        self._implicit, self.beta, self.against = loaded, 0.05 if beta is None else beta, against
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The scorer's, None without one."""
+        return model_of(self.scorer)
+
+    def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
+        """tags.implicit."""
+        if self._implicit is not None:
+            rewards = self._implicit.step_rewards(rollout, self.against)
+        else:
+            steps = torch.arange(len(rollout.tree))
+            with torch.no_grad():
+                rewards = self.beta * step_log_ratios(context.policy, rollout, steps)
+        return {"tags.implicit": rewards.double().cpu().nan_to_num(nan=0.0)}
