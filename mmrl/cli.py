@@ -221,7 +221,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app(standalone_mode=True)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MMRL_DEBUG"):
             raise
         typer.echo(f"error: {error}", err=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.trainers.checkpoint import copy_into
+
 
 class Ema:
     """shadow = decay * shadow + (1 - decay) * weight, in float32."""
@@ -45,4 +47,4 @@ class Ema:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
         for i, s in enumerate(self.shadow):
-            s.copy_(state[str(i)])
+            copy_into(s, state[str(i)])

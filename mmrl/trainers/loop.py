@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from mmrl.config import ConfigError
 from mmrl.recipe import OptimConfig, TrainingConfig
 from mmrl.sharding import full_state, is_sharded, keep_float32
+from mmrl.trainers.checkpoint import Stateful, load_states, save_states
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.run_folder import RunFolder
 
@@ -97,8 +99,14 @@ class Loop:
         self.sharded = is_sharded(self.model)
         self.ema = Ema(self.parameters, o.ema) if o.ema else None
         self.state = LoopState()
-        self.accelerator.register_for_checkpointing(self.state, *([self.ema] if self.ema else []))
+        self._states: dict[str, Stateful] = {"loop": self.state}
+        if self.ema:
+            self.remember("ema", self.ema)
         self._stop = False
+
+    def remember(self, name: str, owner: Stateful) -> None:
+        """Keep an object's numbers and tensors in every checkpoint, under `name`."""
+        self._states[name] = owner
 
     # ---- processes --------------------------------------------------------------------------------------------
 
@@ -215,33 +223,63 @@ class Loop:
 
     def run(self, trainer: Trainer) -> dict[str, float]:
         """Iterate, evaluate, checkpoint until done or asked to stop; returns the last metrics."""
-        run, state = self.config.run, self.state
-        self._open()
-        with self._signals(), self._progress() as advance:
-            metrics = self._evaluate(trainer) if state.iteration == 0 else {}
-            while state.iteration < run.iterations and not self._stop_asked():
-                start, cpu = time.perf_counter(), time.process_time()
-                metrics = trainer.iterate(state.iteration)
-                state.cpu_s += time.process_time() - cpu
-                metrics |= {"time/iteration_s": time.perf_counter() - start, "time/cpu_s": state.cpu_s}
-                metrics["policy/skipped_updates"] = float(state.skipped_updates)
-                metrics["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
-                state.iteration += 1
-                done = state.iteration == run.iterations
-                self._log(state.iteration, metrics)
-                if done or state.iteration % run.eval_every == 0:
-                    metrics |= self._evaluate(trainer)
-                if done or state.iteration % run.checkpoint_every == 0:
-                    self.save()
-                advance(metrics)
-        if state.iteration < run.iterations:
-            self.save()
-            log.warning("stopped by signal after iteration %d; continue with run.resume=true", state.iteration)
-        else:
-            with self.averaged():
-                trainer.save_model()
-        self.accelerator.end_training()
+        with self._signals(), self._owned():
+            self._open()
+            with self._progress() as advance:
+                metrics = self._iterate(trainer, advance)
+            if self.state.iteration < self.config.run.iterations:
+                self.save()
+                log.warning(
+                    "stopped by signal after iteration %d; continue with run.resume=true", self.state.iteration
+                )
+            else:
+                with self.averaged():
+                    trainer.save_model()
+            self.accelerator.end_training()
         return metrics
+
+    def _iterate(self, trainer: Trainer, advance: Callable[[dict[str, float]], None]) -> dict[str, float]:
+        """All iterations that are left, until a signal; returns the last metrics."""
+        run, state = self.config.run, self.state
+        metrics = self._evaluate(trainer) if state.iteration == 0 else {}
+        while state.iteration < run.iterations and not self._stop_asked():
+            start, cpu = time.perf_counter(), time.process_time()
+            metrics = trainer.iterate(state.iteration)
+            state.cpu_s += time.process_time() - cpu
+            metrics |= {"time/iteration_s": time.perf_counter() - start, "time/cpu_s": state.cpu_s}
+            metrics["policy/skipped_updates"] = float(state.skipped_updates)
+            metrics["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
+            state.iteration += 1
+            done = state.iteration == run.iterations
+            self._log(state.iteration, metrics)
+            if done or state.iteration % run.eval_every == 0:
+                metrics |= self._evaluate(trainer)
+            if done or state.iteration % run.checkpoint_every == 0:
+                self.save()
+            advance(metrics)
+        return metrics
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """The run folder belongs to this run alone inside the block, and all ranks see the same folder.
+
+        Raises:
+            ConfigError: another process trains in it, or a rank does not see what the first one wrote.
+        """
+        token = [self.folder.claim() if self.is_main else ""]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(token)
+        try:
+            strangers = self.all_max(float(not self.folder.shows(token[0])))[0] if token[0] else 1.0
+            if strangers:
+                raise ConfigError(
+                    self.folder.trouble
+                    or f"run.output={self.folder.root} is not the same folder on every node; name one on a shared disk"
+                )
+            yield
+        finally:
+            if self.is_main:
+                self.folder.release()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -254,11 +292,16 @@ class Loop:
         if self.is_main:
             self.folder.open(self.config)
         self.accelerator.wait_for_everyone()
-        found = self.folder.latest_checkpoint() if run.resume else None
-        if found is not None:
-            self.accelerator.load_state(str(found))
+        chosen = [str(self.folder.checkpoints.newest() or "") if run.resume and self.is_main else ""]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(chosen)
+        found = chosen[0]
+        if found:
+            self.accelerator.load_state(found)
+            load_states(Path(found), self._states, self.accelerator.process_index, self.accelerator.num_processes)
         if self.is_main:
-            self.folder.truncate_metrics(self.state.iteration if found else -1)
+            # the evaluation before the first iteration is repeated, so its row is written again
+            self.folder.truncate_metrics(self.state.iteration or -1)
         self.accelerator.init_trackers("logs")
         if self.is_main:
             log.info("%s; %s", self.world, f"resumed from {found}" if found else "new run")
@@ -276,13 +319,17 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint on all ranks; complete or absent, never half."""
-        self.folder.write_checkpoint(
+        self.folder.checkpoints.write(
             self.state.iteration,
             self.config.run.keep_checkpoints,
             self.is_main,
-            self.accelerator.save_state,
+            self._write_checkpoint,
             self.accelerator.wait_for_everyone,
         )
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        save_states(folder, self._states, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _stop_asked(self) -> bool:
         return self.all_max(float(self._stop))[0] > 0

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import secrets
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from mmrl.config import ConfigError
 from mmrl.recipe import TrainingConfig
+from mmrl.trainers.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: nothing that changes the numbers.
 _FREE = {"output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
@@ -27,7 +31,31 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.metrics = root / "metrics.jsonl"
-        self.checkpoints = root / "checkpoints"
+        self.checkpoints = Checkpoints(root / "checkpoints")
+        self.trouble = ""  # why `claim` failed
+        self._lock = FileLock(root / ".lock")
+
+    def claim(self) -> str:
+        """Take the folder for this process; returns a token that other ranks must find, "" where it is taken."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            self.trouble = f"another process trains in {self.root}; wait until it has ended, or use another run.output"
+            return ""
+        token = secrets.token_hex(8)
+        (self.root / ".token").write_text(token)
+        return token
+
+    def shows(self, token: str) -> bool:
+        """Whether this process sees the token that the first one wrote."""
+        file = self.root / ".token"
+        return file.is_file() and file.read_text() == token
+
+    def release(self) -> None:
+        """Give the folder free."""
+        (self.root / ".token").unlink(missing_ok=True)
+        self._lock.release()
 
     def open(self, config: TrainingConfig) -> None:
         """Create the folder, or check that it holds the same run.
@@ -41,14 +69,14 @@ class RunFolder:
                 raise ConfigError(
                     f"{self.root} already holds a run; continue it with run.resume=true or choose another run.output"
                 )
-            changed = _differences(yaml.safe_load(known.read_text()), yaml.safe_load(config.dump()))
+            changed = _differences(_read(known), yaml.safe_load(config.dump()))
             if changed:
                 raise ConfigError(
                     f"{self.root} was made by another recipe: {'; '.join(changed)}. Use a new run.output"
                 )
         self.root.mkdir(parents=True, exist_ok=True)
-        known.write_text(config.dump())
-        (self.root / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        _replace(known, config.dump())
+        _replace(self.root / "environment.json", json.dumps(environment(), indent=1) + "\n")
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""
@@ -56,42 +84,53 @@ class RunFolder:
             f.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
 
     def truncate_metrics(self, iteration: int) -> None:
-        """Keep the lines up to `iteration`; a resumed run writes the rest again. Drops a last line cut by a kill."""
+        """Keep the lines up to `iteration`; a resumed run writes the rest again. Lines that are none are dropped."""
         if not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line)
-            except json.JSONDecodeError:
-                break
-        part = self.metrics.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept))
-        part.rename(self.metrics)
+        kept: list[str] = []
+        damaged = 0
+        lines = self.metrics.read_text(errors="replace").splitlines()
+        for i, line in enumerate(lines):
+            at = _iteration(line)
+            if at is not None and at <= iteration:
+                kept.append(line)
+            elif at is None and i < len(lines) - 1:  # the last one may have been cut by a kill
+                damaged += 1
+        if damaged:
+            log.warning("%s: %d lines could not be read and are dropped", self.metrics, damaged)
+        _replace(self.metrics, "".join(line + "\n" for line in kept))
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; half-written ones carry another name."""
-        found = sorted(p for p in self.checkpoints.glob("[0-9]*") if p.is_dir())
-        return found[-1] if found else None
 
-    def write_checkpoint(self, iteration: int, keep: int, is_main: bool, write: Callable[[str], object],
-                         wait: Callable[[], object]) -> None:  # fmt: skip
-        """`write` into a folder beside the target on all ranks, then rename it and drop the oldest."""
-        final = self.checkpoints / f"{iteration:06d}"
-        part = self.checkpoints / f".{iteration:06d}.part"
-        if is_main:
-            shutil.rmtree(part, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        wait()
-        write(str(part))
-        wait()
-        if is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
-            for old in sorted(self.checkpoints.glob("[0-9]*"))[:-keep]:
-                shutil.rmtree(old)
-        wait()
+def _iteration(line: str) -> int | None:
+    """The iteration of a line of metrics, None where it is none."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    at = row.get("iteration") if isinstance(row, dict) else None
+    return at if isinstance(at, int) else None
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write beside the target and rename: whole or unchanged."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text)
+    part.rename(file)
+
+
+def _read(config: Path) -> dict[str, Any]:
+    """The recipe of the run that the folder holds.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        tree = yaml.safe_load(config.read_text())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{config} is damaged ({error}); use another run.output") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{config} is damaged (it holds no sections); use another run.output")
+    return tree
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""A run folder is safe, owned and shared: damaged checkpoints, foreign files, two starts, code in the place of state."""
+
+import json
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from tiny import recipe
+
+from mmrl.config import ConfigError, parse_config
+from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.checkpoint import damage
+
+
+def train(model, folder, iterations=3, resume=False, **run):
+    run = {"iterations": iterations, "resume": resume, "eval_every": 1, **run}
+    BranchGrpo(parse_config(recipe(model, folder, optim={"ema": 0.9}, run=run))).train()
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines]
+
+
+def weights(folder):
+    return load_file(next((folder / "model").rglob("*.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny_model, folder)
+    return folder
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def garbage(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def removed(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize("spoil", [truncated, emptied, garbage, removed])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json",
+                                  "tensors-00000.safetensors", "manifest.json"])  # fmt: skip
+def test_damage_is_seen(whole, tmp_path, name, spoil):
+    import shutil
+
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(whole / "checkpoints" / "000003", copy)
+    assert damage(copy) is None
+    spoil(copy / name)
+    assert (name if name != "manifest.json" or spoil is removed else "") in (damage(copy) or "-")
+
+
+@pytest.mark.parametrize("spoil", [truncated, garbage])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny_model, tmp_path, whole, spoil, caplog):
+    train(tiny_model, tmp_path, iterations=2)
+    spoil(tmp_path / "checkpoints" / "000002" / "model.safetensors")
+    (tmp_path / "checkpoints" / "9notes").mkdir()
+    (tmp_path / "checkpoints" / "999999.txt").write_text("mine")
+    with caplog.at_level(logging.WARNING):
+        train(tiny_model, tmp_path, resume=True)
+    assert "000002 is damaged (model.safetensors has" in caplog.text
+    for name, w in weights(whole).items():
+        assert torch.equal(weights(tmp_path)[name], w)
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(tiny_model, tmp_path):
+    train(tiny_model, tmp_path, iterations=1, keep_checkpoints=1)
+    emptied(tmp_path / "checkpoints" / "000001" / "optimizer.bin")
+    with pytest.raises(ConfigError, match=r"every checkpoint is damaged: .*optimizer.bin has 0 bytes instead of"):
+        train(tiny_model, tmp_path, resume=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MMRL_EVIL"],)
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin"])
+def test_resume_executes_nothing_from_the_run_folder(tiny_model, tmp_path, monkeypatch, name):
+    """Even where an attacker has mended the manifest."""
+    from mmrl.trainers.checkpoint import _seal
+
+    monkeypatch.setenv("MMRL_EVIL", str(tmp_path / "executed"))
+    train(tiny_model, tmp_path / "run", iterations=1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "000001"
+    (checkpoint / name).write_bytes(pickle.dumps(Evil()))
+    (checkpoint / "manifest.json").unlink()
+    _seal(checkpoint)
+    try:
+        train(tiny_model, tmp_path / "run", iterations=2, resume=True)
+    except Exception as error:  # whatever refuses it
+        assert "executed" not in str(error)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_folder_in_which_somebody_trains_is_refused(tiny_model, tmp_path):
+    train(tiny_model, tmp_path, iterations=1)
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another process trains in"):
+        train(tiny_model, tmp_path, iterations=2, resume=True)
+    train(tiny_model, tmp_path, iterations=2, resume=True)
+    assert [r["iteration"] for r in rows(tmp_path) if "reward/mean" in r] == [1, 2]
+
+
+def test_metrics_survive_lines_that_are_none_and_a_stop_in_the_first_evaluation(tiny_model, tmp_path, whole, caplog):
+    train(tiny_model, tmp_path, iterations=2)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], "garbage", "[1]", '{"a": 1}', *lines[2:], '{"iteration": 3, "rew']))
+    with caplog.at_level(logging.WARNING):
+        train(tiny_model, tmp_path, resume=True)
+    assert rows(tmp_path) == rows(whole) and "3 lines could not be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content, message", [("", "holds no sections"), ("a: [1", "is damaged"), ("- 1\n", "holds no sections")]
+)
+def test_a_damaged_recipe_is_told(tiny_model, tmp_path, content, message):
+    train(tiny_model, tmp_path, iterations=1)
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_model, tmp_path, resume=True)
