@@ -12,23 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from mmrl.annotate.direct import Labeller, annotate_directly, by_judge, by_outcome, by_scorer
+from mmrl.annotate.direct import annotate_directly
 from mmrl.annotate.inject import with_errors
 from mmrl.annotate.monte_carlo import MonteCarlo
 from mmrl.annotate.omega import Omega
 from mmrl.annotate.output import summary, write_report
 from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.annotate.refine import consensus, scan
-from mmrl.annotate.run import RULES, LabelRule, annotate, merge_ranks
+from mmrl.annotate.run import LabelRule, annotate, merge_ranks
 from mmrl.annotate.store import CompletionStore
 from mmrl.config import Component, ConfigError
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Kind, SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
-from mmrl.prm.scoring import ScorerSpec, admitted, check_scorer, load_scorer, score_records, score_states
+from mmrl.prm.scoring import admitted, check_scorer, load_scorer, score_records, score_states
 from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
-from mmrl.registry import build, call, hint
+from mmrl.registry import build, call, find, hint
 from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
 from mmrl.rollout_folder import RolloutFolder
@@ -44,10 +44,6 @@ log = logging.getLogger(__name__)
 # ---- annotate -------------------------------------------------------------------------------------------------------
 
 
-_OPINIONS = ("scorer", "judge", "outcome")
-_METHODS = ("monte_carlo", "omega", *_OPINIONS)
-
-
 def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
     """Label steps as the recipe says; writes records.jsonl and report.json below its output, returns the report.
 
@@ -61,16 +57,15 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
     job.writes()
     name, options = config.method.name, config.method.options
     with job.files:
-        if name in ("monte_carlo", "omega"):
+        if _completes(name):
             items: Any = job.prompts if given is None else job.takes(given)
-            method = call(MonteCarlo if name == "monte_carlo" else Omega, "method", options)
-            report = _annotate_on_all_ranks(config, job, items, method, rule)
+            report = _annotate_on_all_ranks(config, job, items, build("annotations", "method", name, options), rule)
         else:
             job.alone(f"method.name={name!r}")
             solutions = call(_count, "method", {k: options.pop(k) for k in ("solutions",) if k in options})
             report = annotate_directly(
                 job.policy, job.verifier, job.prompts if given is None else given,
-                _labeller(name, options, job, "method"), config.output, solutions=solutions,
+                build("annotations", "method", name, options, context=job), config.output, solutions=solutions,
                 about={"method": name, "solutions": solutions, **options}, fingerprint=job.fingerprint,
                 seed=config.seed, batch=config.batch,
                 rollouts=job.rollouts({"records": str(config.records)}),
@@ -79,6 +74,12 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
             report |= {"unusable_prompts": job.lost, "unreadable_rows": count_reasons(bad)}
             report = _finish(config, job, report)
     return report
+
+
+def _completes(method: str) -> bool:
+    """Whether an annotation method samples completions; the others have an opinion on solutions."""
+    target = find("annotations", method).target
+    return isinstance(target, type) and issubclass(target, (MonteCarlo, Omega))
 
 
 def _count(solutions: int = 4) -> int:
@@ -97,16 +98,19 @@ def _solutions(config: AnnotateConfig) -> tuple[list[SolutionRecord] | None, lis
 
 def _check_names(config: AnnotateConfig) -> None:
     """All names of the recipe, before anything is paid for."""
-    _known("method.name", config.method.name, _METHODS)
-    _known("label.name", config.label.name, RULES)
+    completes = _completes(config.method.name)
+    options = {k: v for k, v in config.method.options.items() if completes or k != "solutions"}
+    find("annotations", config.method.name).check(options, "method")
     for kind in (config.inject.kinds if config.inject else None) or ():
         _known("inject.kinds", kind, get_args(Kind))
     if config.refine is None:
         return
     _known("refine.name", config.refine.name, ("scan", "consensus"))
     if config.refine.name == "consensus":
-        _known("refine.judge.name", str(_judge_of(config.refine).get("name", "")), _OPINIONS)
-    if config.method.name in _OPINIONS and config.records is None:
+        judge = str(_judge_of(config.refine).get("name", ""))
+        if _completes(judge):
+            raise ConfigError(f"refine.judge.name={judge!r} samples completions; take one that reads solutions: judge")
+    if not completes and config.records is None:
         raise ConfigError(
             f"refine.name={config.refine.name!r} looks at Monte-Carlo counts, which method.name="
             f"{config.method.name!r} does not make; annotate by monte_carlo, or leave refine out"
@@ -129,27 +133,6 @@ def _annotate_on_all_ranks(config: AnnotateConfig, job: _Job, items: Any, method
         job.wait()
         report = merge_ranks(config.output, job.world) if job.rank == 0 else report
     return report
-
-
-def _labeller(name: str, options: Mapping[str, Any], job: _Job, section: str) -> Labeller:
-    """The opinion a recipe names: a scorer, a judge, or the outcome."""
-    made: Callable[..., Labeller]
-    if name == "scorer":
-
-        def made(scorer: ScorerSpec, threshold: float | None = None) -> Labeller:
-            return by_scorer(job.scorer(scorer), threshold=threshold)
-    elif name == "judge":
-
-        def made(votes: int = 1, ask: str = "first_error") -> Labeller:
-            return by_judge(
-                job.policy, job.readings, votes=votes, ask=ask, seed=job.config.seed, batch=job.config.batch
-            )
-    else:
-
-        def made() -> Labeller:
-            return by_outcome
-
-    return call(made, section, options)
 
 
 def _finish(config: AnnotateConfig, job: _Job, report: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +172,7 @@ def _refined(refine: Component, records: Sequence[SolutionRecord], job: _Job) ->
         return call(scan, "refine", options, records)
     options.pop("judge", None)
     judge = _judge_of(refine)
-    labeller = _labeller(str(judge.pop("name")), judge, job, "refine.judge")
+    labeller = build("annotations", "refine.judge", str(judge.pop("name")), judge, context=job)
     return call(consensus, "refine", options, records, labeller)
 
 
@@ -249,6 +232,8 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     """Search every prompt as the recipe says; writes results.jsonl and report.json below its output."""
     if config.scorer is not None:
         check_scorer(config.scorer)
+    if config.method.name != "best_of_k":
+        find("searches", config.method.name).check(config.method.options, "method")
     job = _Job(config)
     job.alone("mmrl search")
     if config.method.name == "best_of_k":
@@ -347,6 +332,7 @@ class _Job:
         )
         self.reward = verifier = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
         self.verifier: OutcomeReward = build_reward(verifier, "verifier")
+        self.seed, self.batch = config.seed, config.batch
         self.lost = 0  # prompts that the policy cannot take; the log says why
         self.files = ExitStack()
         model = _stamp(str(config.policy.options.get("model", "")))

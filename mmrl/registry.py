@@ -88,6 +88,34 @@ add_kind(Kind("transforms", "transform", ("mmrl.credit.transforms",), arguments=
 add_kind(Kind("step_losses", "step loss", ("mmrl.losses.reward",), arguments=2, keywords=("path",)))
 add_kind(Kind("preferences", "preference loss", ("mmrl.losses.preference",)))
 add_kind(Kind("pairs", "pair builder", ("mmrl.preference.builders",), arguments=1))
+_GROWN = ("outcome", "step_reward", "value", "root_value", "tags.visits", "tags.q_sum")  # in the trees they store
+add_kind(
+    Kind(
+        "searches",
+        "search",
+        (
+            "mmrl.search.beam",
+            "mmrl.search.best_of_n",
+            "mmrl.search.greedy",
+            "mmrl.search.mcts",
+            "mmrl.search.pats",
+            "mmrl.search.step_co",
+        ),
+        arguments=2,
+        keywords=("canonical",),
+        writes=_GROWN,
+    )
+)
+add_kind(
+    Kind(
+        "annotations",
+        "annotation method",
+        ("mmrl.annotate.direct", "mmrl.annotate.monte_carlo", "mmrl.annotate.omega"),
+        keywords=("context",),
+        writes=_GROWN,
+    )
+)
+add_kind(Kind("label_rules", "label rule", ("mmrl.annotate.targets",), arguments=1, keywords=("start",)))
 add_kind(
     Kind("estimators", "estimator", ("mmrl.credit.outcome", "mmrl.credit.steps"), arguments=1, keywords=("all_sum",))
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmrl.annotate.consensus import vote
 from mmrl.annotate.denoise import pseudo_labels
@@ -21,7 +21,8 @@ from mmrl.annotate.trees import solution_trees
 from mmrl.growth import rollout_for
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_record, record_to_json
-from mmrl.prm.scoring import admitted, score_records
+from mmrl.prm.scoring import ScorerSpec, admitted, score_records
+from mmrl.registry import register
 from mmrl.rollout import Extender, OutcomeReward, Prompt, Sample, State, StepReward
 from mmrl.rollout_folder import RolloutFolder
 
@@ -89,6 +90,39 @@ def by_judge(
         return [_voted(store, states[r.id], len(r.steps), votes, ask) if r.id in states else None for r in records]
 
     return label
+
+
+class LabelContext(Protocol):
+    """What a labeller of a recipe may ask the job for."""
+
+    policy: Any
+    seed: int
+    batch: int
+
+    @property
+    def readings(self) -> CompletionStore:
+        """Where a judge's answers are kept."""
+
+    def scorer(self, name: str | Mapping[str, Any]) -> StepReward:
+        """A step reward or saved scorer, on the job's device."""
+
+
+@register("annotations", "scorer", writes=("outcome", "step_reward"), source="a verifiable step reward, or a teacher")
+def scorer_labels(scorer: ScorerSpec, threshold: float | None = None, *, context: LabelContext) -> Labeller:
+    """`by_scorer` of a step reward's name or section, or a saved scorer's folder."""
+    return by_scorer(context.scorer(scorer), threshold=threshold)
+
+
+@register("annotations", "judge", writes=("outcome", "step_reward"), source="SPARK")
+def judge_labels(votes: int = 1, ask: str = "first_error", *, context: LabelContext) -> Labeller:
+    """`by_judge` by the recipe's policy."""
+    return by_judge(context.policy, context.readings, votes=votes, ask=ask, seed=context.seed, batch=context.batch)
+
+
+@register("annotations", "outcome", writes=("outcome", "step_reward"), source="FreePRM")
+def outcome_labels() -> Labeller:
+    """`by_outcome`."""
+    return by_outcome
 
 
 def _voted(store: CompletionStore, state: State, steps: int, votes: int, ask: str) -> Labels | None:

@@ -12,11 +12,13 @@ from typing import Any
 
 from mmrl.annotate.store import Completion, Estimator
 from mmrl.prm.records import Counts, SolutionRecord, record_of
+from mmrl.registry import register
 from mmrl.rollout import Prompt, Sample, State
 
 Solution = tuple[SolutionRecord, State]  # what is known of it, and what the policy goes on from
 
 
+@register("annotations", "monte_carlo", source="Math-Shepherd, VisualPRM, MM-PRM")
 @dataclass(frozen=True)
 class MonteCarlo:
     """Options. k: completions per prefix (8 Math-Shepherd, 16 VisualPRM). solutions: sampled per question.

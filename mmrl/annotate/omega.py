@@ -18,11 +18,13 @@ from mmrl.annotate.store import Completion, Estimator, Tally
 from mmrl.annotate.trees import attach, note_counts
 from mmrl.growth import ROOT, GrowingTree
 from mmrl.prm.records import Counts, SolutionRecord, record_of
+from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 
 Answer = tuple[Tally, list[Completion]]
 
 
+@register("annotations", "omega", source="OmegaPRM with the settings of MM-PRM and openr")
 @dataclass(frozen=True)
 class Omega:
     """Options. k: completions per state. searches, budget: most searches and completions per question.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmrl.annotate import targets
-from mmrl.annotate.labels import After, Labels, label_mc
+from mmrl.annotate.labels import After, label_mc
 from mmrl.annotate.monte_carlo import MonteCarlo, Solution, as_state, estimate_steps, sample_solutions
 from mmrl.annotate.omega import Omega, omega_trees, traverse, tree_json
 from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
@@ -22,43 +20,37 @@ from mmrl.growth import GrowingTree, rollout_for
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord, record_of
 from mmrl.prm.records_io import check_record, record_to_json
+from mmrl.registry import find
 from mmrl.rollout import Extender, OutcomeReward, Prompt, State
 from mmrl.rollout_folder import RolloutFolder
 
 Item = Prompt | SolutionRecord
 Bad = dict[str, str]  # id, reason
 
-RULES = ("hard_gt", "hard_ge", "soft", "log_boost", "relative_progress", "rel_effective")  # of mmrl.annotate.targets
-
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Record with counts -> record with labels, by a rule of `mmrl.annotate.targets` and its numbers.
+    """Record with counts -> record with labels, by a row of `mmrl list label_rules` and its numbers.
 
     `hard_gt` (threshold 0: VisualPRM, Math-Shepherd), `hard_ge` (tau), `soft` (MM-PRM), `log_boost` (a), and those
     that compare a step with the one before it: `relative_progress` (ratio), `rel_effective` (gamma, threshold).
     after: what becomes of the steps after the first error.
 
     Raises:
-        ValueError: an unknown rule, or numbers it does not take.
+        ComponentError: an unknown rule, or an option that it does not take.
     """
 
     name: str = "hard_gt"
     after: After = "mask"
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
-            raise ValueError(f"label rule {self.name!r} is unknown; known: {', '.join(RULES)}")
-        known = {n: p for n, p in self._parameters.items() if n not in ("values", "start")}
-        missing = {n for n, p in known.items() if p.default is p.empty} - set(self.options)
-        if missing or set(self.options) - set(known):
-            raise ValueError(f"label rule {self.name!r} takes {sorted(known)}, got {sorted(self.options)}")
+        find("label_rules", self.name).check(self.options, "label")
 
     @property
     def needs_start(self) -> bool:
         """Whether it needs the value of the empty prefix, in `meta["root"]`."""
-        return "start" in self._parameters
+        return "start" in inspect.signature(find("label_rules", self.name).target).parameters
 
     def __call__(self, record: SolutionRecord) -> SolutionRecord:
         """The labelled record.
@@ -66,23 +58,15 @@ class LabelRule:
         Raises:
             RowError: the empty prefix has no value.
         """
-        options = dict(self.options)
+        given = {}
         if self.needs_start:
             correct, total = record.meta["root"]
             if not total:
                 raise RowError("no value before the first step: no completion of the question could be scored")
-            options["start"] = correct / total
-        threshold = options.get("threshold", 0.0) if self.name == "hard_gt" else 0.0
-        return label_mc(record, partial(self._rule, **options), after=self.after, threshold=threshold)
-
-    @property
-    def _rule(self) -> Callable[..., Labels]:
-        rule: Callable[..., Labels] = getattr(targets, self.name)
-        return rule
-
-    @property
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self._rule).parameters
+            given["start"] = correct / total
+        rule = find("label_rules", self.name).build(self.options, "label", **given)
+        threshold = self.options.get("threshold", 0.0) if self.name == "hard_gt" else 0.0
+        return label_mc(record, rule, after=self.after, threshold=threshold)
 
 
 def annotate(

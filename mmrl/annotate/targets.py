@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mmrl.prm.records import Counts
+from mmrl.registry import register
 
 Values = Sequence[float | None]  # per step in [0, 1]
 Targets = tuple[float | None, ...]
@@ -53,21 +54,25 @@ def _value(counts: Counts) -> float | None:
     return counts.correct / counts.total if counts.total else None
 
 
+@register("label_rules", "hard_gt", source="Math-Shepherd, VisualPRM")
 def hard_gt(values: Values, threshold: float = 0.0) -> Targets:
     """y = 1[m > threshold]; threshold 0 is `hard_gt0` (Math-Shepherd, VisualPRM)."""
     return _each(values, lambda m: m > threshold)
 
 
+@register("label_rules", "hard_ge")
 def hard_ge(values: Values, tau: float) -> Targets:
     """y = 1[m >= tau]."""
     return _each(values, lambda m: m >= tau)
 
 
+@register("label_rules", "soft", source="MM-PRM")
 def soft(values: Values) -> Targets:
     """y = m (MM-PRM)."""
     return _each(values, lambda m: m)
 
 
+@register("label_rules", "log_boost", source="PROPA")
 def log_boost(values: Values, a: float = 10.0) -> Targets:
     """y = ln(1 + a m) / ln(1 + a), which lifts small values (PROPA); a > 0."""
     if a <= 0:
@@ -88,11 +93,13 @@ def signs(advantages: Sequence[float | None]) -> tuple[int | None, ...]:
     return tuple(None if a is None else (a > 0) - (a < 0) for a in advantages)
 
 
+@register("label_rules", "relative_progress", source="GenPRM")
 def relative_progress(values: Values, start: float, ratio: float = 0.8) -> Targets:
     """y = 1 iff m_t > 0 and m_t / m_(t-1) >= ratio (GenPRM). Any value above 0 after a 0 is progress."""
     return _from_pairs(values, start, lambda before, m: m > 0 and m >= (ratio - _SLACK) * before)
 
 
+@register("label_rules", "rel_effective", source="StepWiser")
 def rel_effective(values: Values, start: float, gamma: float, threshold: float = 0.0) -> Targets:
     """y = 1 iff m_t + gamma (m_t - m_(t-1)) > threshold (StepWiser's Rel-Effective)."""
     return _from_pairs(values, start, lambda before, m: m + gamma * (m - before) > threshold + _SLACK)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, ranking, result, side_by_side
 from mmrl.search.problem import Problem
 
 
+@register("searches", "beam", source="search-and-learn; CoS, MASPRM")
 @side_by_side
 def beam(
     problem: Problem,
@@ -47,6 +49,7 @@ def beam(
     return result(problem, prompt, [everything[i] for i in sorted(ranking(everything)[:n])])
 
 
+@register("searches", "dvts", source="search-and-learn (DVTS)")
 @side_by_side
 def dvts(
     problem: Problem,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil
 
+from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import SearchResult, Turn, judge, propose, result, side_by_side
 from mmrl.search.problem import Problem
 
 
+@register("searches", "best_of_n", pool=True, source="VisualPRM, VL-PRM")
 @side_by_side
 def best_of_n(
     problem: Problem,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, result, side_by_side
 from mmrl.search.problem import Problem
 
 
+@register("searches", "greedy", source="VL-PRM")
 @side_by_side
 def greedy(
     problem: Problem,
@@ -34,6 +36,11 @@ def greedy(
     return result(problem, prompt, found)
 
 
+@register(
+    "searches",
+    "greedy_backtrack",
+    source='"Let\'s reward step by step" (HGS-PRM), thresholds in place of its classes',
+)
 @side_by_side
 def greedy_backtrack(
     problem: Problem,

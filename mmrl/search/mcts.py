@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mmrl.growth import ROOT, GrowingTree
+from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, ranking, result, side_by_side
 from mmrl.search.problem import Problem
@@ -132,6 +133,11 @@ class _Walked:
                 tree.numbers["value"][v] = self.q[v]
 
 
+@register(
+    "searches",
+    "mcts",
+    source="AlphaMath, SVPO (puct), rStar-Math, MASPRM (uct), OpenR (alphazero), MCTS-DPO (policy, children), PROPA",
+)
 @side_by_side
 def mcts(
     problem: Problem,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, result, side_by_side
 from mmrl.search.problem import Problem
 
 
+@register("searches", "pats", source="PATS")
 @side_by_side
 def pats(
     problem: Problem,

@@ -12,7 +12,8 @@ from mmrl.recipe import JobConfig
 class SearchConfig(JobConfig):
     """A recipe of `mmrl search`.
 
-    method.name is one of mmrl.search.run.METHODS, or best_of_k for policies whose steps are no texts (denoising).
+    method.name is one of `mmrl list searches` or a dotted path, or best_of_k for policies whose steps are no texts
+    (denoising).
     """
 
     split: Literal["train", "eval"] = "eval"

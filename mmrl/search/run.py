@@ -7,43 +7,23 @@ goes on with the prompts that have no line yet; since each prompt draws its own 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
-
-from pydantic import ValidationError, create_model
+from typing import Any
 
 from mmrl.growth import rollout_for
-from mmrl.registry import explain, hint
+from mmrl.registry import find
 from mmrl.rewards.scoring import RewardError, score
 from mmrl.rollout import Extender, OutcomeReward, Prompt, Sample, check_prompts
 from mmrl.rollout_folder import RolloutFolder
-from mmrl.search.beam import beam, dvts
-from mmrl.search.best_of_n import best_of_n
 from mmrl.search.budget import Budget
 from mmrl.search.core import SearchResult, number
-from mmrl.search.greedy import greedy, greedy_backtrack
-from mmrl.search.mcts import mcts
 from mmrl.search.measures import measure
-from mmrl.search.pats import pats
 from mmrl.search.problem import Problem, Scorer
-from mmrl.search.step_co import step_co
 from mmrl.search.votes import canonical_answer
-
-METHODS: dict[str, Callable[..., list[SearchResult]]] = {
-    "best_of_n": best_of_n,
-    "greedy": greedy,
-    "greedy_backtrack": greedy_backtrack,
-    "beam": beam,
-    "dvts": dvts,
-    "mcts": mcts,
-    "pats": pats,
-    "step_co": step_co,
-}
 
 
 def search(
@@ -71,7 +51,8 @@ def search(
 
     Args:
         verifier: 1 for a right answer, 0 for a wrong one, None without a verdict.
-        settings: keyword options of the method. budget: limit per prompt. prompts_per_batch: searched side by side.
+        method: a row of `mmrl list searches`, or a dotted path. settings: its options.
+        budget: limit per prompt. prompts_per_batch: searched side by side.
         prompt_tokens, stop: see `Problem`. canonical: (prompt, text) -> the answer that votes compare.
         about: JSON values that name policy and scorer; a folder made with others is refused.
         rollouts: where the trees go, a batch at a time, with the outcome of every path that ended.
@@ -81,7 +62,8 @@ def search(
             searched before whose trees were not kept.
         RewardError: more than `max_unscored` of the candidates have no verdict.
     """
-    options = check_method(method, settings or {})
+    kind = find("searches", method)
+    run = kind.build(settings or {}, "method", canonical=canonical)
     for name in aggregations:
         number(name)
     check_prompts(prompts)
@@ -92,14 +74,13 @@ def search(
     }  # fmt: skip
     rows = _open(folder, record, prompts)
     problem = Problem(extender, scorer, limits, seed, prompt_tokens=prompt_tokens, stop=stop)
-    options |= {"canonical": canonical} if "canonical" in inspect.signature(METHODS[method]).parameters else {}
     if rollouts is not None:
         _check_trees(rollouts, folder, rows)
     todo = [p for p in prompts if p.id not in rows]
     with (folder / "results.jsonl").open("a") as file, bar(len(prompts), len(rows), progress) as advance:
         for i in range(0, len(todo), prompts_per_batch):
             batch = todo[i : i + prompts_per_batch]
-            results = METHODS[method](problem, batch, **options)
+            results = run(problem, batch)
             new = _rows(results, batch, verifier, canonical, whole_trees=rollouts is not None)
             _check_unscored([*rows.values(), *new], max_unscored)
             if rollouts is not None:  # before the rows: a prompt with a row has its tree
@@ -113,31 +94,11 @@ def search(
             file.flush()
             problem.forget(batch)
             advance(len(batch))
-    numbers = measure([rows[p.id] for p in prompts], aggregations=aggregations, pool=method == "best_of_n", seed=seed)
+    pool = bool(kind.facts.get("pool"))
+    numbers = measure([rows[p.id] for p in prompts], aggregations=aggregations, pool=pool, seed=seed)
     report = record | numbers
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def check_method(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, after checking their names and types.
-
-    Raises:
-        ValueError: no such method or setting, the message names the nearest; or a value of the wrong type.
-    """
-    if method not in METHODS:
-        raise ValueError(f"search method {method!r} is none of {', '.join(METHODS)}{hint(method, METHODS)}")
-    parameters = inspect.signature(METHODS[method]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "canonical"]
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"unknown setting {key!r} of {method}{hint(key, known)}; known: {', '.join(known)}")
-    hints = get_type_hints(METHODS[method])
-    fields: dict[str, Any] = {k: (hints[k], ...) for k in settings}
-    try:
-        return create_model("Settings", **fields)(**settings).model_dump()
-    except ValidationError as error:
-        raise ValueError(f"{method}: {explain(error, 'settings')}") from None
 
 
 def _rows(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import Candidate, SearchResult, Turn, judge, propose, result, side_by_side
 from mmrl.search.problem import Problem
 from mmrl.search.votes import canonical_answer
 
 
+@register("searches", "step_co", source="StepCo, with a fresh sample in place of its revision prompt")
 @side_by_side
 def step_co(
     problem: Problem,

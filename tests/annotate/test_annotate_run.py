@@ -7,9 +7,10 @@ from toy_extender import Killed, ToyExtender, chain, first_wrong, planted, verif
 
 from mmrl.annotate.monte_carlo import MonteCarlo
 from mmrl.annotate.omega import Omega
-from mmrl.annotate.run import RULES, LabelRule, annotate, merge_ranks
+from mmrl.annotate.run import LabelRule, annotate, merge_ranks
 from mmrl.prm.records import Counts, SolutionRecord, Step
 from mmrl.prm.records_io import record_from_json
+from mmrl.registry import names
 from mmrl.rollout import Prompt, Rollout
 from mmrl.rollout_folder import RolloutFolder
 
@@ -115,7 +116,7 @@ def test_rules_by_hand(rule, want):
     assert record.labels == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", names("label_rules"))
 def test_every_rule_runs_on_given_solutions(tmp_path, name):
     rule = LabelRule(name, options={"hard_ge": {"tau": 0.5}, "rel_effective": {"gamma": 0.8}}.get(name, {}))
     report = run(tmp_path, ToyExtender(), [planted(PROMPTS[0], 2)], rule=rule)
@@ -124,11 +125,11 @@ def test_every_rule_runs_on_given_solutions(tmp_path, name):
 
 
 def test_wrong_rules_are_refused():
-    with pytest.raises(ValueError, match="unknown; known: hard_gt"):
+    with pytest.raises(ValueError, match="unknown label rule 'hard' .did you mean hard_g.*known: hard_ge, hard_gt"):
         LabelRule("hard")
-    with pytest.raises(ValueError, match=r"takes \['tau'\], got \[\]"):
+    with pytest.raises(ValueError, match="label.tau is missing"):
         LabelRule("hard_ge")
-    with pytest.raises(ValueError, match=r"takes \['a'\], got \['b'\]"):
+    with pytest.raises(ValueError, match="unknown key label.b=1; label rule 'log_boost' takes a"):
         LabelRule("log_boost", options={"b": 1})
 
 

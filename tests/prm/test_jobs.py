@@ -300,15 +300,16 @@ def test_scan_without_a_verdict_leaves_out_and_counts(tmp_path):
 
 
 BAD_RECIPES = [
-    ({"method": {"name": "monte_calro"}}, "method.name='monte_calro' is none of .*did you mean monte_carlo"),
+    ({"method": {"name": "monte_calro"}}, "unknown annotation method 'monte_calro' .did you mean monte_carlo"),
     ({"method": {"name": "monte_carlo", "solution": 3}}, "method.solution=3 .did you mean solutions"),
     ({"method": {"name": "outcome", "solutions": 0}}, "method.solutions=0: at least 1"),
     ({"method": {"name": "judge", "ask": "critic"}}, "ask='critic' is none of"),
     ({"method": {"name": "scorer", "scorer": "shapes_step"}}, "did you mean shapes_steps"),
     ({"method": {"name": "scorer", "scorer": "test_jobs:beyond"}}, "score 1.5 is no label in .0, 1.; give a threshold"),
-    ({"label": {"name": "hard_gr"}}, "label.name='hard_gr' is none of .*did you mean hard_gt"),
+    ({"label": {"name": "hard_gr"}}, "unknown label rule 'hard_gr' .did you mean hard_g"),
     ({"refine": {"name": "consensu"}}, "refine.name='consensu' .*did you mean consensus"),
-    ({"refine": {"name": "consensus", "judge": {"name": "jugde"}}}, "refine.judge.name='jugde' .*did you mean judge"),
+    ({"refine": {"name": "consensus", "judge": {"name": "jugde"}}}, "unknown annotation method 'jugde' .did you mean judge"),
+    ({"refine": {"name": "consensus", "judge": {"name": "omega"}}}, "'omega' samples completions; take one that reads"),
     ({"refine": {"name": "scan"}, "method": METHODS["judge"]}, "looks at Monte-Carlo counts"),
     ({"inject": {"kinds": ["percepton"]}}, "inject.kinds='percepton' .*did you mean perception"),
     ({"records": "none.jsonl"}, "no file none.jsonl"),
@@ -413,8 +414,8 @@ def test_an_empty_candidate_ranks_last_and_is_counted(tmp_path):
     "method, sections, message",
     [
         ({"name": "best_of_m"}, {}, "did you mean best_of_n"),
-        ({"name": "best_of_n", "m": 3}, {}, "unknown setting 'm' of best_of_n"),
-        ({"name": "best_of_n", "n": "many"}, {}, "settings.n='many'"),
+        ({"name": "best_of_n", "m": 3}, {}, "unknown key method.m=3; search 'best_of_n' takes n"),
+        ({"name": "best_of_n", "n": "many"}, {}, "method.n='many'"),
         ({"name": "best_of_n"}, {"scorer": "vision_prn"}, "did you mean vision_prm"),
         ({"name": "best_of_n"}, {"scorer": "."}, "is no saved scorer .*step_format.json"),
         ({"name": "best_of_n"}, {"aggregates": ["minn"]}, "minn"),
@@ -601,3 +602,57 @@ def test_every_annotation_keeps_its_trees(tmp_path, method):
             if not rollout.tree.step_reward[v].isnan():
                 found[whole[v]] = float(rollout.tree.step_reward[v])
     assert found == labels
+
+
+# ---- of a user's own, from a file beside the recipe --------------------------------------------------------------
+
+
+OWN = '''
+from mmrl.rollout import State
+from mmrl.search.core import judge, propose, result, side_by_side
+
+
+@side_by_side
+def retry(problem, prompt, *, enough: float = 0.9, tries: int = 8):
+    """Whole solutions one by one until one scores `enough`."""
+    found = []
+    for _ in range(tries):
+        (states,) = yield from propose([State(prompt)], 1, steps=None)
+        found += yield from judge(problem, states, "min")
+        if found[-1].score >= enough or problem.spent(prompt):
+            break
+    return result(problem, prompt, found)
+
+
+def by_length(most: int = 3):
+    """Labels: a step is good where it has at most so many words."""
+    return lambda records: [tuple(float(len(t.split()) <= most) for t in r.texts) for r in records]
+
+
+def squared(values, power: int = 2):
+    """The value to a power."""
+    return tuple(None if v is None else v**power for v in values)
+'''
+
+
+def test_a_search_an_annotation_and_a_label_rule_of_ones_own(tmp_path):
+    (tmp_path / "own_methods.py").write_text(OWN)
+    policy = {"slips": 0.0, "fails": 0.3}
+    method = {"name": "own_methods:retry", "tries": 20}
+    report, rows, _ = searched(tmp_path, method, policy, scorer="test_jobs:truth", rollouts=str(tmp_path / "trees"))
+    assert report["accuracy"]["answer"]["mean"] == 1 and {len(r["candidates"]) for r in rows} != {1}
+    trees = [Rollout.load(f).tree for f in sorted((tmp_path / "trees").glob("0*"))]
+    assert sum(t.num_groups for t in trees) == 5
+    with pytest.raises(ValueError, match=r"unknown key method.tires=3 .did you mean tries"):
+        searched(tmp_path, {"name": "own_methods:retry", "tires": 3}, policy)
+    for folder, sections in (("rule", {"label": {"name": "own_methods:squared", "after": "keep", "power": 3}}),
+                             ("own", {"method": {"name": "own_methods:by_length", "most": 4}})):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own_methods.py").write_text(OWN)
+        records, _, _ = annotated(tmp_path / folder, **sections)
+        labels = [y for r in records for y in r.labels if y is not None]
+        if folder == "rule":
+            values = [c.correct / c.total for r in records for c in r.mc if c.total]
+            assert labels == pytest.approx([v**3 for v in values]) and len(set(labels)) > 2
+        else:
+            assert labels == [float(len(t.split()) <= 4) for r in records for t in r.texts]

@@ -3,12 +3,12 @@ import math
 import pytest
 from known_tree import TRAP, KnownTree, chain, complete_tree
 
+from mmrl.registry import find, names
 from mmrl.rollout import Prompt, State
 from mmrl.search.beam import beam
 from mmrl.search.budget import Budget
 from mmrl.search.greedy import greedy
 from mmrl.search.problem import Problem
-from mmrl.search.run import METHODS
 
 P0 = Prompt("p", {"images": ["a.png", "b.png"]})
 
@@ -50,7 +50,7 @@ def test_a_path_that_is_scored_twice_is_read_once():
     assert problem.budget(P0).prm_tokens_cached == 5 + 4 * 20
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", names("searches"))
 @pytest.mark.parametrize("limit", [1, 35, 150])
 def test_no_search_exceeds_its_budget_by_more_than_a_batch(method, limit):
     policy = KnownTree(complete_tree(3, 6, seed=1), random=True)
@@ -66,7 +66,7 @@ def test_no_search_exceeds_its_budget_by_more_than_a_batch(method, limit):
         return out
 
     problem.propose = watched
-    (found,) = METHODS[method](problem, [P0])
+    (found,) = find("searches", method).target(problem, [P0])
     assert found.budget.generated_tokens < limit + max(sizes)
     assert found.budget.generated_tokens == sum(sizes) and len(found.candidates) > 0
 

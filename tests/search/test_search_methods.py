@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_tree import TRAP, KnownTree, chain, complete_tree, leaves
 
+from mmrl.registry import find, names
 from mmrl.rollout import Prompt, State
 from mmrl.search.beam import beam, dvts, keep_best, keep_per_subtree
 from mmrl.search.best_of_n import best_of_n, join_steps
 from mmrl.search.greedy import first_good, greedy, greedy_backtrack
 from mmrl.search.mcts import alphazero, children_value, mcts, policy_prior, propa_pick, puct, uct
 from mmrl.search.pats import next_mode, pats
-from mmrl.search.run import METHODS
 from mmrl.search.step_co import step_co
 
 P0 = Prompt("p", {})
@@ -97,8 +97,8 @@ def test_no_search_beats_the_whole_tree_and_a_full_beam_equals_it(seed):
     tree = complete_tree(2, 3, seed)
     top = max(leaves(tree).values())
     policy = KnownTree(tree)
-    for name, search in METHODS.items():
-        found = one(search, policy, **SETTINGS.get(name, {}))
+    for name in names("searches"):
+        found = one(find("searches", name).target, policy, **SETTINGS.get(name, {}))
         assert answer(found).score <= top
         assert found.answer in range(len(found.candidates))
     everything = one(beam, policy, n=16, width=2, dedupe=True)  # keeps 8 paths: all
@@ -249,14 +249,14 @@ def test_tree_search_without_an_end_answers_with_a_leaf():
 # ---- scorers and invariances ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", names("searches"))
 def test_permuting_prompts_permutes_results(method):
     trees = {str(i): complete_tree(3, 3, i) for i in range(5)}
     prompts = [Prompt(k, {}) for k in trees]
-    options = SETTINGS.get(method, {})
-    straight = METHODS[method](KnownTree(trees, random=True).problem(), prompts, **options)
-    back = METHODS[method](KnownTree(trees, random=True).problem(), prompts[::-1], **options)
-    alone = [METHODS[method](KnownTree(trees, random=True).problem(), [p], **options)[0] for p in prompts]
+    options, search = SETTINGS.get(method, {}), find("searches", method).target
+    straight = search(KnownTree(trees, random=True).problem(), prompts, **options)
+    back = search(KnownTree(trees, random=True).problem(), prompts[::-1], **options)
+    alone = [search(KnownTree(trees, random=True).problem(), [p], **options)[0] for p in prompts]
     for a, b, c in zip(straight, back[::-1], alone, strict=True):
         assert (a.candidates, a.answer) == (b.candidates, b.answer) == (c.candidates, c.answer)
         assert a.budget.generated_tokens == b.budget.generated_tokens == c.budget.generated_tokens
@@ -266,7 +266,7 @@ def test_a_constant_scorer_gives_the_first_candidate():
     policy = KnownTree(complete_tree(3, 3, 0), random=True)
     problem = policy.problem(scorer=lambda states: [[0.5] * len(s.steps) for s in states])
     for method in ("best_of_n", "greedy", "beam", "dvts"):
-        (found,) = METHODS[method](problem, [P0], **SETTINGS.get(method, {}))
+        (found,) = find("searches", method).target(problem, [P0], **SETTINGS.get(method, {}))
         assert found.answer == 0 and found.ranked == list(range(len(found.candidates)))
 
 

@@ -6,13 +6,14 @@ import torch
 from known_tree import KnownTree, complete_tree, is_best
 
 from mmrl.credit import compose
+from mmrl.registry import names
 from mmrl.rewards.answers import ExactAnswer
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Prompt, Rollout
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
 from mmrl.search.measures import measure
-from mmrl.search.run import METHODS, search
+from mmrl.search.run import search
 from mmrl.tree_ops import backup
 
 TREES = {str(i): complete_tree(3, 3, i) for i in range(6)}
@@ -62,7 +63,7 @@ def test_a_search_leaves_rows_and_a_report(tmp_path):
     assert cost["flops_cached"] == 2 * (5 * (cost["generated_tokens"] + 42) + 4 * cost["prm_tokens_cached"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", names("searches"))
 def test_every_method_runs(tmp_path, method):
     settings = {"pats": {"widths": [4, 2, 1], "temperatures": [1.0, None, None]}, "mcts": {"form": "uct"}}
     report = run(tmp_path, method=method, settings=settings.get(method, {}), prompts=PROMPTS[:2])
@@ -158,10 +159,10 @@ def test_unfinished_candidates_rank_last_and_do_not_vote():
     "options, match",
     [
         ({"method": "baem"}, "did you mean beam"),
-        ({"settings": {"with": 3}}, "unknown setting 'with' of best_of_n"),
+        ({"settings": {"with": 3}}, "unknown key method.with=3"),
         ({"method": "beam", "settings": {"widht": 3}}, "did you mean width"),
-        ({"settings": {"n": "many"}}, "settings.n='many'"),
-        ({"method": "mcts", "settings": {"answer": "best"}}, "settings.answer='best'"),
+        ({"settings": {"n": "many"}}, "method.n='many'"),
+        ({"method": "mcts", "settings": {"answer": "best"}}, "method.answer='best'"),
         ({"method": "greedy", "settings": {"rounds": 0}}, "at least 1 round"),
         ({"method": "mcts", "settings": {"iterations": 0}}, "iterations=0"),
         ({"aggregations": ["mni"]}, "did you mean min"),
@@ -214,7 +215,7 @@ def flat(rollouts):
     return out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", names("searches"))
 def test_every_method_leaves_its_tree(tmp_path, method):
     """All candidates with their verdicts and scores, every prefix as often as it was proposed."""
     settings = {"n": 4} | ({"widths": [4, 2, 1]} if method == "pats" else {})
