@@ -16,6 +16,7 @@ from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
 from mmrl.cli import app
 from mmrl.config import load_config, parse_config, trainer_config
+from mmrl.preference import Pairs
 from mmrl.rollout import BranchPlan, Rollout
 from mmrl.trainers import trainer_of
 
@@ -178,16 +179,15 @@ def test_one_sided_forks_are_counted_and_end_the_run(tiny_model, disk, tmp_path,
         one.iterate(2)
 
 
-def test_pairs_without_a_common_parent_are_refused(tiny_model, disk, tmp_path, monkeypatch):
-    """A builder of one's own that compares the first step of two prompts."""
-    from mmrl.preference import BUILDERS, Pairs
+def strangers(tree):
+    """A pair builder of one's own that compares the first step of two prompts."""
+    roots = (tree.depth == 0).nonzero().flatten()
+    return Pairs.of_steps(roots[:1], roots[2:3], torch.ones(1))
 
-    def strangers(tree):
-        roots = (tree.depth == 0).nonzero().flatten()
-        return Pairs.of_steps(roots[:1], roots[2:3], torch.ones(1))
 
-    monkeypatch.setitem(BUILDERS, "strangers", strangers)
-    tree = preference(tiny_model, tmp_path / "p", rollouts=str(disk / "train"), pairs={"name": "strangers"})
+def test_pairs_without_a_common_parent_are_refused(tiny_model, disk, tmp_path):
+    pairs = {"name": f"{__name__}:strangers"}
+    tree = preference(tiny_model, tmp_path / "p", rollouts=str(disk / "train"), pairs=pairs)
     with pytest.raises(ValueError, match=r"pair 0: steps 0 and \d+ share no parent; only continuations of one state"):
         trainer(tree).iterate(0)
 
