@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
     "Train models from rewards on steps: vision-language, diffusion, video."))  # fmt: skip
 
+Format = Annotated[str, typer.Option("--format", help="Of the data: `mmrl list formats`, or module:function")]
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as configs/diffusion/digits_branch.yaml")]
 SCORER = (
     "A saved scorer's folder, a name of `mmrl list scorers`, or a section: '{name: generative_prm, policy: {...}}'"
@@ -116,13 +117,31 @@ def score(
     scorer: Annotated[str, typer.Option(help=SCORER)],
     data: Annotated[Path, typer.Option(help="Solutions, JSON lines")],
     out: Annotated[Path, typer.Option(help="Where the scores go, JSON lines")] = Path("scores.jsonl"),
-    format_: Annotated[str, typer.Option("--format", help="Of the data, one of mmrl.prm.formats")] = "records",
+    format_: Annotated[
+        str, typer.Option("--format", help="Of the data: `mmrl list formats`, or module:function")
+    ] = "records",
 ) -> None:
     """Score every step of written solutions."""
     from mmrl.jobs import run_score
 
     told = run_score(_section(scorer), data, out, format_)
     typer.echo(f"{told['records']} solutions, {told['unscored']} unscored, {told['quarantined']} set aside: {out}")
+
+
+@app.command()
+def convert(
+    data: Annotated[Path, typer.Argument(help="Step-labelled solutions: JSON lines, a .json array or parquet")],
+    out: Annotated[Path, typer.Argument(help="JSON lines to write")],
+    format_: Format,
+    to: Annotated[str, typer.Option(help="`mmrl list exporters`, or module:function")] = "records",
+    media_root: Annotated[Path | None, typer.Option(help="Folder that pictures are relative to")] = None,
+    max_bad: Annotated[float, typer.Option(help="Share of bad rows above which nothing is written")] = 0.05,
+) -> None:
+    """Write step-labelled solutions in another of the published formats."""
+    from mmrl.prm.formats import convert as convert_file
+
+    count, bad = convert_file(data, out, format_, to, media_root=media_root, max_bad=max_bad)
+    typer.echo(f"{count} rows, {len(bad)} set aside: {out}")
 
 
 @app.command()
@@ -168,10 +187,8 @@ def demo(
     folder: Annotated[Path | None, typer.Option(help="Where the runs go; by default a new one below runs/")] = None,
 ) -> None:
     """Run the built-in jobs from nothing, in a few minutes on two CPU cores."""
-    from mmrl.demo import DEMOS, run_all, run_demo
+    from mmrl.demo import run_all, run_demo
 
-    if name not in ("all", *DEMOS):
-        raise ValueError(f"no demo {name!r}; choose one of all, {', '.join(DEMOS)}")
     where = folder or _unused(Path("runs/demo"))
     page = run_all(where, overrides or []) if name == "all" else run_demo(name, where, overrides or [])
     typer.echo(f"report: {page.resolve()}")

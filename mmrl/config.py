@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -123,12 +122,13 @@ def with_policy_defaults(tree: Mapping[str, Any], model: type[Section]) -> Mappi
 
 
 def _read(file: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """A recipe as a mapping; modules in its folder and in the working directory can be imported from here on."""
+    """A recipe as a mapping; modules in its folder can be imported from here on."""
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}; recipes lie under configs/")
     # At the end: a module beside the recipe never takes the place of an installed one.
-    sys.path += [folder for folder in (str(path.resolve().parent), os.getcwd()) if folder not in sys.path]
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except yaml.YAMLError as error:

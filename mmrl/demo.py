@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmrl.registry import build, names, register
+
 Overrides = Sequence[str]
 
 
@@ -16,7 +18,8 @@ Overrides = Sequence[str]
 class Demo:
     """title: of its section in the report. shown: the recipe whose run is shown, beside: runs with the same budget to
     compare with. after: the demo whose model it starts from. judge: title and recipe of the step reward that is
-    trained first and has a section of its own. seeds: each recipe runs once per seed from 0 on."""
+    trained first and has a section of its own. seeds: each recipe runs once per seed from 0 on. run: does the work
+    in place of training the recipes."""
 
     title: str
     shown: str
@@ -24,33 +27,12 @@ class Demo:
     after: str | None = None
     judge: tuple[str, str] | None = None
     seeds: int = 1
+    run: Callable[[Demo, Path, Overrides], None] | None = None
 
     @property
     def runs(self) -> list[tuple[str, int]]:
         """(recipe, seed) of every run, the shown one first."""
         return [(recipe, seed) for seed in range(self.seeds) for recipe in (self.shown, *self.beside)]
-
-
-DEMOS: dict[str, Demo] = {
-    "vision": Demo(
-        "A vision-language model learns from verified steps",
-        "vision/shapes_steps.yaml",
-        beside=("vision/shapes_outcome.yaml",),
-    ),
-    "prm": Demo("A process reward model judges its steps", "vision/shapes_prm.yaml", after="vision"),
-    "video": Demo(
-        "A video agent learns from rewarded manipulations",
-        "video/clips_steps.yaml",
-        beside=("video/clips_answer.yaml",),
-        seeds=2,
-    ),
-    "diffusion": Demo("A diffusion model is aligned by branch rollouts", "diffusion/digits_branch.yaml"),
-    "latent": Demo(
-        "It aligns the diffusion model at every step, without decoding",
-        "diffusion/digits_lpo.yaml",
-        judge=("A latent reward judges noisy latents", "diffusion/digits_latent_reward.yaml"),
-    ),
-}
 
 
 class DemoError(RuntimeError):
@@ -66,14 +48,19 @@ def recipe_path(name: str) -> Path:
     raise FileNotFoundError(f"recipe {name} is missing from this installation")
 
 
+def _demo(name: str) -> Demo:
+    demo: Demo = build("demos", "demo", name, {})
+    return demo
+
+
 def run_demo(name: str, folder: Path, overrides: Overrides = ()) -> Path:
     """Run one demo below `folder`, and first the one it starts from unless its model is there; returns the report."""
     from mmrl.report.page import write_overview
 
-    demo = DEMOS[name]
-    if demo.after is not None and not (_run(folder, DEMOS[demo.after].shown) / "model").is_dir():
-        _train(DEMOS[demo.after].shown, folder, overrides)
-    _JOBS.get(name, _train_all)(demo, folder, overrides)
+    demo = _demo(name)
+    if demo.after is not None and not (_run(folder, _demo(demo.after).shown) / "model").is_dir():
+        _train(_demo(demo.after).shown, folder, overrides)
+    (demo.run or _train_all)(demo, folder, overrides)
     return write_overview(_sections(demo, folder), _run(folder, demo.shown) / "report.html")
 
 
@@ -85,14 +72,15 @@ def run_all(folder: Path, overrides: Overrides = ()) -> Path:
     """
     from mmrl.report.page import write_overview
 
-    jobs = {name: _start(name, folder, overrides) for name, demo in DEMOS.items() if demo.after is None}
-    for name, demo in DEMOS.items():
+    demos = {name: _demo(name) for name in names("demos")}
+    jobs = {name: _start(name, folder, overrides) for name, demo in demos.items() if demo.after is None}
+    for name, demo in demos.items():
         if demo.after is not None and jobs[demo.after].wait() == 0:
             jobs[name] = _start(name, folder, overrides)
-    failed = [name for name in DEMOS if name not in jobs or jobs[name].wait() != 0]
+    failed = [name for name in demos if name not in jobs or jobs[name].wait() != 0]
     if failed:
         raise DemoError(f"demo {', '.join(failed)} failed; its messages are above. Alone: mmrl demo {failed[0]}")
-    sections = [section for demo in DEMOS.values() for section in _sections(demo, folder)]
+    sections = [section for demo in demos.values() for section in _sections(demo, folder)]
     return write_overview(sections, folder / "report.html")
 
 
@@ -135,8 +123,7 @@ def _prm(demo: Demo, folder: Path, overrides: Overrides) -> None:
     from mmrl.jobs import run_annotate, run_search
     from mmrl.search.recipe import SearchConfig
 
-    names = ("shapes_annotate", "shapes_exact", "shapes_search")
-    train, test, found = (_run(folder, name) for name in names)
+    train, test, found = (_run(folder, name) for name in ("shapes_annotate", "shapes_exact", "shapes_search"))
     policy = f"policy.model={_run(folder, 'vision/shapes_steps.yaml') / 'model'}"
     for name, output in (("shapes_annotate", train), ("shapes_exact", test)):
         run_annotate(load_section(recipe_path(f"vision/{name}.yaml"), AnnotateConfig, [policy, f"output={output}"]))
@@ -147,4 +134,24 @@ def _prm(demo: Demo, folder: Path, overrides: Overrides) -> None:
     (_run(folder, demo.shown) / "search.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-_JOBS: dict[str, Callable[[Demo, Path, Overrides], None]] = {"prm": _prm}  # the others only train
+for _name, _built_in in {
+    "vision": Demo(
+        "A vision-language model learns from verified steps",
+        "vision/shapes_steps.yaml",
+        beside=("vision/shapes_outcome.yaml",),
+    ),
+    "prm": Demo("A process reward model judges its steps", "vision/shapes_prm.yaml", after="vision", run=_prm),
+    "video": Demo(
+        "A video agent learns from rewarded manipulations",
+        "video/clips_steps.yaml",
+        beside=("video/clips_answer.yaml",),
+        seeds=2,
+    ),
+    "diffusion": Demo("A diffusion model is aligned by branch rollouts", "diffusion/digits_branch.yaml"),
+    "latent": Demo(
+        "It aligns the diffusion model at every step, without decoding",
+        "diffusion/digits_lpo.yaml",
+        judge=("A latent reward judges noisy latents", "diffusion/digits_latent_reward.yaml"),
+    ),
+}.items():
+    register("demos", _name)(_built_in)

@@ -15,7 +15,9 @@ tags.NAME, actions.NAME. `forks` says that two steps of a prompt must be compara
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -87,6 +89,11 @@ add_kind(Kind("readings", "reading", ("mmrl.readings",), arguments=2))
 add_kind(Kind("transforms", "transform", ("mmrl.credit.transforms",), arguments=1))
 add_kind(Kind("step_losses", "step loss", ("mmrl.losses.reward",), arguments=2, keywords=("path",)))
 add_kind(Kind("preferences", "preference loss", ("mmrl.losses.preference",)))
+add_kind(Kind("aggregates", "aggregate", ("mmrl.prm.aggregate",), arguments=1))
+add_kind(Kind("formats", "record format", ("mmrl.prm.formats",), arguments=2))
+add_kind(Kind("exporters", "exporter", ("mmrl.prm.formats",), arguments=1))
+add_kind(Kind("benchmarks", "benchmark", ("mmrl.bench.run",)))
+add_kind(Kind("demos", "demo", ("mmrl.demo",)))
 add_kind(Kind("pairs", "pair builder", ("mmrl.preference.builders",), arguments=1))
 _GROWN = ("outcome", "step_reward", "value", "root_value", "tags.visits", "tags.q_sum")  # in the trees they store
 add_kind(
@@ -197,6 +204,8 @@ class Row:
                     f"{self.name!r} takes {known}"
                 )
         asked = {k: o for k, o in self.options.items() if k in options or o.default is REQUIRED}
+        if not asked:
+            return {}
         fields: dict[str, Any] = {k: (o.type, ...) for k, o in asked.items()}
         model = create_model("Options", __config__=_OPTIONS, **fields)
         try:
@@ -212,14 +221,13 @@ class Row:
             given: further keyword arguments from the framework, passed where the target has such a parameter.
         """
         checked = self.check(options, section)
-        if not callable(self.target):
+        function = self.kind.arguments is not None and inspect.isfunction(self.target)
+        if not callable(self.target) or (function and not checked and not given):
             return self.target
         parameters = inspect.signature(self.target).parameters
         named = {k: v for k, v in given.items() if k in parameters}
         call = gather(self.target, checked) | named
-        if self.kind.arguments is not None and inspect.isfunction(self.target):
-            return partial(self.target, **call) if call else self.target
-        return self.target(**call)
+        return partial(self.target, **call) if function else self.target(**call)
 
 
 # ---- entering -------------------------------------------------------------------------------------------------------
@@ -465,7 +473,9 @@ def _load(kind: Kind, entry: EntryPoint) -> Row:
 
 
 def _at(path: str) -> Any:
-    """The object at `package.module:object`."""
+    """The object at `package.module:object`; a file in the working directory can be named too."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     module, _, attribute = path.partition(":")
     try:
         target: Any = import_module(module)

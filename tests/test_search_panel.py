@@ -3,6 +3,7 @@ import json
 import pytest
 
 from mmrl import demo
+from mmrl.registry import rows
 from mmrl.report.search_panel import search_panel
 
 
@@ -37,7 +38,7 @@ def test_a_demo_waits_for_the_one_it_starts_from(tmp_path, monkeypatch):
             return int(self.name == "vision")
 
     monkeypatch.setattr(demo, "_start", lambda name, folder, overrides: Job(name))
-    with pytest.raises(demo.DemoError, match="vision, prm failed"):
+    with pytest.raises(demo.DemoError, match="prm, vision failed"):
         demo.run_all(tmp_path)
-    alone = [name for name, d in demo.DEMOS.items() if d.after is None]
+    alone = [row.name for row in rows("demos") if row.target.after is None]
     assert started[: len(alone) + 1] == [*alone, "vision done"] and "prm" not in started

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import PositiveInt
 
 from mmrl.config import Component, Section
 from mmrl.recipe import JobConfig
+from mmrl.registry import of_kind
 
 
 class LabelConfig(Component):
@@ -34,7 +35,7 @@ class AnnotateConfig(JobConfig):
     """
 
     records: Path | None = None  # solutions to label; null = the policy writes `method.solutions` per question
-    format: str = "records"  # of `records`, one of mmrl.prm.formats
+    format: Annotated[str | dict[str, Any], of_kind("formats")] = "records"  # of `records`
     label: LabelConfig = LabelConfig()  # for monte_carlo and omega
     refine: Component | None = None  # scan, or consensus with a scorer or judge
     inject: InjectConfig | None = None  # add copies of right solutions with one planted error

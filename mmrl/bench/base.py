@@ -66,7 +66,6 @@ class Benchmark:
     quick: the headline of a resample, by item indices, with the work per item done once; for large sets.
     """
 
-    name: str
     read_row: Read
     measure: Measure
     headline: str
@@ -181,7 +180,7 @@ def tune(bench: Benchmark, items: Sequence[Item], score: Score, *, aggregate: st
     values = [bench.measure(scored, t, aggregate).metrics[bench.headline] for t in candidates]
     best = max((v for v in values if not math.isnan(v)), default=math.nan)
     if math.isnan(best):
-        raise ValueError(f"{bench.name}: {bench.headline} is undefined on the tuning items; give a threshold instead")
+        raise ValueError(f"{bench.headline} is undefined on the tuning items; give a threshold instead")
     return candidates[values.index(best)]
 
 

@@ -15,6 +15,7 @@ from mmrl.bench.base import Benchmark, Item, Result, Scored, mean
 from mmrl.jsonl import RowError
 from mmrl.prm.metrics import first_error
 from mmrl.prm.records import SolutionRecord, plain_steps
+from mmrl.registry import register
 from mmrl.rows import first_zero, rows, same_length, text
 
 
@@ -64,4 +65,4 @@ def balanced(hits: Sequence[tuple[bool, bool]]) -> dict[str, float]:
     return {"balanced_f1": f1, "balanced_acc": (tpr + tnr) / 2, "tpr": tpr, "tnr": tnr}
 
 
-BENCH = Benchmark("hard2verify", read_row, measure, "step_balanced_f1", lenient=True)
+BENCH = register("benchmarks", "hard2verify")(Benchmark(read_row, measure, "step_balanced_f1", lenient=True))

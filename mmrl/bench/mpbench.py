@@ -18,6 +18,7 @@ from mmrl.bench.base import Benchmark, Item, Result, Scored, Steps, mean, of_gro
 from mmrl.jsonl import RowError
 from mmrl.prm.metrics import f1, first_error, macro_f1, mcc
 from mmrl.prm.records import SolutionRecord, plain_steps
+from mmrl.registry import register
 from mmrl.rewards.answer_text import normalise
 from mmrl.rows import Row, first_zero, images, row_id, rows, same_length, text
 from mmrl.search.votes import best_of_n, weighted
@@ -135,4 +136,4 @@ def _known(scores: Steps) -> Sequence[float]:
     return scores
 
 
-BENCH = Benchmark("mpbench", read_row, measure, "overall", stepwise=False)
+BENCH = register("benchmarks", "mpbench")(Benchmark(read_row, measure, "overall", stepwise=False))

@@ -13,6 +13,7 @@ from typing import Any
 from mmrl.bench.base import Benchmark, Item, Result, Scored, mean, of_groups, response_steps, total
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord
+from mmrl.registry import register
 from mmrl.rows import images, row_id, text, without_image_marks
 
 VL_GROUPS = {
@@ -112,5 +113,9 @@ def section(subsets: Mapping[str, Mapping[str, float]]) -> float:
 
 
 _TIES = {"ties": "count one half"}
-VL_REWARDBENCH = Benchmark("vl_rewardbench", read_vl, measure_vl, "macro", False, False, settings=_TIES)
-REWARDBENCH = Benchmark("rewardbench", read_rb, measure_rb, "score", False, False, settings=_TIES)
+VL_REWARDBENCH = register("benchmarks", "vl_rewardbench")(
+    Benchmark(read_vl, measure_vl, "macro", False, False, settings=_TIES)
+)
+REWARDBENCH = register("benchmarks", "rewardbench")(
+    Benchmark(read_rb, measure_rb, "score", False, False, settings=_TIES)
+)

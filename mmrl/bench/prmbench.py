@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mmrl.bench.base import Benchmark, Item, Result, Scored, mean
 from mmrl.prm.formats.benches import numbered, prmbench
 from mmrl.prm.records import plain_steps
+from mmrl.registry import register
 from mmrl.rows import rows, text
 
 CATEGORIES = {
@@ -140,4 +141,4 @@ def _errors(item: Item) -> list[int]:
     return list(item.records[0].meta["error_steps"])
 
 
-BENCH = Benchmark("prmbench", read_row, measure, "prmscore", lenient=True, quick=quick)
+BENCH = register("benchmarks", "prmbench")(Benchmark(read_row, measure, "prmscore", lenient=True, quick=quick))

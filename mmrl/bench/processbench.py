@@ -8,6 +8,7 @@ from typing import Any
 from mmrl.bench.base import Benchmark, Item, Result, Scored, mean, of_groups
 from mmrl.prm.formats.benches import processbench
 from mmrl.prm.metrics import first_error, first_error_score
+from mmrl.registry import register
 
 SPLITS = ("gsm8k", "math", "olympiadbench", "omnimath")
 
@@ -40,4 +41,4 @@ def percent(predicted: Sequence[int | None], labels: Sequence[int]) -> dict[str,
     return {"f1": 100 * s.f1, "error_acc": 100 * s.error_acc, "correct_acc": 100 * s.correct_acc}
 
 
-BENCH = Benchmark("processbench", read_row, measure, "f1", lenient=True)
+BENCH = register("benchmarks", "processbench")(Benchmark(read_row, measure, "f1", lenient=True))

@@ -12,24 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrl.bench import hard2verify, mpbench, pairs, prmbench, processbench, visualprocessbench
+from mmrl.bench import (  # noqa: F401 - enter their rows
+    hard2verify,
+    mpbench,
+    pairs,
+    prmbench,
+    processbench,
+    visualprocessbench,
+)
 from mmrl.bench.base import Benchmark, Result, Score, Scored, data_files, remembered, score_items, tune
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.metrics import bootstrap, evaluate_steps
-from mmrl.registry import hint
-
-BENCHMARKS: dict[str, Benchmark] = {
-    b.name: b
-    for b in (
-        processbench.BENCH,
-        prmbench.BENCH,
-        visualprocessbench.BENCH,
-        mpbench.BENCH,
-        hard2verify.BENCH,
-        pairs.VL_REWARDBENCH,
-        pairs.REWARDBENCH,
-    )
-}
+from mmrl.registry import build
 
 
 def run_bench(
@@ -86,17 +80,16 @@ def run_bench(
 
 
 def find_bench(name: str) -> Benchmark:
-    """The benchmark called `name`; ValueError with the known names."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark {name!r} is none of {', '.join(BENCHMARKS)}{hint(name, BENCHMARKS)}")
-    return BENCHMARKS[name]
+    """The benchmark called `name`; ComponentError with the known names."""
+    bench: Benchmark = build("benchmarks", "benchmark", name, {})
+    return bench
 
 
 def _tuned(
     bench: Benchmark, data: Path, tune_on: Path, score: Score, aggregate: str, media_root: Path | None, max_bad: float
 ) -> float:
     if not bench.thresholded:
-        raise ValueError(f"{bench.name} has no threshold to tune; leave tune_on out")
+        raise ValueError("this benchmark has no threshold to tune; leave tune_on out")
     if tune_on.resolve() == data.resolve():
         raise ValueError(f"tune_on {tune_on} is the test data; tune on another split, or give the threshold")
     items, _ = bench.read(tune_on, media_root=media_root, max_bad=max_bad)

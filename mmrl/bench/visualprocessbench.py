@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mmrl.bench.base import Benchmark, Item, Result, Scored, of_groups, thresholds
 from mmrl.prm.formats.benches import visualprocessbench
 from mmrl.prm.metrics import f1, macro_f1, roc_auc
+from mmrl.registry import register
 
 Array = NDArray[Any]
 
@@ -94,4 +95,4 @@ def _measures(p: Array, y: Array, threshold: float) -> dict[str, float]:
     }
 
 
-BENCH = Benchmark("visualprocessbench", read_row, measure, "micro_f1", quick=quick)
+BENCH = register("benchmarks", "visualprocessbench")(Benchmark(read_row, measure, "micro_f1", quick=quick))

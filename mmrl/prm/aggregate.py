@@ -9,13 +9,13 @@ those trained on judged steps as verdicts (min, product).
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-from mmrl.registry import hint
+from pydantic import PositiveFloat
+
+from mmrl.registry import build, register
 
 Scores = Sequence[float]
 Key = float | tuple[float, float]  # what candidates are ordered by
@@ -23,68 +23,77 @@ Key = float | tuple[float, float]  # what candidates are ordered by
 EPS = 1e-6
 
 
+@register("aggregates", "min")
 def minimum(scores: Scores) -> float:
     """The weakest step."""
     return min(_checked(scores), default=-math.inf)
 
 
+@register("aggregates", "max")
 def maximum(scores: Scores) -> float:
     """The strongest step."""
     return max(_checked(scores), default=-math.inf)
 
 
+@register("aggregates", "last")
 def last(scores: Scores) -> float:
     """The last step: the value of the finished solution."""
     s = _checked(scores)
     return s[-1] if s else -math.inf
 
 
+@register("aggregates", "mean")
 def mean(scores: Scores) -> float:
     """Arithmetic mean (VisualPRM's default)."""
     s = _checked(scores)
     return math.fsum(s) / len(s) if s else -math.inf
 
 
+@register("aggregates", "product")
 def product(scores: Scores) -> float:
     """Probability that all steps are good, were they independent."""
     s = _probabilities(scores)
     return math.prod(s) if s else -math.inf
 
 
+@register("aggregates", "sum_logprob")
 def sum_logprob(scores: Scores) -> float:
     """sum ln p; ranks as `product` does."""
     s = _clamped(scores)
     return math.fsum(map(math.log, s)) if s else -math.inf
 
 
+@register("aggregates", "sum_logit")
 def sum_logit(scores: Scores) -> float:
     """Sum of log-odds ln(p / (1 - p))."""
     s = _clamped(scores)
     return math.fsum(math.log(p / (1 - p)) for p in s) if s else -math.inf
 
 
+@register("aggregates", "geometric")
 def geometric(scores: Scores) -> float:
     """exp(mean ln p): `product` without its preference for short solutions."""
     s = _clamped(scores)
     return math.exp(math.fsum(map(math.log, s)) / len(s)) if s else -math.inf
 
 
+@register("aggregates", "mean_odds")
 def mean_odds(scores: Scores) -> float:
     """Mean of p / (1 - p)."""
     s = _clamped(scores)
     return math.fsum(p / (1 - p) for p in s) / len(s) if s else -math.inf
 
 
+@register("aggregates", "harmonic")
 def harmonic(scores: Scores) -> float:
     """T / sum(1 / p)."""
     s = _clamped(scores)
     return len(s) / math.fsum(1 / p for p in s) if s else -math.inf
 
 
-def softmin(scores: Scores, *, tau: float = 0.1) -> float:
+@register("aggregates", "softmin")
+def softmin(scores: Scores, *, tau: PositiveFloat = 0.1) -> float:
     """sum softmax(-s / tau) s (PURE): the minimum for tau -> 0, the mean for tau -> inf."""
-    if tau <= 0:
-        raise ValueError(f"softmin: tau={tau} must be above 0")
     s = _checked(scores)
     if not s:
         return -math.inf
@@ -92,60 +101,27 @@ def softmin(scores: Scores, *, tau: float = 0.1) -> float:
     return _weighted(s, [math.exp((low - x) / tau) for x in s])
 
 
-def weighted(scores: Scores, *, weights: Sequence[float]) -> float:
-    """sum w s / sum w, one weight >= 0 per step (its length, its kind, gamma^(T - t)); not all of them 0."""
-    s = _checked(scores)
-    if len(weights) != len(s):
-        raise ValueError(f"weighted: {len(weights)} weights for {len(s)} steps; give one per step")
-    if s and (min(weights) < 0 or sum(weights) <= 0):
-        raise ValueError(f"weighted: weights {list(weights)} must be >= 0 and not all 0")
-    return _weighted(s, weights) if s else -math.inf
-
-
+@register("aggregates", "first_below")
 def first_below(scores: Scores, *, tau: float = 0.5) -> float:
     """Share of the solution before the first step with p < tau; 1 without such a step."""
     s = _checked(scores)
     return next((t for t, p in enumerate(s) if p < tau), len(s)) / len(s) if s else -math.inf
 
 
+@register("aggregates", "min_then_last")
 def min_then_last(scores: Scores) -> tuple[float, float]:
     """(min, last): orders by the weakest step, ties by the last one. A key to rank by, not a number to add up."""
     return minimum(scores), last(scores)
-
-
-AGGREGATES: dict[str, Callable[..., Key]] = {
-    "min": minimum,
-    "max": maximum,
-    "last": last,
-    "mean": mean,
-    "product": product,
-    "sum_logprob": sum_logprob,
-    "sum_logit": sum_logit,
-    "geometric": geometric,
-    "mean_odds": mean_odds,
-    "harmonic": harmonic,
-    "softmin": softmin,
-    "weighted": weighted,
-    "first_below": first_below,
-    "min_then_last": min_then_last,
-}
 
 
 def aggregate(name: str, **options: Any) -> Callable[[Scores], Key]:
     """The aggregate called `name`, with its options set.
 
     Raises:
-        ValueError: unknown name or option, or one missing.
+        ComponentError: unknown name or option, or a value out of range.
     """
-    if name not in AGGREGATES:
-        raise ValueError(f"aggregate {name!r} is none of {', '.join(AGGREGATES)}{hint(name, AGGREGATES)}")
-    signature = inspect.signature(AGGREGATES[name])
-    try:
-        signature.bind([], **options)
-    except TypeError as error:
-        takes = ", ".join(list(signature.parameters)[1:]) or "no options"
-        raise ValueError(f"aggregate {name!r}: {error}; it takes {takes}") from None
-    return partial(AGGREGATES[name], **options)
+    function: Callable[[Scores], Key] = build("aggregates", "aggregate", name, options)
+    return function
 
 
 def _weighted(scores: Scores, weights: Sequence[float]) -> float:

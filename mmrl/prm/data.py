@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Kind, SolutionRecord
+from mmrl.registry import of_kind
 from mmrl.rollout import Actions, Prompt, Rollout
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 
@@ -115,7 +116,7 @@ class StepRecords:
     """Task `step_records`: labelled solutions from JSON-lines files, grouped by question and images.
 
     Args:
-        train, eval: files of labelled solutions. format: one of `mmrl.prm.formats.FORMATS`.
+        train, eval: files of labelled solutions. format: a row of `formats`, with its options where it has any.
         media_root: folder that images are relative to; by default the file's own.
         ignore_kinds: kinds of steps whose labels are not used for training.
         max_bad: share of bad rows of a file above which loading fails.
@@ -127,7 +128,7 @@ class StepRecords:
         self,
         train: str,
         eval: str,
-        format: str = "records",
+        format: Annotated[str | dict[str, Any], of_kind("formats")] = "records",
         media_root: str | None = None,
         ignore_kinds: Sequence[Kind] = (),
         max_bad: float = 0.05,
@@ -138,7 +139,9 @@ class StepRecords:
         self.prompts = self._group([without_labels(r, ignore_kinds) for r in taken])
         self.eval_prompts = self._group(tested)
 
-    def _read(self, file: str, format: str, media_root: str | None, max_bad: float) -> list[SolutionRecord]:
+    def _read(
+        self, file: str, format: str | dict[str, Any], media_root: str | None, max_bad: float
+    ) -> list[SolutionRecord]:
         records, bad = read_format(Path(file), format, media_root=media_root, max_bad=max_bad)
         self.quarantined += bad
         for reason, n in count_reasons(bad).items():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
+
+from mmrl.registry import of_kind
 
 IGNORED = -100.0
 
@@ -30,7 +32,7 @@ class FormatOptions(TypedDict, total=False):
     positive: str
     negative: str
     opening: str
-    aggregate: str
+    aggregate: Annotated[str, of_kind("aggregates")]
 
 
 @dataclass(frozen=True)

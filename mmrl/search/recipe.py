@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from mmrl.recipe import JobConfig
+from mmrl.registry import of_kind
 
 
 class SearchConfig(JobConfig):
@@ -19,5 +20,7 @@ class SearchConfig(JobConfig):
     split: Literal["train", "eval"] = "eval"
     scorer: str | dict[str, Any] | None = None  # a registered name, a saved scorer's folder, or a section with `name`
     # and options; null scores nothing
-    aggregates: list[str] = Field(default_factory=lambda: ["min", "product", "last", "mean"], min_length=1)
+    aggregates: list[Annotated[str, of_kind("aggregates")]] = Field(
+        default_factory=lambda: ["min", "product", "last", "mean"], min_length=1
+    )
     max_tokens: PositiveInt | None = None  # generated per prompt, by policies that write

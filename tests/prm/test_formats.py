@@ -4,16 +4,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mmrl.cli import app
 from mmrl.jsonl import RowError
-from mmrl.prm.formats import EXPORTERS, FORMATS, read_format
+from mmrl.prm.formats import read_format
 from mmrl.prm.records import Counts, SolutionRecord, Step
+from mmrl.registry import build, find, names
 
 DATA = Path(__file__).parents[1] / "data" / "prm"
 
 
 def read(name, row, **options):
-    return FORMATS[name](row, "f:1", **options)
+    return build("formats", "format", name, options)(row, "f:1")
+
+
+def export(name, record):
+    return find("exporters", name).target(record)
 
 
 def chat(*turns, first="### Question:\nQ?\n\n### Solution Process:\n"):
@@ -142,13 +149,13 @@ def test_prm800k_that_was_given_up_keeps_its_last_prefix():
 def test_trl_comes_back():
     row = {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}
     (r,) = read("trl", row)
-    assert r.labels == (1, 0) and r.first_error == 1 and EXPORTERS["trl"](r) == row
+    assert r.labels == (1, 0) and r.first_error == 1 and export("trl", r) == row
     (soft,) = read("trl", {**row, "labels": [1, 0.9]})
     assert soft.label_kind == "soft"
     with pytest.raises(RowError, match="soft labels"):
-        EXPORTERS["trl"](soft)
+        export("trl", soft)
     with pytest.raises(RowError, match="unlabelled steps"):
-        EXPORTERS["trl"](replace(r, labels=(1.0, None)))
+        export("trl", replace(r, labels=(1.0, None)))
     with pytest.raises(RowError, match="1 labels for 2 steps"):
         read("trl", {**row, "labels": [True]})
 
@@ -163,14 +170,14 @@ def test_mm_prm_rows_come_back():
     }  # fmt: skip
     (r,) = read("mm_prm", row)
     assert (r.question, r.texts, r.labels) == ("Q", ("one\n\nmore", "two"), (0.75, 0.0))
-    assert EXPORTERS["mm_prm"](r) == row
+    assert export("mm_prm", r) == row
     for bad, reason in [
         (replace(r, labels=(0.5, None)), "unlabelled"),
         (replace(r, steps=(Step("a<prm>"), Step("b"))), "marker in the text: '<prm>' in step 0"),
         (replace(r, question="a\nProcess: b"), "marker in the text: the question"),
     ]:
         with pytest.raises(RowError, match=reason):
-            EXPORTERS["mm_prm"](bad)
+            export("mm_prm", bad)
     row["conversations"][1]["value"].append(1.0)
     with pytest.raises(RowError, match="3 labels for 2 steps"):
         read("mm_prm", row)
@@ -232,7 +239,7 @@ def test_processbench_comes_back():
     }
     (r,) = read("processbench", row)
     assert (r.labels, r.first_error, r.final_correct, r.scope) == ((1, 0, None), 1, False, "prefix")
-    assert EXPORTERS["processbench"](r) == row
+    assert export("processbench", r) == row
     assert read("processbench", {**row, "label": -1})[0].labels == (1, 1, 1)
     with pytest.raises(RowError, match="3 for 3 steps"):
         read("processbench", {**row, "label": 3})
@@ -262,7 +269,7 @@ def test_visualprocessbench_comes_back():
         "response": {"steps": ["a", "b", "c"], "process_correctness": [1, 0, -1]}, "policy_model": "m", "data_source": "MMMU",
     }  # fmt: skip
     (r,) = read("visualprocessbench", row)
-    assert r.labels == (1, None, 0) and r.scope == "local" and EXPORTERS["visualprocessbench"](r) == row
+    assert r.labels == (1, None, 0) and r.scope == "local" and export("visualprocessbench", r) == row
     as_text = {**row, "question": "<image>\nQ", "response": json.dumps(row["response"])}
     assert read("visualprocessbench", as_text) == [r]
     row["response"]["process_correctness"] = [1, 0]
@@ -283,7 +290,7 @@ def test_puzzlevqa_steps_sample():
 
 def test_records_are_a_format_of_their_own():
     r = SolutionRecord("i", "Q", (Step("a", "answer"),), labels=(1.0,))
-    assert read("records", EXPORTERS["records"](r)) == [r]
+    assert read("records", export("records", r)) == [r]
 
 
 def test_reading_a_file_of_a_format(tmp_path):
@@ -300,7 +307,7 @@ def test_reading_a_file_of_a_format(tmp_path):
         read_format(file, "trll")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", names("formats"))
 @pytest.mark.parametrize("row", [{}, {"conversations": 3, "steps": "a", "completions": [1], "label": 1, "input": []}])
 def test_a_row_of_another_format_is_an_error_of_that_row(name, row):
     with pytest.raises(RowError):
@@ -316,6 +323,26 @@ def test_a_sample_with_any_column_missing_or_odd_never_crashes(name, file):
     for key in row:
         for value in (None, 3, "x", [], {}, [None]):
             try:
-                FORMATS[name](copy.deepcopy({**row, key: value}), "f:1")
+                read(name, copy.deepcopy({**row, key: value}))
             except RowError:
                 continue
+
+
+def test_solutions_are_converted_from_one_format_to_another(tmp_path):
+    """What the other format cannot hold is set aside like a row that cannot be read."""
+    good = {"prompt": "Q", "completions": ["a", "b"], "labels": [True, False]}
+    rows = [good, {**good, "labels": [True, True], "prompt": "R"}, {**good, "labels": [0.5, 0.2]}, {"prompt": "Q"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    there, back = tmp_path / "there.jsonl", tmp_path / "back.jsonl"
+
+    def convert(*args):
+        done = CliRunner().invoke(app, ["convert", *map(str, args)], catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.output
+
+    out = convert(tmp_path / "t.jsonl", there, "--format", "trl", "--to", "processbench", "--max-bad", "0.6")
+    assert out.startswith("2 rows, 2 set aside")
+    table = [json.loads(line) for line in there.read_text().splitlines()]
+    assert [(r["problem"], r["steps"], r["label"]) for r in table] == [("Q", ["a", "b"], 1), ("R", ["a", "b"], -1)]
+    convert(there, back, "--format", "processbench", "--to", "records")
+    assert [r["labels"] for r in map(json.loads, back.read_text().splitlines())] == [[1.0, 0.0], [1.0, 1.0]]

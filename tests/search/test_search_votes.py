@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mmrl.prm.aggregate import AGGREGATES
+from mmrl.prm.aggregate import aggregate
 from mmrl.rollout import Prompt
 from mmrl.search.core import best
 from mmrl.search.votes import best_of_n, canonical_answer, hmr, majority, weighted, wrf, wrf_support
@@ -18,7 +18,7 @@ ANSWERS, SCORES = ["7", "7", "4", "4", "9"], [0.3, 0.2, 0.6, 0.4, 0.95]
     ],
 )  # fmt: skip
 def test_aggregates_of_the_worked_solution(name, want):
-    assert AGGREGATES[name]([0.9, 0.6, 0.8]) == pytest.approx(want, abs=1e-6)
+    assert aggregate(name)([0.9, 0.6, 0.8]) == pytest.approx(want, abs=1e-6)
 
 
 def test_worked_votes():

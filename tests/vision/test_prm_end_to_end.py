@@ -14,10 +14,10 @@ from vision_tiny import vision_recipe
 
 from mmrl.cli import app
 from mmrl.config import load_config, parse_config
-from mmrl.prm.formats import EXPORTERS, read_format
+from mmrl.prm.formats import read_format
 from mmrl.prm.records_io import read_records
 from mmrl.prm.scoring import load_scorer, score_records, score_solutions
-from mmrl.registry import build
+from mmrl.registry import build, find
 from mmrl.rollout import Prompt
 from mmrl.trainers import trainer_of
 from mmrl.trainers.branch_grpo import BranchGrpo
@@ -139,7 +139,8 @@ def test_scores_on_the_command_line_are_those_of_the_trained_model(trained, tmp_
 def test_puzzles_as_a_public_benchmark_with_pictures(trained, tmp_path):
     """The records go out in VisualProcessBench's layout and come back through the benchmark."""
     records, _ = read_format(DATA / "puzzlevqa_eval.jsonl", "puzzlevqa_steps")
-    rows = [EXPORTERS["visualprocessbench"](r) | {"data_source": "puzzles"} for r in records]
+    export = find("exporters", "visualprocessbench").target
+    rows = [export(r) | {"data_source": "puzzles"} for r in records]
     (tmp_path / "vpb.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "report.json"
     told = run("bench", "visualprocessbench", "--data", tmp_path / "vpb.jsonl", "--scorer", trained[1], "--out", out)

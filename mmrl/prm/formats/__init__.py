@@ -2,82 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrl.jsonl import Quarantined, read_rows
-from mmrl.prm.formats import benches, chat, text, trees
-from mmrl.prm.formats.rollouts import read_rollouts
+from mmrl.jsonl import Quarantined, RowError, check_share, read_rows
+from mmrl.prm.formats import benches, chat, rollouts, text, trees  # noqa: F401 - enter their rows
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_images
-from mmrl.registry import hint
-
-Reader = Callable[..., list[SolutionRecord]]
+from mmrl.registry import build, check_section, register
 
 
-def _own(row: Mapping[str, Any], name: str) -> list[SolutionRecord]:
+@register("formats", "records")
+def own(row: Mapping[str, Any], name: str) -> list[SolutionRecord]:
+    """A row as `mmrl annotate` writes it (`mmrl.prm.records`)."""
     return [record_from_json(row, unlabelled=True)]
 
 
-FORMATS: dict[str, Reader] = {
-    "records": _own,
-    "visualprm": chat.visualprm,
-    "visualprm_raw": chat.visualprm_raw,
-    "vlprm": chat.vlprm,
-    "rlhflow": chat.rlhflow,
-    "mm_prm": trees.mm_prm,
-    "mm_prm_tree": trees.mm_prm_tree,
-    "math_aps_tree": trees.math_aps_tree,
-    "math_aps_flat": trees.math_aps_flat,
-    "prm800k": text.prm800k,
-    "math_shepherd": text.math_shepherd,
-    "trl": text.trl,
-    "processbench": benches.processbench,
-    "prmbench": benches.prmbench,
-    "visualprocessbench": benches.visualprocessbench,
-    "puzzlevqa_steps": benches.puzzlevqa_steps,
-}
-
-EXPORTERS: dict[str, Callable[[SolutionRecord], dict[str, Any]]] = {
-    "records": record_to_json,
-    "mm_prm": trees.mm_prm_row,
-    "trl": text.trl_row,
-    "processbench": benches.processbench_row,
-    "visualprocessbench": benches.visualprocessbench_row,
-}
+register("exporters", "records")(record_to_json)
 
 
 def read_format(
     path: str | Path,
-    name: str,
+    format: str | Mapping[str, Any],
     *,
     media_root: str | Path | None = None,
     markers: Sequence[str] = (),
     max_bad: float = 0.05,
     unlabelled: bool = False,
-    **options: Any,
 ) -> tuple[list[SolutionRecord], list[Quarantined]]:
     """Records of a file in a published format, checked, and the rows set aside. Arguments as `read_records`.
 
     `rollouts` is a folder of stored rollouts, whose paths are the solutions.
 
-
-    options: the format's own, e.g. `neutral` of prm800k.
+    format: its name or dotted path, or a mapping that has options beside `name`, e.g. `neutral` of prm800k.
     Raises:
-        ValueError: unknown format, no file, no usable row, or too many bad rows.
+        ValueError: unknown format or option, no file, no usable row, or too many bad rows.
     """
-    if name == "rollouts":
-        return read_rollouts(path, markers=markers, max_bad=max_bad, unlabelled=unlabelled)
-    if name not in FORMATS:
-        known = [*FORMATS, "rollouts"]
-        raise ValueError(f"format {name!r} is none of {', '.join(known)}{hint(name, known)}")
-    seen: dict[Path, None] = {}
+    section = {"name": format} if isinstance(format, str) else format
+    row = check_section("formats", "format", section)
+    if "read" in row.facts:
+        found: tuple[list[SolutionRecord], list[Quarantined]] = row.facts["read"](
+            path, markers=markers, max_bad=max_bad, unlabelled=unlabelled
+        )
+        return found
+    reader = row.build({k: v for k, v in section.items() if k != "name"}, "format")
+    pictures: dict[Path, None] = {}
 
     def make(row: Mapping[str, Any], at: str) -> list[SolutionRecord]:
-        records = FORMATS[name](row, at, **options)
+        records = reader(row, at)
         for record in records:
             check_markers(check_record(record, unlabelled=unlabelled), markers)
-        return [with_images(r, Path(path).parent, media_root, seen) for r in records]
+        return [with_images(r, Path(path).parent, media_root, pictures) for r in records]
 
     return read_rows(path, make, max_bad=max_bad, key=lambda r: r.id)
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    format: str | Mapping[str, Any],
+    to: str,
+    *,
+    media_root: str | Path | None = None,
+    max_bad: float = 0.05,
+) -> tuple[int, list[Quarantined]]:
+    """Write the records of a file in another format, a row of `exporters`; how many, and the rows set aside.
+
+    A record that the other format cannot hold is set aside like a row that cannot be read.
+    """
+    export = build("exporters", "to", to, {})
+    records, bad = read_format(path, format, media_root=media_root, max_bad=max_bad, unlabelled=True)
+    lines = []
+    for number, record in enumerate(records, start=1):
+        try:
+            lines.append(json.dumps(export(record), ensure_ascii=False, allow_nan=False) + "\n")
+        except RowError as error:
+            bad.append(Quarantined(str(path), number, f"{error} ({record.id})"))
+    check_share(Path(path), bad, len(lines), max_bad)
+    part = Path(f"{out}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(out)
+    return len(lines), bad

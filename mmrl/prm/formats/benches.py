@@ -9,6 +9,7 @@ from typing import Any
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord, plain_steps
 from mmrl.prm.records_io import record_from_json
+from mmrl.registry import register
 from mmrl.rows import (
     Row,
     first_zero,
@@ -26,6 +27,7 @@ from mmrl.rows import (
 _VERDICT = {1: 1.0, 0: None, -1: 0.0}
 
 
+@register("formats", "processbench")
 def processbench(row: Row, name: str) -> list[SolutionRecord]:
     """ProcessBench: `problem, steps, label` (first error, 0-based, -1 = none). Steps after it are unlabelled."""
     steps, label = rows(row, "steps"), row.get("label")
@@ -40,6 +42,7 @@ def processbench(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("exporters", "processbench")
 def processbench_row(record: SolutionRecord) -> dict[str, Any]:
     """The row of a record whose first error is known."""
     if record.first_error is None:
@@ -53,6 +56,7 @@ def processbench_row(record: SolutionRecord) -> dict[str, Any]:
     } | dict(record.meta)
 
 
+@register("formats", "prmbench")
 def prmbench(row: Row, name: str) -> list[SolutionRecord]:
     """PRMBench: the modified solution; `error_steps` is 1-based, the record's first error 0-based.
 
@@ -78,6 +82,7 @@ def numbered(steps: list[str]) -> list[str]:
     return [re.sub(rf"\A\s*{i}\.\s+", "", s) for i, s in enumerate(steps, start=1)]
 
 
+@register("formats", "visualprocessbench")
 def visualprocessbench(row: Row, name: str) -> list[SolutionRecord]:
     """VisualProcessBench: `response{steps, process_correctness}` with 1, -1 and 0 = neutral, which is unlabelled."""
     response = row.get("response")
@@ -101,6 +106,7 @@ def visualprocessbench(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("exporters", "visualprocessbench")
 def visualprocessbench_row(record: SolutionRecord) -> dict[str, Any]:
     """The row of a record with hard or no labels; an unlabelled step becomes neutral."""
     if record.labels is None or any(y not in (0, 1, None) for y in record.labels):
@@ -115,6 +121,7 @@ def visualprocessbench_row(record: SolutionRecord) -> dict[str, Any]:
     } | dict(record.meta)
 
 
+@register("formats", "puzzlevqa_steps")
 def puzzlevqa_steps(row: Row, name: str) -> list[SolutionRecord]:
     """Rule-made PuzzleVQA rollouts: `steps, step_kinds, labels`, exactly one value wrong in the bad ones."""
     texts, kinds = rows(row, "steps"), rows(row, "step_kinds")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmrl.jsonl import RowError
 from mmrl.prm.records import Counts, Kind, SolutionRecord, Step, plain_steps
+from mmrl.registry import register
 from mmrl.rows import (
     Row,
     first_zero,
@@ -28,6 +29,7 @@ _TAGGED = re.compile(r"\A\s*<step_(\d+)>(.*)</step_\1>\s*\Z", re.DOTALL)
 _VERDICT = {"+": 1.0, "-": 0.0}
 
 
+@register("formats", "visualprm")
 def visualprm(row: Row, name: str) -> list[SolutionRecord]:
     """VisualPRM400K: `id, image, conversations` with + or - after each step (hard Monte-Carlo labels, mc > 0)."""
     question, steps, labels = _turns(row)
@@ -39,6 +41,7 @@ def visualprm(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("formats", "visualprm_raw")
 def visualprm_raw(row: Row, name: str) -> list[SolutionRecord]:
     """VisualPRM400K raw: `steps_with_score` with counts. Steps after an early stop (total 0) are unlabelled, not 0."""
     scored = rows(row, "steps_with_score", dict)
@@ -54,6 +57,7 @@ def visualprm_raw(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("formats", "vlprm")
 def vlprm(row: Row, name: str) -> list[SolutionRecord]:
     """VL-PRM300K: sections of perception and reasoning steps; `first_incorrect_step` counts within its section.
 
@@ -73,6 +77,7 @@ def vlprm(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("formats", "rlhflow")
 def rlhflow(row: Row, name: str) -> list[SolutionRecord]:
     """RLHFlow PRM data: `conversations` of `role, content`; the first user turn is the question, then `Step 1: ..`."""
     turns = [(t.get("role"), t.get("content")) for t in rows(row, "conversations", dict)]

@@ -13,6 +13,7 @@ import torch
 from mmrl.jsonl import Quarantined, RowError, check_share
 from mmrl.prm.records import Counts, SolutionRecord, record_of
 from mmrl.prm.records_io import check_markers, check_record
+from mmrl.registry import register
 from mmrl.rollout import Rollout
 from mmrl.tree_ops import backup
 
@@ -41,6 +42,7 @@ def read_rollouts(
     return records, bad
 
 
+@register("formats", "rollouts", read=read_rollouts)
 def solutions_of(rollout: Rollout, name: str) -> list[tuple[int, SolutionRecord]]:
     """(leaf, record) of every distinct path to a leaf, in node order; steps that say nothing are left out.
 

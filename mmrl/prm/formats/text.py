@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord, plain_steps
+from mmrl.registry import register
 from mmrl.rows import Row, first_zero, images, number, optional_text, rest, row_id, rows, same_length, text
 
 Neutral = Literal["positive", "negative", "drop"]
 _MARK = "ки"
 
 
+@register("formats", "prm800k")
 def prm800k(row: Row, name: str, *, neutral: Neutral = "positive") -> list[SolutionRecord]:
     """PRM800K: every completion that was not chosen ends a solution; the chosen or human one goes on.
 
@@ -35,6 +37,7 @@ def prm800k(row: Row, name: str, *, neutral: Neutral = "positive") -> list[Solut
     ]  # fmt: skip
 
 
+@register("formats", "math_shepherd")
 def math_shepherd(row: Row, name: str) -> list[SolutionRecord]:
     """Math-Shepherd: `input` with ` ки` after each step, `label` the same text with + or - in its place."""
     pieces = text(row, "input").split(_MARK)
@@ -50,6 +53,7 @@ def math_shepherd(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("formats", "trl")
 def trl(row: Row, name: str) -> list[SolutionRecord]:
     """TRL stepwise supervision: `prompt, completions, labels`; labels between 0 and 1 make a soft record."""
     steps = rows(row, "completions")
@@ -64,6 +68,7 @@ def trl(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("exporters", "trl")
 def trl_row(record: SolutionRecord) -> dict[str, Any]:
     """The row of a record with hard labels for every step; options are not part of the format.
 

@@ -12,12 +12,14 @@ from typing import Any
 from mmrl.jsonl import RowError
 from mmrl.prm.records import Counts, SolutionRecord, plain_steps
 from mmrl.prm.records_io import check_markers
+from mmrl.registry import register
 from mmrl.rows import Row, images, number, optional_text, rest, row_id, rows, same_length, text
 
 PRM = "<prm>"
 Node = tuple[str, float, Counts | None]  # text, value, counts where the tree has them
 
 
+@register("formats", "mm_prm")
 def mm_prm(row: Row, name: str) -> list[SolutionRecord]:
     """MM-PRM training row: `Question: q\\nProcess: s1<prm>\\n\\ns2<prm>` and a list of values, one per marker."""
     turns = rows(row, "conversations", dict)
@@ -40,6 +42,7 @@ def mm_prm(row: Row, name: str) -> list[SolutionRecord]:
     return [record]
 
 
+@register("exporters", "mm_prm")
 def mm_prm_row(record: SolutionRecord) -> dict[str, Any]:
     """The training row of a fully labelled record; RowError for a missing label or a marker in the text."""
     check_markers(record, [PRM])
@@ -56,6 +59,7 @@ def mm_prm_row(record: SolutionRecord) -> dict[str, Any]:
     return {"id": record.id, "image": image, "conversations": turns} | dict(record.meta)
 
 
+@register("formats", "mm_prm_tree")
 def mm_prm_tree(row: Row, name: str) -> list[SolutionRecord]:
     """MM-PRM tree: nodes `partial_solution, mc_value, children`; the root adds question, answer, image_path, id."""
     meta = {"root_value": number(row.get("mc_value"), "mc_value")}
@@ -64,6 +68,7 @@ def mm_prm_tree(row: Row, name: str) -> list[SolutionRecord]:
     return _records(own, question, paths, "mm_prm_tree", optional_text(row, "answer"), images(row, "image_path"), meta)
 
 
+@register("formats", "math_aps_tree")
 def math_aps_tree(row: Row, name: str) -> list[SolutionRecord]:
     """MATH-APS / OmegaPRM tree: `question, final_answer, reasoning_steps{text, mc_value, children}`."""
     root = row.get("reasoning_steps")
@@ -75,6 +80,7 @@ def math_aps_tree(row: Row, name: str) -> list[SolutionRecord]:
     return _records(own, text(row, "question"), paths, "math_aps_tree", answer, (), meta)
 
 
+@register("formats", "math_aps_flat")
 def math_aps_flat(row: Row, name: str) -> list[SolutionRecord]:
     """MATH-APS flat: a list of `solution_prefix, mc_value`; one prefix extends another where it starts with it.
 
