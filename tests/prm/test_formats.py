@@ -10,7 +10,7 @@ from mmrl.cli import app
 from mmrl.jsonl import RowError
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Counts, SolutionRecord, Step
-from mmrl.registry import build, find, names
+from mmrl.registry import build, find, rows
 
 DATA = Path(__file__).parents[1] / "data" / "prm"
 
@@ -307,7 +307,7 @@ def test_reading_a_file_of_a_format(tmp_path):
         read_format(file, "trll")
 
 
-@pytest.mark.parametrize("name", names("formats"))
+@pytest.mark.parametrize("name", [row.name for row in rows("formats") if "read" not in row.facts])
 @pytest.mark.parametrize("row", [{}, {"conversations": 3, "steps": "a", "completions": [1], "label": 1, "input": []}])
 def test_a_row_of_another_format_is_an_error_of_that_row(name, row):
     with pytest.raises(RowError):
