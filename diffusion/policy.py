@@ -17,7 +17,7 @@ from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode
 from diffusion.schedule import Course, Sampling, candidates, plan_course, record
 from mmrl.reference import Reference, unwrap
 from mmrl.registry import declares
-from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample
+from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample, Sight
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 
@@ -236,6 +236,41 @@ class DiffusionPolicy:
             out[i] = [Sample(prompt, next(pictures), places[i].step) for _ in own]
         return out
 
+    @torch.no_grad()
+    def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
+        """Mean squared difference, over a latent's elements, of where the ODE would lead in each step with its prompt
+        and with the empty one; see `mmrl.rollout.SightReader`.
+
+        Raises:
+            ValueError: a sight without meaning for denoising.
+        """
+        if sight == "shuffled":
+            raise ValueError("sight: shuffled is for clips; denoising knows its prompt or, blank, the empty one")
+        sampling, course = self._replay(rollout)
+        course, cond = replace(course, noisy=[False] * len(course)), _cond(rollout)
+        other = self.adapter.unconditional(cond) if sight == "blank" else cond
+        out = torch.empty(len(steps), dtype=torch.float64)
+        for depth in rollout.tree.depth[steps].unique().tolist():
+            at = rollout.tree.depth[steps] == depth
+            x, own, inverse = _parent_states(rollout, steps[at])
+            x = x.float().to(self._device)
+            seen, blind = (
+                transition(sampling, course, depth, x, *self._predict(self._bare, course, c, x, depth, own)).mean
+                for c in (cond, other)
+            )
+            out[at] = ((seen - blind) ** 2).flatten(1).mean(1).double().cpu()[inverse]
+        return out
+
+    def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
+        """Pictures by the initial weights and the ODE, each from a latent of its own; see
+        `mmrl.rollout.InitialSampler`."""
+        repeated = [p for p in prompts for _ in range(n)]
+        names = [(seed, "initial", p.id, k) for p in prompts for k in range(n)]
+        with self._reference.applied(self.model, self._bare) as model:
+            pictures = self._pictures(model, repeated, [named_generator(*name) for name in names])
+        samples = [Sample(p, picture, i) for i, (p, picture) in enumerate(zip(repeated, pictures, strict=True))]
+        return [samples[a : a + n] for a in range(0, len(samples), n)]
+
     def _check_kind(self, rollout: Rollout) -> None:
         """Refuse a rollout whose latents this model does not denoise."""
         shape, own = (
@@ -331,16 +366,20 @@ class DiffusionPolicy:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One ODE sample per prompt, from initial noise that depends on (seed, prompt id) alone."""
+        pictures = self._pictures(self._bare, prompts, [named_generator(seed, "evaluation", p.id) for p in prompts])
+        return [Sample(p, picture, i) for i, (p, picture) in enumerate(zip(prompts, pictures, strict=True))]
+
+    def _pictures(self, model: nn.Module, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]) -> Tensor:
+        """One ODE sample per prompt by `model`, each from a latent by its own generator."""
         levels = self.adapter.schedule(self.sampling.steps)
         course = Course(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
         cond = self.adapter.encode(prompts)
-        init = torch.stack([self.adapter.init(named_generator(seed, "evaluation", p.id)) for p in prompts])
+        init = torch.stack([self.adapter.init(g) for g in generators])
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
-            return self._predict(self._bare, course, cond, x, i, own)
+            return self._predict(model, course, cond, x, i, own)
 
-        pictures = self._decode(sample_ode(predict, init.to(self._device), self.sampling, course))
-        return [Sample(p, picture, i) for i, (p, picture) in enumerate(zip(prompts, pictures, strict=True))]
+        return self._decode(sample_ode(predict, init.to(self._device), self.sampling, course))
 
     @torch.no_grad()
     def describe(self, rollout: Rollout, steps: Tensor) -> list[Tensor]:
@@ -391,7 +430,7 @@ def _load_adapter(model: str, guidance_scale: float) -> Adapter:
     if kind != "DiTTransformer2DModel":
         raise ValueError(
             f"policy.model={model!r}: its transformer is a {kind}; known are DiTTransformer2DModel, and Stable "
-            "Diffusion's UNets. A further family is an adapter of six functions, see diffusion/adapters/base.py"
+            "Diffusion's UNets. A further family is an adapter of seven functions, see diffusion/adapters/base.py"
         )
     from diffusion.adapters.dit import DiTAdapter
 

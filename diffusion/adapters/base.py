@@ -1,4 +1,4 @@
-"""What a model family must offer: six functions, and what its network predicts. The rest of diffusion/ is shared."""
+"""What a model family must offer: seven functions, and what its network predicts. The rest of diffusion/ is shared."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class Adapter(Protocol):
 
     def encode(self, prompts: Sequence[Prompt]) -> Cond:
         """Conditioning, B rows, computed once and reused by all nodes and all updates."""
+
+    def unconditional(self, cond: Cond) -> Cond:
+        """The same rows for the empty prompt."""
 
     def schedule(self, num_steps: int) -> list[Level]:
         """T+1 levels from pure noise to clean."""

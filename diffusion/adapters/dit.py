@@ -53,6 +53,10 @@ class DiTAdapter:
                 )
         return {"label": torch.tensor(labels)}
 
+    def unconditional(self, cond: Cond) -> Cond:
+        """The null class."""
+        return {"label": torch.full_like(cond["label"], self.num_classes)}
+
     def schedule(self, num_steps: int) -> list[Level]:
         """The scheduler's own levels for explicitly given sigmas (set_timesteps(n) alone shifts end points twice)."""
         self.scheduler.set_timesteps(sigmas=shifted_sigmas(num_steps)[:-1].tolist())

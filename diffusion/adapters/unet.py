@@ -103,6 +103,10 @@ class UNetAdapter:
             cond["time_ids"] = ids.repeat(n, 1)
         return cond
 
+    def unconditional(self, cond: Cond) -> Cond:
+        """The pipeline's empty prompt."""
+        return {**cond, "text": cond["null_text"], "pooled": cond["null_pooled"]}
+
     def _encode_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, L, C) and (B, P): the last states and their pooled one, in SDXL the last but one of both encoders."""
         device = next(self.model.parameters()).device

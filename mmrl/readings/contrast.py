@@ -17,7 +17,7 @@ from mmrl.rollout import Instructable, Rollout, SightReader
 def divergence(rollout: Rollout, context: ReadingContext, *, sight: Literal["blank", "shuffled"] = "blank") -> Values:
     """How much each step depends on what is seen: its divergence from the same policy with the media blanked out, or
     with the frames of its clip shuffled. Of texts the mean KL per token; of denoising steps, for which `blank` is the
-    empty prompt, the mean squared difference of the estimated noise."""
+    empty prompt, the mean squared difference of the latents that they lead to."""
     policy: SightReader = needed(context.policy, SightReader, "divergence")
     return {"tags.divergence": policy.divergence(rollout, torch.arange(len(rollout.tree)), sight)}
 

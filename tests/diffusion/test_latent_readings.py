@@ -11,11 +11,14 @@ from diffusion.sampler import transition
 from diffusion.schedule import Course, Sampling
 from mmrl.config import parse_config
 from mmrl.readings import ReadingContext, fill
+from mmrl.readings.baseline import Baseline
+from mmrl.readings.contrast import divergence
 from mmrl.readings.monte_carlo import MonteCarlo
 from mmrl.registry import ComponentError, declares
 from mmrl.rewards import score
 from mmrl.rollout import BranchPlan, Place, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
 
 PLAN = BranchPlan({0: 2, 2: 2})
 WRITES = ("value", "root_value", "tags.visits", "tags.q_sum")
@@ -121,6 +124,70 @@ def test_a_prover_of_another_kind_is_refused(tiny_model):
         other = replace(rollout, about={**rollout.about, "prediction": "epsilon"})
         policy.complete(other, [Place(0)], 1, seeds=[0], temperature=None)
 
+
+# ---- what a step owes to its prompt, and the initial model ----------------------------------------------------------
+
+
+def test_divergence_is_what_the_prompt_changes_in_the_next_latent(tiny_model):
+    policy = policy_of(tiny_model)
+    rollout = rewarded(policy)
+    tree = rollout.tree
+    got = filled(rollout, policy, divergence, ("tags.divergence",)).tree.tags["divergence"]
+    course, null = Course.from_record(rollout.about["course"]), policy.adapter.num_classes
+    for v in range(len(tree)):
+        label, above = rollout.prompts[int(tree.group[v])].inputs["label"], int(tree.parent[v])
+        x = rollout.actions.payload["latent"][above] if above >= 0 else rollout.prompt_payload["init"][tree.group[v]]
+        here, there = course.levels[int(tree.depth[v])], course.levels[int(tree.depth[v]) + 1]
+        with torch.no_grad():
+            ends = []
+            for k in (label, null):
+                own = ({"label": torch.tensor([k])}, torch.tensor([0]))
+                x0, eps = policy.adapter.predict(policy.model, x[None], here, *own)
+                ends.append(there.a * x0 + there.s * eps)
+        assert float(got[v]) == pytest.approx(float(((ends[0] - ends[1]) ** 2).mean()), abs=1e-6)
+    assert float(got.min()) > 0
+    assert float(policy.divergence(rollout, torch.arange(len(tree)), "given").abs().max()) == 0
+    with pytest.raises(ValueError, match="sight: shuffled is for clips"):
+        policy.divergence(rollout, torch.arange(len(tree)), "shuffled")
+
+
+def test_baselines_are_pictures_of_the_initial_model(tiny_model):
+    policy = policy_of(tiny_model)
+    policy.freeze_reference()
+    rollout = rewarded(policy)
+    first = filled(rollout, policy, Baseline(n=3), ("tags.baseline",)).tree.tags["baseline"]
+    direct = [[float(s.output.mean()) for s in own] for own in policy.initial_samples(rollout.prompts, 3, seed=0)]
+    torch.testing.assert_close(first, torch.tensor(direct, dtype=torch.float64)[rollout.tree.group])
+    assert len(first.unique()) == 9
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.1)
+    again = filled(rollout.select([2]), policy, Baseline(n=3), ("tags.baseline",), seed=9).tree.tags["baseline"]
+    torch.testing.assert_close(again, first[rollout.tree.group == 2])
+
+
+def test_rewards_against_the_initial_model_train_on_latents(tiny_model, tmp_path):
+    tree = recipe(
+        tiny_model, tmp_path, readings=[{"name": "baseline", "n": 2}], loss={"kl": 0.0},
+        credit={"estimators": [{"name": "grpo"}], "transforms": ["contrastive"]},
+        run={"iterations": 1, "eval_every": 9},
+    )  # fmt: skip
+    metrics = BranchGrpo(parse_config(tree)).train()
+    assert metrics["policy/grad_norm"] > 0 and 0 < metrics["reading/baseline/tags.baseline"] < 1
+    assert metrics["rollout/baseline_samples_per_leaf"] == 2 / 4
+
+
+def test_contrastive_pairs_of_denoising_steps(tiny_model, tmp_path):
+    tree = recipe(
+        tiny_model, tmp_path, readings=[{"name": "divergence"}], pairs={"name": "contrastive", "k": 6},
+        run={"iterations": 1, "eval_every": 9}, trainer="step_preference",
+    )  # fmt: skip
+    tree["loss"] = {"name": "pdpo"}
+    metrics = StepPreferenceTrainer(parse_config(tree, model=StepPreferenceConfig)).train()
+    assert metrics["preference/pairs"] > 0 and metrics["policy/grad_norm"] > 0
+
+
+# ---- in a run -------------------------------------------------------------------------------------------------------
 
 ESTIMATORS = [{"name": "gae"}, {"name": "pav", "alpha": 3.0}, {"name": "vsrm"}]
 
