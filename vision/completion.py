@@ -14,6 +14,7 @@ from vision.attention import FLEX
 from vision.backbone import Backbone
 from vision.conversations import Conversations
 from vision.decode import Opened, grow, prefill
+from vision.engine_sync import SyncedEngine
 from vision.growth import Decoding, Node, PromptTokens
 from vision.kv import Layers, check_cache, cut, join
 from vision.network import run_trees
@@ -22,6 +23,7 @@ from vision.passes import build_reading
 from vision.rollout_trees import RolloutTrees
 from vision.step_rule import StepRule
 from vision.turns import Talk, grow_turns
+from vision.turns_engine import Talk as EngineTalk
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,40 @@ class Completions:
         plan = BranchPlan({0: n}, max(n, 1))
         return grow(hf, prompts, plan, whole, self._rule, seeds, self._body.features, opened)
 
+    def by_engine(
+        self, engine: SyncedEngine, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding,
+        seeds: Sequence[int],
+    ) -> list[Node]:  # fmt: skip
+        """As `run`, by an engine with the weights of `hf`; what leads to a place lies in its prefix cache."""
+        plan = BranchPlan({0: n}, max(n, 1))
+        prompts = [rollout.prompts[p.prompt] for p in places]
+        tokens = [self._body.encode(p) for p in prompts]
+        if self._talks is None:
+            paths = [self.written(rollout, p) for p in places]
+            spelt = [self._body.tokenizer.decode(ids) for ids in paths]
+            begun = [t.followed_by(ids, text) for t, ids, text in zip(tokens, paths, spelt, strict=True)]
+            nodes = engine.grow(hf, begun, plan, replace(decoding, max_steps=1), self._rule, seeds)
+            for node in nodes:  # as if sampling had stopped where the room ends
+                node.ids = node.ids[: max(1, decoding.max_new_tokens - len(paths[node.prompt]))]
+            return nodes
+        talks: list[EngineTalk] = []
+        for i, place in enumerate(places):
+            talk = EngineTalk.begin(i, tokens[i])
+            for v in self._path(rollout, place):
+                talk = talk.wrote(self._trees.ids(rollout, v).tolist()).after(self._talks.observation(rollout, v))
+            talks += [replace(talk, slot=slot) for slot in range(1 if talk.depth == 0 else n)]
+        answer = self._talks.answers(prompts, tokens, [self._talks.turns(rollout, p.step) for p in places])
+        return engine.grow_turns(hf, tokens, plan, decoding, self._rule, seeds, answer, talks)
+
+    @staticmethod
+    def _path(rollout: Rollout, place: Place) -> list[int]:
+        """The steps up to a place, the first one first."""
+        return ancestors(rollout.tree.parent.tolist(), place.step)[::-1] if place.step >= 0 else []
+
     def written(self, rollout: Rollout, place: Place) -> Tensor:
         """Ids of all steps up to a place."""
-        steps = ancestors(rollout.tree.parent.tolist(), place.step)[::-1] if place.step >= 0 else []
-        return torch.cat([torch.empty(0, dtype=torch.int64), *(self._trees.ids(rollout, v) for v in steps)])
+        ids = [self._trees.ids(rollout, v) for v in self._path(rollout, place)]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *ids])
 
     def _opened(
         self, hf: Any, rollout: Rollout, places: Sequence[Place], decoding: Decoding

@@ -16,7 +16,7 @@ from vision.growth import Decoding, Node, PromptTokens
 from vision.network import bare
 from vision.step_rule import StepRule
 from vision.turns import Answer
-from vision.turns_engine import grow_turns
+from vision.turns_engine import Talk, grow_turns
 
 if TYPE_CHECKING:
     from vision.engine_vllm import VllmEngine
@@ -59,6 +59,7 @@ class SyncedEngine:
         rule: StepRule,
         seeds: Sequence[int],
         answer: Answer,
+        talks: Sequence[Talk] | None = None,
     ) -> list[Node]:
         """As vision.turns.grow_turns, by the engine with the weights of `hf`, which follow as in `grow`.
 
@@ -68,7 +69,7 @@ class SyncedEngine:
             ValueError: also what `vision.turns_engine.grow_turns` refuses.
         """
         with self._awake(hf):
-            return grow_turns(self.engine, prompts, plan, decoding, seeds, answer)
+            return grow_turns(self.engine, prompts, plan, decoding, seeds, answer, talks)
 
     @contextmanager
     def _awake(self, hf: Any) -> Iterator[None]:

@@ -473,16 +473,7 @@ class VisionPolicy:
         if self._engine is None:
             with self._sampling(self._network) as network:
                 return network(finish.run, rollout, places, n, decoding, seeds)
-        if self._talks is not None:
-            raise ValueError("conversations are completed by policy.engine: transformers alone")
-        paths = [finish.written(rollout, p) for p in places]
-        prompts = [self.encode(rollout.prompts[p.prompt]) for p in places]
-        tokens = [t.followed_by(ids, self.tokenizer.decode(ids)) for t, ids in zip(prompts, paths, strict=True)]
-        whole = replace(decoding, max_steps=1)
-        nodes = self._engine.grow(self._network.hf, tokens, BranchPlan({0: n}), whole, self.rule, seeds)
-        for node in nodes:  # as if sampling had stopped where the room ends
-            node.ids = node.ids[: max(1, decoding.max_new_tokens - len(paths[node.prompt]))]
-        return nodes
+        return finish.by_engine(self._engine, self._network.hf, rollout, places, n, decoding, seeds)
 
     def _texts(self, rollout: Rollout, places: Sequence[Place], nodes: Sequence[Node]) -> list[tuple[int, str]]:
         """(position of its place, whole text) of every completion."""

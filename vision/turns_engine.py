@@ -19,7 +19,7 @@ from vision.vllm_media import Medium, media_of
 
 
 @dataclass(frozen=True)
-class _Talk:
+class Talk:
     """A conversation before its next turn: the node before it, its first leaf's number, tokens sampled so far."""
 
     prompt: int
@@ -30,7 +30,16 @@ class _Talk:
     ids: list[int]
     media: list[Medium]
 
-    def after(self, seen: PromptTokens) -> _Talk:
+    @classmethod
+    def begin(cls, g: int, prompt: PromptTokens) -> Talk:
+        """The conversation of prompt `g` before its first turn."""
+        return cls(g, -1, 0, 0, 0, prompt.ids.tolist(), media_of(prompt))
+
+    def wrote(self, ids: Sequence[int]) -> Talk:
+        """What it is once a turn was taken."""
+        return replace(self, sampled=self.sampled + len(ids), ids=[*self.ids, *ids])
+
+    def after(self, seen: PromptTokens) -> Talk:
         """What it is once it was shown something, one turn deeper."""
         shown = [m.at(len(self.ids)) for m in media_of(seen)]
         return replace(self, depth=self.depth + 1, ids=self.ids + seen.ids.tolist(), media=self.media + shown)
@@ -43,10 +52,12 @@ def grow_turns(
     decoding: Decoding,
     seeds: Sequence[int],
     answer: Answer,
+    talks: Sequence[Talk] | None = None,
 ) -> list[Node]:
     """Sample the tree of every prompt; the same nodes and ends as vision.turns.grow_turns makes, other random numbers.
 
-    `logp` as in `VllmEngine.grow`, whose `counts` are those of this call too.
+    `logp` as in `VllmEngine.grow`, whose `counts` are those of this call too. talks: conversations under way to go on
+    with, in place of the prompts' first turns.
 
     Raises:
         ValueError: a conversation that leaves no room for `max_new_tokens`, a fork at temperature 0, a temperature
@@ -55,12 +66,12 @@ def grow_turns(
     """
     engine.begin(prompts, plan, decoding)
     nodes: list[Node] = []
-    talks = [_Talk(g, -1, 0, 0, 0, p.ids.tolist(), media_of(p)) for g, p in enumerate(prompts)]
+    talks = [Talk.begin(g, p) for g, p in enumerate(prompts)] if talks is None else list(talks)
     while talks:
         for talk in talks:
             engine.check_room(f"prompt {talk.prompt}: the conversation", len(talk.ids), decoding.max_new_tokens)
         replies = engine.backend.generate([_call(t, plan, decoding, seeds[t.prompt]) for t in talks])
-        closed: list[_Talk] = []
+        closed: list[Talk] = []
         for talk, reply in zip(talks, replies, strict=True):
             engine.account(talk.prompt, talk.ids, reply)
             closed += _write(nodes, talk, reply.samples, plan, decoding)
@@ -75,15 +86,15 @@ def grow_turns(
     return nodes
 
 
-def _call(talk: _Talk, plan: BranchPlan, decoding: Decoding, seed: int) -> Call:
+def _call(talk: Talk, plan: BranchPlan, decoding: Decoding, seed: int) -> Call:
     own = named_generator(seed, talk.slot, talk.sampled).initial_seed()
     told = sampling(decoding, decoding.eos, own, n=plan.factor(talk.depth), max_tokens=decoding.max_new_tokens)
     return Call(talk.ids, (), told, talk.media)
 
 
 def _write(
-    nodes: list[Node], talk: _Talk, samples: Sequence[tuple[list[int], list[float]]], plan: BranchPlan, d: Decoding
-) -> list[_Talk]:
+    nodes: list[Node], talk: Talk, samples: Sequence[tuple[list[int], list[float]]], plan: BranchPlan, d: Decoding
+) -> list[Talk]:
     """A node per sampled turn; the conversations whose turn was closed."""
     stride = plan.leaves // plan.width(talk.depth + 1)
     closed = []
@@ -93,7 +104,7 @@ def _write(
         if ids[-1] in d.eos:
             node.end = "step"  # the environment decides whether it was the last
             slot, sampled = talk.slot + j * stride, talk.sampled + len(ids)
-            closed.append(_Talk(talk.prompt, len(nodes) - 1, talk.depth, slot, sampled, talk.ids + ids, talk.media))
+            closed.append(Talk(talk.prompt, len(nodes) - 1, talk.depth, slot, sampled, talk.ids + ids, talk.media))
         elif len(ids) == d.max_new_tokens:
             node.end = "length"
         else:

@@ -9,7 +9,7 @@ import torch
 from families import family_folder, picture, tokenizer_for
 from film_album import FilmAlbum, film, prompts, still
 
-from mmrl.rollout import BranchPlan
+from mmrl.rollout import BranchPlan, Place
 from vision.engine_sync import SyncedEngine
 from vision.engine_vllm import VllmEngine
 from vision.growth import Decoding, PromptTokens
@@ -394,3 +394,21 @@ def test_pictures_of_other_families_are_refused(files):
     with_engine(policy)
     with pytest.raises(ValueError, match="Qwen-VL models alone"):
         policy.rollout(prompts(files), BranchPlan({0: 1}), seed=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "text"])
+def test_conversations_are_completed_as_the_transformers_decoder_does(family, files):
+    policy, _ = policy_of(family)
+    rollout = policy.rollout(prompts() if family == "text" else prompts(files), BranchPlan({0: 3, 1: 2}), seed=0)
+    inner = (~rollout.tree.is_leaf).nonzero().flatten().tolist()
+    places = [Place(0), *(Place(int(rollout.tree.group[v]), v) for v in inner), Place(1)]
+    assert len(places) > 3
+    want = policy.complete(rollout, places, 3, seeds=range(len(places)), temperature=0.0)
+    with_engine(policy)
+    got = policy.complete(rollout, places, 3, seeds=range(len(places)), temperature=0.0)
+    assert [[s.output for s in own] for own in got] == [[s.output for s in own] for own in want]
+    drawn = policy.complete(rollout, places, 3, seeds=range(len(places)), temperature=None)
+    assert [len(own) for own in drawn] == [3] * len(places)
+    for place, own in zip(places, drawn, strict=True):
+        before = [] if place.step < 0 else [text for text, _ in policy._talks.turns(rollout, place.step)]
+        assert all(s.output.split("\n")[: len(before)] == before for s in own)
