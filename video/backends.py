@@ -4,9 +4,8 @@ A backend is a function (path, clip, wanted, size) -> (n, H, W, 3) uint8; `wante
 the number of frames come from `ClipIndex` whoever decodes, so that a clip has one clock.
 
 decord 0.6 is quick and steady on ordinary files, but it counts packets. Where these are not what a player shows it
-gives other frames at random than in sequence: edit lists, open GOPs (the x265 default), intra refresh, AVI with
-reordered frames, MPEG-TS; and it ignores the rotation of Matroska. `decord_problem` asks the packets, and compares
-pixels.
+gives other frames at random than in sequence: edit lists, open GOPs (the x265 default), intra refresh, containers that
+keep no exact places; and it ignores the rotation of Matroska. `decord_problem` asks the packets, and compares pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import av
 import numpy as np
 
 from video.clip import VideoDecodeError
-from video.clip_index import ClipIndex, decoded, open_stream
+from video.clip_index import ClipIndex, checksum, decoded, in_order, open_stream
 
 Backend = Callable[[str, ClipIndex, list[int], tuple[int, int] | None], np.ndarray]
 
@@ -96,36 +95,31 @@ def _first_line(error: Exception) -> str:
 def read_av(path: str, clip: ClipIndex, wanted: list[int], size: tuple[int, int] | None) -> np.ndarray:
     """Frames by their presentation times: one seek per group of pictures that holds any, then decoding up to the last.
 
+    Where the packets do not prove that a seek gives what decoding in order gives, each frame is taken by its checksum,
+    and the file is decoded from its start when one does not come out.
+
     Raises:
         VideoDecodeError: corrupt_frame, naming the frames that do not come out.
     """
-    if clip.counted:
-        return read_sequence(path, clip, wanted, size)
     page = _Page(clip, wanted, size)
-    rows = {int(clip.stamps[i]): row for row, i in enumerate(wanted)}
-    with open_stream(path) as (container, stream):
-        for start, stamps in _runs(clip, list(rows)):
-            _take(container, stream, start, {s: rows[s] for s in stamps}, page)
-        if page.left:  # a key frame that was none (intra refresh), or an inexact seek (MPEG-TS): all from the start
-            start = int(clip.keys.min(initial=0))
-            _take(container, stream, start, {s: row for s, row in rows.items() if row in page.left}, page)
+    if not clip.counted:
+        with open_stream(path) as (container, stream):
+            for start, rows in _runs(clip, wanted):
+                if not _take(container, stream, start, rows, page) and page.checked:
+                    break
+    if page.left:
+        _take_in_order(path, page)
     return page.done(path)
 
 
 def read_sequence(path: str, clip: ClipIndex, wanted: list[int], size: tuple[int, int] | None) -> np.ndarray:
-    """Frames by decoding the file from its start and counting: the slow way that the others must agree with.
+    """Frames by decoding the file from its start: the slow way that the others must agree with.
 
     Raises:
         VideoDecodeError: corrupt_frame, naming the frames that do not come out.
     """
     page = _Page(clip, wanted, size)
-    rows = {i: row for row, i in enumerate(wanted)}
-    with open_stream(path) as (container, stream), suppress(av.FFmpegError):
-        for i, frame in enumerate(decoded(container, stream)):
-            if i in rows and not frame.is_corrupt:
-                page.put(rows[i], frame)
-            if not page.left:
-                break
+    _take_in_order(path, page)
     return page.done(path)
 
 
@@ -135,20 +129,28 @@ _KNOWN: dict[str, Backend] = {"decord": read_decord, "av": read_av}
 class _Page:
     """The frames of one read as they come in, turned as presented. Bilinear, as decord scales.
 
-    left: rows of `wanted` that are still missing.
+    rows: frame -> its row of `wanted`. left: rows that are still missing. checked: whether frames are told apart by
+    their checksums. first: the stamp of the clip's first frame.
     """
 
     def __init__(self, clip: ClipIndex, wanted: list[int], size: tuple[int, int] | None) -> None:
         height, width = size or (clip.height, clip.width)
-        self._wanted, self.left = wanted, set(range(len(wanted)))
+        self.rows = {i: row for row, i in enumerate(wanted)}
+        self.left = set(range(len(wanted)))
+        self.first, self.checked = int(clip.stamps[0]), clip.checksums is not None
+        self._clip, self._wanted = clip, wanted
         self._pixels = np.empty((len(wanted), height, width, 3), np.uint8)
-        self._turns, self._stored = clip.turns, (width, height) if clip.turns % 2 else (height, width)
+        self._unturned = clip.orientation.size(height, width)
         self._scale = av.video.reformatter.VideoReformatter()
 
     def put(self, row: int, frame: Any) -> None:
-        height, width = self._stored
+        """Take a frame for a row, unless it is another picture than decoding in order gives there."""
+        due = None if self._clip.checksums is None else int(self._clip.checksums[self._wanted[row]])
+        if frame.is_corrupt or due not in (None, checksum(frame, self._clip.stored, self._scale)):
+            return
+        height, width = self._unturned
         scaled = self._scale.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
-        self._pixels[row] = np.rot90(scaled.to_ndarray(), self._turns)
+        self._pixels[row] = self._clip.orientation.apply(scaled.to_ndarray())
         self.left.discard(row)
 
     def done(self, path: str) -> np.ndarray:
@@ -160,32 +162,54 @@ class _Page:
         return self._pixels
 
 
-def _runs(clip: ClipIndex, stamps: list[int]) -> Iterator[tuple[int, list[int]]]:
-    """(key frame, stamps wanted from there on up to the next key frame), both in order of time."""
+def _runs(clip: ClipIndex, wanted: list[int]) -> Iterator[tuple[int, dict[int, int]]]:
+    """(key frame, {stamp: row} of what is wanted from there on up to the next key frame), both in order of time."""
+    rows = {int(clip.stamps[i]): row for row, i in enumerate(wanted)}
 
     def key_of(stamp: int) -> int:
         before = int(np.searchsorted(clip.keys, stamp, side="right")) - 1
         return int(clip.keys[before]) if before >= 0 else stamp
 
-    for key, group in groupby(stamps, key_of):
-        yield key, list(group)
+    for key, stamps in groupby(rows, key_of):
+        yield key, {stamp: rows[stamp] for stamp in stamps}
 
 
-def _take(container: Any, stream: Any, start: int, rows: dict[int, int], page: _Page) -> None:
+def _take(container: Any, stream: Any, start: int, rows: dict[int, int], page: _Page) -> bool:
     """Put the frames whose stamps are in `rows` (stamp -> row), decoding from `start` to the last or the first error.
 
     A frame that the decoder patched up is an error, what follows may be drawn from it; not so before `start`, where
     the leading pictures of an open GOP lack what they refer to.
+
+    Returns:
+        Whether all of them came out, and the seek did not lead to the start of the file.
     """
-    last = max(rows)
+    last, is_from_start = max(rows), False
     with suppress(av.FFmpegError):
         container.seek(start, stream=stream)
         for frame in decoded(container, stream):
             if frame.pts is None or frame.pts < start:
+                is_from_start |= frame.pts == page.first
                 continue
             if frame.is_corrupt:
-                return
-            if rows.get(frame.pts) in page.left:
+                break
+            if frame.pts in rows:
                 page.put(rows[frame.pts], frame)
             if frame.pts >= last:
+                break
+    return not is_from_start and page.left.isdisjoint(rows.values())
+
+
+def _take_in_order(path: str, page: _Page) -> None:
+    """Put what is left, decoding from the start of the file.
+
+    Damaged packets are passed over where checksums tell which of the frames behind them are sound.
+    """
+    failed: set[int] = set()
+    with open_stream(path) as (container, stream):
+        for i, (_, frame) in enumerate(in_order(container, stream, failed)):
+            if not page.checked and (failed or frame.is_corrupt):
+                return
+            if page.rows.get(i) in page.left:
+                page.put(page.rows[i], frame)
+            if not page.left:
                 return

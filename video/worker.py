@@ -18,18 +18,18 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from mmrl.byte_cache import ByteCache
 from video.clip import ReadLimits, VideoDecodeError
 
 _START_S = 120.0
 _MARGIN_S = 10.0  # a stuck worker whose parent is gone outlives its time limit by this much
-_KEPT = 16  # clips whose tables of frames a worker remembers
+_INDEX_BYTES = 2**26  # tables of frames that a worker remembers: a film of 2 h takes 6 MB
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from video.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
@@ -177,7 +177,7 @@ class _Shelf:
 
         self.faults = (av.FFmpegError, ArithmeticError, LookupError, OSError, ValueError)
         self._index_clip, self._backends = clip_index.index_clip, backends
-        self._clips: OrderedDict[tuple[Any, ...], tuple[Any, str, str]] = OrderedDict()
+        self._clips = ByteCache(_INDEX_BYTES)
 
     def info(self, request: dict[str, Any]) -> Answer:
         clip, backend, why = self._clip(request)
@@ -193,17 +193,20 @@ class _Shelf:
             if request["backend"] != "auto" or backend == "av":
                 raise
             pixels, backend, why = self._backends.read_av(path, clip, request["index"], size), "av", error.detail
-            self._clips[self._key(request)] = clip, backend, why
+            self._remember(request, (clip, backend, why))
         return {"backend": backend, "why": why}, list(np.ascontiguousarray(pixels))
 
     def _clip(self, request: dict[str, Any]) -> tuple[Any, str, str]:
-        key = self._key(request)
-        if key not in self._clips:
-            self._clips[key] = self._opened(request)
-            if len(self._clips) > _KEPT:
-                self._clips.popitem(last=False)
-        self._clips.move_to_end(key)
-        return self._clips[key]
+        known: tuple[Any, str, str] | None = self._clips.get(self._key(request))
+        if known is None:
+            known = self._opened(request)
+            self._remember(request, known)
+        return known
+
+    def _remember(self, request: dict[str, Any], opened: tuple[Any, str, str]) -> None:
+        clip = opened[0]
+        tables = (clip.stamps, clip.keys, clip.starts, clip.checksums)
+        self._clips.put(self._key(request), opened, sum(t.nbytes for t in tables if t is not None))
 
     def _key(self, request: dict[str, Any]) -> tuple[Any, ...]:
         return *request["file"], request["backend"]

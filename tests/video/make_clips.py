@@ -48,18 +48,27 @@ def write_clip(
     codec: str = "libx264",
     gop: int = 12,
     times: Sequence[float] | None = None,
+    rate: int = 10,
     rotate: int = 0,
+    display: Sequence[int] | None = None,
+    aspect: Fraction = Fraction(1),
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
     container: dict[str, str] | None = None,
 ) -> Path:
-    """Encode `frames` painted frames (height, width = `size`), ten a second unless `times` gives their seconds."""
-    times = [i / 10 for i in range(frames)] if times is None else times
+    """Encode `frames` painted frames (height, width = `size`), `rate` a second unless `times` gives their seconds.
+
+    rotate: degrees; display: a whole display matrix; aspect: width / height of a pixel.
+    """
+    times = [i / rate for i in range(frames)] if times is None else times
     with av.open(str(path), "w", options=container or {}) as out:
-        stream: Any = out.add_stream(codec, rate=Fraction(10), options=options or {})
+        stream: Any = out.add_stream(codec, rate=Fraction(rate), options=options or {})
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
-        stream.codec_context.time_base = Fraction(1, TICKS)
+        stream.codec_context.time_base = Fraction(1, TICKS) if rate == 10 else Fraction(1, rate)
+        stream.codec_context.sample_aspect_ratio = aspect
         stream.codec_context.gop_size = gop
+        if display is not None:
+            stream.set_display_matrix(display)
         if rotate:
             stream.set_display_rotation(rotate)
         for i, t in enumerate(times):

@@ -26,7 +26,7 @@ SIZE = (96, 128)
 @pytest.fixture(scope="module")
 def bars(tmp_path_factory):
     """120 numbered frames, ten a second."""
-    return write_avi(tmp_path_factory.mktemp("bars") / "bars.avi")
+    return write_clip(tmp_path_factory.mktemp("bars") / "bars.mp4", frames=120)
 
 
 @pytest.fixture(scope="module")

