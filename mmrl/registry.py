@@ -124,7 +124,13 @@ add_kind(
 )
 add_kind(Kind("label_rules", "label rule", ("mmrl.annotate.targets",), arguments=1, keywords=("start",)))
 add_kind(
-    Kind("estimators", "estimator", ("mmrl.credit.outcome", "mmrl.credit.steps"), arguments=1, keywords=("all_sum",))
+    Kind(
+        "estimators",
+        "estimator",
+        ("mmrl.credit.outcome", "mmrl.credit.steps"),
+        arguments=1,
+        keywords=("all_sum", "past"),
+    )
 )
 
 

@@ -11,14 +11,16 @@ from mmrl.credit.estimate import apply_transform
 from mmrl.credit.select import prune_depths, prune_width
 from mmrl.credit.transforms import thoughts
 from mmrl.registry import find, names, rows
+from mmrl.rollout import Prompt
+from mmrl.trainers.history import OutcomeHistory
 from mmrl.tree import StepTree
 from mmrl.tree_ops import lift, path_sum, returns, togo
 
 n = math.nan
 OUTCOME_ONLY = ("grpo", "dr_grpo", "rloo", "tree_rpo", "propa", "branch_depth", "child_minus_parent", "portool", "salt",
-                "reinforce_pp_baseline", "rapo")  # fmt: skip
+                "reinforce_pp_baseline", "rapo", "ddpo")  # fmt: skip
 # Statistics over the whole batch, by design: another prompt changes them.
-BATCH_WIDE = ("srgpo", "reinforce_pp_baseline", "rapo", "prime")
+BATCH_WIDE = ("srgpo", "reinforce_pp_baseline", "rapo", "prime", "ddpo")
 # Defined through lift, so flattening a tree into its paths gives the same; the rest count a shared step once.
 LIFTED = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "fold_grpo", "capo", "pav", "salt")
 
@@ -428,6 +430,69 @@ def test_reinforce_pp_baseline_counts_a_trajectory_once():
     check_close(estimate(tree, "reinforce_pp_baseline").adv, [-1.620185, -1.620185, 0.540062])
 
 
+def tracked(trackers, prompts, rewards, size, min_count):
+    """DDPO's statistics per prompt by their definition: append, then compare with the newest `size` of the prompt."""
+    out = [0.0] * len(rewards)
+    for name in sorted(set(prompts)):
+        mine = [i for i, p in enumerate(prompts) if p == name]
+        trackers[name] = (trackers.get(name, []) + [rewards[i] for i in mine])[-size:]
+        known = torch.tensor(trackers[name] if len(trackers[name]) >= min_count else rewards, dtype=torch.float64)
+        for i in mine:
+            out[i] = float((rewards[i] - known.mean()) / (known.std(correction=0) + 1e-6))
+    return out
+
+
+@pytest.mark.parametrize("size, min_count, each", [(6, 4, 2), (16, 16, 3), (3, 2, 4), (5, 2, 1)])
+def test_ddpo_follows_its_tracker_over_iterations(size, min_count, each):
+    g = torch.Generator().manual_seed(each)
+    trackers, history = {}, OutcomeHistory.of([{"name": "ddpo", "buffer": size, "min_count": min_count}])
+    for _ in range(6):
+        prompts = [Prompt(f"p{k}", {}) for k in torch.randperm(5, generator=g)[:3].tolist()]
+        group = [k for k in range(3) for _ in range(each)]
+        rewards = torch.rand(3 * each, generator=g, dtype=torch.float64)
+        tree = StepTree([-1] * len(group), group, [1] * len(group), rewards)
+        spec = {"name": "ddpo", "buffer": size, "min_count": min_count}
+        credit = compose(tree, [spec], past=history.past(prompts))
+        history.add(prompts, tree, credit)
+        check_close(credit.adv, tracked(trackers, [prompts[k].id for k in group], rewards.tolist(), size, min_count))
+    assert history.outcomes == {p: pytest.approx(r) for p, r in trackers.items()}
+
+
+def test_ddpo_with_a_full_buffer_is_grpo_and_sees_transformed_outcomes():
+    tree = StepTree([-1] * 4, [0, 0, 1, 1], [1] * 4, [0.0, 1.0, 2.0, 5.0], step_reward=[0.5, 0.0, 1.0, 0.0])
+    got = estimate(tree, "ddpo", buffer=2, min_count=2).adv
+    torch.testing.assert_close(got, estimate(tree, "grpo", ddof=0).adv)
+    history = OutcomeHistory.of([{"name": "ddpo"}])
+    prompts = [Prompt("a", {}), Prompt("b", {})]
+    history.add(prompts, tree, compose(tree, ["ddpo"], ["fold"], past=history.past(prompts)))
+    assert history.outcomes == {"a": [0.5, 1.0], "b": [3.0, 5.0]}
+    assert OutcomeHistory.of([{"name": "grpo"}]) is None
+    for options, message in (
+        ({"buffer": 4}, "min_count=16 is above ddpo.buffer=4"),
+        ({"buffer": 1}, "ddpo.buffer=1: input should be greater than or equal to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimate(tree, "ddpo", **options)
+    with pytest.raises(ValueError, match="past holds outcomes of 3 prompts, the tree has 2"):
+        compose(tree, ["ddpo"], past=[[1.0], [], []])
+
+
+def test_a_function_of_ones_own_by_dotted_path(t8, tmp_path, monkeypatch):
+    """It declares nothing, so no transform is refused beside it."""
+    (tmp_path / "own_credit.py").write_text(
+        "from mmrl.credit import Norm\n"
+        "from mmrl.credit.steps import step_grpo\n"
+        "def mine(tree, *, factor: float = 1.0):\n"
+        "    credit = step_grpo(tree, how=Norm(scale='none'))\n"
+        "    return credit._replace(adv=factor * credit.adv)\n"
+        "def doubled(tree):\n"
+        "    return tree.replace(step_reward=2 * tree.step_reward)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    got = compose(t8, [{"name": "own_credit:mine", "factor": 3.0}], ["delta", "own_credit:doubled"], kind="value").adv
+    torch.testing.assert_close(got, 6 * estimate(t8, "step_grpo", ["delta"], scale="none").adv)
+
+
 def test_srgpo_counts_an_outcome_once_per_step():
     """SeeNav's episode scores per step (1, 0, 0, 1, 1); no step part, as all step rewards are equal."""
     tree = StepTree([-1, -1, 1, -1, 3], [0] * 5, [1, 0, 1, 0, 1], [1.0, n, 0.0, n, 1.0], step_reward=[0.5] * 5)
@@ -469,7 +534,7 @@ def test_all_processes_share_batch_statistics():
     """Two ranks, each with half of the prompts, through all_sum, give the advantages of one process."""
     tree = random_forest(3, groups=4, steps=60)
     halves = [tree.select((tree.group // 2) == k) for k in (0, 1)]
-    cases = [("reinforce_pp_baseline", {}), ("rapo", {})]
+    cases = [("reinforce_pp_baseline", {}), ("rapo", {}), ("ddpo", {})]
     for name in names("estimators"):
         # srgpo draws its sets in one process
         if "preset" in find("estimators", name).options and name != "srgpo":

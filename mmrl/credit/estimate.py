@@ -13,6 +13,7 @@ from torch import Tensor
 from mmrl.config import Component, Section
 from mmrl.credit.norm import AllSum, Norm, norm
 from mmrl.credit.norm import whiten as whiten_over_batch
+from mmrl.credit.outcome import Past
 from mmrl.credit.rules import Kind, check_need, check_recipe, check_tree
 from mmrl.credit.table import Credit, Spec, as_specs, estimator_of, transform_of
 from mmrl.registry import ComponentError, names
@@ -54,6 +55,7 @@ class StepAdvantage:
 
     weight is how often a step counts in the loss: 1 (`counting="node"`: each step trained once) or the number of
     finished leaves below it (`"leaf"`: the same gradient as training every root-to-leaf path on its own).
+    info["outcome"] holds the outcomes after the transforms.
     """
 
     adv: Tensor
@@ -82,6 +84,7 @@ def compose(
     allow_double_norm: bool = False,
     repeats_prefix: bool = False,
     all_sum: AllSum | None = None,
+    past: Past = (),
 ) -> StepAdvantage:
     """A = sum over estimators of weight * A_k, on the transformed tree.
 
@@ -93,6 +96,7 @@ def compose(
         kind, repeats_prefix: see `rules.check_recipe`.
         whiten: centre and scale the sum over the whole batch.
         all_sum: sums a tensor over processes, for the estimators whose statistics span the batch.
+        past: earlier outcomes of each prompt, oldest first, for the estimators that remember them.
 
     Raises:
         ValueError: no estimator, unknown name or option (with the nearest), a combination without meaning, or a tree
@@ -107,7 +111,7 @@ def compose(
     for t in steps:
         tree = apply_transform(tree, t)
     check_tree(tree, estimators, steps)
-    parts = [(float(e.get("weight", 1.0)), _run(tree, e, all_sum)) for e in estimators]
+    parts = [(float(e.get("weight", 1.0)), _run(tree, e, all_sum, past)) for e in estimators]
     adv = torch.stack([w * c.adv for w, c in parts]).sum(0)
     if whiten:
         adv = whiten_over_batch(torch.where(tree.valid, adv, 0.0), tree.valid.double(), all_sum)
@@ -146,9 +150,9 @@ def apply_transform(tree: StepTree, spec: Spec) -> StepTree:
     return changed
 
 
-def _run(tree: StepTree, spec: Spec, all_sum: AllSum | None) -> Credit:
+def _run(tree: StepTree, spec: Spec, all_sum: AllSum | None, past: Past) -> Credit:
     row, options = estimator_of(spec)
-    credit: Credit = row.build(options, all_sum=all_sum)(tree)
+    credit: Credit = row.build(options, all_sum=all_sum, past=past)(tree)
     return credit
 
 
@@ -163,6 +167,7 @@ def _finish(
     size = adv[valid].abs()
     groups = norm(before.outcome, before.group, Norm(scale="none"))
     info |= {
+        "outcome": tree.outcome,
         "groups": tree.num_groups,
         "zero_spread_groups": int(groups.constant.sum()),
         "valid_frac": float(valid.double().mean()) if len(tree) else 0.0,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mmrl.credit.norm import AllSum, Norm, Normed, Unit, norm, unknown_choice, whiten
+from mmrl.credit.norm import AllSum, Norm, Normed, Unit, moments, norm, unknown_choice, whiten
 from mmrl.credit.table import Credit, estimator
 from mmrl.credit.tags import tag
 from mmrl.tree import StepTree
 from mmrl.tree_ops import Backup, backup, before, discounted_leaf, lift, path_sum, returns, run_head
 
+Past = Sequence[Sequence[float]]  # earlier outcomes of each prompt, oldest first
 EpisodeStats = Literal["trajectory", "step"]
 CountBy = Literal["token", "trajectory"]
 Unary = Literal["inherit", "zero"]
@@ -283,6 +285,62 @@ def rapo(
     f = finished / max(spread, 1.0)
     f = f if cap is None else min(f, cap)
     return Credit(f * lift(tree, a.z), info=a.info | {"rapo_factor": f})
+
+
+@estimator(
+    "ddpo",
+    scale="std",
+    remembers="buffer",
+    source="DDPO; parity with the statistics per prompt of the released code",
+)
+def ddpo(
+    tree: StepTree,
+    *,
+    buffer: Annotated[int, Field(ge=2)] = 16,
+    min_count: PositiveInt = 16,
+    eps: NonNegativeFloat = 1e-6,
+    past: Past = (),
+    all_sum: AllSum | None = None,
+) -> Credit:
+    """A = lift((R - mean)/(std + eps)) over the newest `buffer` outcomes of the prompt, earlier iterations included.
+
+    A prompt with fewer than `min_count` outcomes so far is compared with all outcomes of the batch, of all processes.
+    The std has ddof 0; without spread A is exactly 0. On a tree a shared step gets the mean over the leaves below.
+
+    Args:
+        past: earlier outcomes of each prompt, oldest first; none when left out.
+    Raises:
+        ValueError: a buffer that never holds `min_count` outcomes, or `past` for another number of prompts.
+    """
+    if min_count > buffer:
+        raise ValueError(f"ddpo.min_count={min_count} is above ddpo.buffer={buffer}, so no prompt would ever reach it")
+    if past and len(past) != tree.num_groups:
+        raise ValueError(f"ddpo: past holds outcomes of {len(past)} prompts, the tree has {tree.num_groups}")
+    leaves = tree.is_finished.nonzero().flatten()
+    now, prompt_now = tree.outcome[leaves], tree.group[leaves]
+    earlier = torch.tensor([r for outcomes in past for r in outcomes], dtype=torch.float64)
+    counts = torch.tensor([len(outcomes) for outcomes in past], dtype=torch.long)
+    prompt = torch.cat([torch.repeat_interleave(torch.arange(len(past)), counts), prompt_now])
+    in_buffer = _newest(prompt, buffer)
+    of_prompt = norm(torch.cat([earlier, now]), prompt, Norm(eps=eps, ddof=0), weight=in_buffer.double())
+
+    mean, var = moments(now, torch.ones_like(now), all_sum, ddof=0)
+    spread = var.sqrt() > 1e-8 * mean.abs().clamp(min=1)
+    of_batch = torch.where(spread, (now - mean) / (var.sqrt() + eps), 0.0)
+
+    known = torch.bincount(prompt, minlength=tree.num_groups)[prompt_now] >= min_count
+    a = torch.zeros(len(tree), dtype=torch.float64)
+    a[leaves] = torch.where(known, of_prompt.z[len(earlier) :], of_batch)
+    return Credit(lift(tree, a), info=of_prompt.info)
+
+
+def _newest(sets: Tensor, count: int) -> Tensor:
+    """(N,) bool, the last `count` entries of each set."""
+    order = torch.argsort(sets, stable=True)
+    end = torch.bincount(sets).cumsum(0)[sets[order]]
+    newest = torch.empty(len(sets), dtype=torch.bool)
+    newest[order] = end - torch.arange(len(sets)) <= count
+    return newest
 
 
 def dense_sets(tree: StepTree, key: Tensor, member: Tensor) -> Tensor:

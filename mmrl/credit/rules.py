@@ -44,7 +44,7 @@ def check_recipe(
                 f"whiten with {e['name']!r} (scale 'std') normalises twice; use scale: none, drop whiten, or set "
                 "allow_double_norm: true"
             )
-    changing = [t["name"] for t in transforms if transform_of(t)[0].facts["differences"]]
+    changing = [t["name"] for t in transforms if transform_of(t)[0].facts.get("differences")]
     if len(changing) > 1:
         raise ValueError(
             f"transforms {changing[0]!r} and {changing[1]!r} both difference the step rewards; keep one of them"
@@ -184,10 +184,10 @@ def _check_summed_values(transforms: Sequence[Spec], e: Spec, kind: Kind) -> Non
     differenced = False
     for t in transforms:
         facts = transform_of(t)[0].facts
-        differenced = differenced or facts["differences"]
-        if facts["sums_steps"] and not differenced:
+        differenced = differenced or facts.get("differences", False)
+        if facts.get("sums_steps") and not differenced:
             raise _summed(t["name"])
-    if estimator_of(e)[0].facts["sums_steps"] and not differenced:
+    if estimator_of(e)[0].facts.get("sums_steps") and not differenced:
         raise _summed(e["name"])
 
 
@@ -212,12 +212,14 @@ def _check_discounts(transforms: Sequence[Spec], e: Spec) -> None:
 
 def _reads_steps(e: Spec) -> bool:
     row, options = estimator_of(e)
-    return "step_reward" in (*row.reads(options), *row.facts["may_read"])
+    if row.declared.reads is None:
+        return True  # a function that declares nothing may read them
+    return "step_reward" in (*row.reads(options), *row.facts.get("may_read", ()))
 
 
 def _scale(e: Spec) -> str:
     row, options = estimator_of(e)
-    fixed = row.facts["scale"]
+    fixed = row.facts.get("scale")
     if callable(fixed):
         fixed = fixed({name: _default(row, name, None) for name in row.options} | options)
     return str(fixed or options.get("scale", _default(row, "scale", "none")))

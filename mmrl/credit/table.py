@@ -33,6 +33,7 @@ def estimator(
     may_read: tuple[str, ...] = (),
     sums_steps: bool = False,
     scale: str | Callable[[Mapping[str, Any]], str] | None = None,
+    remembers: str | None = None,
 ) -> Callable[[Callable[..., Credit]], Callable[..., Credit]]:
     """Enter the decorated function as an estimator.
 
@@ -40,10 +41,11 @@ def estimator(
         may_read: fields it uses where the tree has them.
         sums_steps: it adds step rewards up along a path, so a score of the state must be differenced before.
         scale: the normalisation it uses where that is no option; it may depend on the options.
+        remembers: the option that says how many earlier outcomes of each prompt it wants, as the argument `past`.
     """
     return register(
         "estimators", name, reads=reads, fits=fits, source=source,
-        may_read=may_read, sums_steps=sums_steps, scale=scale,
+        may_read=may_read, sums_steps=sums_steps, scale=scale, remembers=remembers,
     )  # fmt: skip
 
 

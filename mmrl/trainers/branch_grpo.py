@@ -25,6 +25,7 @@ from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
 from mmrl.rewards.scoring import Scored
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward
+from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.imitation import ImitationConfig, imitation_losses, references, unsolved
 from mmrl.trainers.online import OnlineConfig, OnlineScorer
@@ -80,6 +81,9 @@ class BranchGrpo:
         self._transforms = _transforms(config, self.step_rewards)
         validate(self._estimators, self._transforms, **self._credit_how)
         self._online = OnlineScorer.of(config.online, self.step_rewards, self.rollouts.readings, self.loop)
+        self._history = OutcomeHistory.of(self._estimators)
+        if self._history is not None:
+            self.loop.remember("outcomes", self._history)
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 
@@ -98,6 +102,8 @@ class BranchGrpo:
         self.rollouts.clear()
         rollout = self.sample(iteration)
         credit = self.credit(rollout)
+        if self._history is not None:
+            self._history.add(rollout.prompts, rollout.tree, credit)
         batch = self.select(rollout, credit, iteration)
         metrics: dict[str, float] = {}
         for update in range(self.config.optim.updates_per_rollout):
@@ -138,8 +144,11 @@ class BranchGrpo:
 
     def credit(self, rollout: Rollout) -> StepAdvantage:
         """Advantages per step by the configured estimators."""
+        past = [] if self._history is None else self._history.past(rollout.prompts)
         all_sum = self.loop.all_sum_tensor
-        return compose(rollout.tree, self._estimators, self._transforms, all_sum=all_sum, **self._credit_how)
+        return compose(
+            rollout.tree, self._estimators, self._transforms, all_sum=all_sum, past=past, **self._credit_how
+        )
 
     def select(self, rollout: Rollout, credit: StepAdvantage, iteration: int) -> Batch:
         """Which steps get a gradient, with what weight."""

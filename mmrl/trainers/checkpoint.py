@@ -30,10 +30,10 @@ _NAME = re.compile(r"\d{6,}")
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps of an object: a flat mapping of numbers and tensors."""
+    """What a checkpoint keeps of an object: a flat mapping of numbers, lists of numbers and tensors."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and tensors by name."""
+        """Numbers, lists of numbers and tensors by name."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The same, read back."""

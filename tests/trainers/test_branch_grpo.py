@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,8 +111,8 @@ def test_refill_replaces_groups_without_spread(tiny_model, tmp_path):
 def test_bad_credit_is_refused_before_anything_runs(tiny_model, tmp_path):
     for credit, message in (
         ({"estimators": [{"name": "grpoo"}]}, r"unknown estimator 'grpoo' \(did you mean grpo"),
-        ({"transforms": ["delta"]}, "'branch_depth' reads outcomes only"),
-        ({"estimators": [{"name": "grpo", "scales": "none"}]}, r"no option 'scales' \(did you mean scale"),
+        ({"transforms": ["delta"]}, "transform 'delta' reads step_reward, which nothing in this recipe writes"),
+        ({"estimators": [{"name": "grpo", "scales": "none"}]}, r"scales='none' \(did you mean scale"),
     ):
         with pytest.raises(ValueError, match=message):
             BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", credit=credit)))
@@ -239,6 +240,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_model, tmp_path):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "broken")
 
 
+def test_outcomes_of_earlier_iterations_are_in_the_checkpoint(tiny_model, tmp_path):
+    """DDPO's statistics per prompt: all ten prompts come back, so what was forgotten would show."""
+    extra = {"credit": {"estimators": [{"name": "ddpo", "buffer": 12, "min_count": 6}]}}
+    sizes = {"iterations": 5, "prompts_per_iteration": 5}
+    run(tiny_model, tmp_path / "straight", run=sizes, **extra)
+    run(tiny_model, tmp_path / "broken", run=sizes, **extra)
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "000005")
+    run(tiny_model, tmp_path / "broken", run=sizes | {"resume": True}, **extra)
+    assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "broken")
+
+
 def wait_for_lines(process, file, lines):
     while not file.exists() or len(file.read_text().splitlines()) < lines:
         assert process.is_running(), process.stderr
@@ -336,6 +349,18 @@ def test_a_rank_without_spread_keeps_in_step(tiny_model, tmp_path):
     run(tiny_model, tmp_path / "one", **sections)
     spread = [r["reward/zero_spread_frac"] for r in metrics(tmp_path / "two") if "reward/zero_spread_frac" in r]
     assert 0.5 in spread  # it did happen
+    assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=5e-4, rtol=0)
+
+
+@pytest.mark.multiproc
+def test_ranks_share_the_outcomes_of_earlier_iterations(tiny_model, tmp_path):
+    """A prompt that comes back may be another rank's then: DDPO's statistics must not depend on whose it was."""
+    sections = {
+        "credit": {"estimators": [{"name": "ddpo", "buffer": 12, "min_count": 6}]},
+        "run": {"prompts_per_iteration": 5, "iterations": 4},
+    }
+    run_ranks(2, "train", write_ranks_recipe(tiny_model, tmp_path, "two", **sections))
+    run(tiny_model, tmp_path / "one", **sections)
     assert_same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=5e-4, rtol=0)
 
 
