@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrl.rollout import BranchPlan, Place, Rollout
+from mmrl.rollout import BranchPlan, Place, Rollout, Sample
 from vision.attention import FLEX
 from vision.backbone import Backbone
 from vision.conversations import Conversations
@@ -20,7 +21,7 @@ from vision.kv import Layers, check_cache, cut, join
 from vision.network import run_trees
 from vision.packing import ancestors, leaf_rows
 from vision.passes import build_reading
-from vision.rollout_trees import RolloutTrees
+from vision.rollout_trees import RolloutTrees, open_places, place_batches
 from vision.step_rule import StepRule
 from vision.turns import Talk, grow_turns
 from vision.turns_engine import Talk as EngineTalk
@@ -36,7 +37,7 @@ class _State:
 
 
 class Completions:
-    """Completes rollouts with a transformers model.
+    """Completes rollouts, by a transformers model or an engine that has its weights.
 
     Args:
         talks: where an environment answers between steps.
@@ -47,25 +48,53 @@ class Completions:
 
     def run(
         self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
-    ) -> list[Node]:
-        """n completions of each place; a node's `prompt` is the place's position, paths begin behind the place."""
-        if self._talks is not None:
-            return self._turns(hf, rollout, places, n, decoding, seeds)
-        whole = replace(decoding, max_steps=1)  # nobody asks where a completion's steps end
-        opened, prompts = self._opened(hf, rollout, places, decoding)
-        plan = BranchPlan({0: n}, max(n, 1))
-        return grow(hf, prompts, plan, whole, self._rule, seeds, self._body.features, opened)
+    ) -> list[list[Sample]]:
+        """n completions of each place by a transformers model; none of an end."""
+        going, settings = open_places(rollout, places), self._body.settings
+        out: list[list[Sample]] = [[] for _ in places]
+        chosen = [places[i] for i in going]
+        for part in place_batches(rollout, chosen, settings.max_tokens, most=max(1, settings.max_batch // n)):
+            own, own_seeds = [chosen[j] for j in part], [seeds[going[j]] for j in part]
+            if self._talks is not None:
+                nodes = self._turns(hf, rollout, own, n, decoding, own_seeds)
+            else:
+                nodes = self._steps(hf, rollout, own, n, decoding, own_seeds)
+            for j, sample in self._samples(rollout, own, nodes):
+                out[going[part[j]]].append(sample)
+        return out
 
     def by_engine(
         self, engine: SyncedEngine, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding,
         seeds: Sequence[int],
-    ) -> list[Node]:  # fmt: skip
+    ) -> list[list[Sample]]:  # fmt: skip
         """As `run`, by an engine with the weights of `hf`; what leads to a place lies in its prefix cache."""
-        plan = BranchPlan({0: n}, max(n, 1))
+        going = open_places(rollout, places)
+        out: list[list[Sample]] = [[] for _ in places]
+        chosen, own_seeds = [places[i] for i in going], [seeds[i] for i in going]
+        nodes = self._engine_nodes(engine, hf, rollout, chosen, n, decoding, own_seeds)
+        for j, sample in self._samples(rollout, chosen, nodes):
+            out[going[j]].append(sample)
+        return out
+
+    # Below, a node's `prompt` is the position of its place, and paths begin behind the place.
+
+    def _steps(
+        self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Node]:
+        whole = replace(decoding, max_steps=1)  # nobody asks where a completion's steps end
+        opened, prompts = self._opened(hf, rollout, places, decoding)
+        plan = BranchPlan({0: n}, n)
+        return grow(hf, prompts, plan, whole, self._rule, seeds, self._body.features, opened)
+
+    def _engine_nodes(
+        self, engine: SyncedEngine, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding,
+        seeds: Sequence[int],
+    ) -> list[Node]:  # fmt: skip
+        plan = BranchPlan({0: n}, n)
         prompts = [rollout.prompts[p.prompt] for p in places]
         tokens = [self._body.encode(p) for p in prompts]
         if self._talks is None:
-            paths = [self.written(rollout, p) for p in places]
+            paths = [self._written(rollout, p) for p in places]
             spelt = [self._body.tokenizer.decode(ids) for ids in paths]
             begun = [t.followed_by(ids, text) for t, ids, text in zip(tokens, paths, spelt, strict=True)]
             nodes = engine.grow(hf, begun, plan, replace(decoding, max_steps=1), self._rule, seeds)
@@ -77,16 +106,36 @@ class Completions:
             talk = EngineTalk.begin(i, tokens[i])
             for v in self._path(rollout, place):
                 talk = talk.wrote(self._trees.ids(rollout, v).tolist()).after(self._talks.observation(rollout, v))
+            # before the first turn the plan itself branches
             talks += [replace(talk, slot=slot) for slot in range(1 if talk.depth == 0 else n)]
         answer = self._talks.answers(prompts, tokens, [self._talks.turns(rollout, p.step) for p in places])
         return engine.grow_turns(hf, tokens, plan, decoding, self._rule, seeds, answer, talks)
+
+    def _samples(self, rollout: Rollout, places: Sequence[Place], nodes: Sequence[Node]) -> list[tuple[int, Sample]]:
+        """(position of its place, sample) of every completion, what came before its place included."""
+        parent = [n.parent for n in nodes]
+        inner = set(parent)
+        decode = partial(self._body.tokenizer.decode, skip_special_tokens=True)
+        out = []
+        for leaf in range(len(nodes)):
+            if leaf in inner:
+                continue
+            new = [nodes[v].ids for v in ancestors(parent, leaf)[::-1]]
+            place = places[nodes[leaf].prompt]
+            if self._talks is None:
+                text = decode(self._written(rollout, place).tolist() + new[0])
+            else:
+                turns = [rollout.texts[v] for v in self._path(rollout, place)]
+                text = "\n".join([*turns, *map(decode, new)])
+            out.append((nodes[leaf].prompt, Sample(rollout.prompts[place.prompt], text, place.step)))
+        return out
 
     @staticmethod
     def _path(rollout: Rollout, place: Place) -> list[int]:
         """The steps up to a place, the first one first."""
         return ancestors(rollout.tree.parent.tolist(), place.step)[::-1] if place.step >= 0 else []
 
-    def written(self, rollout: Rollout, place: Place) -> Tensor:
+    def _written(self, rollout: Rollout, place: Place) -> Tensor:
         """Ids of all steps up to a place."""
         ids = [self._trees.ids(rollout, v) for v in self._path(rollout, place)]
         return torch.cat([torch.empty(0, dtype=torch.int64), *ids])
@@ -94,7 +143,7 @@ class Completions:
     def _opened(
         self, hf: Any, rollout: Rollout, places: Sequence[Place], decoding: Decoding
     ) -> tuple[Opened, list[PromptTokens]]:
-        paths = [self.written(rollout, p) for p in places]
+        paths = [self._written(rollout, p) for p in places]
         written = [min(len(ids), decoding.max_new_tokens - 1) for ids in paths]
         style = self._body.style
         if style.plain and "flash" not in style.implementation:
@@ -155,4 +204,4 @@ class Completions:
         prompts = [rollout.prompts[p.prompt] for p in places]
         tokens = [s.prompt for s in states]
         answer = self._talks.answers(prompts, tokens, before)
-        return grow_turns(hf, tokens, BranchPlan({0: n}), decoding, seeds, answer, self._body.features, talks)
+        return grow_turns(hf, tokens, BranchPlan({0: n}, n), decoding, seeds, answer, self._body.features, talks)

@@ -30,6 +30,7 @@ from mmrl.rollout import (
 from mmrl.seeding import named_generator
 from mmrl.sharding import is_sharded
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
+from vision.answers import AnswerTrees
 from vision.attention import FLEX, attend_by
 from vision.backbone import Backbone, trainable_model
 from vision.completion import Completions
@@ -43,7 +44,7 @@ from vision.network import Network, bare, kl_job, run_job
 from vision.packing import ancestors
 from vision.passes import Job, TokenTree, build_job
 from vision.prompts import PromptEncoder
-from vision.rollout_trees import RolloutTrees, place_batches, step_batches
+from vision.rollout_trees import RolloutTrees, step_batches
 from vision.settings import TOKEN_DEFAULTS, Settings
 from vision.step_rule import StepRule
 from vision.turns import grow_turns
@@ -454,44 +455,12 @@ class VisionPolicy:
         heat = self.decoding.temperature if temperature is None else temperature
         decoding, n = replace(self.decoding, temperature=heat), n if heat > 0 else 1
         rollout = self._respelt(rollout)
-        going = [i for i, p in enumerate(places) if p.step < 0 or not bool(rollout.tree.is_leaf[p.step])]
-        chosen = [places[i] for i in going]
-        out: list[list[Sample]] = [[] for _ in places]
-        most = len(places) if self._engine is not None else max(1, self.settings.max_batch // n)
-        for part in place_batches(rollout, chosen, self.settings.max_tokens, most=most):
-            own, own_seeds = [chosen[j] for j in part], [seeds[going[j]] for j in part]
-            nodes = self._completed(rollout, own, n, decoding, own_seeds)
-            for j, text in self._texts(rollout, own, nodes):
-                place = own[j]
-                out[going[part[j]]].append(Sample(rollout.prompts[place.prompt], text, place.step))
-        return out
-
-    def _completed(
-        self, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
-    ) -> list[Node]:
         finish = Completions(self._body, self._trees, self._talks, self.rule)
-        if self._engine is None:
-            with self._sampling(self._network) as network:
-                return network(finish.run, rollout, places, n, decoding, seeds)
-        return finish.by_engine(self._engine, self._network.hf, rollout, places, n, decoding, seeds)
-
-    def _texts(self, rollout: Rollout, places: Sequence[Place], nodes: Sequence[Node]) -> list[tuple[int, str]]:
-        """(position of its place, whole text) of every completion."""
-        parent = [n.parent for n in nodes]
-        inner = set(parent)
-        texts = []
-        for leaf in (v for v in range(len(nodes)) if v not in inner):
-            new = [nodes[v].ids for v in ancestors(parent, leaf)[::-1]]
-            place = places[nodes[leaf].prompt]
-            before = ancestors(rollout.tree.parent.tolist(), place.step)[::-1] if place.step >= 0 else []
-            if self._talks is None:
-                old = [i for v in before for i in self._trees.ids(rollout, v).tolist()]
-                text = self.tokenizer.decode(old + new[0], skip_special_tokens=True)
-            else:
-                turns = [rollout.texts[v] for v in before]
-                text = "\n".join([*turns, *self.tokenizer.batch_decode(new, skip_special_tokens=True)])
-            texts.append((nodes[leaf].prompt, text))
-        return texts
+        if self._engine is not None:
+            return finish.by_engine(self._engine, self._network.hf, rollout, places, n, decoding, seeds)
+        with self._sampling(self._network) as network:
+            done: list[list[Sample]] = network(finish.run, rollout, places, n, decoding, seeds)
+        return done
 
     def _respelt(self, rollout: Rollout) -> Rollout:
         """The rollout in this policy's own tokens.
@@ -519,42 +488,14 @@ class VisionPolicy:
     ) -> Tensor:
         """Mean log-probs of answers behind states, at temperature 1; see `mmrl.rollout.AnswerReader`."""
         rollout = self._seen(rollout, sight)
-        spelt = {answer: self._spelt(answer) for answer in set(answers)}
-        tails = [spelt[a] for a in answers]
-        out = torch.full((len(places),), torch.nan, dtype=torch.float64)
-        going = [i for i, p in enumerate(places) if p.step < 0 or not bool(rollout.tree.is_leaf[p.step])]
-        longest = max((len(ids) for ids, _ in tails), default=0)
-        limit = self.settings.max_tokens
-        for part in place_batches(rollout, [places[i] for i in going], limit, extra=longest, most=len(places)):
-            trees, wanted, owner = [], [], []
-            own = [going[j] for j in part]
-            for g in dict.fromkeys(places[i].prompt for i in own):
-                mine = [i for i in own if places[i].prompt == g]
-                behind = [(places[i].step, tails[i][0]) for i in mine]
-                laid = self._trees.lay_out(
-                    rollout, self._trees.checked_prompt(rollout, g), [step for step, _ in behind if step >= 0],
-                    blank=sight == "blank", open_ended=True, tails=behind,
-                )  # fmt: skip
-                spans = [laid.tokens(node)[tails[i][1] :] for node, i in zip(laid.tails, mine, strict=True)]
-                trees.append(laid.tree)
-                wanted.append(torch.cat(spans))
-                owner += [i for i, span in zip(mine, spans, strict=True) for _ in span]
+        asked = AnswerTrees(self._trees, self._written, answers, self.settings.max_tokens)
+        total = torch.zeros(len(places), dtype=torch.float64)
+        count = torch.zeros_like(total)
+        for trees, wanted, owner in asked.parts(rollout, places, blank=sight == "blank"):
             logp = self._log_probs(trees, wanted, 1.0)["logp"].double().cpu()
-            index = torch.tensor(owner)
-            count = torch.bincount(index, minlength=len(places))
-            total = torch.zeros(len(places), dtype=torch.float64).index_add(0, index, logp)
-            out = torch.where(count > 0, total / count, out)
-        return out
-
-    def _spelt(self, answer: Answer) -> tuple[Tensor, int]:
-        """Ids of an answer behind its lead, and where the answer's own begin: a token that holds the end of the lead
-        and the beginning of the answer is the answer's."""
-        ids, lead = self._written(answer.lead + answer.text), self._written(answer.lead)
-        n = min(len(ids), len(lead))
-        first = int((ids[:n] == lead[:n]).long().cumprod(0).sum())
-        if first == len(ids):
-            raise ValueError(f"the answer {answer.text!r} behind {answer.lead!r} has no token of its own")
-        return ids, first
+            total.index_add_(0, owner, logp)
+            count.index_add_(0, owner, torch.ones_like(logp))
+        return total / count
 
     @torch.no_grad()
     def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:

@@ -123,6 +123,11 @@ def step_batches(rollout: Rollout, steps: Tensor, limit: int, *, whole_prompts: 
     return micro_batches(rollout.tree, steps, _sizes(rollout, 0), prompts, limit, whole_prompts)
 
 
+def open_places(rollout: Rollout, places: Sequence[Place]) -> list[int]:
+    """Positions of the places that something followed: a state of tokens that nothing follows is an end."""
+    return [i for i, p in enumerate(places) if p.step < 0 or not bool(rollout.tree.is_leaf[p.step])]
+
+
 def place_batches(
     rollout: Rollout, places: Sequence[Place], limit: int, *, extra: int = 0, most: int
 ) -> list[list[int]]:

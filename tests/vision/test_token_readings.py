@@ -21,6 +21,7 @@ from mmrl.rewards import score
 from mmrl.rollout import Answer, BranchPlan, Place, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
+from vision.answers import spell
 from vision.policy import VisionPolicy
 
 TREE = BranchPlan({0: 2, 1: 2, 2: 2})
@@ -241,10 +242,10 @@ def test_what_seeing_adds_is_a_tag(pictures):
 
 def test_a_token_between_lead_and_answer_is_the_answers():
     policy = policy_of("text")
-    ids, first = policy._spelt(Answer("answer ", "12"))
+    ids, first = spell(Answer("answer ", "12"), policy._written)
     assert policy.tokenizer.decode(ids[:first]) == "answer " and policy.tokenizer.decode(ids[first:]) == "12"
     with pytest.raises(ValueError, match="no token of its own"):
-        policy._spelt(Answer("answer ", ""))
+        spell(Answer("answer ", ""), policy._written)
 
 
 def test_a_tree_is_read_in_one_pass(pictures, monkeypatch):

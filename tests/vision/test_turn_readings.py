@@ -13,6 +13,7 @@ from mmrl.readings.contrast import divergence
 from mmrl.readings.monte_carlo import MonteCarlo
 from mmrl.rewards import score
 from mmrl.rollout import Answer, BranchPlan, Place
+from vision.answers import spell
 from vision.packing import ancestors
 
 
@@ -90,7 +91,7 @@ def test_answers_stand_behind_what_was_shown(family, files):
     policy, _ = policy_of(family, files)
     rollout = rewarded(policy, family, files)
     tree = filled(rollout, policy, AnswerProbability(), ("value", "root_value"))
-    ids, first = policy._spelt(Answer("it is ", "3"))
+    ids, first = spell(Answer("it is ", "3"), policy._written)
     parent = rollout.tree.parent.tolist()
     for place in inner_places(rollout):
         path = ancestors(parent, place.step)[::-1] if place.step >= 0 else []
