@@ -58,4 +58,5 @@ def best_of_k(policy: DiffusionPolicy, prompts: Sequence[Prompt], scorer: Any, *
     values = judge(rollout.actions.payload["latent"][steps].float(), last, cond, own).tolist()
     told = [replace(s, prompt=prompts[int(g) // n]) for s, g in zip(samples, own.tolist(), strict=True)]
     rows = range(0, len(told), n)
-    return Found([told[i : i + n] for i in rows], [values[i : i + n] for i in rows], rollout.counts["calls"], scored)
+    by_prompt = [told[i : i + n] for i in rows]
+    return Found(by_prompt, [values[i : i + n] for i in rows], rollout.counts["calls"], scored, rollout)

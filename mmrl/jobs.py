@@ -282,6 +282,7 @@ def _best_of_k(config: SearchConfig, job: _Job) -> dict[str, Any]:
         job.prompts, job.policy, scorer, job.verifier, folder=config.output, **options,
         judges=getattr(job.task, "judges", None), seed=config.seed, prompts_per_batch=config.batch,
         about={"policy": job.fingerprint, "scorer": _stamp(config.scorer)},
+        rollouts=job.rollouts({"scorer": config.scorer}),
     )  # fmt: skip
     report["unusable_prompts"] = job.lost
     report["parameters"] = {"policy": parameters(job.policy), "scorer": parameters(scorer)}

@@ -10,14 +10,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from mmrl.rewards.scoring import score
-from mmrl.rollout import BranchPlan, Forecast, OutcomeReward, Prompt, Sample, check_prompts
+from mmrl.rollout import BranchPlan, Forecast, OutcomeReward, Prompt, Rollout, Sample, check_prompts
+from mmrl.rollout_folder import RolloutFolder
 from mmrl.search import curves
 from mmrl.search.core import best
 from mmrl.search.run import bar, claim
@@ -36,12 +38,15 @@ class Found:
 
     samples: n independent ones per prompt. scores: the scorer's number for each; higher is better.
     policy_calls: network rows, summed. scorer_calls: candidates scored on the way, without the `scores`.
+    rollout: what was grown, sample j of prompt p as its prompt p n + j, the candidates beside those that went on;
+        `Sample.step` are its leaves.
     """
 
     samples: list[list[Sample]]
     scores: list[list[float]]
     policy_calls: int
     scorer_calls: int
+    rollout: Rollout | None = None
 
 
 class SampleSearcher(Protocol):
@@ -89,6 +94,7 @@ def best_of_k(
     prompts_per_batch: int = 64,
     max_unscored: float = 0.2,
     about: Mapping[str, Any] | None = None,
+    rollouts: RolloutFolder | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Search with every k (and with 1), write results.jsonl and report.json, and return the report.
@@ -101,6 +107,8 @@ def best_of_k(
         n: samples per prompt; smaller numbers 1, 2, 4, .. come from the same pool.
         judges: numbers on a set of samples that show whether the scorer is being exploited.
         about: JSON values that name policy and scorer; a folder made with others is refused.
+        rollouts: where the trees of the largest k go, verdicts as outcomes and the scores at their ends as values; a
+            batch per sample, since each of a prompt's samples began with noise of its own.
 
     Raises:
         ValueError: n or a k below 1, no prompts, the folder holds another search, or a policy that cannot search so.
@@ -115,12 +123,17 @@ def best_of_k(
     claim(folder, record)
     pools = {x: _Pool() for x in tried}
     plain = _Pool()
+    if rollouts is not None:
+        rollouts.keep(())
     with bar(len(prompts), 0, progress) as advance:
         for i in range(0, len(prompts), prompts_per_batch):
             batch = prompts[i : i + prompts_per_batch]
             _generate(plain, policy, batch, verifier, seed, max_unscored)
             for x, pool in pools.items():
-                _fill(pool, policy.search, batch, scorer, verifier, (n, x, seed), max_unscored)
+                found, verdicts = _fill(pool, policy.search, batch, scorer, verifier, (n, x, seed), max_unscored)
+                if rollouts is not None and x == tried[-1]:
+                    for rollout in _trees(found, verdicts, batch, n):
+                        rollouts.append(rollout)
             advance(len(batch))
     _write_rows(folder / "results.jsonl", prompts, plain, pools)
     calls = policy.forecast(BranchPlan({})).independent_calls
@@ -148,8 +161,8 @@ def _fill(
     verifier: OutcomeReward,
     how: tuple[int, int, int],
     limit: float,
-) -> None:
-    """Add the samples of some prompts. how: n, k, seed."""
+) -> tuple[Found, list[float]]:
+    """Add the samples of some prompts; returns them with their verdicts. how: n, k, seed."""
     n, k, seed = how
     start = time.perf_counter()
     found = search(prompts, scorer, n=n, k=k, seed=seed)
@@ -162,6 +175,22 @@ def _fill(
     for m in curves.sizes(n):
         picks = [own[best(s[:m])] for own, s in zip(found.samples, found.scores, strict=True)]
         pool.picks.setdefault(m, []).extend(picks)
+    return found, verdicts
+
+
+def _trees(found: Found, verdicts: Sequence[float], prompts: Sequence[Prompt], n: int) -> list[Rollout]:
+    """Of each of the n samples, the trees of all prompts."""
+    if found.rollout is None:
+        raise ValueError("this policy does not tell what it grew in a search; leave `rollouts` out")
+    tree = found.rollout.tree
+    leaves = torch.tensor([s.step for own in found.samples for s in own])
+    value = tree.value.clone()
+    value[leaves] = torch.tensor([x for own in found.scores for x in own], dtype=torch.float64)
+    tree = tree.with_outcomes(leaves, torch.tensor(verdicts, dtype=torch.float64)).replace(value=value)
+    about = dict(found.rollout.about) | {"grown_by": "best_of_k"}
+    whole = replace(found.rollout, tree=tree, about=about)
+    parts = [whole.select(range(j, len(whole.prompts), n)) for j in range(n)]
+    return [replace(part, prompts=list(prompts)) for part in parts]
 
 
 def _verdicts(samples: Sequence[Sample], verifier: OutcomeReward, limit: float) -> list[float]:

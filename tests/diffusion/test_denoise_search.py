@@ -6,19 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import TinyTask, brightness
+from tiny import recipe as latent_recipe
 from torch import nn
 
 from diffusion.adapters.dit import DiTAdapter
 from diffusion.latent_reward import LatentReward
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
-from mmrl.config import ConfigError, load_section, parse_config
+from mmrl.config import ConfigError, load_section, parse_config, trainer_config
 from mmrl.jobs import run_search
 from mmrl.registry import ComponentError
 from mmrl.rewards.scoring import RewardError
-from mmrl.rollout import BranchPlan, Forecast, Prompt, Sample
+from mmrl.rollout import BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.search.recipe import SearchConfig
 from mmrl.search.samples import Found, best_of_k
+from mmrl.trainers import trainer_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"
 PROMPTS = TinyTask().eval_prompts[:3]
@@ -236,3 +238,40 @@ def test_recipes_that_cannot_run(tiny_model, tmp_path, sections, match):
 def test_the_recipe_is_read():
     config = load_section(CONFIGS / "digits_search.yaml", SearchConfig, [])
     assert config.method.name == "best_of_k" and config.policy.options["noise"] == "all"
+
+
+# ---- the trees it keeps -------------------------------------------------------------------------------------------
+
+
+def test_a_stored_search_trains_step_preferences(tiny_model, tmp_path):
+    """The candidates that were tried are siblings of those that went on: LPO learns from them without sampling."""
+    sections = {"split": "train", "rollouts": str(tmp_path / "trees"), "prompts": 4}
+    for _ in range(2):  # started again it stores the same
+        report = run_search(recipe(tiny_model, tmp_path / "s", **sections))
+    stored = [Rollout.load(f) for f in sorted((tmp_path / "trees").glob("0*"))]
+    assert [[p.id for p in r.prompts] for r in stored] == [[p.id for p in TinyTask().prompts[:4]]] * 2
+    rows = [json.loads(line) for line in (tmp_path / "s" / "results.jsonl").read_text().splitlines()]
+    for j, rollout in enumerate(stored):
+        tree = rollout.tree
+        assert bool((torch.bincount(tree.sib)[tree.sib[tree.depth < STEPS - 1]] == 4).all())
+        ends = tree.is_finished.nonzero().flatten()
+        assert len(ends) == 4 and torch.equal(tree.value[ends], tree.value[~tree.value.isnan()])
+        assert tree.outcome[ends].tolist() == pytest.approx([row["k4"]["rewards"][j] for row in rows])
+        assert tree.value[ends].tolist() == pytest.approx([row["k4"]["scores"][j] for row in rows])
+    outcomes = torch.cat([r.tree.outcome for r in stored])
+    assert report["reward"]["n1/k4"]["mean"] == pytest.approx(float(outcomes.nanmean()))
+    tree = latent_recipe(
+        tiny_model, tmp_path / "r", rollouts=str(tmp_path / "trees"), trainer="step_preference",
+        policy={"steps": STEPS, "noise": "all", "candidates": 4},
+        pairs={"name": "extremes", "by": "step_reward"},
+        step_rewards=[{"name": "test_denoise_search:latent_mean"}],
+    )  # fmt: skip
+    tree = {k: v for k, v in tree.items() if k not in ("credit", "plan")} | {"loss": {"name": "dpo", "beta": 100.0}}
+    trainer = trainer_of(parse_config(tree, model=trainer_config(tree)))
+    told = trainer.iterate(0)
+    assert told["preference/pairs"] == 4 * (STEPS - 1) and told["policy/grad_norm"] > 0
+    assert told["preference/loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def latent_mean(rollout):
+    return rollout.actions.payload["latent"].float().flatten(1).mean(1)
