@@ -18,7 +18,7 @@ from mmrl.rollout import BranchPlan
 from vision.growth import Decoding, Node, PromptTokens
 from vision.network import bare, encode_images, encoder_outputs, masked_scores
 from vision.passes import left_pad, pad_positions
-from vision.step_rule import StepRule
+from vision.step_rule import StepRule, UnsureRule
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,15 @@ class _Decoder:
         past.batch_select_indices(torch.tensor(origin, device=self.device))
         while rows:
             tokens, logp = self._draw(rows, logits)
+            if isinstance(self.rule, UnsureRule):
+                unsure = self.rule.unsure(logp, entropy(logits, self.decoding))
+                rows, origin = self._forked_before(rows, unsure.tolist())
+                if not rows:
+                    break
+                index = torch.tensor(origin, device=self.device)
+                past.batch_select_indices(index)
+                logits, mask = logits[index], None if mask is None else mask[index]
+                tokens, logp = self._draw(rows, logits)  # the same for rows that were sure, by their noise
             rows, origin = self._advance(rows, tokens.tolist(), logp.tolist())
             if not rows:
                 break
@@ -111,6 +120,22 @@ class _Decoder:
             self.nodes.append(Node(prompt, parent, depth))
             rows.append(_Row(len(self.nodes) - 1, slot + j * stride, length))
         return rows
+
+    def _forked_before(self, rows: Sequence[_Row], unsure: Sequence[bool]) -> tuple[list[_Row], list[int]]:
+        """The rows with those that are unsure of their next token replaced by children, and the row of each."""
+        live: list[_Row] = []
+        origin: list[int] = []
+        for r, (row, is_unsure) in enumerate(zip(rows, unsure, strict=True)):
+            node = self.nodes[row.node]
+            depth = node.depth + 1
+            own = [row]
+            if is_unsure and node.ids and depth < self.decoding.max_steps:
+                node.end = "step"
+                stops = depth == self.decoding.stop_after
+                own = [] if stops else self._children(node.prompt, row.node, depth, row.slot, row.length)
+            live += own
+            origin += [r] * len(own)
+        return live, origin
 
     def _draw(self, rows: Sequence[_Row], logits: Tensor) -> tuple[Tensor, Tensor]:
         where = torch.tensor([[self.nodes[r.node].prompt, r.length, r.slot] for r in rows])
@@ -185,6 +210,12 @@ def draw(logits: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, T
         u = uniform.to(logits.device) * total[:, -1] * (1 - 1e-6)
         tokens = torch.searchsorted(total, u[:, None], right=True)[:, 0]
     return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+
+
+def entropy(logits: Tensor, decoding: Decoding) -> Tensor:
+    """(R,) float32 entropies in nats of the distributions that tokens are drawn from."""
+    logp = masked_scores(logits, decoding.temperature or 1.0, decoding.banned).log_softmax(-1)
+    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)  # banned ids: 0 * -inf is no number
 
 
 def noise_table(seed: int, tokens: int, leaves: int) -> Tensor:

@@ -46,7 +46,7 @@ from vision.passes import Job, TokenTree, build_job
 from vision.prompts import PromptEncoder
 from vision.rollout_trees import RolloutTrees, step_batches
 from vision.settings import TOKEN_DEFAULTS, Settings
-from vision.step_rule import StepRule
+from vision.step_rule import UNSURE, StepRule, step_rule
 from vision.turns import grow_turns
 
 
@@ -113,7 +113,8 @@ class VisionPolicy:
 
         Args:
             model: "shapes" (the built-in tiny model, made on first use), a folder, or a hub name.
-            steps: where a step ends: line, blank_line, numbered, tag, or special_token:<the token>.
+            steps: where a step ends: line, blank_line, numbered, tag, special_token:<the token>; or where one begins:
+                entropy:<nats> or confidence:<probability>, see `vision.step_rule.UnsureRule`.
             attn: sdpa, eager, flash_attention_2 (no packing), or mmrl_flex: FlexAttention in the update, on a GPU.
             lora_rank: 0 trains all weights; above 0 trains LoRA on the language model's projections, and the
                 reference for the KL is the model with the adapter off.
@@ -125,15 +126,17 @@ class VisionPolicy:
             settings: fields of `Settings`.
         """
         chosen = Settings(**settings)
+        if engine == "vllm" and steps.partition(":")[0] in UNSURE:
+            raise ValueError(
+                f"policy.steps={steps}: vLLM does not tell entropies while it samples; take engine: transformers"
+            )
         if model == "shapes":
             from vision.tasks.shapes_base import shapes_base
 
             model = str(shapes_base())
         processor = load_processor(model)
         hf = trainable_model(model, dtype, attn, lora_rank, train_vision, chosen.gradient_checkpointing)
-        name, _, token = steps.partition(":")
-        size = bare(hf).config.get_text_config().vocab_size
-        rule = StepRule(tokenizer_of(processor), name, token=token or None, vocab_size=size)
+        rule = step_rule(tokenizer_of(processor), steps, bare(hf).config.get_text_config().vocab_size)
         other = None
         if engine == "vllm":
             other = vllm_engine(

@@ -1,16 +1,20 @@
-"""Where a sampled step ends: a rule on token ids, so that spans are those of what was sampled."""
+"""Where a sampled step ends: a rule on token ids or on how sure the policy was, so that spans are those of what was
+sampled."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # a blank is ASCII white space: its bytes never are part of another character, so tables of single tokens are exact
 _BLANK = " \t\n\r\v\f"
 RULES = ("line", "blank_line", "numbered", "tag", "special_token")
+UNSURE = ("entropy", "confidence")
 
 
 class StepRule:
@@ -52,7 +56,7 @@ class StepRule:
                 vocabulary that can complete the separator.
         """
         if rule not in RULES:
-            raise ValueError(f"unknown step rule {rule!r}; known: {', '.join(RULES)}")
+            raise ValueError(f"unknown step rule {rule!r}; known: {', '.join((*RULES, *UNSURE))}")
         texts = token_texts(tokenizer, vocab_size)
         separator, last = _separator(rule, tag)
         if rule == "special_token":
@@ -96,6 +100,53 @@ class StepRule:
     def is_blank(self, ids: Sequence[int]) -> bool:
         """Whether `ids` bring no content: white space, separators, bos, eos and pad alone."""
         return self._blank.fullmatch("".join([self._texts[i] for i in ids])) is not None
+
+
+class UnsureRule(StepRule):
+    """A step begins with a token that the policy was unsure of; nothing in the text ends one.
+
+        entropy:LIMIT      the distribution that the token was drawn from has more than LIMIT nats (EDU-PRM: 1.0)
+        confidence:LIMIT   the token drawn has at most the probability LIMIT (AdaptiveStep, whose threshold is the
+                           2 % quantile over many responses)
+
+    A tree forks before that token: every child draws its own first token from the distribution that was unsure. Both
+    are measured on the distribution that is sampled, temperature and banned tokens included. A written text, which
+    has neither, is one step.
+    """
+
+    def __init__(self, tokenizer: Any, measure: str, limit: float, *, vocab_size: int | None = None) -> None:
+        """measure: entropy or confidence.
+
+        Raises:
+            ValueError: a limit that is not positive, or a confidence of 1 and more.
+        """
+        super().__init__(tokenizer, "line", vocab_size=vocab_size)
+        self.measure, self.limit = measure, limit
+        if not 0 < limit < (1 if measure == "confidence" else math.inf):
+            wanted = "a probability below 1" if measure == "confidence" else "nats"
+            raise ValueError(f"policy.steps={measure}:{limit:g}: the limit is {wanted}, above 0")
+        self.candidates = torch.zeros_like(self.candidates)
+        self._may_end = self.candidates.tolist()
+
+    def unsure(self, logp: Tensor, entropy: Tensor) -> Tensor:
+        """(R,) bool from the log-probs of the tokens drawn and the entropies of what they were drawn from, in nats."""
+        return entropy > self.limit if self.measure == "entropy" else logp <= math.log(self.limit)
+
+
+def step_rule(tokenizer: Any, steps: str, vocab_size: int | None = None) -> StepRule:
+    """The rule of a recipe's `policy.steps`: a name, for some with a token or a number behind a colon.
+
+    Raises:
+        ValueError: an unknown rule, or a part behind the colon that it cannot take.
+    """
+    name, _, part = steps.partition(":")
+    if name not in UNSURE:
+        return StepRule(tokenizer, name, token=part or None, vocab_size=vocab_size)
+    try:
+        limit = float(part)
+    except ValueError:
+        raise ValueError(f"policy.steps={steps!r}: give a number behind the colon, such as {name}:0.5") from None
+    return UnsureRule(tokenizer, name, limit, vocab_size=vocab_size)
 
 
 def token_texts(tokenizer: Any, vocab_size: int | None = None) -> list[str]:
