@@ -18,10 +18,10 @@ from mmrl.annotate.monte_carlo import MonteCarlo
 from mmrl.annotate.omega import Omega
 from mmrl.annotate.output import summary, write_report
 from mmrl.annotate.recipe import AnnotateConfig
-from mmrl.annotate.refine import consensus, scan
 from mmrl.annotate.run import LabelRule, annotate, merge_ranks
+from mmrl.annotate.select import unsure
 from mmrl.annotate.store import CompletionStore
-from mmrl.config import Component, ConfigError
+from mmrl.config import ConfigError
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Kind, SolutionRecord, Step
@@ -55,6 +55,13 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
     given, bad = _solutions(config)
     job = _Job(config)
     job.writes()
+    chosen = {}
+    if config.active is not None and given is not None:
+        scorers = [job.scorer(s) for s in config.active.scorers]
+        solutions, given = given, unsure(given, scorers, d_p=config.active.d_p, d_std=config.active.d_std)
+        chosen = {"active": {"solutions": len(solutions), "unsure": len(given)}}
+        if not given:
+            raise ValueError("active: the scorers are sure of every solution; lower active.d_std or raise active.d_p")
     name, options = config.method.name, config.method.options
     with job.files:
         if _completes(name):
@@ -71,7 +78,7 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
                 rollouts=job.rollouts({"records": str(config.records)}),
             )  # fmt: skip
         if job.rank == 0:
-            report |= {"unusable_prompts": job.lost, "unreadable_rows": count_reasons(bad)}
+            report |= chosen | {"unusable_prompts": job.lost, "unreadable_rows": count_reasons(bad)}
             report = _finish(config, job, report)
     return report
 
@@ -101,13 +108,15 @@ def _check_names(config: AnnotateConfig) -> None:
     completes = _completes(config.method.name)
     options = {k: v for k, v in config.method.options.items() if completes or k != "solutions"}
     find("annotations", config.method.name).check(options, "method")
+    if config.active is not None and config.records is None:
+        raise ConfigError("active chooses among given solutions; name their file in `records`")
     for kind in (config.inject.kinds if config.inject else None) or ():
         _known("inject.kinds", kind, get_args(Kind))
     if config.refine is None:
         return
-    _known("refine.name", config.refine.name, ("scan", "consensus"))
+    options = find("refinements", config.refine.name).check(config.refine.options, "refine")
     if config.refine.name == "consensus":
-        judge = str(_judge_of(config.refine).get("name", ""))
+        judge = str(options.get("judge", {"name": "judge"}).get("name", ""))
         if _completes(judge):
             raise ConfigError(f"refine.judge.name={judge!r} samples completions; take one that reads solutions: judge")
     if not completes and config.records is None:
@@ -145,7 +154,8 @@ def _finish(config: AnnotateConfig, job: _Job, report: dict[str, Any]) -> dict[s
         if kind_of is not None:
             records = [_with_kinds(r, kind_of) for r in records]
         if config.refine is not None:
-            records, report["refined"] = _refined(config.refine, records, job)
+            refine = build("refinements", "refine", config.refine.name, config.refine.options, context=job)
+            records, report["refined"] = refine(records)
         if config.inject is not None:
             planted = with_errors(records, seed=config.seed, **config.inject.model_dump())
             records, report["injected"] = [*records, *planted], len(planted)
@@ -160,20 +170,6 @@ def _finish(config: AnnotateConfig, job: _Job, report: dict[str, Any]) -> dict[s
         what = "refine left none" if "refined" in report else "the method found no question to learn from"
         raise ValueError(f"no solution was labelled or kept; {first or what}. See {told}")
     return report
-
-
-def _judge_of(refine: Component) -> dict[str, Any]:
-    return dict(refine.options.get("judge", {"name": "judge"}))
-
-
-def _refined(refine: Component, records: Sequence[SolutionRecord], job: _Job) -> Any:
-    options = refine.options
-    if refine.name == "scan":
-        return call(scan, "refine", options, records)
-    options.pop("judge", None)
-    judge = _judge_of(refine)
-    labeller = build("annotations", "refine.judge", str(judge.pop("name")), judge, context=job)
-    return call(consensus, "refine", options, records, labeller)
 
 
 def _with_kinds(record: SolutionRecord, kind_of: Callable[[str], Any]) -> SolutionRecord:

@@ -122,6 +122,7 @@ add_kind(
         writes=_GROWN,
     )
 )
+add_kind(Kind("refinements", "refinement", ("mmrl.annotate.refine",), arguments=1, keywords=("context",)))
 add_kind(Kind("label_rules", "label rule", ("mmrl.annotate.targets",), arguments=1, keywords=("start",)))
 add_kind(
     Kind(

@@ -26,7 +26,8 @@ def chain(name: str, operations: int, seed: int = 0) -> Prompt:
     rng = random.Random(f"{seed}/{name}")
     ops = [rng.choice("+-*") + str(rng.randint(2, 9)) for _ in range(operations)]
     prompt = Prompt(name, {"question": " ".join([str(rng.randint(1, 9)), *ops]), "images": []})
-    return Prompt(name, prompt.inputs, {"answer": str(numbers(prompt)[-1])})
+    solution = "".join(write(prompt, 0, numbers(prompt)[0]))
+    return Prompt(name, prompt.inputs, {"answer": str(numbers(prompt)[-1]), "solution": solution})
 
 
 def numbers(prompt: Prompt) -> list[int]:

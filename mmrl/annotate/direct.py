@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mmrl.annotate.consensus import vote
 from mmrl.annotate.denoise import pseudo_labels
@@ -16,10 +16,11 @@ from mmrl.annotate.judge import judge_prompt, parse_critique, parse_first_error
 from mmrl.annotate.labels import Labels, labels_up_to, local_first_error
 from mmrl.annotate.monte_carlo import Solution, as_state, sample_solutions
 from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
+from mmrl.annotate.spare import read_spare
 from mmrl.annotate.store import CompletionStore, Estimator
 from mmrl.annotate.trees import solution_trees
 from mmrl.growth import rollout_for
-from mmrl.prm.records import SolutionRecord
+from mmrl.prm.records import SolutionRecord, reference_solution
 from mmrl.prm.records_io import check_record, record_to_json
 from mmrl.prm.scoring import ScorerSpec, admitted, score_records
 from mmrl.registry import register
@@ -28,6 +29,7 @@ from mmrl.rollout_folder import RolloutFolder
 
 log = logging.getLogger(__name__)
 
+Asked = Literal["first_error", "critique", "reference"]
 Labeller = Callable[[Sequence[SolutionRecord]], list[Labels | None]]  # None = this solution cannot be labelled
 
 
@@ -60,18 +62,17 @@ def by_judge(
     store: CompletionStore,
     *,
     votes: int = 1,
-    ask: str = "first_error",
+    ask: Asked = "first_error",
     seed: int = 0,
     batch: int = 64,
 ) -> Labeller:
     """A policy reads each solution `votes` times and its verdicts are put to the vote, step by step (SPARK).
 
-    ask: "first_error" (ProcessBench's index; what follows it is unlabelled) or "critique" (an analysis per step).
+    ask: "first_error" (ProcessBench's index; what follows it is unlabelled), "critique" (an analysis per step), or
+        "reference" (every step beside the reference solution of its question, which the record must have: SPARE).
     store: keeps the readings, so that none is paid twice; it counts those that cannot be parsed as unscored. They do
         not vote; a solution without any other, or one that the judge cannot take, is not labelled.
     """
-    if ask not in ("first_error", "critique"):
-        raise ValueError(f"judge: ask={ask!r} is none of first_error, critique")
 
     def label(records: Sequence[SolutionRecord]) -> list[Labels | None]:
         asked = {r.id: p for r in records if (p := _question(r, ask)) is not None}
@@ -113,8 +114,8 @@ def scorer_labels(scorer: ScorerSpec, threshold: float | None = None, *, context
     return by_scorer(context.scorer(scorer), threshold=threshold)
 
 
-@register("annotations", "judge", writes=("outcome", "step_reward"), source="SPARK")
-def judge_labels(votes: int = 1, ask: str = "first_error", *, context: LabelContext) -> Labeller:
+@register("annotations", "judge", writes=("outcome", "step_reward"), source="SPARK; SPARE")
+def judge_labels(votes: int = 1, ask: Asked = "first_error", *, context: LabelContext) -> Labeller:
     """`by_judge` by the recipe's policy."""
     return by_judge(context.policy, context.readings, votes=votes, ask=ask, seed=context.seed, batch=context.batch)
 
@@ -125,24 +126,26 @@ def outcome_labels() -> Labeller:
     return by_outcome
 
 
-def _voted(store: CompletionStore, state: State, steps: int, votes: int, ask: str) -> Labels | None:
+def _voted(store: CompletionStore, state: State, steps: int, votes: int, ask: Asked) -> Labels | None:
     parsed = [_read("".join(c.written.steps), steps, ask) for c in store.completions(state)[:votes]]
     known = [p for p in parsed if p is not None]
     return vote(known) if known else None
 
 
-def _read(text: str, steps: int, ask: str) -> Labels | None:
+def _read(text: str, steps: int, ask: Asked) -> Labels | None:
     if ask == "critique":
         critique = parse_critique(text, steps)
         return critique.labels if any(y is not None for y in critique.labels) else None
+    if ask == "reference":
+        return read_spare(text, steps)
     first = parse_first_error(text, steps)
     return None if first is None else labels_up_to(first, steps)
 
 
-def _question(record: SolutionRecord, ask: str) -> Prompt | None:
+def _question(record: SolutionRecord, ask: Asked) -> Prompt | None:
     """What the judge is asked, None for a solution that cannot be put to it."""
     try:
-        text = judge_prompt(record.question, record.texts, ask)  # type: ignore[arg-type]
+        text = judge_prompt(record.question, record.texts, ask, reference_solution(record.prompt) or "")
     except ValueError as error:
         log.warning("record %r is not judged: %s", record.id, error)
         return None

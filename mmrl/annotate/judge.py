@@ -46,7 +46,26 @@ Below are a question and the beginning of a solution to it, cut into paragraphs 
 
 Is paragraph {last} right, given what stands before it? Answer with one word, Yes or No."""
 
-_PROMPTS = {"first_error": _FIRST_ERROR, "critique": _CRITIQUE, "step": _STEP}
+_REFERENCE = """\
+Below are a question, a reference solution that is right, and a student's solution, cut into steps that are counted \
+from 1.
+
+[Question]
+{question}
+
+[Reference]
+{reference}
+
+[Solution]
+{solution}
+
+Compare each step of the student's solution with the part of the reference that it corresponds to, and decide whether \
+the step is right. Answer with a JSON list that has one object for every step, in order:
+[{{"student_step": 1, "reference": "what the step was compared with", "label": "CORRECT" or "INCORRECT"}}, ...]"""
+
+_PROMPTS = {"first_error": _FIRST_ERROR, "critique": _CRITIQUE, "step": _STEP, "reference": _REFERENCE}
+Ask = Literal["first_error", "critique", "step", "reference"]
+
 _PLAIN_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 _ANALYSIS = re.compile(r"<analysis_(\d{1,6})>(.*?)</analysis_\1>", re.DOTALL)
 _VERDICTS = dict.fromkeys(("yes", "correct", "right", "true"), True)
@@ -68,16 +87,21 @@ def paragraphs(steps: Sequence[str]) -> str:
     return "\n\n".join(f"<paragraph_{i}>\n{step}\n</paragraph_{i}>" for i, step in enumerate(steps))
 
 
-def judge_prompt(
-    question: str, steps: Sequence[str], ask: Literal["first_error", "critique", "step"] = "first_error"
-) -> str:
-    """A prompt for the index of the first error, an analysis of every step, or Yes/No about the last of `steps`.
+def judge_prompt(question: str, steps: Sequence[str], ask: Ask = "first_error", reference: str = "") -> str:
+    """A prompt for the index of the first error, an analysis of every step, Yes/No about the last of `steps`, or every
+    step's label beside a reference solution.
 
-    Read the replies with `parse_first_error`, `parse_critique` and `parse_verdict`.
+    Read the replies with `parse_first_error`, `parse_critique`, `parse_verdict` and `mmrl.annotate.spare.read_spare`.
     """
     if ask not in _PROMPTS:
         raise ValueError(f"ask={ask!r} is none of {', '.join(_PROMPTS)}")
-    return _PROMPTS[ask].format(question=question, solution=paragraphs(steps), last=len(steps) - 1)
+    if ask == "reference":
+        if not reference:
+            raise ValueError("no reference solution to compare with")
+        solution = "\n\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, start=1))
+    else:
+        solution = paragraphs(steps)
+    return _PROMPTS[ask].format(question=question, solution=solution, last=len(steps) - 1, reference=reference)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

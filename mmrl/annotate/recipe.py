@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import PositiveInt
 
+from mmrl.annotate.select import ActiveConfig
 from mmrl.config import Component, Section
 from mmrl.recipe import JobConfig
 from mmrl.registry import of_kind
@@ -36,6 +37,7 @@ class AnnotateConfig(JobConfig):
 
     records: Path | None = None  # solutions to label; null = the policy writes `method.solutions` per question
     format: Annotated[str | dict[str, Any], of_kind("formats")] = "records"  # of `records`
+    active: ActiveConfig | None = None  # of `records`, only those that several scorers are not sure of
     label: LabelConfig = LabelConfig()  # for monte_carlo and omega
-    refine: Component | None = None  # scan, or consensus with a scorer or judge
+    refine: Component | None = None  # scan, consensus with a scorer or judge, balanced_information
     inject: InjectConfig | None = None  # add copies of right solutions with one planted error

@@ -1,21 +1,27 @@
-"""Second looks at Monte-Carlo labels: SCAN's denoising, and keeping what a judge agrees with."""
+"""Second looks at Monte-Carlo labels: SCAN's denoising, keeping what a judge agrees with, or what tells most."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from statistics import fmean
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeFloat
 
 from mmrl.annotate.consensus import Rule, filter_records
 from mmrl.annotate.denoise import scan_labels, scan_use
-from mmrl.annotate.direct import Labeller
+from mmrl.annotate.direct import LabelContext, Labeller
 from mmrl.annotate.labels import labels_up_to, local_first_error, mc_first_error
 from mmrl.annotate.targets import mc_values
 from mmrl.prm.records import SolutionRecord
+from mmrl.registry import build, register
 
 Refined = tuple[list[SolutionRecord], dict[str, Any]]  # what is left, and a report
 
 
+@register("refinements", "scan", source="SCAN")
 def scan(records: Sequence[SolutionRecord], *, eps: float = 0.5, window: int = 2) -> Refined:
     """SCAN: right solutions of questions the annotator knows are all right, wrong ones get windowed soft labels.
 
@@ -62,3 +68,48 @@ def consensus(
     told: Mapping[str, Any] = asdict(report)
     confusion = {f"{a},{b}": n for (a, b), n in report.confusion.items()}
     return kept, {"refine": "consensus", "rule": rule, **told, "confusion": confusion}
+
+
+@register("refinements", "consensus", source="The Lessons of Developing PRMs; VL-PRM")
+def judged_consensus(
+    records: Sequence[SolutionRecord],
+    *,
+    judge: Mapping[str, Any] = {"name": "judge"},
+    rule: Rule = "exact",
+    threshold: float = 0.0,
+    context: LabelContext,
+) -> Refined:
+    """`consensus` with an annotation method that has an opinion on solutions: its name and options."""
+    options = dict(judge)
+    labeller = build("annotations", "refine.judge", str(options.pop("name", "")), options, context=context)
+    return consensus(records, labeller, rule=rule, threshold=threshold)
+
+
+@register("refinements", "balanced_information", source="Balanced-Information Score")
+def balanced_information(
+    records: Sequence[SolutionRecord], *, share: Annotated[float, Field(gt=0, le=1)], alpha: NonNegativeFloat = 0.05
+) -> Refined:
+    """Keep the `share` of every source's solutions that tell most: mixed labels, with reliable right ones.
+
+    The score is (p (1 - p) + alpha) R, p the share of sampled steps with a value above 0 and R the mean value of those
+    (1 without any). Of a source with n solutions the ceil(share n) highest stay, the earlier on ties; one that nothing
+    was sampled of is left out.
+    """
+    by_source: dict[str, list[tuple[float, int]]] = {}
+    for i, record in enumerate(records):
+        values = [v for v in mc_values(record.mc or ()) if v is not None]
+        if values:
+            by_source.setdefault(record.source, []).append((-information(values, alpha), i))
+    kept: list[int] = []
+    for rows in by_source.values():
+        count = math.ceil(share * len(rows) - 1e-9)  # 0.07 * 100 is 7.000000000000001
+        kept += [i for _, i in sorted(rows)[:count]]
+    report = {"refine": "balanced_information", "kept_frac": len(kept) / max(len(records), 1)}
+    return [records[i] for i in sorted(kept)], report
+
+
+def information(values: Sequence[float], alpha: float = 0.05) -> float:
+    """(p (1 - p) + alpha) R of one solution's sampled values, see `balanced_information`."""
+    above = [v for v in values if v > 0]
+    p = len(above) / len(values)
+    return (p * (1 - p) + alpha) * (fmean(above) if above else 1.0)

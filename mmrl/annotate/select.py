@@ -1,24 +1,53 @@
-"""Which solutions are worth an annotator's or a trainer's time: ActPRM, the Balanced-Information Score."""
+"""Which solutions are worth an annotator's time: those that an ensemble of scorers is not sure of (ActPRM)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from mmrl.annotate.targets import Values, soft
+from pydantic import Field
+
+from mmrl.config import Section
+from mmrl.prm.records import SolutionRecord
+from mmrl.prm.scoring import ScorerSpec, score_records
+from mmrl.rollout import StepReward
+
+
+class ActiveConfig(Section):
+    """Leave out of `records` what the scorers agree on and are sure of."""
+
+    scorers: list[ScorerSpec] = Field(min_length=2)  # saved scorers, such as one recipe run with several seeds
+    d_p: float = 0.9  # sure: mean probability at least d_p or at most 1 - d_p; above 1 nobody is
+    d_std: float = 0.01  # agreed: standard deviation (ddof 1) at most d_std
+
+
+def unsure(
+    records: Sequence[SolutionRecord], scorers: Sequence[StepReward], *, d_p: float, d_std: float
+) -> list[SolutionRecord]:
+    """The solutions that go to the annotator: some scorer cannot take them, or they are not confident together.
+
+    The choice shifts the share of right labels.
+    """
+    scored = zip(*(score_records(s, records) for s in scorers), strict=True)
+    kept = []
+    for record, rows in zip(records, scored, strict=True):
+        heads = [row for row in rows if row is not None and all(p == p for p in row)]
+        if len(heads) < len(rows) or not is_confident(heads, d_p=d_p, d_std=d_std):
+            kept.append(record)
+    return kept
 
 
 def is_confident(heads: Sequence[Sequence[float]], *, d_p: float = 0.9, d_std: float = 0.01) -> bool:
-    """ActPRM: whether the heads agree and are sure on every step up to the first they call wrong.
+    """Whether n scorers agree and are sure on every step up to the first they call wrong.
 
-    u = first t with mean < 1/2, else the last; confident iff for all t <= u: std <= d_std (ddof 1) and
-    (mean >= d_p or mean <= 1 - d_p). d_p > 1 or d_std < 0 makes nothing confident.
+    u = first t with mean < 1/2, else the last; confident iff for all t <= u: std <= d_std and (mean >= d_p or mean <=
+    1 - d_p).
 
     Args:
         heads: (n, T) probabilities in [0, 1] that step t is right, n >= 2.
 
     Raises:
-        ValueError: fewer than two heads, rows of different lengths, no steps.
+        ValueError: fewer than two, rows of different lengths, no steps.
     """
     if len(heads) < 2 or len({len(h) for h in heads}) != 1 or not heads[0]:
         raise ValueError(f"heads must be n >= 2 rows of one length T >= 1, not of lengths {[len(h) for h in heads]}")
@@ -29,27 +58,3 @@ def is_confident(heads: Sequence[Sequence[float]], *, d_p: float = 0.9, d_std: f
         if mean < 0.5:
             break
     return True
-
-
-def to_annotate(batch: Sequence[Sequence[Sequence[float]]], *, d_p: float = 0.9, d_std: float = 0.01) -> list[int]:
-    """Positions of the solutions that are not confident and go to the annotator; may be empty.
-
-    The choice shifts the share of right labels: report it.
-    """
-    return [i for i, heads in enumerate(batch) if not is_confident(heads, d_p=d_p, d_std=d_std)]
-
-
-def balanced_information(values: Values, alpha: float = 0.05) -> float:
-    """Balanced-Information Score (p (1 - p) + alpha) R: mixed labels, reliable right ones.
-
-    p: share of sampled steps with a value above 0; R: mean value of those, 1 without any.
-
-    Raises:
-        ValueError: no step was sampled.
-    """
-    known = [v for v in soft(values) if v is not None]
-    if not known:
-        raise ValueError("no step was sampled, so the solution has no score")
-    above = [v for v in known if v > 0]
-    p = len(above) / len(known)
-    return (p * (1 - p) + alpha) * (fmean(above) if above else 1.0)

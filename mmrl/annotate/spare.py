@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mmrl.annotate.labels import Labels
@@ -15,37 +14,20 @@ _STEP = re.compile(r"""["']?student_step["']?\s*[:=]\s*["']?(?:step\s*)?(\d{1,6}
 _LABEL = re.compile(r"""["']?label["']?\s*[:=]\s*["']?([A-Za-z_]+)""", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class SpareLabels:
-    """labels: None when no item could be read. malformed: items left out. missing: steps without an item."""
-
-    labels: Labels | None
-    malformed: int
-    missing: int
-
-
-def read_spare(text: str, num_steps: int, *, missing: float = 0.0) -> SpareLabels:
+def read_spare(text: str, num_steps: int) -> Labels | None:
     """Labels of a SPARE reply, a list of `{"student_step": 1-based, "label": "CORRECT" | "INCORRECT"}`.
 
     The list may stand in other text and be broken JSON. Any label but CORRECT is wrong; of several items for one step
-    a single wrong one makes it wrong. Items without step or label, or for a step that does not exist, are left out
-    and counted. When no item is left the reply is unparsed and its labels are None, never all wrong.
-
-    Args:
-        missing: label of a step without an item: 0 (SPARE's strict reading) or the outcome of the solution.
+    a single wrong one makes it wrong, and a step without an item is wrong (SPARE's strict reading). Items without step
+    or label, or for a step that does not exist, are left out. When no item is left the reply is unparsed: None, never
+    all wrong.
     """
     found: dict[int, bool] = {}
-    malformed = 0
     for item in _items(text):
         step, label = _step(item.get("student_step")), item.get("label")
-        if step is None or not 1 <= step <= num_steps or not isinstance(label, str):
-            malformed += 1
-            continue
-        found[step] = found.get(step, True) and label.strip().upper() == "CORRECT"
-    if not found:
-        return SpareLabels(None, malformed, num_steps)
-    labels = tuple(float(found.get(t, missing)) for t in range(1, num_steps + 1))
-    return SpareLabels(labels, malformed, num_steps - len(found))
+        if step is not None and 1 <= step <= num_steps and isinstance(label, str):
+            found[step] = found.get(step, True) and label.strip().upper() == "CORRECT"
+    return tuple(float(found.get(t, False)) for t in range(1, num_steps + 1)) if found else None
 
 
 def _items(text: str) -> list[Mapping[str, Any]]:

@@ -93,3 +93,12 @@ def record_of(prompt: Prompt, texts: Sequence[str]) -> SolutionRecord:
         answer=None if answer is None else str(answer),
         meta=known,
     )
+
+
+def reference_solution(prompt: Prompt) -> str | None:
+    """The written solution that a prompt brings: `reference["solution"]`, or the lines of `reference["steps"]`."""
+    reference = prompt.reference if isinstance(prompt.reference, Mapping) else {}
+    if isinstance(reference.get("solution"), str):
+        return str(reference["solution"])
+    steps = reference.get("steps")
+    return "\n".join(map(str, steps)) if isinstance(steps, list) and steps else None

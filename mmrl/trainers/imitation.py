@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.config import Section
+from mmrl.prm.records import reference_solution
 from mmrl.rollout import Policy, Prompt, Rollout
 from mmrl.tree import StepTree
 
@@ -38,15 +39,6 @@ def unsolved(rollout: Rollout, solved_at: float) -> list[Prompt]:
     return [p for i, p in enumerate(rollout.prompts) if i not in solved]
 
 
-def solution(prompt: Prompt) -> str | None:
-    """The reference solution: `reference["solution"]`, or the lines of `reference["steps"]`; None without either."""
-    reference = prompt.reference if isinstance(prompt.reference, dict) else {}
-    if isinstance(reference.get("solution"), str):
-        return str(reference["solution"])
-    steps = reference.get("steps")
-    return "\n".join(map(str, steps)) if isinstance(steps, list) and steps else None
-
-
 def references(policy: Policy, prompts: Sequence[Prompt]) -> Rollout | None:
     """The written solutions of those prompts that have one, None when none has.
 
@@ -55,7 +47,7 @@ def references(policy: Policy, prompts: Sequence[Prompt]) -> Rollout | None:
     """
     if not isinstance(policy, Writer):
         raise ValueError("imitation needs a policy that writes; set imitation.weight=0 for this one")
-    known = [(p, text) for p in prompts if (text := solution(p)) is not None]
+    known = [(p, text) for p in prompts if (text := reference_solution(p)) is not None]
     return policy.write([p for p, _ in known], [t for _, t in known]) if known else None
 
 

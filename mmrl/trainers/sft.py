@@ -17,11 +17,12 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from mmrl.prm.records import reference_solution
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.imitation import Writer, best_leaves, imitation_losses, references, solution
+from mmrl.trainers.imitation import Writer, best_leaves, imitation_losses, references
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
 
@@ -71,7 +72,7 @@ class ImitationTrainer:
         if not isinstance(self.policy, Writer):
             raise ValueError("source: reference needs a policy that writes; take source: samples for this one")
         asked = len(self.prompts)
-        self.prompts = [p for p in self.prompts if solution(p) is not None]
+        self.prompts = [p for p in self.prompts if reference_solution(p) is not None]
         if not self.prompts:
             raise ValueError(
                 f"none of {asked} prompts has a reference solution (reference.solution or reference.steps); take "

@@ -14,6 +14,7 @@ from processes import run_ranks
 from toy_extender import Killed, ToyExtender, chain, first_wrong, numbers, planted, verify, write
 from typer.testing import CliRunner
 
+from mmrl.annotate.refine import information
 from mmrl.cli import app
 from mmrl.prm.data import StepRecords
 from mmrl.prm.records_io import read_records, record_to_json, write_records
@@ -27,6 +28,7 @@ METHODS = {
     "scorer": {"name": "scorer", "scorer": "test_jobs:truth", "solutions": 3},
     "judge": JUDGE,
     "critique": JUDGE | {"ask": "critique"},
+    "reference": JUDGE | {"ask": "reference"},
     "outcome": {"name": "outcome", "solutions": 3},
 }
 
@@ -90,6 +92,16 @@ class Writer(ToyExtender):
         prompt = Prompt("", {"question": question.split("[Question]\n")[1].split("\n")[0]})
         steps = [p.split("\n")[1] for p in question.split("<paragraph_")[1:]]
         wrong = first_wrong(prompt, steps)
+        if "[Reference]" in question:
+            steps = [
+                p.split(": ", 1)[1] for p in question.split("[Solution]\n")[1].split("\n\n") if p.startswith("Step ")
+            ]
+            wrong = first_wrong(prompt, steps)
+            rows = [
+                {"student_step": i, "label": "INCORRECT" if i - 1 == wrong else "CORRECT"}
+                for i in range(1, len(steps) + 1)
+            ]
+            return "Compared:\n" + json.dumps(rows)
         if "<analysis_i>" not in question:
             return f"so \\boxed{{{wrong}}}"
         seen = steps if wrong < 0 else steps[: wrong + 1]
@@ -116,6 +128,13 @@ def truth(rollout):
     want = [write(p, 0, numbers(p)[0]) for p in rollout.prompts]
     texts = zip(rollout.texts, tree.group.tolist(), tree.depth.tolist(), strict=True)
     return torch.tensor([float(t.strip() == want[g][d].strip()) for t, g, d in texts])
+
+
+def truth_on_wrong_ones(rollout):
+    """The same, but not sure of anything in a solution that is right."""
+    right, tree = truth(rollout), rollout.tree
+    spoiled = torch.zeros(tree.num_groups, dtype=torch.bool).index_put((tree.group[right == 0],), torch.tensor(True))
+    return torch.where(spoiled[tree.group], right, 0.6)
 
 
 def constant(rollout):
@@ -192,7 +211,7 @@ def test_every_method_labels_the_first_error_and_reports_what_it_did(tmp_path, m
     assert report["quarantined"] == [] and report["unusable_prompts"] == 0 and report["unreadable_rows"] == {}
     judged = report["cost"].get("judge", {"completions": 0})["completions"]
     assert report["cost"]["paid"]["completions"] + judged == policy.completions
-    assert (judged > 0) == (method in ("judge", "critique"))
+    assert (judged > 0) == (method in ("judge", "critique", "reference"))
 
 
 @pytest.mark.parametrize(
@@ -246,6 +265,34 @@ def test_refinement_and_planted_errors_are_counted(tmp_path):
     assert report["first_error"] == {
         str(k): sum(r.first_error == k for r in planted_) for k in {r.first_error for r in planted_}
     }
+
+
+def test_what_tells_most_is_kept(tmp_path):
+    plain, _, _ = annotated(tmp_path / "plain")
+    kept, report, _ = annotated(tmp_path / "half", refine={"name": "balanced_information", "share": 0.5})
+    told = [information([c.correct / c.total for c in r.mc]) for r in plain]
+    bound = sorted(told, reverse=True)[len(kept) - 1]
+    assert len(kept) == (len(plain) + 1) // 2 and report["refined"]["kept_frac"] == len(kept) / len(plain)
+    assert {r.id for r, t in zip(plain, told, strict=True) if t > bound} <= {r.id for r in kept}
+    with pytest.raises(ValueError, match="refine.share"):
+        annotated(tmp_path / "none", refine={"name": "balanced_information", "share": 0})
+
+
+def test_only_what_the_scorers_are_unsure_of_is_labelled(tmp_path):
+    """Two scorers that are sure together of wrong solutions alone: ActPRM's filter before the annotator."""
+    solutions = [planted(chain(f"f{i}", 3), i % 4 if i % 2 else None, f"s{i}") for i in range(6)]
+    file = tmp_path / "given.jsonl"
+    write_records(file, solutions)
+    scorers = ["test_jobs:truth", "test_jobs:truth_on_wrong_ones"]
+    active = {"scorers": scorers}
+    records, report, _ = annotated(tmp_path / "a", "judge", records=str(file), active=active)
+    assert report["active"] == {"solutions": 6, "unsure": 3} and [r.id for r in records] == ["s0", "s2", "s4"]
+    with pytest.raises(ValueError, match="the scorers are sure of every solution"):
+        annotated(tmp_path / "b", "judge", records=str(file), active={"scorers": scorers[:1] * 2})
+    with pytest.raises(ValueError, match="active chooses among given solutions"):
+        annotated(tmp_path / "c", "judge", active=active)
+    with pytest.raises(ValueError, match=r"active\.scorers"):
+        annotated(tmp_path / "d", "judge", records=str(file), active={"scorers": scorers[:1]})
 
 
 def test_solutions_of_a_file_are_labelled(tmp_path):
@@ -303,11 +350,11 @@ BAD_RECIPES = [
     ({"method": {"name": "monte_calro"}}, "unknown annotation method 'monte_calro' .did you mean monte_carlo"),
     ({"method": {"name": "monte_carlo", "solution": 3}}, "method.solution=3 .did you mean solutions"),
     ({"method": {"name": "outcome", "solutions": 0}}, "method.solutions=0: at least 1"),
-    ({"method": {"name": "judge", "ask": "critic"}}, "ask='critic' is none of"),
+    ({"method": {"name": "judge", "ask": "critic"}}, "method.ask='critic': input should be 'first_error', 'critique' or 'reference'"),
     ({"method": {"name": "scorer", "scorer": "shapes_step"}}, "did you mean shapes_steps"),
     ({"method": {"name": "scorer", "scorer": "test_jobs:beyond"}}, "score 1.5 is no label in .0, 1.; give a threshold"),
     ({"label": {"name": "hard_gr"}}, "unknown label rule 'hard_gr' .did you mean hard_g"),
-    ({"refine": {"name": "consensu"}}, "refine.name='consensu' .*did you mean consensus"),
+    ({"refine": {"name": "consensu"}}, "unknown refinement 'consensu' .did you mean consensus"),
     ({"refine": {"name": "consensus", "judge": {"name": "jugde"}}}, "unknown annotation method 'jugde' .did you mean judge"),
     ({"refine": {"name": "consensus", "judge": {"name": "omega"}}}, "'omega' samples completions; take one that reads"),
     ({"refine": {"name": "scan"}, "method": METHODS["judge"]}, "looks at Monte-Carlo counts"),
@@ -585,7 +632,7 @@ def test_every_annotation_keeps_its_trees(tmp_path, method):
     rollouts = [Rollout.load(f) for f in sorted((tmp_path / "trees").glob("0*"))]
     assert sum(len(r.prompts) for r in rollouts) == 5
     made = sum(int(r.tree.is_leaf.sum()) for r in rollouts)
-    judged = len(records) * JUDGE["votes"] if method in ("judge", "critique") else 0
+    judged = len(records) * JUDGE["votes"] if method in ("judge", "critique", "reference") else 0
     assert made == writer.completions - judged == report["cost"]["paid"]["completions"]
     if METHODS[method]["name"] in ("monte_carlo", "omega"):
         return
