@@ -1,15 +1,14 @@
 """Published methods to compare with, on the sampler and rollouts of the others: their losses as terms of a rollout.
 
-`trainer: sample_loss` runs Diffusion-DPO, ReFL and DiffusionNFT (`LOSSES`); DDPO is a plan and an estimator of branch
+`trainer: sample_loss` runs Diffusion-DPO, ReFL and DiffusionNFT; DDPO is a plan and an estimator of branch
 GRPO, SPO a preset of step preferences with `CleanReward` as its judge.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Course
 from mmrl.credit import estimate
 from mmrl.preference import build_pairs
-from mmrl.registry import build, call, hint
+from mmrl.registry import build, register
 from mmrl.rollout import Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.trainers.sample_loss import Rewards, Term
@@ -28,20 +27,7 @@ from mmrl.trainers.sample_loss import Rewards, Term
 Key = tuple[int, int]  # (run.seed, iteration)
 
 
-def sample_loss(
-    policy: DiffusionPolicy, name: str, options: Mapping[str, Any], rollout: Rollout, rewards: Rewards, key: Key
-) -> list[Term]:
-    """The terms of the loss called `name`.
-
-    Raises:
-        ValueError: unknown name or option (the nearest is named), or what the loss itself refuses.
-    """
-    if name not in LOSSES:
-        raise ValueError(f"loss.name={name!r} is none of {', '.join(LOSSES)}{hint(name, list(LOSSES))}")
-    terms: list[Term] = call(LOSSES[name], "loss", options, policy, rollout, rewards, key)
-    return terms
-
-
+@register("sample_losses", "diffusion_dpo", reads=("actions.latent",), fits="latents", source="Diffusion-DPO, 2023")
 def diffusion_dpo(
     policy: DiffusionPolicy, rollout: Rollout, rewards: Rewards, key: Key, *, beta: float = 5000.0, levels: int = 4
 ) -> list[Term]:
@@ -74,6 +60,7 @@ def _dpo_term(
     return diffusion_dpo_loss(*errors(False), *errors(True), beta=beta)
 
 
+@register("sample_losses", "refl", reads=("actions.latent",), fits="latents", source="ReFL (ImageReward), 2023")
 def refl(
     policy: DiffusionPolicy,
     rollout: Rollout,
@@ -132,6 +119,7 @@ def _differentiable(rewards: Rewards) -> Callable[[list[Sample]], Tensor]:
     return score
 
 
+@register("sample_losses", "nft", reads=("actions.latent",), fits="latents", source="DiffusionNFT, 2025")
 def nft(
     policy: DiffusionPolicy,
     rollout: Rollout,
@@ -178,9 +166,6 @@ def _nft_term(
     if beta == 0:
         return loss
     return loss + beta * drift(x0_hat, policy.predict_at(rollout, x, level, own, reference=True)[0], level)
-
-
-LOSSES: Mapping[str, Callable[..., list[Term]]] = {"diffusion_dpo": diffusion_dpo, "refl": refl, "nft": nft}
 
 
 # --- shared ------------------------------------------------------------------------------------------------------

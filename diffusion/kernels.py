@@ -9,11 +9,16 @@ log-prob loses the digits a clip range of 1e-4 needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
+
+from mmrl.registry import Kind, add_kind, register
+
+# (latents (N, *D), clean estimate, noise estimate, interval, eta=...) -> Transition
+add_kind(Kind("kernels", "kernel", arguments=4))
 
 Reduce = Literal["mean", "sum"]
 Prediction = Literal["flow", "epsilon", "v", "sample"]
@@ -54,12 +59,15 @@ def to_x0_eps(x: Tensor, output: Tensor, a: float, s: float, prediction: Predict
     raise ValueError(f"prediction {prediction!r} is none of flow, epsilon, v, sample")
 
 
+@register("kernels", "ode", source="DDIM, Euler")
 def ode(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 0.0) -> Transition:
     """Deterministic step a2 x0 + s2 eps: flow Euler, DDIM with eta 0."""
     return Transition(k.a2 * x0 + k.s2 * eps, 0.0, x0)
 
 
-def posterior(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 1.0) -> Transition:
+@register("kernels", "ddim", source="DDIM; DDPO, SPO, LPO")  # the name users of epsilon models search for
+@register("kernels", "posterior", source="DDIM; DDPO, SPO, LPO")
+def posterior(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: NonNegativeFloat = 1.0) -> Transition:
     """DDIM's eta for any schedule: std = eta (s2/s) sqrt(s^2 - (a s2/a2)^2), mean = a2 x0 + sqrt(s2^2 - std^2) eps.
 
     Never exceeds s2, finite at s = 1, 0 at the last step. On an epsilon model this is exactly DDIM-eta (DDPO, SPO,
@@ -69,17 +77,20 @@ def posterior(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 1.0)
     return Transition(k.a2 * x0 + math.sqrt(max(k.s2**2 - std**2, 0.0)) * eps, std, x0)
 
 
-def dance(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 0.3) -> Transition:
+@register("kernels", "dance", source="DanceGRPO, BranchGRPO")
+def dance(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: NonNegativeFloat = 0.3) -> Transition:
     """Flow SDE with constant coefficient (DanceGRPO, BranchGRPO): std = eta sqrt(h)."""
     return _euler_maruyama(x, x0, eps, k, eta)
 
 
-def flow(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 0.7) -> Transition:
+@register("kernels", "flow", source="Flow-GRPO, MixGRPO")
+def flow(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: NonNegativeFloat = 0.7) -> Transition:
     """Flow SDE with g = eta sqrt(sigma/(1 - sigma)) (Flow-GRPO, MixGRPO); at sigma = 1 the denominator uses s_max."""
     return _euler_maruyama(x, x0, eps, k, eta * math.sqrt(k.s / (1 - min(k.s, k.s_max))))
 
 
-def cps(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: float = 0.8) -> Transition:
+@register("kernels", "cps", source="Flow-CPS")
+def cps(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, eta: NonNegativeFloat = 0.8) -> Transition:
     """Coefficient-preserving step (later Flow-GRPO): std = s2 sin(eta pi/2). Shrinks the marginal if always used."""
     std = k.s2 * math.sin(eta * math.pi / 2)
     return Transition(k.a2 * x0 + math.sqrt(max(k.s2**2 - std**2, 0.0)) * eps, std, x0)
@@ -91,16 +102,6 @@ def _euler_maruyama(x: Tensor, x0: Tensor, eps: Tensor, k: Interval, g: float) -
     dt = k.s2 - k.s
     mean = x.float() + dt * (eps - x0) + 0.5 * g**2 * dt * eps / k.s
     return Transition(mean, g * math.sqrt(-dt), x0)
-
-
-KERNELS: dict[str, Callable[..., Transition]] = {
-    "posterior": posterior,
-    "ddim": posterior,  # the name users of epsilon models search for
-    "dance": dance,
-    "flow": flow,
-    "cps": cps,
-    "ode": ode,
-}
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: float, reduce: Reduce = "mean") -> Tensor:

@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond
+from mmrl.registry import Kind, add_kind, register
+
+# Named by the class of the denoiser.
+add_kind(Kind("latent_families", "family of latent features"))
 
 
 class Features(NamedTuple):
@@ -33,6 +37,7 @@ class Family:
     prepare: removes or freezes, in place, what lies behind the last feature.
     features: (denoiser, x (N, *D), t (N,), cond rows) -> Features, differentiable.
     widths: (denoiser) -> the C_k and P. null: (denoiser, cond rows) -> those of the empty prompt.
+    enhance: weight of visual feature enhancement by default, 1 = off.
     """
 
     needs: tuple[str, ...]
@@ -41,19 +46,7 @@ class Family:
     features: Callable[[nn.Module, Tensor, Tensor, Cond], Features]
     widths: Callable[[nn.Module], tuple[list[int], int]]
     null: Callable[[nn.Module, Cond], Cond]
-
-
-def family_of(denoiser: nn.Module) -> Family:
-    """The family of a denoiser, by the name of its class.
-
-    Raises:
-        ValueError: none reads such a model.
-    """
-    name = type(denoiser).__name__
-    if name not in FAMILIES:
-        raise ValueError(f"no latent features for {name}; known: {', '.join(FAMILIES)}. A family is four functions, "
-                         "see diffusion/latent_features.py")  # fmt: skip
-    return FAMILIES[name]
+    enhance: float = 1.0
 
 
 @contextmanager
@@ -136,9 +129,17 @@ def _dit_null(dit: Any, cond: Cond) -> Cond:
     return cond | {"label": torch.full_like(cond["label"], dit.config.num_embeds_ada_norm)}
 
 
-FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family(
-        ("text", "pooled"), ("null_text", "null_pooled"), _trim_unet, _unet_features, _unet_widths, _unet_null
-    ),
-    "DiTTransformer2DModel": Family(("label",), (), _freeze_tail, _dit_features, _dit_widths, _dit_null),
-}
+register("latent_families", "UNet2DConditionModel", source="LRM, 2025")(
+    Family(
+        ("text", "pooled"),
+        ("null_text", "null_pooled"),
+        _trim_unet,
+        _unet_features,
+        _unet_widths,
+        _unet_null,
+        enhance=7.5,
+    )
+)
+register("latent_families", "DiTTransformer2DModel")(
+    Family(("label",), (), _freeze_tail, _dit_features, _dit_widths, _dit_null)
+)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond, Level
-from diffusion.latent_features import Family, family_of
+from diffusion.latent_features import Family
 from diffusion.schedule import Course
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.reference import unwrap
+from mmrl.registry import find, of_kind
 from mmrl.rollout import Prompt, Rollout
 
 LOG_SCALE = 2.6592  # ln(1 / 0.07), as CLIP and LRM start
@@ -105,13 +106,18 @@ class LatentNetwork(nn.Module):
     """Denoiser and head as one module, so that whatever wraps it sees both.
 
     The visual projection starts normal (std 0.02, LRM), the projection of the condition as the identity (SDXL's LRM
-    has none; that of SD 1.5 loads CLIP's). enhance: the weight w of VFE, 1 = off.
+    has none; that of SD 1.5 loads CLIP's).
+
+    Args:
+        enhance: the weight w of VFE, 1 = off; by default the family's.
+        family: a row of `latent_families` or a dotted path; by default the one named as the denoiser's class.
     """
 
-    def __init__(self, denoiser: nn.Module, enhance: float) -> None:
+    def __init__(self, denoiser: nn.Module, enhance: float | None = None, family: str | None = None) -> None:
         super().__init__()
-        self.family: Family = family_of(denoiser)
-        self.enhance = enhance
+        self.family_name = family or type(denoiser).__name__
+        self.family: Family = find("latent_families", self.family_name).target
+        self.enhance = self.family.enhance if enhance is None else enhance
         scales, width = self.family.widths(denoiser)
         self.family.prepare(denoiser)
         self.denoiser = denoiser
@@ -159,6 +165,7 @@ class LatentReward:
         max_batch: int = 256,
         train_denoiser: bool = True,
         leaves_only: bool = False,
+        family: Annotated[str, of_kind("latent_families")] | None = None,
     ) -> LatentReward:
         """From a recipe's `scorer:` section.
 
@@ -168,6 +175,7 @@ class LatentReward:
             enhance: the weight of VFE, by default LRM's 7.5 for a UNet and 1 (off) for a DiT, whose null class is
                 untrained unless it learned without labels at times; a saved model brings its own.
             train_denoiser: off, only the head trains.
+            family: how the denoiser is read, a row of `latent_families` or a dotted path; null goes by its class.
         Raises:
             ValueError: the folder holds neither, or `enhance` contradicts a saved model.
         """
@@ -176,7 +184,8 @@ class LatentReward:
 
             model = str(digits_base().folder)
         folder = Path(model)
-        network, space = _load_saved(folder, enhance) if (folder / RECORD).exists() else _load_new(folder, enhance)
+        load = _load_saved if (folder / RECORD).exists() else _load_new
+        network, space = load(folder, enhance, family)
         if not train_denoiser:
             network.denoiser.requires_grad_(False)
         return cls(network, space, max_batch, leaves_only)
@@ -274,7 +283,7 @@ class LatentReward:
         record = {
             "scorer": "latent_reward", "format": {"aggregate": "last"}, "enhance": network.enhance,
             "shape": list(self.space.shape), "prediction": self.space.prediction, "scheduler": self.space.scheduler,
-            "class": type(network.denoiser).__name__,
+            "class": type(network.denoiser).__name__, "family": network.family_name,
             "denoiser": {k: v for k, v in dict(config).items() if not k.startswith("_")},
         }  # fmt: skip
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -319,7 +328,7 @@ def levels_of(rollout: Rollout) -> Tensor:
     return table[rollout.tree.depth + 1]
 
 
-def _load_new(folder: Path, enhance: float | None) -> tuple[LatentNetwork, Space]:
+def _load_new(folder: Path, enhance: float | None, family: str | None) -> tuple[LatentNetwork, Space]:
     """A new head on the denoiser of a diffusers folder."""
     import diffusers
 
@@ -332,9 +341,7 @@ def _load_new(folder: Path, enhance: float | None) -> tuple[LatentNetwork, Space
         )
     name = json.loads((folder / part / "config.json").read_text())["_class_name"]
     denoiser = getattr(diffusers, name).from_pretrained(folder, subfolder=part, local_files_only=True)
-    if enhance is None:
-        enhance = 7.5 if part == "unet" else 1.0
-    return LatentNetwork(denoiser, enhance), space_of(denoiser, json.loads(file.read_text()))
+    return LatentNetwork(denoiser, enhance, family), space_of(denoiser, json.loads(file.read_text()))
 
 
 def space_of(denoiser: Any, scheduler: dict[str, Any]) -> Space:
@@ -343,7 +350,7 @@ def space_of(denoiser: Any, scheduler: dict[str, Any]) -> Space:
     return Space((c.in_channels, c.sample_size, c.sample_size), dict(scheduler))
 
 
-def _load_saved(folder: Path, enhance: float | None) -> tuple[LatentNetwork, Space]:
+def _load_saved(folder: Path, enhance: float | None, family: str | None) -> tuple[LatentNetwork, Space]:
     """What `save` wrote.
 
     Raises:
@@ -356,7 +363,8 @@ def _load_saved(folder: Path, enhance: float | None) -> tuple[LatentNetwork, Spa
         raise ValueError(f"{folder} holds a {record.get('scorer')!r}, no latent reward")
     if enhance is not None and enhance != record["enhance"]:
         raise ValueError(f"scorer.enhance={enhance}: {folder} was trained with {record['enhance']}; leave it out")
-    network = LatentNetwork(getattr(diffusers, record["class"])(**record["denoiser"]), record["enhance"])
+    denoiser = getattr(diffusers, record["class"])(**record["denoiser"])
+    network = LatentNetwork(denoiser, record["enhance"], family or record.get("family"))
     try:
         network.load_state_dict(load_file(folder / "latent_reward.safetensors"))
     except Exception as error:

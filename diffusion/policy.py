@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,13 @@ from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, candidates, plan_course, record
 from mmrl.reference import Reference, unwrap
-from mmrl.registry import declares
+from mmrl.registry import declares, find, of_kind
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample, Sight
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 
 if TYPE_CHECKING:
     from mmrl.search.samples import Found
-    from mmrl.trainers.sample_loss import Rewards, Term
 
 # (latents (N, *D), their noise level, conditions, prompt of each (N,)) -> (N,) scores, such as LatentReward.score
 Judge = Callable[[Tensor, Level, Cond, Tensor], Tensor]
@@ -34,6 +33,11 @@ DENOISING_DEFAULTS = {
     "loss.clip_low": 1e-3, "loss.clip_high": 1e-3, "optim.lr": 2e-4,
     "credit.estimators": [{"name": "branch_depth"}], "credit.clip": 5.0,
 }  # fmt: skip
+
+
+def _fields_written(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of its rollouts; candidates at a step are forks without a plan that splits."""
+    return ("logp", "tags.std", "actions.latent", *(("forks",) if options["candidates"] > 1 else ()))
 
 
 class DiffusionPolicy:
@@ -56,13 +60,14 @@ class DiffusionPolicy:
         self._reference = Reference()
 
     @classmethod
-    @declares(writes=("logp", "tags.std", "actions.latent"), modality="latent", recipe=DENOISING_DEFAULTS)
+    @declares(writes=_fields_written, modality="latent", recipe=DENOISING_DEFAULTS)
     def build(
         cls,
         model: str = "digits",
         max_batch: int = 256,
         guidance_scale: float = 1.0,
         lora_rank: int = 0,
+        family: Annotated[str, of_kind("families")] | None = None,
         **sampling: Any,
     ) -> DiffusionPolicy:
         """From a recipe's `policy:` section.
@@ -72,12 +77,14 @@ class DiffusionPolicy:
                 or a saved Stable Diffusion (1.5, 2.1, XL) pipeline.
             lora_rank: 0 trains all weights; above 0 trains LoRA on the attention projections, and the reference for
                 the KL is the model with the adapter off, so that no second copy is kept.
+            family: a row of `families`, or the dotted path of an adapter (`diffusion.adapters.base`) for a model of
+                another one; null goes by the class of the folder's denoiser.
             sampling: fields of `Sampling`.
 
         Raises:
             ValueError: the folder holds no such model.
         """
-        policy = cls(_load_adapter(model, guidance_scale), Sampling(**sampling), max_batch)
+        policy = cls(_load_adapter(model, guidance_scale, family), Sampling(**sampling), max_batch)
         if lora_rank:
             policy.add_lora(lora_rank)
         return policy
@@ -130,14 +137,6 @@ class DiffusionPolicy:
                 return self._predict_level(model, level, _cond(rollout), x, own)
         model = self.model if torch.is_grad_enabled() else self._bare
         return self._predict_level(model, level, _cond(rollout), x, own)
-
-    def sample_loss(
-        self, name: str, options: Mapping[str, Any], rollout: Rollout, rewards: Rewards, key: tuple[int, int]
-    ) -> list[Term]:
-        """A loss on whole samples, one of `diffusion.baselines.LOSSES`, for `trainer: sample_loss`."""
-        from diffusion.baselines import sample_loss
-
-        return sample_loss(self, name, options, rollout, rewards, key)
 
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
@@ -410,31 +409,26 @@ class DiffusionPolicy:
         return Sampling(**rollout.about["sampling"]), Course.from_record(rollout.about["course"])
 
 
-def _load_adapter(model: str, guidance_scale: float) -> Adapter:
-    """The model family of a folder, by what it holds."""
+def _load_adapter(model: str, guidance_scale: float, family: str | None) -> Adapter:
+    """The model of a folder, by the family of its denoiser."""
     if model == "digits":
         from diffusion.tasks.digits_base import digits_base
 
         model = str(digits_base().folder)
-    if (Path(model) / "unet" / "config.json").exists():
-        from diffusion.adapters.unet import UNetAdapter
+    cls: type[Adapter] = find("families", family or _denoiser(Path(model))).target
+    return cls.from_pretrained(model, guidance_scale)
 
-        return UNetAdapter.from_pretrained(model, guidance_scale)
-    config = Path(model) / "transformer" / "config.json"
-    if not config.exists():
-        raise ValueError(
-            f"policy.model={model!r}: no transformer/config.json there and no unet/config.json; give the folder of a "
-            "saved DiT or Stable Diffusion (1.5, 2.1, XL) pipeline"
-        )
-    kind = json.loads(config.read_text()).get("_class_name")
-    if kind != "DiTTransformer2DModel":
-        raise ValueError(
-            f"policy.model={model!r}: its transformer is a {kind}; known are DiTTransformer2DModel, and Stable "
-            "Diffusion's UNets. A further family is an adapter of seven functions, see diffusion/adapters/base.py"
-        )
-    from diffusion.adapters.dit import DiTAdapter
 
-    return DiTAdapter.from_pretrained(model, guidance_scale)
+def _denoiser(folder: Path) -> str:
+    """The class of the denoiser that a diffusers folder holds."""
+    for part in ("unet", "transformer"):
+        config = folder / part / "config.json"
+        if config.exists():
+            return str(json.loads(config.read_text()).get("_class_name"))
+    raise ValueError(
+        f"policy.model={str(folder)!r}: no transformer/config.json there and no unet/config.json; give the folder of "
+        "a saved DiT or Stable Diffusion (1.5, 2.1, XL) pipeline, or name its `family`"
+    )
 
 
 def _as_tree(forest: Forest, num_steps: int) -> StepTree:

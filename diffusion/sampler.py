@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusion.adapters.base import Level
-from diffusion.kernels import KERNELS, Transition, correlated_noise, log_prob
+from diffusion.kernels import Transition, correlated_noise, log_prob, ode
 from diffusion.schedule import Course, Sampling, candidates
+from mmrl.registry import find
 from mmrl.rollout import BranchPlan
 
 # (latents (N, *D), step index, prompt of each (N,)) -> (x0, eps)
@@ -55,12 +56,11 @@ def transition(sampling: Sampling, course: Course, i: int, x: Tensor, x0: Tensor
     """
     interval = course.interval(i)
     if not course.noisy[i]:
-        out = KERNELS["ode"](x, x0, eps, interval)
+        out = ode(x, x0, eps, interval)
         last = i == len(course) - 1
         return out._replace(mean=x0) if last and sampling.final_step == "x0" else out
-    options = {} if sampling.eta is None else {"eta": sampling.eta}
-    out = KERNELS[sampling.kernel](x, x0, eps, interval, **options)
-    return out._replace(std=out.std * course.std_scale[i])
+    drawn: Transition = find("kernels", sampling.kernel).target(x, x0, eps, interval, **sampling.kernel_options)
+    return drawn._replace(std=drawn.std * course.std_scale[i])
 
 
 def sample_forest(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from diffusion.adapters.base import Level
-from diffusion.kernels import KERNELS, Interval, Reduce
+from diffusion.kernels import Interval, Reduce
+from mmrl.registry import find, of_kind
 from mmrl.rollout import BranchPlan
 
 NoiseMode = Literal["split", "all", "window"]
@@ -20,7 +21,7 @@ class Sampling:
     """How to sample; the whole of it is recorded in every rollout, and the update replays the record.
 
     steps: denoising steps T of a full rollout.
-    kernel, eta: a row of KERNELS and its noise strength; None takes the kernel's default.
+    kernel, eta: a row of `kernels` and its noise strength; None takes the kernel's default.
     noise: where transitions are stochastic, and hence trained. `split`: only where the plan branches. `all`: every
         step but the last. `window`: the plan's splits and a window that slides with the training iteration.
     window_size, window_every: length of the window and iterations between moves by one step; it starts over when its
@@ -37,7 +38,7 @@ class Sampling:
     """
 
     steps: int = 10
-    kernel: str = "posterior"
+    kernel: Annotated[str, of_kind("kernels")] = "posterior"
     eta: float | None = None
     noise: NoiseMode = "split"
     window_size: int = 4
@@ -54,14 +55,18 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"policy.steps={self.steps}: at least one denoising step is needed")
-        if self.kernel not in KERNELS:
-            raise ValueError(f"policy.kernel={self.kernel!r} is none of {', '.join(KERNELS)}")
+        find("kernels", self.kernel).check(self.kernel_options, "policy")
         if self.tail is not None and self.tail < 1:
             raise ValueError(f"policy.tail={self.tail}: the ODE tail needs at least 1 step; leave it out to keep all")
         if self.candidates < 1:
             raise ValueError(f"policy.candidates={self.candidates}: at least 1, which goes on")
         if self.window_size < 1 or self.window_every < 1:
             raise ValueError("policy.window_size and policy.window_every must be at least 1")
+
+    @property
+    def kernel_options(self) -> dict[str, float]:
+        """What the recipe sets of the kernel's own options."""
+        return {} if self.eta is None else {"eta": self.eta}
 
 
 @dataclass(frozen=True)

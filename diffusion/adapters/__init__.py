@@ -1,1 +1,6 @@
-"""Model adapters: what differs between diffusion model families, behind one interface."""
+"""Model adapters: what differs between diffusion model families, behind one interface.
+
+Importing this package enters them into the registry.
+"""
+
+from diffusion.adapters import dit, unet  # noqa: F401 - enter their rows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.kernels import Prediction
+from mmrl.registry import Kind, add_kind
 from mmrl.rollout import Prompt
 
 Cond = dict[str, Tensor]  # every entry has one row per prompt
@@ -23,11 +24,19 @@ class Level(NamedTuple):
     t: float
 
 
+# Named by the class of the denoiser that a folder holds, as its config.json says.
+add_kind(Kind("families", "model family"))
+
+
 class Adapter(Protocol):
     """N live nodes, B prompts, D any latent shape. `own` (N,) is the prompt of each node."""
 
     model: nn.Module
     prediction: Prediction  # what the network predicts; a latent reward judges only samples of its own kind
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, guidance_scale: float = 1.0) -> Adapter:
+        """The model of a folder."""
 
     def encode(self, prompts: Sequence[Prompt]) -> Cond:
         """Conditioning, B rows, computed once and reused by all nodes and all updates."""

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond, Level
 from diffusion.kernels import Prediction, shifted_sigmas, to_x0_eps
+from mmrl.registry import register
 from mmrl.rollout import Prompt
 
 
+@register("families", "DiTTransformer2DModel")
 class DiTAdapter:
     """`DiTTransformer2DModel` with `FlowMatchEulerDiscreteScheduler`; prompts carry `inputs["label"]`.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond, Level
 from diffusion.kernels import Prediction, to_x0_eps
+from mmrl.registry import register
 from mmrl.rollout import Prompt
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ ENCODED_AT_ONCE = 32  # texts; the states of all layers are kept meanwhile
 DECODED_AT_ONCE = 8  # pictures; a VAE takes more memory for a picture of 512 pixels than the UNet for its latent
 
 
+@register("families", "UNet2DConditionModel")
 class UNetAdapter:
     """A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; prompts carry `inputs["prompt"]`.
 

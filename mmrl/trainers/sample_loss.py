@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mmrl.config import Component
 from mmrl.credit import estimate
+from mmrl.fields import Stage
 from mmrl.recipe import PolicyConfig
-from mmrl.registry import register
+from mmrl.registry import find, register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.idle import idle_loss
@@ -36,7 +37,7 @@ class SampleLossConfig(PolicyConfig):
 
     trainer: Literal["sample_loss"] = "sample_loss"
     plan: dict[int, int] = Field(default_factory=lambda: {0: 8})  # of the rollouts
-    loss: Component  # one that the policy knows; for diffusion, of diffusion.baselines.LOSSES
+    loss: Component  # a row of `sample_losses`
     old_decay: float = Field(0.0, ge=0, lt=1)  # samples are drawn by an average of the weights; 0 = the newest ones
 
 
@@ -47,17 +48,14 @@ class Term(NamedTuple):
     loss: Callable[[], Tensor]
 
 
-@runtime_checkable
-class SampleLearner(Protocol):
-    """A policy that knows losses on its own samples."""
+class SampleLoss(Protocol):
+    """A row of `sample_losses`: the terms of a loss on a rewarded rollout.
 
-    def sample_loss(
-        self, name: str, options: Mapping[str, Any], rollout: Rollout, rewards: Rewards, key: tuple[int, int]
-    ) -> list[Term]:
-        """The loss called `name` on a rewarded rollout; its random numbers depend on (key, prompt id) alone.
+    Called with the weights that drew the samples; the terms are evaluated with those of the update. Random numbers
+    depend on (key, prompt id) alone; key is (run.seed, iteration).
+    """
 
-        Called with the weights that drew the samples; the terms are evaluated with those of the update.
-        """
+    def __call__(self, policy: Any, rollout: Rollout, rewards: Rewards, key: tuple[int, int]) -> list[Term]: ...
 
 
 @register("trainers", "sample_loss", config=SampleLossConfig)
@@ -73,17 +71,16 @@ class SampleLossTrainer:
     ) -> None:
         """
         Raises:
-            ValueError: the policy knows no such losses, or the plan does not fit it.
+            ValueError: an unknown loss or option, a policy that does not sample what it reads, or a plan that does
+                not fit.
         """
         self.config = config
-        self.rollouts = Rollouts(config, policy, task, rewards, reference=True)
+        loss = config.loss
+        row = find("sample_losses", loss.name)
+        self._loss: SampleLoss = row.build(loss.options, "loss")
+        reader = Stage("loss", f"sample loss {row.name!r}", row.reads(loss.options), ())
+        self.rollouts = Rollouts(config, policy, task, rewards, reference=True, readers=[reader])
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
-        if not isinstance(self.policy, SampleLearner):
-            raise ValueError(
-                f"loss {config.loss.name!r} is for policies that know losses on whole samples (sample_loss); "
-                f"{config.policy.name!r} knows none, take another trainer"
-            )
-        self._terms = partial(self.policy.sample_loss, config.loss.name, config.loss.options)
         self.plan = BranchPlan(config.plan)
         self.policy.forecast(self.plan)  # a plan that does not fit is refused here
         self.old = Ema(self.loop.parameters, config.old_decay) if config.old_decay else None
@@ -113,7 +110,7 @@ class SampleLossTrainer:
 
     def terms(self, rollout: Rollout, iteration: int) -> list[Term]:
         """This rank's part of the loss; none where nothing differs."""
-        return self._terms(rollout, self.rollouts.rewards, (self.config.run.seed, iteration))
+        return self._loss(self.policy, rollout, self.rollouts.rewards, (self.config.run.seed, iteration))
 
     def update(self, rollout: Rollout, terms: list[Term], total: float) -> dict[str, float]:
         """One optimizer step on the mean over the rows of all ranks; warns when there are none."""

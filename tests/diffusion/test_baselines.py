@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from tiny import TinyTask, brightness, recipe
 
 from diffusion.adapters.base import Level
-from diffusion.baselines import CleanReward, sample_loss
+from diffusion.baselines import CleanReward
 from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
 from diffusion.policy import DiffusionPolicy
+from mmrl import registry
 from mmrl.config import parse_config
 from mmrl.credit import estimate
 from mmrl.rewards.scoring import write_outcomes
@@ -158,9 +159,13 @@ def inputs_of(policy, terms):
     return seen, losses
 
 
+def terms_of(policy, name, options, *rest):
+    return registry.build("sample_losses", "loss", name, options)(policy, *rest)
+
+
 def test_the_two_samples_of_a_pair_are_noised_alike(policy):
     rollout = rewarded(policy)
-    terms = sample_loss(policy, "diffusion_dpo", {"levels": 3}, rollout, REWARDS, (0, 0))
+    terms = terms_of(policy, "diffusion_dpo", {"levels": 3}, rollout, REWARDS, (0, 0))
     seen, losses = inputs_of(policy, terms)
     latent, outcome = rollout.actions.payload["latent"], rollout.tree.outcome
     best = [
@@ -182,7 +187,7 @@ def test_refl_goes_through_one_late_step_alone(policy):
     late = {round(policy.levels()[i].t) for i in (3, 4, 5)}
     drawn = set()
     for k in range(12):
-        terms = sample_loss(policy, "refl", {"window": 0.5}, rollout, REWARDS, (0, k))
+        terms = terms_of(policy, "refl", {"window": 0.5}, rollout, REWARDS, (0, k))
         seen, losses = inputs_of(policy, terms)
         assert len(seen) == 1 and seen[0][0].shape[0] == terms[0].rows == 12 and not seen[0][0].requires_grad
         drawn.add(round(float(seen[0][1][0])))
@@ -193,7 +198,7 @@ def test_refl_goes_through_one_late_step_alone(policy):
 def test_nft_asks_the_old_policy_when_terms_are_made(policy):
     """The old estimate belongs to the weights that drew the samples, the new one to those of the update."""
     rollout = rewarded(policy)
-    make = partial(sample_loss, policy, "nft", {"levels": 2, "beta": 0.0}, rollout, REWARDS, (0, 0))
+    make = partial(terms_of, policy, "nft", {"levels": 2, "beta": 0.0}, rollout, REWARDS, (0, 0))
     before = torch.cat([t.loss() for t in make()])
     terms = make()
     with torch.no_grad():
@@ -202,7 +207,7 @@ def test_nft_asks_the_old_policy_when_terms_are_made(policy):
     moved = torch.cat([t.loss() for t in terms])
     assert before.shape == moved.shape == (24,) and not torch.allclose(before, moved)
     assert not torch.allclose(moved, torch.cat([t.loss() for t in make()]))
-    drifting = sample_loss(policy, "nft", {"levels": 2, "beta": 0.5}, rollout, REWARDS, (0, 0))
+    drifting = terms_of(policy, "nft", {"levels": 2, "beta": 0.5}, rollout, REWARDS, (0, 0))
     plain = make()
     assert all(bool((a.loss() > b.loss()).all()) for a, b in zip(drifting, plain, strict=True))
 
@@ -212,7 +217,7 @@ def test_micro_batches_and_other_prompts_change_nothing(policy, name):
     grads = []
     for size in (256, 3):
         policy.max_batch = size
-        terms = sample_loss(policy, name, {}, rewarded(policy), REWARDS, (0, 0))
+        terms = terms_of(policy, name, {}, rewarded(policy), REWARDS, (0, 0))
         policy.model.zero_grad()
         for t in terms:
             loss = t.loss()
@@ -222,7 +227,7 @@ def test_micro_batches_and_other_prompts_change_nothing(policy, name):
     assert float(grads[0].norm()) > 0
     torch.testing.assert_close(grads[0], grads[1], atol=1e-4 * float(grads[0].abs().max()), rtol=1e-3)
     policy.max_batch = 256
-    some, more = (sample_loss(policy, name, {}, rewarded(policy, prompts=n), REWARDS, (0, 0)) for n in (2, 3))
+    some, more = (terms_of(policy, name, {}, rewarded(policy, prompts=n), REWARDS, (0, 0)) for n in (2, 3))
     for a, b in zip(some, more, strict=True):
         first = torch.arange(a.rows) if name != "diffusion_dpo" else torch.arange(2)
         torch.testing.assert_close(a.loss(), b.loss()[first], rtol=1e-4, atol=1e-5)
@@ -231,7 +236,7 @@ def test_micro_batches_and_other_prompts_change_nothing(policy, name):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("nftt", {}, r"loss.name='nftt' is none of diffusion_dpo, refl, nft \(did you mean nft\?\)"),
+        ("nftt", {}, r"unknown sample loss 'nftt' \(did you mean nft\?\); known: diffusion_dpo, nft, refl"),
         ("nft", {"bb": 1}, r"unknown key loss.bb=1"),
         ("nft", {"levels": 7}, r"loss.levels=7: the sampler has 6 noise levels"),
         ("refl", {}, r"reward 'plain' gives numbers without a gradient"),
@@ -239,7 +244,7 @@ def test_micro_batches_and_other_prompts_change_nothing(policy, name):
 )
 def test_losses_that_cannot_run(policy, name, options, message):
     with pytest.raises(ValueError, match=message):
-        sample_loss(policy, name, options, rewarded(policy), {"plain": (brightness, 1.0)}, (0, 0))
+        terms_of(policy, name, options, rewarded(policy), {"plain": (brightness, 1.0)}, (0, 0))
 
 
 # --- the trainer -------------------------------------------------------------------------------------------------
@@ -323,16 +328,11 @@ def test_a_run_resumes_where_it_stopped(tiny_model, tmp_path, decay):
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
-def test_a_policy_without_such_losses(tiny_model, tmp_path):
-    class Bare:
-        """A policy without them."""
-
-        def __init__(self, inner):
-            self.model, self.admit, self.freeze_reference = inner.model, inner.admit, inner.freeze_reference
-
-    config = parse_config(small(tiny_model, tmp_path, "nft"), model=SampleLossConfig)
-    with pytest.raises(ValueError, match="'diffusion' knows none, take another trainer"):
-        SampleLossTrainer(config, Bare(DiffusionPolicy.build(str(tiny_model))))
+def test_a_policy_whose_steps_are_no_latents_is_refused(tiny_model, tmp_path):
+    tree = small(tiny_model, tmp_path, "nft") | {"policy": {"name": "vision", "model": "not loaded"}}
+    message = "loss: sample loss 'nft' reads actions.latent, which nothing .* by the policies diffusion"
+    with pytest.raises(ValueError, match=message):
+        SampleLossTrainer(parse_config(tree, model=SampleLossConfig))
 
 
 def test_clean_reward_judges_predicted_pictures(tiny_model, policy):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from diffusion.kernels import (
-    KERNELS,
     Interval,
     correlated_noise,
     cps,
@@ -19,6 +18,7 @@ from diffusion.kernels import (
     shifted_sigmas,
     to_x0_eps,
 )
+from mmrl.registry import find, names
 
 X, V, Z = (torch.tensor([a], dtype=torch.float64) for a in ([0.5, -1.0], [1.0, 0.2], [0.5, -1.0]))
 K = Interval(a=0.1, s=0.9, a2=0.25, s2=0.75, s_max=0.9)
@@ -97,7 +97,7 @@ def test_ddim_eta_worked_numbers_for_every_prediction(prediction, eta, mean, std
     k = Interval(math.sqrt(a), math.sqrt(1 - a), math.sqrt(p), math.sqrt(1 - p))
     clean, eps = to_x0_eps(X, output, k.a, k.s, prediction)
     check_close(clean, x0, 5e-6)
-    step = KERNELS["ddim"](X, clean, eps, k, eta=eta)
+    step = find("kernels", "ddim").target(X, clean, eps, k, eta=eta)
     check_close(step.mean, [mean], 5e-6)
     assert step.std == pytest.approx(std, abs=1e-6)
     after = step.mean + step.std * Z.float()
@@ -116,7 +116,8 @@ def test_ddim_std_table():
 
 
 def test_last_step_and_pure_noise_are_finite():
-    for name, kernel in KERNELS.items():
+    for name in names("kernels"):
+        kernel = find("kernels", name).target
         for k in (Interval(0.0, 1.0, 0.1, 0.9, 0.9), Interval(0.9, 0.1, 1.0, 0.0, 0.9)):
             step = kernel(X, *to_x0_eps(X, V, k.a, k.s, "flow"), k)
             assert bool(step.mean.isfinite().all()) and math.isfinite(step.std), name
@@ -169,7 +170,10 @@ def test_sampled_spread_against_the_measured_table_and_the_closed_form(rule, eta
     two = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     for s, s2 in itertools.pairwise(sigmas):
         k = Interval(1 - s, s, 1 - s2, s2, sigmas[1])
-        at = [KERNELS[rule](y, exact_x0(y, s), (y - (1 - s) * exact_x0(y, s)) / s, k, eta=eta) for y in (x, two)]
+        at = [
+            find("kernels", rule).target(y, exact_x0(y, s), (y - (1 - s) * exact_x0(y, s)) / s, k, eta=eta)
+            for y in (x, two)
+        ]
         slope = float(at[1].mean[1] - at[1].mean[0])
         exact = math.sqrt(slope**2 * exact**2 + at[1].std ** 2)
         x = at[0].mean.double() + at[0].std * torch.randn(x.shape, generator=g, dtype=torch.float64)

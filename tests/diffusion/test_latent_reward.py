@@ -20,7 +20,7 @@ from diffusion.latent_data import (
     pair_accuracy,
     ranked_pairs,
 )
-from diffusion.latent_features import FAMILIES, caught, family_of
+from diffusion.latent_features import caught
 from diffusion.latent_reward import LatentNetwork, LatentReward, Space, levels_of, space_of
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
@@ -30,6 +30,7 @@ from mmrl.credit import compose
 from mmrl.losses.reward import bradley_terry, preference, step_loss
 from mmrl.prm.data import solution_forest
 from mmrl.prm.scoring import load_scorer
+from mmrl.registry import find
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rewards.steps import score_steps
 from mmrl.rollout import BranchPlan, Prompt, Rollout
@@ -220,7 +221,7 @@ def case(request):
 
 
 def test_widths_of_the_published_models():
-    unet = FAMILIES["UNet2DConditionModel"]
+    unet = find("latent_families", "UNet2DConditionModel").target
     sd15 = SimpleNamespace(
         config=SimpleNamespace(
             block_out_channels=(320, 640, 1280, 1280), addition_embed_type=None, cross_attention_dim=768
@@ -249,7 +250,7 @@ def test_unet_features_are_the_last_residuals_of_the_whole_unet(xl):
         unet(x, t, encoder_hidden_states=cond["text"], added_cond_kwargs=added)
     flat = [r for _, residuals in got[:-1] for r in residuals]  # without conv_in's, so LRM's index 2, 5 is 1, 4
     want = [h.mean((2, 3)) for h in (flat[1], flat[4], got[-1])]
-    family = family_of(unet)
+    family = find("latent_families", "UNet2DConditionModel").target
     family.prepare(unet)
     found = family.features(unet, x, t, cond)
     assert [f.shape[1] for f in found.scales] == family.widths(unet)[0] == [8, 16, 16]
@@ -259,7 +260,7 @@ def test_unet_features_are_the_last_residuals_of_the_whole_unet(xl):
 
 def test_dit_reads_four_blocks_at_even_distances():
     model = tiny_dit(num_layers=9)
-    family = family_of(model)
+    family = find("latent_families", "DiTTransformer2DModel").target
     found = family.features(
         model, torch.randn(3, 1, 4, 4), torch.full((3,), 500.0), {"label": torch.tensor([0, 1, 2])}
     )
@@ -270,8 +271,10 @@ def test_dit_reads_four_blocks_at_even_distances():
         model, torch.zeros(1, 1, 4, 4), torch.zeros(1), {"label": torch.zeros(1, dtype=torch.int64)}
     )
     torch.testing.assert_close(again.scales[0], F.layer_norm(got[0].mean(1), (16,)))
-    with pytest.raises(ValueError, match="no latent features for Linear; known: UNet2DConditionModel, DiT"):
-        family_of(torch.nn.Linear(1, 1))
+    with pytest.raises(
+        ValueError, match="unknown family of latent features 'Linear'; known: DiTTransformer2DModel, UN"
+    ):
+        LatentNetwork(torch.nn.Linear(1, 1))
 
 
 def test_score_is_scale_times_cosine_with_the_middle_enhanced():

@@ -226,7 +226,11 @@ def test_plans_that_do_not_fit(tiny_model, options, plan, message):
 def test_bad_options():
     for options, message in [
         ({"steps": 0}, "at least one denoising step"),
-        ({"kernel": "euler"}, "'euler' is none of"),
+        (
+            {"kernel": "flows"},
+            r"unknown kernel 'flows' \(did you mean flow\?\); known: cps, dance, ddim, flow, ode, post",
+        ),
+        ({"eta": -0.1}, "policy.eta=-0.1: input should be greater than or equal to 0"),
         ({"tail": 0}, "at least 1 step"),
         ({"window_size": 0}, "at least 1"),
     ]:
