@@ -7,10 +7,10 @@ videocom   `FIND_SEGMENT(phrase) = [3, 4]`, `FIND_FRAME(phrase) = 57`, `SPATIAL_
 tool_call  `<tool_call>{"name": "find_frame", "arguments": {"frame": 57, "label": "phrase"}}</tool_call>`, any number
            of them in order; `<answer>B</answer>` or the tool `answer`.
 
-In both an answer ends the episode and calls beside it are not carried out, so `Turn.actions` is empty. A turn is taken
-whole or not at all: one faulty call makes the turn a Problem. A call without `= value` is prose (`I will use
-FIND_FRAME(dog)`) unless the turn has nothing else. More than `MAX_CALLS` calls are `budget_exceeded`. Time is linear
-in the length of a turn.
+In both the thinking is cut first: what stands in `<think>..</think>` and the like neither calls nor answers. An answer
+ends the episode and calls beside it are not carried out, so `Turn.actions` is empty. A turn is taken whole or not at
+all: one faulty call makes the turn a Problem. A call without `= value` is prose (`I will use FIND_FRAME(dog)`) unless
+the turn has nothing else. More than `MAX_CALLS` calls are `budget_exceeded`. Time is linear in the length of a turn.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, Literal
 
+from mmrl.rewards.answer_text import without_thinking
 from video.manipulations import LABEL, MANIPULATIONS, check
 from video.state import Problem, VideoAction
 
@@ -32,7 +33,10 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 # the argument that a bare `= value` stands for
 _SHORT = {"find_segment": "segments", "find_frame": "frame", "spatial_zoom": "bbox"}
 _NUMBER = r"-?[0-9]++(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?"
-_VALUE = re.compile(rf"\s*+=\s*+(?:\[([0-9eE+\-.,\s]*+)\]|(\{{)|({_NUMBER}))")
+# `3`, and without brackets `3, 4`, `3 and 4`, on one line
+_BARE = rf"{_NUMBER}(?:[ \t]*+(?:,(?:[ \t]*+and\b)?+|;|&|and\b)[ \t]*+{_NUMBER})*+"
+_VALUE = re.compile(rf"\s*+=\s*+(?:\[([0-9eE+\-.,\s]*+)\]|(\{{)|({_BARE}))")
+_MORE_NUMBERS = re.compile(r"[ \t]*+(?:-|to\b|through\b|\.\.++)?+[ \t]*+[0-9]")
 _ASSIGNED = re.compile(r"\)\s*+=")
 _ANSWER = re.compile(r"(?<![A-Za-z0-9_])FINAL_ANSWER\s*+:", re.IGNORECASE | re.ASCII)
 _OTHER = re.compile(r"(?<![A-Za-z0-9_])([A-Z][A-Z0-9]*+(?:_[A-Z0-9]++)++)\s*+\(", re.ASCII)
@@ -69,7 +73,7 @@ def parse_turn(text: str, syntax: Syntax) -> Turn:
     """
     if syntax not in ("videocom", "tool_call"):
         raise ValueError(f"syntax={syntax!r}: videocom or tool_call")
-    text = _clean(text)
+    text = without_thinking(_clean(text))
     try:
         answer, actions = (_read_videocom if syntax == "videocom" else _read_tool_calls)(text)
     except _Unreadable as unreadable:
@@ -201,7 +205,13 @@ def _value(text: str, at: int, name: str, phrase: str) -> tuple[VideoAction | Pr
     short = _SHORT.get(name)
     if short is None:
         return _bad(f"{name.upper()} takes its arguments as JSON: {name.upper()}(phrase) = {{...}}."), match.end()
-    numbers = _numbers(match[1] if match[3] is None else match[3])
+    if match[3] is None:
+        numbers = _numbers(match[1])
+    else:
+        numbers = _numbers(" ".join(re.findall(_NUMBER, match[3])))
+        # one number was read where several seem to be meant, or a box is not marked as one
+        if short == "bbox" or (short == "segments" and _MORE_NUMBERS.match(text, match.end())):
+            return _bad(f"the value of {name.upper()} is not clear; write it as numbers in brackets."), match.end()
     if not numbers:
         return _bad(f"the value of {name.upper()} is no list of numbers."), match.end()
     return check(VideoAction(name, {short: numbers[0] if short == "frame" else numbers}, phrase)), match.end()

@@ -90,6 +90,11 @@ def test_frame_at_a_time():
         ("FIND_SEGMENT(the dog) = [3, 4]", "find_segment", {"segments": (3, 4)}),
         ("FIND_SEGMENT(the dog)=3", "find_segment", {"segments": (3,)}),
         ("find_segment ( the dog ) = [ 3 4 ]", "find_segment", {"segments": (3, 4)}),
+        ("FIND_SEGMENT(dog) = 3, 4", "find_segment", {"segments": (3, 4)}),
+        ("FIND_SEGMENT(dog) = 3 ,4;5 and 6, and 7 & 8, then", "find_segment", {"segments": (3, 4, 5, 6, 7, 8)}),
+        ("FIND_SEGMENT(dog) = 3.\n4. is next", "find_segment", {"segments": (3,)}),
+        ("FIND_SEGMENT(dog) = 3, the 4th", "find_segment", {"segments": (3,)}),
+        ("<think>FINAL_ANSWER: A? FIND_FRAME(cat) = 1</think>FIND_FRAME(dog) = 5", "find_frame", {"frame": 5}),
         ("I look. Find_Frame() = 57, then on", "find_frame", {"frame": 57}),
         ("FIND_FRAME(f(x) = 3 (on the board)) = [57, 60]", "find_frame", {"frame": 57}),
         ("FIND_FRAME(smile :) or :( ) = 57", "find_frame", {"frame": 57}),
@@ -125,6 +130,8 @@ def test_videocom_runs_the_first_kind_and_all_its_calls():
         ("final_answer : B .\nmore", "B ."),
         ("FINAL_ANSWER:\n C", "C"),
         ("FINAL_ANSWER: A, no: FINAL_ANSWER: B", "B"),
+        ("<think>FINAL_ANSWER: A</think>\nFINAL_ANSWER: B", "B"),
+        ("so FINAL_ANSWER: A</think>FINAL_ANSWER: B", "B"),  # the template opened the thinking
         ("FINAL_ANSWER: B\nFIND_FRAME(x) = 3", "B"),  # an answer ends the episode, calls beside it are not run
     ],
 )
@@ -149,6 +156,13 @@ def test_videocom_answer(text, answer):
         ("FIND_FRAME(dog) = " + "9" * 5000, "out_of_range"),
         ("FIND_FRAME(dog) = 1e999", "out_of_range"),
         ("FIND_SEGMENT(dog) = [[3]]", "parse_error"),
+        ("FIND_SEGMENT(dog) = 3 4", "parse_error"),
+        ("FIND_SEGMENT(dog) = 3-4", "parse_error"),
+        ("FIND_SEGMENT(dog) = 3 to 4", "parse_error"),
+        ("FIND_SEGMENT(dog) = 3..4", "parse_error"),
+        ("FIND_SEGMENT(dog) = 3, 4.5", "parse_error"),
+        ("<think>FINAL_ANSWER: B</think>", "parse_error"),
+        ("<think>it is FINAL_ANSWER: B", "parse_error"),  # cut while thinking
         ("SPATIAL_ZOOM(dog) = [1, 2, 3]", "parse_error"),
         ("SPATIAL_ZOOM(dog) = 1, 2, 3, 4", "parse_error"),
         ("SPATIAL_ZOOM(a) = [1,2,3,4] SPATIAL_ZOOM(b) = [1,2,3]", "parse_error"),  # whole or not at all
@@ -184,9 +198,20 @@ def test_tool_calls_in_order():
 
 
 @pytest.mark.parametrize(
+    "thought", ["perhaps <answer>A</answer>", "a <tool_call> might do", wrap('{"name": "x", "arguments": {}}')]
+)
+@pytest.mark.parametrize("tag", ["think", "thinking", "Reasoning"])
+def test_thinking_calls_nothing(thought, tag):
+    said = f"<{tag}>{thought}</{tag}>" + call("find_frame", frame=57)
+    assert parse_turn(said, "tool_call") == Turn((VideoAction("find_frame", {"frame": 57}),))
+
+
+@pytest.mark.parametrize(
     "text, answer",
     [
         ("<think>hm</think><answer> B. red </answer>", "B. red"),
+        ("<think>perhaps <answer>A</answer></think><answer>B</answer>", "B"),
+        ("<think>I could <tool_call> once more</think><answer>B</answer>", "B"),
         ("<answer>A</answer> no <answer>B\nC</answer> <answer>", "B\nC"),
         (wrap('{"name": "answer", "arguments": {"text": "B"}}'), "B"),
         (wrap('{"name": "find_frame", "arguments": {"frame": 2}}') + "<answer>B</answer>", "B"),
@@ -203,6 +228,7 @@ def test_tool_call_answer(text, answer):
         ("the dog", "parse_error"),
         ("<answer>B", "parse_error"),
         ("<answer> </answer>", "parse_error"),
+        ("<think>perhaps <answer>A</answer></think>", "parse_error"),
         ("<tool_call>" + '{"name": "find_frame", "arguments": {"frame": 2}}', "parse_error"),
         (wrap('{"name": "find_frame", "arguments": {"frame": 2'), "parse_error"),
         (wrap('{"name": "find_frame", "arguments": {"frame": 2, "frame": 3}}'), "parse_error"),
