@@ -8,6 +8,7 @@ from tiny import lone_chain
 
 from mmrl.credit import compose, estimate
 from mmrl.credit.estimate import apply_transform
+from mmrl.credit.select import prune_width
 from mmrl.registry import find, names
 from mmrl.tree import StepTree
 
@@ -60,6 +61,7 @@ def _direct():
         (lambda: transforms.blend(tree, phi=[0, 1]), r"blend.phi=\[0, 1\] must hold 3 numbers"),
         (lambda: steps.prime(tree, form="papr"), r"prime.form 'papr' is none of paper, code \(did you mean paper\?\)"),
         (lambda: outcome.salt(tree, base="dr_grpo"), "salt.base 'dr_grpo' is none of grpo, rloo"),
+        (lambda: prune_width(tree, "best", 0), "prune.width 'best' is none of none, top, extreme"),
         (lambda: discounted_leaf(tree, 1.0, "median"), "agg 'median' is none of mean, max"),
         (lambda: outcome.branch_depth(tree, spread="leafs"), r"branch_depth.spread 'leafs' .*did you mean leaf"),
         (lambda: outcome.tree_rpo(tree, unary="one"), "unary 'one' is none of inherit, zero"),
@@ -73,7 +75,7 @@ def _direct():
     ]
 
 
-@pytest.mark.parametrize("case", range(15))
+@pytest.mark.parametrize("case", range(16))
 def test_plain_calls_select_no_other_method(case):
     call, message = _direct()[case]
     with pytest.raises(ValueError, match=message):

@@ -241,6 +241,8 @@ def test_guard_language():
 
 
 def test_machines_that_call_themselves_or_nobody():
+    with pytest.raises(ValueError, match="machine has no start, edges; it needs events, start and edges"):
+        RewardMachine.parse({"events": ["a"]})
     loop = MACHINE | {
         "edges": [["u0", "a", "accept", {"call": "x"}]],
         "machines": {"x": {"start": "y", "edges": [["y", "a", "accept", {"call": "x"}]]}},

@@ -45,8 +45,14 @@ class RewardMachine:
         """From the mapping of the module's docstring; called machines are copied in.
 
         Raises:
-            ValueError: an unknown event, a guard that does not parse, a call of an unknown machine or of itself.
+            ValueError: a part is missing, an unknown event, a guard that does not parse, a call of an unknown machine
+                or of itself.
         """
+        missing = [part for part in ("events", "start", "edges") if part not in spec]
+        if missing:
+            raise ValueError(
+                f"machine has no {', '.join(missing)}; it needs events, start and edges [from, guard, to]"
+            )
         events = list(spec["events"])
         flat = _flatten(spec, spec.get("machines", {}), ())
         states = list(dict.fromkeys([spec["start"], *(s for u, _, v in flat for s in (u, v)), ACCEPT]))

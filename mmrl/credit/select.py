@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from mmrl.config import Section
+from mmrl.credit.norm import unknown_choice
 from mmrl.tree import StepTree
 
 Width = Literal["none", "top", "extreme"]
@@ -47,10 +48,12 @@ def prune_width(tree: StepTree, how: Width, last_split: int, keep: float = 0.5) 
     if how == "top":
         fork = tree.sib[_ancestor_at(tree, leaves, last_split)]
         chosen = leaves[_rank_in(fork, -tree.outcome[leaves]) == 0]
-    else:
+    elif how == "extreme":
         group, r = tree.group[leaves], tree.outcome[leaves]
         half = (torch.bincount(group)[group] * keep / 2).round().clamp(min=1)
         chosen = leaves[(_rank_in(group, -r) < half) | (_rank_in(group, r) < half)]
+    else:
+        raise unknown_choice("prune.width", how, Width)
     marked = torch.zeros(len(tree), dtype=torch.float64)
     marked[chosen] = 1
     return (tree.accumulate(marked) > 0) | (tree.depth <= last_split)
