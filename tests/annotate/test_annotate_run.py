@@ -13,6 +13,7 @@ from mmrl.prm.records_io import record_from_json
 from mmrl.registry import names
 from mmrl.rollout import Prompt, Rollout
 from mmrl.rollout_folder import RolloutFolder
+from mmrl.trainers.stored import StoredRollouts
 
 PROMPTS = [chain(f"q{i}", 5) for i in range(7)]
 METHODS = {"mc": MonteCarlo(k=4, solutions=3), "early": MonteCarlo(4, 3, True), "omega": Omega(k=4, min_words=3)}
@@ -274,3 +275,15 @@ def test_given_solutions_of_one_question_are_one_tree(tmp_path):
     assert found[given[0].id, right + given[0].steps[2].text + "\n"][0][:2] == (0.0, 4)
     ends = [row[3] for (_, text), rows in found.items() for row in rows if "answer" in text]
     assert ends.count(1.0) + ends.count(0.0) == len(ends) > 4 * 5
+
+
+def test_trees_of_several_ranks_are_read_together(tmp_path):
+    folder = tmp_path / "trees"
+    for rank in range(2):
+        rollouts = RolloutFolder(folder, {"processes": 1}, write=rank == 0)
+        run(tmp_path / "a", batch=2, rank=rank, world=2, rollouts=rollouts)
+    run(tmp_path / "b", rollouts=RolloutFolder(tmp_path / "alone", {}))
+    stored_rollouts = StoredRollouts(folder, len(PROMPTS))
+    assert stored_rollouts.left_out == 0
+    batches = [stored_rollouts.batch(i) for i in range(len(stored_rollouts))]
+    assert numbers_of(batches) == numbers_of(stored(tmp_path / "alone"))

@@ -195,3 +195,18 @@ def test_an_annotation_trains_as_well(cache, tmp_path, method):
     assert told["preference/pairs"] > 0
     told = train("shapes_propa.yaml", tmp_path / "r", f"rollouts={trees}", "imitation.weight=0", rewards)
     assert told["policy/ratio_dev_max"] < 1e-4 and told["credit/adv_abs_max"] > 0
+
+
+def test_a_search_at_a_temperature_of_its_own(cache, tmp_path):
+    """Log-probs are those of the temperature that was used, and training has to be at it."""
+    trees = tmp_path / "trees"
+    run(
+        *documented()["mcts"], *TASK, *policy(), "method={name: beam, n: 4, width: 2, temperature: 0.7}", "prompts=2",
+        "cpu=true", "scorer=vision_tiny:step_digits", f"verifier={DIGITS}", f"output={tmp_path / 'search'}",
+        f"rollouts={trees}",
+    )  # fmt: skip
+    assert [r.about["temperature"] for r in rollouts(trees)] == [0.7]
+    with pytest.raises(ValueError, match="temperature: 0.7 stored, 1.0 here"):
+        train("propa", tmp_path / "a", f"rollouts={trees}", "policy.temperature=1.0")
+    told = train("propa", tmp_path / "b", f"rollouts={trees}", "policy.temperature=0.7")
+    assert told["policy/ratio_dev_max"] < 1e-4
