@@ -38,7 +38,48 @@ Combinations without meaning are refused with both offenders and the fix. Estima
 
 """
 
-PAGES = ("credit",)
+_READINGS = """# Readings
+
+<!-- made by `mmrl list --page readings > docs/readings.md`; edit the docstrings, not this file -->
+
+A reading fills fields of a rollout between its rewards and what learns from it: values, tags, numbers per action. A
+recipe names them in the order in which they run. One that reads what nothing writes is refused before a model is
+loaded, and the message names the readings that would write it; so is a reading whose policy or task cannot do what it
+needs (a protocol of `mmrl.rollout`).
+
+```yaml
+# PAV: progress under a prover. Without `policy` the policy itself completes: VinePPO's values, for gae and vsrm
+readings: [{name: monte_carlo, n: 4, policy: {name: vision, model: runs/prover/model}}]
+credit: {estimators: [{name: pav, alpha: 3.0}]}
+```
+
+```yaml
+# IGPO: what each turn adds to the probability of the right answer
+readings: [{name: answer_probability}]
+credit: {transforms: [progress], estimators: [{name: igpo}]}
+```
+
+```yaml
+# rewards against the initial model
+readings: [{name: baseline, n: 5}]
+credit: {transforms: [contrastive], estimators: [{name: grpo}]}
+```
+
+```yaml
+trainer: step_preference    # pDPO; T-REG with loss: {name: t_reg} and the reading instructed
+readings: [{name: divergence, sight: blank}]
+loss: {name: pdpo}
+```
+
+A second look at a rollout runs every token of a tree once, packed as in the update; completions go on from the caches
+of that pass, denoising from the stored latents. Random numbers depend on seed, iteration, prompt and state alone. What
+a reading costs is logged: `time/readings_s`, `rollout/completions_per_leaf`. A prompt on which one raises is set aside
+(`reading/NAME/failed_prompts`), up to `run.max_unscored`. One of your own is a function
+`(rollout, context, *, options) -> fields` by its dotted path; `mmrl.registry.declares` says what it reads and writes.
+
+"""
+
+PAGES = ("credit", "readings")
 
 
 def table(kind: str, reads: str | None = None, writes: str | None = None) -> list[tuple[str, str, str, str, str]]:
@@ -81,7 +122,11 @@ def page(name: str) -> str:
     """
     if name not in PAGES:
         raise ComponentError(f"no page {name!r}{hint(name, PAGES)}; known: {', '.join(PAGES)}")
-    return _credit_page()
+    return _credit_page() if name == "credit" else _readings_page()
+
+
+def _readings_page() -> str:
+    return "\n".join([_READINGS.rstrip() + "\n", *(entry(row) for row in rows("readings"))]).rstrip() + "\n"
 
 
 def _credit_page() -> str:

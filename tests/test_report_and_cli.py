@@ -98,12 +98,14 @@ def test_train_on_the_command_line(tiny_model, tmp_path):
     assert list((tmp_path / "r" / "logs").glob("events.*"))
 
 
-def test_credit_page_is_made_from_the_docstrings():
+def test_reference_pages_are_made_from_the_docstrings():
     from mmrl.registry import names
     from mmrl.registry_pages import page as made
 
     page = (TESTS.parent / "docs" / "credit.md").read_text()
     assert page == made("credit"), "run: mmrl list --page credit > docs/credit.md"
     assert all(f"### {name}\n" in page for name in [*names("estimators"), *names("transforms")])
+    readings = (TESTS.parent / "docs" / "readings.md").read_text()
+    assert readings == made("readings"), "run: mmrl list --page readings > docs/readings.md"
     done = run_command("list", "estimators")
     assert done.returncode == 0 and all(name in done.stdout for name in names("estimators"))

@@ -23,7 +23,13 @@ def divergence(rollout: Rollout, context: ReadingContext, *, sight: Literal["bla
 
 
 @register(
-    "readings", "instructed", writes=("actions.token_reward",), source="T-REG", policy=Instructable, reference=True
+    "readings",
+    "instructed",
+    writes=("actions.token_reward",),
+    fits="policies that write",
+    source="T-REG; the wording as set here",
+    policy=Instructable,
+    reference=True,
 )
 def instructed(
     rollout: Rollout,
