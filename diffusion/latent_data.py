@@ -1,4 +1,4 @@
-"""Preference data of latent rewards: samples noised alike, states of saved trees, and the filter that LRM applies."""
+"""Preference data of latent rewards: samples noised alike, and states of saved trees."""
 
 from __future__ import annotations
 
@@ -12,39 +12,11 @@ from torch import Tensor
 
 from diffusion.adapters.base import Cond, Level
 from diffusion.latent_reward import levels_of
+from mmrl.preference.scores import step_scores
 from mmrl.prm.data import Labelled
 from mmrl.rollout import Actions, Prompt, Rollout
 from mmrl.tree import UNFINISHED, StepTree
 from mmrl.tree_ops import backup
-
-# LRM's strategy 2: winner minus loser in aesthetic score, CLIP score and VQA score, and absolute gaps of a tie
-LRM_FILTER = {"aesthetic": -0.5, "clip": 0.0, "vqa": 0.0}
-LRM_TIES = {"aesthetic": 0.2, "clip": 0.03, "vqa": 0.07}
-
-
-def consistent(gaps: Mapping[str, Tensor], least: Mapping[str, float] | None = None) -> Tensor:
-    """(P,) bool, multi-preference consistent filtering (LRM): all gaps (P,), winner minus loser, exceed their bounds.
-
-    least: a bound per gap, by default `LRM_FILTER`. A slightly negative bound forgives a preference that costs a
-    little of that quality.
-
-    Raises:
-        ValueError: a gap without bound or a bound without gap.
-    """
-    bounds = _bounds(gaps, LRM_FILTER if least is None else least)
-    return torch.stack([gap > bounds[k] for k, gap in gaps.items()]).all(0)
-
-
-def consistent_ties(gaps: Mapping[str, Tensor], most: Mapping[str, float] | None = None) -> Tensor:
-    """(P,) bool: ties with all absolute gaps (P,) below their bounds, by default `LRM_TIES`."""
-    bounds = _bounds(gaps, LRM_TIES if most is None else most)
-    return torch.stack([gap.abs() < bounds[k] for k, gap in gaps.items()]).all(0)
-
-
-def _bounds(gaps: Mapping[str, Tensor], bounds: Mapping[str, float]) -> Mapping[str, float]:
-    if set(gaps) != set(bounds):
-        raise ValueError(f"gaps of {sorted(gaps)} but bounds for {sorted(bounds)}; give one bound per gap")
-    return bounds
 
 
 def ranked_pairs(value: Tensor, group: Tensor, *, margin: float = 0.0) -> Tensor:
@@ -108,14 +80,22 @@ class TreePairs:
     Args:
         train, eval: folders of rollouts (`Rollout.save`), or folders that hold such folders. margin: least difference
             of values. among: pairs of any states of a prompt's depth, or of siblings only.
+        consistent: further scores of a step, as in `pairs.by`, that the better state must have more of: name -> least
+            lead (LRM's multi-preference filter; a slightly negative one forgives a loss, theirs: -0.5 of the aesthetic
+            score, 0 of CLIP and VQA). A step without such a score is in no pair.
     Raises:
-        ValueError: no rollout there, leaves without reward, or no pair that differs by the margin.
+        ValueError: no rollout there, leaves without reward, no pair that differs by the margin, or no such score.
     """
 
     def __init__(
-        self, train: str, eval: str, margin: float = 0.0, among: Literal["depth", "siblings"] = "depth"
+        self,
+        train: str,
+        eval: str,
+        margin: float = 0.0,
+        among: Literal["depth", "siblings"] = "depth",
+        consistent: Mapping[str, float] | None = None,
     ) -> None:
-        self.margin, self.among = margin, among
+        self.margin, self.among, self.consistent = margin, among, dict(consistent or {})
         self._rollouts: dict[str, Rollout] = {}
         self.prompts, self.eval_prompts = self._read(Path(train)), self._read(Path(eval))
 
@@ -132,7 +112,12 @@ class TreePairs:
         tree = rollout.tree
         value = backup(tree).where(tree.valid, torch.nan)
         depth = tree.group * (int(tree.depth.max()) + 1) + tree.depth
-        return ranked_pairs(value, tree.sib if self.among == "siblings" else depth, margin=self.margin)
+        pairs = ranked_pairs(value, tree.sib if self.among == "siblings" else depth, margin=self.margin)
+        for name, least in self.consistent.items():
+            score = step_scores(tree, name)
+            better, worse = pairs.unbind(1)
+            pairs = pairs[score[better] - score[worse] > least]
+        return pairs
 
     def _read(self, folder: Path) -> list[Prompt]:
         """Every prompt of every rollout is a tree of its own; those without a pair are left out."""
@@ -151,7 +136,7 @@ class TreePairs:
         if not kept:
             raise ValueError(
                 f"{folder}: no two states of one {'parent' if self.among == 'siblings' else 'depth'} differ by more "
-                f"than task.margin={self.margin}; lower it, or take rollouts whose rewards differ"
+                f"than task.margin={self.margin} and are consistent; lower it, or take rollouts whose rewards differ"
             )
         return kept
 

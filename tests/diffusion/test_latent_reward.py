@@ -11,10 +11,7 @@ from tiny import TinyTask, brightness
 from diffusion.adapters.base import Level
 from diffusion.adapters.dit import DiTAdapter
 from diffusion.latent_data import (
-    LRM_FILTER,
     TreePairs,
-    consistent,
-    consistent_ties,
     labelled_pairs,
     noised,
     pair_accuracy,
@@ -97,16 +94,6 @@ def test_ranked_pairs_by_hand():
     value, group = torch.tensor([0.1, 0.5, 0.3, 0.9, math.nan]), torch.tensor([0, 0, 0, 1, 0])
     assert ranked_pairs(value, group).tolist() == [[1, 0], [1, 2], [2, 0]]
     assert ranked_pairs(value, group, margin=0.25).tolist() == [[1, 0]]
-
-
-def test_consistent_filter_by_hand():
-    gaps = {"aesthetic": torch.tensor([-0.4, -0.6, 2.0]), "clip": torch.tensor([0.1, 0.1, -0.1]), "vqa": torch.ones(3)}
-    assert consistent(gaps).tolist() == [True, False, False]
-    assert consistent(gaps, {**LRM_FILTER, "aesthetic": 0.0}).tolist() == [False, False, False]
-    ties = {"aesthetic": torch.tensor([-0.1, -0.3]), "clip": torch.tensor([0.02, 0.0]), "vqa": torch.zeros(2)}
-    assert consistent_ties(ties).tolist() == [True, False]
-    with pytest.raises(ValueError, match="one bound per gap"):
-        consistent({"clip": torch.zeros(1)})
 
 
 def pair_data(sigma=0.5, noise=None):
@@ -460,6 +447,25 @@ def test_trained_on_the_node_values_of_saved_trees(tiny_model, tmp_path):
     assert last["eval/pair_acc"] > max(before, 0.5) + 0.1 and "eval/pair_acc/s0.00" in last
     saved = LatentReward.build(str(tmp_path / "run" / "model"))
     assert saved.space == trainer.scorer.space
+
+
+def test_only_consistent_pairs_of_trees(tiny_model, tmp_path):
+    """The winner also leads in another score, where it has one."""
+    r = rewarded(tiny_model)
+    other = torch.rand(len(r.tree), generator=torch.Generator().manual_seed(0)).double()
+    other[0] = torch.nan
+    r.with_tree(r.tree.replace(tags={"sharp": other})).save(tmp_path / "t")
+    folder = str(tmp_path / "t")
+    every, kept = (TreePairs(folder, folder, consistent=c) for c in (None, {"tags.sharp": -0.1}))
+    pairs = [
+        {tuple(p) for p in t._pairs(r.with_tree(r.tree.replace(tags={"sharp": other}))).tolist()}
+        for t in (every, kept)
+    ]
+    assert pairs[1] == {(a, b) for a, b in pairs[0] if float(other[a] - other[b]) > -0.1} and 0 < len(pairs[1]) < len(
+        pairs[0]
+    )
+    with pytest.raises(ValueError, match="no step of the rollout has one|no tag 'blunt'"):
+        TreePairs(folder, folder, consistent={"tags.blunt": 0.0})
 
 
 def test_bad_trees_are_named(tiny_model, tmp_path):
