@@ -12,10 +12,11 @@ from mmrl.registry import build
 from mmrl.rollout import Sample, check_prompts
 from video.formats import read_format
 from video.formats._values import media_file
-from video.formats.ui_s1 import read_trajectories
-from video.formats.ui_s1 import to_prompt as trajectory_prompt
+from video.formats.ui_s1 import read_trajectories, step_prompts
 from video.formats.videocom import split_options
 from video.records import BoxLabel, VideoSample, to_prompt, with_info, with_seen
+from video.rewards import ScreenAction
+from video.tasks.recorded_screens import RecordedScreens
 
 DATA = Path(__file__).parents[1] / "data" / "video"
 
@@ -218,17 +219,20 @@ def test_reading_options(root):
 def test_expert_trajectories(root):
     (made,), (bad,) = read_trajectories(DATA / "ui_s1.jsonl", media_root=root, max_bad=0.5)
     assert (made.id, len(made.steps), made.meta) == ("7", 5, {"is_successful": True})
-    prompt = trajectory_prompt(made)
-    screen = str(root / "pictures/screen.png")
-    assert prompt.inputs == {"question": "Open the notes and write hello", "images": [screen], "screens": [screen] * 5}
-    assert prompt.reference["expert"] == [
-        {"action": "open", "args": {"text": "Notes"}},
-        {"action": "click", "args": {}, "point": [0.25, 0.375], "boxes": [[0.125, 0.25, 0.375, 0.5]], "thought": "The field is empty."},
-        {"action": "swipe", "args": {"direction": "down"}, "point": [0.5, 0.875], "end": [0.5, 0.125]},
-        {"action": "click", "args": {}, "point": [0.975, 1.0], "boxes": [[0.75, 0.75, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]], "annotation": "NEUTRAL"},
-        {"action": "terminate", "args": {"status": "success"}},
+    prompts = step_prompts(made)
+    assert [p.id for p in prompts] == [f"7/{t}" for t in range(5)]
+    assert all(p.inputs["images"] == [str(root / "pictures/screen.png")] for p in prompts)
+    assert prompts[0].inputs["question"] == "Open the notes and write hello"
+    assert prompts[2].inputs["question"].split("\n")[1:] == [
+        "Done so far:", '1. {"action": "open", "text": "Notes"}', '2. {"action": "click"}',
     ]  # fmt: skip
-    json.dumps(prompt.reference)
+    assert [p.reference for p in prompts] == [
+        {"expert": {"action": "open", "text": "Notes"}, "boxes": []},
+        {"expert": {"action": "click", "coordinate": [0.25, 0.375]}, "boxes": [[0.125, 0.25, 0.375, 0.5]]},
+        {"expert": {"action": "swipe", "direction": "down", "coordinate": [0.5, 0.875]}, "boxes": []},
+        {"expert": {"action": "click", "coordinate": [0.975, 1.0]}, "boxes": [[0.75, 0.75, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]},
+        {"expert": {"action": "terminate", "status": "success"}, "boxes": []},
+    ]  # fmt: skip
     assert bad.row == 2 and "outside of the screen of 40 x 80" in bad.reason and "steps[0]" in bad.reason
 
 
@@ -301,3 +305,15 @@ def test_boxes_that_belong_to_no_picture_are_set_aside(root):
     (root / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     task = VideoJsonlTask(str(root / "rows.jsonl"), str(root / "rows.jsonl"), media_root=str(root), max_bad=0.5)
     assert [p.id for p in task.prompts] == ["q3"] and "one of several pictures" in task.quarantined[0].reason
+
+
+def test_recorded_screens_are_prompts_of_steps(root):
+    lines = (DATA / "ui_s1.jsonl").read_text().splitlines()
+    (root / "t.jsonl").write_text(lines[0])
+    task = RecordedScreens(str(root / "t.jsonl"), str(root / "t.jsonl"), media_root=str(root))
+    assert len(task.prompts) == 5 and task.rewards == ("screen_action",) and task.quarantined == []
+    right = [Sample(p, f"<answer>{json.dumps(p.reference['expert'])}</answer>", 0) for p in task.prompts]
+    assert ScreenAction(scale=1.0)(right) == [0.9] * 5
+    judged = task.judges([Sample(right[1].prompt, '<answer>{"action": "click", "coordinate": [250, 375]}</answer>', 0),
+                          Sample(right[1].prompt, '<answer>{"action": "click"}</answer>', 0)])  # fmt: skip
+    assert judged == {"action_exact": 0.5, "action_type": 1.0}

@@ -1,5 +1,6 @@
 """Rewards of video agents as pure functions: the worked numbers of the methods, and properties."""
 
+import json
 import math
 from itertools import combinations
 
@@ -11,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mmrl.credit.norm import Norm, norm
 from mmrl.credit.steps import ui_s1
+from mmrl.rollout import Prompt, Sample
 from mmrl.tree import StepTree
 from video.rewards.answers import (
     answer_score,
@@ -35,12 +37,7 @@ from video.rewards.manipulations import (
     videocom_score,
 )
 from video.rewards.plans import Skill, ordered_match, parse_plan, plan_score, similarity
-from video.rewards.recorded import (
-    agreement,
-    mobile_r1,
-    point_hits,
-    ui_s1_step,
-)
+from video.rewards.recorded import ScreenAction, agreement, written_action
 from vision.rewards import iou
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -341,39 +338,51 @@ def test_parse_plan():
 # ---- recorded trajectories ------------------------------------------------------------------------------------------
 
 CLICK = {"action": "click", "coordinate": [0.5, 0.5]}
-BOX = (0.4, 0.4, 0.6, 0.6)
+BOXES = [[0.0, 0.0, 0.1, 0.1], [0.4, 0.4, 0.6, 0.6]]
+STEP = Prompt("p", {"question": "touch it"}, {"expert": CLICK, "boxes": BOXES})
+
+
+def screen_action(said, think="<think>there</think>", prompt=STEP, **options):
+    text = said if isinstance(said, str) else json.dumps(said)
+    return ScreenAction(**options)([Sample(prompt, f"{think}<answer>{text}</answer>", 0)])[0]
 
 
 @pytest.mark.parametrize(
-    "action, how, score",
+    "said, how, score",
     [
-        (CLICK, "exact", 1.0),
-        ({"action": "click", "coordinate": [0.61, 0.5]}, "exact", 1.0),  # inside the box enlarged by 1.2
-        ({"action": "click", "coordinate": [0.7, 0.5]}, "type", 0.55),
+        ({"action": "click", "coordinate": [500, 500]}, "exact", 1.0),
+        ({"action": "click", "coordinate": [610, 500]}, "exact", 1.0),  # inside the box enlarged by 1.2
+        ({"action": "click", "coordinate": [50, 50]}, "exact", 1.0),  # the other box
+        ({"action": "click", "coordinate": [700, 500]}, "type", 0.55),
         ({"action": "click"}, "type", 0.55),
         ({"action": "type", "text": "x"}, "readable", 0.19),
-        (None, "none", 0.1),
+        ({"action": "click", "coordinate": [True, 5]}, "none", 0.1),
+        ("[" * 5000, "none", 0.1), ("click 500 500", "none", 0.1), ('{"coordinate": [1, 2]}', "none", 0.1),
     ],
-)
-def test_ui_s1_step_scores(action, how, score):
-    assert agreement(action, CLICK, box=BOX) == how
-    assert ui_s1_step(how, well_formed=True) == pytest.approx(score)
-    assert ui_s1_step(how, well_formed=False) == pytest.approx(score - 0.1)
+)  # fmt: skip
+def test_ui_s1_step_scores(said, how, score):
+    text = said if isinstance(said, str) else json.dumps(said)
+    assert agreement(written_action(f"<answer>{text}</answer>"), CLICK, BOXES) == how
+    assert screen_action(said) == pytest.approx(score)
+    assert screen_action(said, think="") == pytest.approx(score - 0.1)
 
 
 def test_points_and_texts():
-    assert point_hits([0.53, 0.5], target=[0.5, 0.5]) and not point_hits([0.55, 0.5], target=[0.5, 0.5])
+    assert agreement({"action": "click", "coordinate": [0.53, 0.5]}, CLICK) == "exact"  # within .04 of the expert's
+    assert agreement({"action": "click", "coordinate": [0.55, 0.5]}, CLICK) == "type"
     typed = {"action": "type", "text": "Hello"}
     assert agreement({"action": "type", "text": " hello "}, typed) == "exact"
     assert agreement({"action": "type", "text": "bye"}, typed) == "type"
+    assert screen_action(CLICK, scale=1.0) == 1.0
+    assert screen_action(CLICK, prompt=Prompt("q", {}, {"answer": "x"})) is None
 
 
 @pytest.mark.parametrize(
-    "point, well_formed, want", [([0.55, 0.5], True, 2), ([0.61, 0.5], True, 1), ([0.61, 0.5], False, 0)]
+    "point, think, want",
+    [([550, 500], "<think>a</think>", 2), ([610, 500], "<think>a</think>", 1), ([610, 500], "", 0)],
 )
-def test_mobile_r1(point, well_formed, want):
-    how = agreement({"action": "click", "coordinate": point}, CLICK, box=BOX, enlarge=1, near=0)
-    assert mobile_r1(how, well_formed=well_formed) == want
+def test_mobile_r1(point, think, want):
+    assert screen_action({"action": "click", "coordinate": point}, think, style="mobile_r1") == want
 
 
 RETURNS = [

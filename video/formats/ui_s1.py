@@ -1,4 +1,4 @@
-"""UI-S1: recorded trajectories of an expert on a phone, one per line, for semi-online learning.
+"""UI-S1: recorded trajectories of an expert on a phone, one per line.
 
     {"goal": str, "steps": [{"action_content": {"action": str, "coordinate": [x, y], ..}, "screenshot": path,
      "bbox" | "check_options.candidate_bbox": boxes, "thought": str, "annotation": str}]}
@@ -9,6 +9,7 @@ Points and boxes are pixels of the screenshot in the file and shares of it here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from video.records import Box
 from vision.images import ImageError, check_image
 
 Point = tuple[float, float]
-_SPATIAL = ("coordinate", "coordinate2", "bbox", "candidate_bbox", "thought", "annotation")
+_NO_ARGUMENT = ("coordinate", "coordinate2", "bbox", "candidate_bbox", "thought", "annotation")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class ExpertStep:
     """What the expert saw and did.
 
     screen: path. size: (height, width) of it in pixels. action: its name; args: its other arguments (text, button,
-    direction, time, status). point, end: where it touched and where a swipe ended; boxes: each a target that counts;
-    shares of the screen, points may lie on its edge. thought, annotation: where recorded.
+    direction, time, status). point: where it touched; boxes: each a target that counts; shares of the screen, points
+    may lie on its edge.
     """
 
     screen: str
@@ -39,10 +40,7 @@ class ExpertStep:
     action: str
     args: Mapping[str, Any] = field(default_factory=dict)
     point: Point | None = None
-    end: Point | None = None
     boxes: tuple[Box, ...] = ()
-    thought: str | None = None
-    annotation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,22 @@ def trajectory(row: Row, name: str, root: Path) -> Trajectory:
     return Trajectory(own, text(row, "goal"), made, rest(row, "goal", "steps", "id", "episode_id"))
 
 
-def to_prompt(recorded: Trajectory) -> Prompt:
-    """inputs: the goal, the first screen under `images`, all of them under `screens`. reference: `expert`, a list of
-    steps `{action, args, point, end, boxes, thought, annotation}` without what is not known, and `meta`."""
-    expert = []
-    for s in recorded.steps:
-        row = {"action": s.action, "args": dict(s.args), "point": s.point, "end": s.end, "boxes": s.boxes}
-        row |= {"thought": s.thought, "annotation": s.annotation}
-        expert.append({k: _plain(v) for k, v in row.items() if v is not None and v != ()})
-    screens = [s.screen for s in recorded.steps]
-    inputs = {"question": recorded.goal, "images": screens[:1], "screens": screens}
-    return Prompt(recorded.id, inputs, dict(recorded.meta) | {"expert": expert})
+def step_prompts(recorded: Trajectory) -> list[Prompt]:
+    """A prompt per step: the goal, what the expert did before, and the screen it saw then.
+
+    reference: `expert`, the action as a policy is asked to write it, its point in shares of the screen; `boxes` that
+    count as hit.
+    """
+    prompts, done = [], ""
+    for t, step in enumerate(recorded.steps):
+        expert = {"action": step.action, **step.args}
+        if step.point is not None:
+            expert["coordinate"] = list(step.point)
+        question = recorded.goal + (f"\nDone so far:{done}" if done else "")
+        reference = {"expert": expert, "boxes": [list(b) for b in step.boxes]}
+        prompts.append(Prompt(f"{recorded.id}/{t}", {"question": question, "images": [step.screen]}, reference))
+        done += f"\n{t + 1}. {json.dumps({'action': step.action, **step.args}, ensure_ascii=False)}"
+    return prompts
 
 
 def _step(row: Row, what: str, root: Path) -> ExpertStep:
@@ -103,13 +106,12 @@ def _step(row: Row, what: str, root: Path) -> ExpertStep:
         screen = media_file(text(row, "screenshot"), root, "screenshot")
         width, height = check_image(screen)
         boxes = tuple(_share(b, what, (height, width)) for b in _boxes(right, did, row))
-        point, end = (_point(right.get(k, did.get(k)), f"{what}.{k}", (height, width)) for k in _SPATIAL[:2])
+        point = _point(right.get("coordinate", did.get("coordinate")), f"{what}.coordinate", (height, width))
         action = text(right, "action")
     except RowError as error:
         raise RowError(f"{error} (in {what})") from None
-    extra = {k: v for k, v in right.items() if k not in ("action", *_SPATIAL)}
-    thought, annotation = (optional_text(row, k) or optional_text(right, k) for k in ("thought", "annotation"))
-    return ExpertStep(screen, (height, width), action, extra, point, end, boxes, thought, annotation)
+    extra = {k: v for k, v in right.items() if k not in ("action", *_NO_ARGUMENT)}
+    return ExpertStep(screen, (height, width), action, extra, point, boxes)
 
 
 def _boxes(*places: Row) -> list[Any]:
@@ -139,7 +141,3 @@ def _point(value: Any, what: str, size: tuple[int, int]) -> Point | None:
     if not (0 <= x <= size[1] and 0 <= y <= size[0]):
         raise RowError(f"bad {what}: {[x, y]} lies outside of the screen of {size[1]} x {size[0]}")
     return x / size[1], y / size[0]
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value

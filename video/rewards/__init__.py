@@ -7,7 +7,7 @@ coverage       right, redundant, erroneous (ViRL)
 progress       longest common subsequences (ProgRM)
 groups         T-GRPO, curiosity
 plans          ordered matching (REVER)
-recorded       UI-S1, Mobile-R1, SeeNav
+recorded       actions beside an expert's (UI-S1, Mobile-R1)
 """
 
 from video.rewards.answers import DeepEyes, VideoAnswer, VideoAnswerStep, VideoFormat
@@ -16,8 +16,9 @@ from video.rewards.groups import Curiosity, TemporalContrast
 from video.rewards.manipulations import Manipulations, VideoComReward, manipulation_f1
 from video.rewards.plans import PlanOverlap
 from video.rewards.progress import LcsProgress
+from video.rewards.recorded import ScreenAction
 
 __all__ = [
-    "Curiosity", "DeepEyes", "LcsProgress", "Manipulations", "PlanOverlap", "TemporalContrast", "VideoAnswer",
-    "VideoAnswerStep", "VideoComReward", "VideoFormat", "VideoViRL", "manipulation_f1",
+    "Curiosity", "DeepEyes", "LcsProgress", "Manipulations", "PlanOverlap", "ScreenAction", "TemporalContrast",
+    "VideoAnswer", "VideoAnswerStep", "VideoComReward", "VideoFormat", "VideoViRL", "manipulation_f1",
 ]  # fmt: skip

@@ -1,37 +1,27 @@
-"""Rewards for agents that are trained on recorded trajectories or in a simulator: UI-S1, Mobile-R1, SeeNav.
-
-Actions are mappings with `action` (the type), `coordinate` (x, y in unit floats) and further arguments. All functions
-are pure; the returns and advantages over a tree are `mmrl.credit`'s estimators `ui_s1` and `srgpo`.
-"""
+"""Rewards of actions beside those an expert took on the same screen: UI-S1's step reward, Mobile-R1's second stage."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from vision.rewards import Box
+from mmrl.rollout import Prompt, Sample
+from video.rewards.answers import video_reference
+from video.rewards.turns import last_answer, turns_of
+from vision.rewards import Box, is_think_answer
 
 Agreement = Literal["exact", "type", "readable", "none"]
 
 ACTION_SCORES: dict[Agreement, float] = {"exact": 1.0, "type": 0.5, "readable": 0.1, "none": 0.0}
 
 
-# ---- one step -------------------------------------------------------------------------------------------------------
-
-
 def point_hits(
-    point: Sequence[float],
-    *,
-    box: Box | None = None,
-    target: Sequence[float] | None = None,
-    enlarge: float = 1.2,
-    near: float = 0.04,
+    point: Sequence[float], boxes: Sequence[Box], target: Sequence[float] | None, *, enlarge: float, near: float
 ) -> bool:
-    """The point lies in the box enlarged about its centre, or within `near` of the target point (UI-S1); unit floats.
-
-    `enlarge=1, near=0` is the plain click in the box of Mobile-R1.
-    """
-    if box is not None:
+    """The point lies in a box enlarged about its centre, or within `near` of the target; in shares of the screen."""
+    for box in boxes:
         sides = [(abs(point[k] - (box[k] + box[k + 2]) / 2), (box[k + 2] - box[k]) / 2 * enlarge) for k in (0, 1)]
         if all(away <= half for away, half in sides):
             return True
@@ -41,8 +31,8 @@ def point_hits(
 def agreement(
     action: Mapping[str, Any] | None,
     target: Mapping[str, Any],
+    boxes: Sequence[Box] = (),
     *,
-    box: Box | None = None,
     enlarge: float = 1.2,
     near: float = 0.04,
 ) -> Agreement:
@@ -58,7 +48,7 @@ def agreement(
     for key, want in target.items():
         given = action.get(key)
         if key == "coordinate":
-            if given is None or not point_hits(given, box=box, target=want, enlarge=enlarge, near=near):
+            if given is None or not point_hits(given, boxes, want, enlarge=enlarge, near=near):
                 return "type"
         elif _plain(given) != _plain(want):
             return "type"
@@ -66,19 +56,53 @@ def agreement(
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.strip().lower()
-    return list(value) if isinstance(value, tuple) else value
+    return value.strip().lower() if isinstance(value, str) else value
 
 
-def ui_s1_step(how: Agreement, *, well_formed: bool) -> float:
-    """0.1 format + 0.9 action, action 1 (exact), 0.5 (right type), 0.1 (readable), 0 (UI-S1), in [0, 1]."""
-    return 0.1 * float(well_formed) + 0.9 * ACTION_SCORES[how]
+def written_action(text: str, scale: float = 1000.0) -> dict[str, Any] | None:
+    """The action in `<answer>{"action": ..., "coordinate": [x, y]}</answer>`, points divided by `scale`; None where no
+    such object can be read."""
+    try:
+        action = json.loads(last_answer([text], "tags") or "")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(action, dict) or not isinstance(action.get("action"), str):
+        return None
+    point = action.get("coordinate")
+    if point is not None:
+        if not isinstance(point, list) or len(point) != 2 or any(type(x) not in (int, float) for x in point):
+            return None
+        action["coordinate"] = [x / scale for x in point]
+    return action
 
 
-def mobile_r1(how: Agreement, *, well_formed: bool) -> float:
-    """[action right] + [format right], in {0, 1, 2} (Mobile-R1, stage 2).
+@dataclass(frozen=True)
+class ScreenAction:
+    """The reward of one action on a recorded screen, written as `<think>..</think><answer>{JSON}</answer>`.
 
-    Take `how` from `agreement(.., enlarge=1, near=0)`. Stages 1 and 3 are an SFT and an outcome recipe of their own.
+    Args:
+        style: ui_s1: 0.1 format + 0.9 action, action 1 (exact), 0.5 (right type), 0.1 (readable), 0; points count in
+            boxes enlarged by 1.2 and within 0.04 of the expert's. mobile_r1: [action exact] + [format], in {0, 1, 2};
+            points
+            count in the box alone, where there is one.
+        scale: written coordinates per side of the screen; 1000 for thousandths, 1 for shares.
     """
-    return float(how == "exact") + float(well_formed)
+
+    style: Literal["ui_s1", "mobile_r1"] = "ui_s1"
+    scale: float = 1000.0
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """One number per sample, None where the reference holds no expert's action."""
+        return [self._score(s.prompt, turns_of(s)[-1]) for s in samples]
+
+    def _score(self, prompt: Prompt, text: str) -> float | None:
+        reference = video_reference(prompt)
+        if "expert" not in reference:
+            return None
+        boxes = reference.get("boxes") or ()
+        exact = {"enlarge": 1.0, "near": 0.0} if self.style == "mobile_r1" and boxes else {}
+        how = agreement(written_action(text, self.scale), reference["expert"], boxes, **exact)
+        well_formed = float(is_think_answer(text))
+        if self.style == "mobile_r1":
+            return float(how == "exact") + well_formed
+        return 0.1 * well_formed + 0.9 * ACTION_SCORES[how]
