@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -334,11 +335,12 @@ def rows(kind: str) -> list[Row]:
 
 
 def writers(field_name: str, kind: str = "readings") -> list[str]:
-    """Names of the rows that can fill a field, whatever their options; for messages."""
+    """Names of the rows that can fill a field, by default or with other options (the fact `may_write`, fields or
+    patterns of them); for messages."""
     found = []
     for row in rows(kind):
-        written = row.writes()
-        if field_name in written or "*" in written:
+        written = (*row.writes(), *row.facts.get("may_write", ()))
+        if any(fnmatchcase(field_name, pattern) for pattern in written):
             found.append(row.name)
     return found
 

@@ -325,6 +325,7 @@ class Continuation:
         return sum(map(len, self.logps))
 
 
+@runtime_checkable
 class Extender(Protocol):
     """A policy that can go on from any state; annotation and search need nothing else."""
 

@@ -29,7 +29,7 @@ from mmrl.rollout_folder import RolloutFolder
 
 log = logging.getLogger(__name__)
 
-Asked = Literal["first_error", "critique", "reference"]
+LabelAsk = Literal["first_error", "critique", "reference"]
 Labeller = Callable[[Sequence[SolutionRecord]], list[Labels | None]]  # None = this solution cannot be labelled
 
 
@@ -62,7 +62,7 @@ def by_judge(
     store: CompletionStore,
     *,
     votes: int = 1,
-    ask: Asked = "first_error",
+    ask: LabelAsk = "first_error",
     seed: int = 0,
     batch: int = 64,
 ) -> Labeller:
@@ -76,12 +76,11 @@ def by_judge(
 
     def label(records: Sequence[SolutionRecord]) -> list[Labels | None]:
         asked = {r.id: p for r in records if (p := _question(r, ask)) is not None}
-        judge: Any = extender  # policies know what they can take, scripted ones take all
-        taken = {p.id for p in admitted(judge, list(asked.values()))}
+        taken = {p.id for p in admitted(extender, list(asked.values()))}
         steps = {asked[r.id].id: len(r.steps) for r in records if r.id in asked}
 
         def parsed(samples: Sequence[Sample]) -> list[float | None]:
-            said = [_read(s.output, steps[s.prompt.id], ask) for s in samples]
+            said = [parse_labels(s.output, steps[s.prompt.id], ask) for s in samples]
             return [None if y is None else 1.0 for y in said]
 
         states = {i: State(p) for i, p in asked.items() if p.id in taken}
@@ -115,7 +114,7 @@ def scorer_labels(scorer: ScorerSpec, threshold: float | None = None, *, context
 
 
 @register("annotations", "judge", writes=("outcome", "step_reward"), source="SPARK; SPARE")
-def judge_labels(votes: int = 1, ask: Asked = "first_error", *, context: LabelContext) -> Labeller:
+def judge_labels(votes: int = 1, ask: LabelAsk = "first_error", *, context: LabelContext) -> Labeller:
     """`by_judge` by the recipe's policy."""
     return by_judge(context.policy, context.readings, votes=votes, ask=ask, seed=context.seed, batch=context.batch)
 
@@ -126,13 +125,14 @@ def outcome_labels() -> Labeller:
     return by_outcome
 
 
-def _voted(store: CompletionStore, state: State, steps: int, votes: int, ask: Asked) -> Labels | None:
-    parsed = [_read("".join(c.written.steps), steps, ask) for c in store.completions(state)[:votes]]
+def _voted(store: CompletionStore, state: State, steps: int, votes: int, ask: LabelAsk) -> Labels | None:
+    parsed = [parse_labels("".join(c.written.steps), steps, ask) for c in store.completions(state)[:votes]]
     known = [p for p in parsed if p is not None]
     return vote(known) if known else None
 
 
-def _read(text: str, steps: int, ask: Asked) -> Labels | None:
+def parse_labels(text: str, steps: int, ask: LabelAsk) -> Labels | None:
+    """Labels of the steps (1 right, 0 wrong, None without opinion) in a judge's reply; None when it cannot be read."""
     if ask == "critique":
         critique = parse_critique(text, steps)
         return critique.labels if any(y is not None for y in critique.labels) else None
@@ -142,7 +142,7 @@ def _read(text: str, steps: int, ask: Asked) -> Labels | None:
     return None if first is None else labels_up_to(first, steps)
 
 
-def _question(record: SolutionRecord, ask: Asked) -> Prompt | None:
+def _question(record: SolutionRecord, ask: LabelAsk) -> Prompt | None:
     """What the judge is asked, None for a solution that cannot be put to it."""
     try:
         text = judge_prompt(record.question, record.texts, ask, reference_solution(record.prompt) or "")

@@ -63,13 +63,49 @@ Compare each step of the student's solution with the part of the reference that 
 the step is right. Answer with a JSON list that has one object for every step, in order:
 [{{"student_step": 1, "reference": "what the step was compared with", "label": "CORRECT" or "INCORRECT"}}, ...]"""
 
-_PROMPTS = {"first_error": _FIRST_ERROR, "critique": _CRITIQUE, "step": _STEP, "reference": _REFERENCE}
-Ask = Literal["first_error", "critique", "step", "reference"]
+_SEVERITY = """\
+Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.
 
+[Question]
+{question}
+
+[Solution]
+{solution}
+
+How bad are the errors of each paragraph? Go through all of them in order. Write what you find about paragraph i as \
+<analysis_i>...</analysis_i> and end it with \\boxed{{none}}, \\boxed{{minor}}, \\boxed{{major}} or \
+\\boxed{{critical}}."""
+
+_ASPECT = """\
+Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.
+
+[Question]
+{question}
+
+[Solution]
+{solution}
+
+Whether the solution is right is not asked. Judge one aspect of it alone: {aspect}. Give a whole number from 0 \
+(worst) to 10 (best) as your last line in the form \\boxed{{number}}."""
+
+Ask = Literal["first_error", "critique", "step", "reference", "severity", "aspect"]
+SEVERITIES = ("none", "minor", "major", "critical")  # MQM's classes; their index is the class
+BEST_GRADE = 10
+
+_PROMPTS = {
+    "first_error": _FIRST_ERROR,
+    "critique": _CRITIQUE,
+    "step": _STEP,
+    "reference": _REFERENCE,
+    "severity": _SEVERITY,
+    "aspect": _ASPECT,
+}
 _PLAIN_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 _ANALYSIS = re.compile(r"<analysis_(\d{1,6})>(.*?)</analysis_\1>", re.DOTALL)
 _VERDICTS = dict.fromkeys(("yes", "correct", "right", "true"), True)
 _VERDICTS |= dict.fromkeys(("no", "incorrect", "wrong", "false"), False)
+
+
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
 
@@ -87,21 +123,28 @@ def paragraphs(steps: Sequence[str]) -> str:
     return "\n\n".join(f"<paragraph_{i}>\n{step}\n</paragraph_{i}>" for i, step in enumerate(steps))
 
 
-def judge_prompt(question: str, steps: Sequence[str], ask: Ask = "first_error", reference: str = "") -> str:
-    """A prompt for the index of the first error, an analysis of every step, Yes/No about the last of `steps`, or every
-    step's label beside a reference solution.
+def judge_prompt(
+    question: str, steps: Sequence[str], ask: Ask = "first_error", reference: str = "", aspect: str = ""
+) -> str:
+    """A prompt for the index of the first error, an analysis of every step, Yes/No about the last of `steps`, every
+    step's label beside a reference solution, the severity of every step's errors, or a grade of the whole for an
+    `aspect` in words.
 
-    Read the replies with `parse_first_error`, `parse_critique`, `parse_verdict` and `mmrl.annotate.spare.read_spare`.
+    Read the replies with `parse_first_error`, `parse_critique`, `parse_verdict`, `mmrl.annotate.spare.read_spare`,
+    `parse_severities` and `parse_grade`.
     """
     if ask not in _PROMPTS:
         raise ValueError(f"ask={ask!r} is none of {', '.join(_PROMPTS)}")
+    if ask == "aspect" and not aspect:
+        raise ValueError("ask='aspect' grades an aspect of the solution; name it in words: aspect")
     if ask == "reference":
         if not reference:
             raise ValueError("no reference solution to compare with")
         solution = "\n\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, start=1))
     else:
         solution = paragraphs(steps)
-    return _PROMPTS[ask].format(question=question, solution=solution, last=len(steps) - 1, reference=reference)
+    fields = {"solution": solution, "last": len(steps) - 1, "reference": reference, "aspect": aspect}
+    return _PROMPTS[ask].format(question=question, **fields)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -124,6 +167,24 @@ def parse_verdict(text: str) -> bool | None:
     r"""Whether the last `\boxed{..}` says yes / correct or no / incorrect; None when it says neither."""
     inner = boxed(text)
     return None if inner is None else _VERDICTS.get(normalise(inner))
+
+
+def parse_severities(text: str, num_steps: int) -> tuple[int | None, ...] | None:
+    """Per step the class of its errors, an index into `SEVERITIES`; None for a step without one single analysis that
+    ends in a class, and None altogether when no step has one."""
+    said: dict[int, list[int | None]] = {}
+    for index, analysis in _ANALYSIS.findall(text):
+        word = normalise(boxed(analysis) or "")
+        said.setdefault(int(index), []).append(SEVERITIES.index(word) if word in SEVERITIES else None)
+    out = tuple(said[t][0] if len(said.get(t, [])) == 1 else None for t in range(num_steps))
+    return out if any(y is not None for y in out) else None
+
+
+def parse_grade(text: str) -> int | None:
+    r"""The whole number from 0 to `BEST_GRADE` in the last `\boxed{..}` without inner braces, None without one."""
+    boxes = _PLAIN_BOX.findall(text)
+    number = boxes[-1].strip() if boxes else ""
+    return int(number) if re.fullmatch(r"[0-9]{1,2}", number) and int(number) <= BEST_GRADE else None
 
 
 @dataclass(frozen=True)

@@ -238,8 +238,9 @@ def capo(
 
 
 def judged_wrong(votes: Tensor, rule: VoteRule = "majority") -> Tensor:
-    """(N,) bool from the verdicts (N, K) of K critiques: wrong if all say so, or more than half do."""
-    share = votes.double().mean(1)
+    """(N,) bool from the verdicts (N, K) of K critiques, NaN = no opinion: wrong if all of the others say so, or more
+    than half of them do; not wrong where nobody has an opinion."""
+    share = votes.double().nanmean(1)
     if rule == "intersection":
         return share == 1
     if rule == "majority":

@@ -224,7 +224,10 @@ def blend(
 
 @transform("info_gain", reads=("tags.similarity",), source="StepSearch")
 def info_gain(tree: StepTree) -> StepTree:
-    """r' = mean over gold texts of max(sim - best on the path before, 0), tags["similarity"] (N, D) in [0, 1]."""
+    """r' = mean over gold texts of max(sim - best on the path before, 0), tags["similarity"] (N, D) in [0, 1].
+
+    A prompt with fewer than D gold texts has NaN in the columns that it does not use.
+    """
     return _steps(tree, _gain(tree))
 
 
@@ -338,18 +341,26 @@ def spark_outcome(tree: StepTree, *, rule: SparkRule = "mean") -> StepTree:
     reads=("tags.events",),
     source="Hierarchies of Reward Machines",
 )
-def reward_machine(tree: StepTree, *, machine: Mapping[str, Any], gamma: Unit | None = None) -> StepTree:
+def reward_machine(
+    tree: StepTree, *, machine: Mapping[str, Any], gamma: Unit | None = None, state_key: bool = False
+) -> StepTree:
     """r' = r + 1 on reaching acceptance; tags["machine_state"] is the machine's state after the step.
 
     tags["events"] (N, E) bool, columns in the order of machine["events"]. With `gamma`, the potential
-    Phi = -(distance to acceptance) is added. Put the machine state into `state_key` where a method groups by state.
+    Phi = -(distance to acceptance) is added. With `state_key`, methods that group steps by their state (gigpo) group
+    by the machine's state before the step.
     """
     compiled = RewardMachine.parse(machine)
     state, reward = compiled.run(tree, tag(tree, "events", ndim=2, classes=2) == 1)
     if gamma is not None:
         phi = compiled.potential()
         reward = reward + gamma * phi[state] - before(tree, phi[state], phi[compiled.start].expand(tree.num_groups))
-    return _steps(tree, _read(tree) + reward).replace(tags=tree.tags | {"machine_state": state})
+    out = _steps(tree, _read(tree) + reward).replace(tags=tree.tags | {"machine_state": state})
+    if not state_key:
+        return out
+    first = torch.full((tree.num_groups,), compiled.start)
+    earlier = before(tree, state, first)
+    return out.replace(state_key=earlier + len(compiled.states) * tree.group)  # states of one prompt are compared
 
 
 @transform("unfinished_outcome", writes=("outcome",), reads=("outcome",), source="MASPRM (-1)")
@@ -385,7 +396,7 @@ def _path_mean(tree: StepTree) -> Tensor:
 
 def _gain(tree: StepTree) -> Tensor:
     sim = tag(tree, "similarity", ndim=2)
-    return (sim - _best_before(tree, sim.nan_to_num(nan=0.0))).clamp(min=0).mean(1)
+    return (sim - _best_before(tree, sim.nan_to_num(nan=0.0))).clamp(min=0).nanmean(1)
 
 
 def _repeated(tree: StepTree) -> Tensor:

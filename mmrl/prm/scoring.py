@@ -15,7 +15,7 @@ from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
 from mmrl.registry import ComponentError, build, find, names
-from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer
+from mmrl.rollout import Extender, Prompt, Rollout, State, StepReward, StepScorer
 
 RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
 
@@ -147,7 +147,7 @@ def good_logits(scorer: StepScorer, rollout: Rollout) -> Tensor:
     return out
 
 
-def admitted(scorer: StepReward | StepScorer, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts a scorer can take; one that reads no media takes all."""
-    admit = getattr(scorer, "admit", None)
+def admitted(component: StepReward | Extender, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts a scorer or a policy can take; one that reads no media takes all."""
+    admit = getattr(component, "admit", None)
     return list(prompts) if admit is None else admit(prompts)

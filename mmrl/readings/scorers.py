@@ -33,6 +33,7 @@ def _score_fields(options: Mapping[str, Any]) -> tuple[str, ...]:
     "readings",
     "score",
     writes=_score_fields,
+    may_write=("root_value", "step_reward", "tags.*"),
     source="a critic (Schulman et al. 2016), RED, PAV, BARFI, ALaRM; any step reward or trained scorer",
 )
 class ScoreReading:
@@ -45,8 +46,8 @@ class ScoreReading:
         scorer: a registered name, a saved scorer's folder, or a section with `name` and options.
         root: fill `root_value` as well, with the scorer's number for the prompt alone.
         form: the score, or the logit of a trained scorer, for losses whose prediction is the logit.
-        below: fill `into` with bool instead: whether the number lies below this one, such as 0.5 for `tags.wrong`;
-            False where there is none.
+        below: fill `into` with verdicts instead: 1 where the number lies below this one, such as 0.5 for `tags.wrong`,
+            else 0.
     Raises:
         ValueError: another field, or a scorer that lacks what `root` or `form` asks for.
     """
@@ -62,7 +63,7 @@ class ScoreReading:
         if into not in ("value", "step_reward") and not into.startswith("tags."):
             raise ValueError(f"into={into!r} is no field of a step; name value, step_reward or tags.<name>")
         if below is not None and not into.startswith("tags."):
-            raise ValueError(f"below={below:g} makes booleans, which {into} does not hold; name a tag, as tags.wrong")
+            raise ValueError(f"below={below:g} makes verdicts, which {into} does not hold; name a tag, as tags.wrong")
         loaded = load_scorer(scorer)
         if root and not isinstance(loaded, RootScorer):
             raise ValueError(f"scorer {scorer!r} has no score for a prompt alone (root_scores); leave root out")
@@ -94,7 +95,9 @@ class ScoreReading:
             out["root_value"] = root = scorer.root_scores(rollout).double().cpu()
         if self.into == "value":
             numbers = _held(rollout.tree, numbers, root)
-        out[self.into] = numbers if self.below is None else numbers < self.below
+        if self.below is not None:
+            numbers = torch.where(numbers.isnan(), torch.nan, (numbers < self.below).double())
+        out[self.into] = numbers
         return out
 
 

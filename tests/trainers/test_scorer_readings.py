@@ -174,7 +174,7 @@ def test_methods_that_read_what_a_scorer_says(tmp_path, method):
         x = rollout.tree.tags[field.removeprefix("tags.")]
     else:
         x = getattr(rollout.tree, field)
-    other = write(rollout, {field: torch.where(odd, ~x if x.dtype == torch.bool else x - 1, x)})
+    other = write(rollout, {field: torch.where(odd, 1 - x if field == "tags.wrong" else x - 1, x)})
     assert not torch.allclose(trainer.credit(other).adv, trainer.credit(rollout).adv)  # it decides advantages
 
 
