@@ -350,20 +350,25 @@ def build(kind: str, section: str, name: str, options: Mapping[str, Any], **give
     return find(kind, name).build(options, section, **given)
 
 
-def build_section(kind: str, section: str, tree: Mapping[str, Any], **given: Any) -> Any:
-    """`build` for a mapping that has `name` beside its options, as in a recipe."""
-    row = check_section(kind, section, tree)
-    return row.build({k: v for k, v in tree.items() if k != "name"}, section, **given)
+def build_section(kind: str, section: str, tree: str | Mapping[str, Any], **given: Any) -> Any:
+    """`build` for a name, or a mapping that has `name` beside its options, as in a recipe."""
+    row, options = _named(kind, section, tree)
+    return row.build(options, section, **given)
 
 
-def check_section(kind: str, section: str, tree: Mapping[str, Any]) -> Row:
-    """The row that a mapping with `name` and options names, its options checked; nothing is made."""
-    options = dict(tree)
-    if "name" not in options:
-        raise ComponentError(f"{section} needs a name; known: {', '.join(names(kind))}")
-    row = find(kind, options.pop("name"))
+def check_section(kind: str, section: str, tree: str | Mapping[str, Any]) -> Row:
+    """The row that `build_section` would make, its options checked."""
+    row, options = _named(kind, section, tree)
     row.check(options, section)
     return row
+
+
+def _named(kind: str, section: str, tree: str | Mapping[str, Any]) -> tuple[Row, dict[str, Any]]:
+    """The row that a section names, and its options."""
+    options: dict[str, Any] = {"name": tree} if isinstance(tree, str) else dict(tree)
+    if "name" not in options:
+        raise ComponentError(f"{section} needs a name; known: {', '.join(names(kind))}")
+    return find(kind, options.pop("name")), options
 
 
 def of_kind(kind: str) -> AfterValidator:
@@ -373,10 +378,7 @@ def of_kind(kind: str) -> AfterValidator:
     """
 
     def check(value: Any) -> Any:
-        if isinstance(value, str):
-            find(kind, value)
-        else:
-            check_section(kind, _kind(kind).singular, value)
+        check_section(kind, _kind(kind).singular, value)
         return value
 
     return AfterValidator(check)

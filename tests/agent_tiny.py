@@ -17,7 +17,7 @@ from vision.loading import load_processor, tokenizer_of
 from vision.network import bare
 from vision.policy import VisionPolicy
 from vision.settings import Settings
-from vision.step_rule import StepRule
+from vision.step_rule import step_rule
 
 sys.path[:0] = [str(Path(__file__).parent / "vision"), str(Path(__file__).parent / "video")]
 
@@ -50,7 +50,7 @@ def agent(model: str, train_vision: bool = False, scripted: bool = True, **setti
     environment = (Scripted if scripted else VideoEnvironment)(
         encoder, syntax="videocom", coords="norm1000", turns=chosen.max_steps, max_context=4000, reserve=6, hints=True
     )
-    rule = StepRule(tokenizer_of(processor), "line", vocab_size=bare(hf).config.get_text_config().vocab_size)
+    rule = step_rule(tokenizer_of(processor), "line", bare(hf).config.get_text_config().vocab_size)
     policy = VisionPolicy(hf, processor, rule, chosen, None, environment, encoder)
     ends = [i for i in range(0, len(policy.tokenizer), 3) if i not in policy.decoding.banned]
     policy.decoding = replace(policy.decoding, eos=tuple(sorted({*policy.decoding.eos, *ends})))

@@ -15,7 +15,7 @@ from vision.loading import load_processor, tokenizer_of
 from vision.network import bare
 from vision.policy import VisionPolicy
 from vision.settings import TOKEN_DEFAULTS, Settings
-from vision.step_rule import StepRule
+from vision.step_rule import step_rule
 
 
 @declares(
@@ -77,7 +77,7 @@ def video_agent(
         encoder, syntax=syntax, coords=coords, turns=chosen.max_steps, max_context=max_context,
         reserve=chosen.max_new_tokens, hints=hints,
     )  # fmt: skip
-    rule = StepRule(tokenizer_of(processor), "line", vocab_size=bare(hf).config.get_text_config().vocab_size)
+    rule = step_rule(tokenizer_of(processor), "line", bare(hf).config.get_text_config().vocab_size)
     other = None
     if engine == "vllm":
         other = vllm_engine(

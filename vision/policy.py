@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmrl.reference import Reference, unwrap
-from mmrl.registry import declares
+from mmrl.registry import check_section, declares, of_kind
 from mmrl.rollout import (
     ActionLogProbs,
     Actions,
@@ -46,7 +46,7 @@ from vision.passes import Job, TokenTree, build_job
 from vision.prompts import PromptEncoder
 from vision.rollout_trees import RolloutTrees, step_batches
 from vision.settings import TOKEN_DEFAULTS, Settings
-from vision.step_rule import UNSURE, StepRule, step_rule
+from vision.step_rule import StepRule, step_rule
 from vision.turns import grow_turns
 
 
@@ -98,7 +98,7 @@ class VisionPolicy:
     def build(
         cls,
         model: str = "shapes",
-        steps: str = "line",
+        steps: Annotated[str | dict[str, Any], of_kind("step_rules")] = "line",
         dtype: str = "float32",
         attn: str = "sdpa",
         lora_rank: int = 0,
@@ -113,8 +113,7 @@ class VisionPolicy:
 
         Args:
             model: "shapes" (the built-in tiny model, made on first use), a folder, or a hub name.
-            steps: where a step ends: line, blank_line, numbered, tag, special_token:<the token>; or where one begins:
-                entropy:<nats> or confidence:<probability>, see `vision.step_rule.UnsureRule`.
+            steps: where a step ends, or begins: a row of `step_rules`, with its options where it has any.
             attn: sdpa, eager, flash_attention_2 (no packing), or mmrl_flex: FlexAttention in the update, on a GPU.
             lora_rank: 0 trains all weights; above 0 trains LoRA on the language model's projections, and the
                 reference for the KL is the model with the adapter off.
@@ -126,7 +125,7 @@ class VisionPolicy:
             settings: fields of `Settings`.
         """
         chosen = Settings(**settings)
-        if engine == "vllm" and steps.partition(":")[0] in UNSURE:
+        if engine == "vllm" and check_section("step_rules", "policy.steps", steps).facts.get("unsure"):
             raise ValueError(
                 f"policy.steps={steps}: vLLM does not tell entropies while it samples; take engine: transformers"
             )

@@ -5,27 +5,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveFloat
 from torch import Tensor
+
+from mmrl.registry import Kind, add_kind, build_section, register
 
 # a blank is ASCII white space: its bytes never are part of another character, so tables of single tokens are exact
 _BLANK = " \t\n\r\v\f"
-RULES = ("line", "blank_line", "numbered", "tag", "special_token")
-UNSURE = ("entropy", "confidence")
+
+# (tokenizer, width of the logits) -> StepRule
+add_kind(Kind("step_rules", "step rule", arguments=2))
 
 
 class StepRule:
     """Decides on sampled token ids where a step ends.
 
-    A step ends after the token that holds the last character of the first separator which follows some content:
-        line           "\\n"
-        blank_line     "\\n\\n"
-        numbered       the next step's header "\\nStep k:"; the header is part of the span it ends
-        tag            `</step>` or `</step_k>`
-        special_token  the token itself
+    A step ends after the token that holds the last character of the first separator which follows some content.
     Whatever else that token holds belongs to the ended step too: ids are never split. Content is anything but white
     space, separators, and the tokenizer's bos, eos and pad tokens. Separators before any content end nothing; they are
     the beginning of the next step. What ends a whole response (eos, length) is the caller's to know.
@@ -36,33 +35,18 @@ class StepRule:
     candidates: (V,) bool, tokens after which a step may end.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        rule: str,
-        *,
-        token: str | None = None,
-        tag: str = "step",
-        vocab_size: int | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, separator: str, last: str, vocab_size: int | None = None) -> None:
         """Make the tables for a transformers tokenizer.
 
         Args:
-            token: the separator of `special_token`, e.g. "<|reasoning_step_end|>".
-            tag: the name of the closing tag of `tag`.
+            separator: pattern that ends a step. last: its last character.
             vocab_size: V, the width of the model's logits, when larger than the tokenizer; the rest ends nothing.
         Raises:
-            ValueError: unknown rule, a `token` that is none or is missing, `vocab_size` too small, or no token of the
-                vocabulary that can complete the separator.
+            ValueError: `vocab_size` too small, or no token of the vocabulary that can complete the separator.
         """
-        if rule not in RULES:
-            raise ValueError(f"unknown step rule {rule!r}; known: {', '.join((*RULES, *UNSURE))}")
-        texts = token_texts(tokenizer, vocab_size)
-        separator, last = _separator(rule, tag)
-        if rule == "special_token":
-            separator, last = "\ue000", "\ue000"  # a private character stands for the token, whatever its text is
-            texts = [t.replace(last, "?") for t in texts]
-            texts[_token_id(tokenizer, token)] = last
+        self._make(token_texts(tokenizer, vocab_size), separator, last)
+
+    def _make(self, texts: list[str], separator: str, last: str) -> None:
         self._texts = texts
         # possessive: once leading separators are skipped, none of them may be taken for the end
         leading = rf"(?:{separator}|[{_BLANK}])*+"
@@ -70,9 +54,7 @@ class StepRule:
         self._ended = re.compile(rf"{leading}(?s:.)*?{separator}")
         self.candidates = torch.tensor([last in t for t in texts])
         if not self.candidates.any():
-            raise ValueError(
-                f"no token holds {last!r}, so the rule {rule!r} would never end a step; choose another rule"
-            )
+            raise ValueError(f"no token holds {last!r}, so this rule would never end a step; choose another rule")
         self._may_end: list[bool] = self.candidates.tolist()
 
     def ends_step(self, ids: Sequence[int]) -> bool:
@@ -102,29 +84,36 @@ class StepRule:
         return self._blank.fullmatch("".join([self._texts[i] for i in ids])) is not None
 
 
+class TokenRule(StepRule):
+    """A step ends after a token of its own, whatever its text is."""
+
+    def __init__(self, tokenizer: Any, token: str, vocab_size: int | None = None) -> None:
+        """
+        Raises:
+            ValueError: `token` is none of this tokenizer.
+        """
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found is None or found == tokenizer.unk_token_id:
+            raise ValueError(f"{token!r} is no token of this tokenizer; add it as a special token first")
+        private = "\ue000"  # stands for the token
+        texts = [t.replace(private, "?") for t in token_texts(tokenizer, vocab_size)]
+        texts[int(found)] = private
+        self._make(texts, private, private)
+
+
 class UnsureRule(StepRule):
     """A step begins with a token that the policy was unsure of; nothing in the text ends one.
-
-        entropy:LIMIT      the distribution that the token was drawn from has more than LIMIT nats (EDU-PRM: 1.0)
-        confidence:LIMIT   the token drawn has at most the probability LIMIT (AdaptiveStep, whose threshold is the
-                           2 % quantile over many responses)
 
     A tree forks before that token: every child draws its own first token from the distribution that was unsure. Both
     are measured on the distribution that is sampled, temperature and banned tokens included. A written text, which
     has neither, is one step.
     """
 
-    def __init__(self, tokenizer: Any, measure: str, limit: float, *, vocab_size: int | None = None) -> None:
-        """measure: entropy or confidence.
-
-        Raises:
-            ValueError: a limit that is not positive, or a confidence of 1 and more.
-        """
-        super().__init__(tokenizer, "line", vocab_size=vocab_size)
+    def __init__(
+        self, tokenizer: Any, measure: Literal["entropy", "confidence"], limit: float, vocab_size: int | None = None
+    ) -> None:
+        super().__init__(tokenizer, "\n", "\n", vocab_size)
         self.measure, self.limit = measure, limit
-        if not 0 < limit < (1 if measure == "confidence" else math.inf):
-            wanted = "a probability below 1" if measure == "confidence" else "nats"
-            raise ValueError(f"policy.steps={measure}:{limit:g}: the limit is {wanted}, above 0")
         self.candidates = torch.zeros_like(self.candidates)
         self._may_end = self.candidates.tolist()
 
@@ -133,20 +122,59 @@ class UnsureRule(StepRule):
         return entropy > self.limit if self.measure == "entropy" else logp <= math.log(self.limit)
 
 
-def step_rule(tokenizer: Any, steps: str, vocab_size: int | None = None) -> StepRule:
-    """The rule of a recipe's `policy.steps`: a name, for some with a token or a number behind a colon.
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+@register("step_rules", "line")
+def line(tokenizer: Any, vocab_size: int | None) -> StepRule:
+    """A step ends with its line."""
+    return StepRule(tokenizer, "\n", "\n", vocab_size)
+
+
+@register("step_rules", "blank_line")
+def blank_line(tokenizer: Any, vocab_size: int | None) -> StepRule:
+    """A step ends at a blank line."""
+    return StepRule(tokenizer, "\n\n", "\n", vocab_size)
+
+
+@register("step_rules", "numbered")
+def numbered(tokenizer: Any, vocab_size: int | None) -> StepRule:
+    """A step ends with the next one's header `Step k:` at a line's start, which is part of the span it ends."""
+    return StepRule(tokenizer, r"(?:\A|\n)Step \d+:", ":", vocab_size)
+
+
+@register("step_rules", "tag")
+def tag(tokenizer: Any, vocab_size: int | None, *, tag: str = "step") -> StepRule:
+    """A step ends with `</step>` or `</step_k>`, or another tag's."""
+    return StepRule(tokenizer, rf"</{re.escape(tag)}(?:_\d+)?>", ">", vocab_size)
+
+
+@register("step_rules", "special_token")
+def special_token(tokenizer: Any, vocab_size: int | None, *, token: str) -> StepRule:
+    """A step ends with a token of its own, such as `<|reasoning_step_end|>`."""
+    return TokenRule(tokenizer, token, vocab_size)
+
+
+@register("step_rules", "entropy", unsure=True, source="EDU-PRM (limit 1.0)")
+def entropy(tokenizer: Any, vocab_size: int | None, *, limit: PositiveFloat) -> StepRule:
+    """A step begins with a token drawn from a distribution of more than `limit` nats."""
+    return UnsureRule(tokenizer, "entropy", limit, vocab_size)
+
+
+@register("step_rules", "confidence", unsure=True, source="AdaptiveStep (limit: the 2 % quantile of many responses)")
+def confidence(tokenizer: Any, vocab_size: int | None, *, limit: Annotated[float, Field(gt=0, lt=1)]) -> StepRule:
+    """A step begins with a token drawn with a probability of at most `limit`."""
+    return UnsureRule(tokenizer, "confidence", limit, vocab_size)
+
+
+def step_rule(tokenizer: Any, steps: str | Mapping[str, Any], vocab_size: int | None = None) -> StepRule:
+    """The rule of a recipe's `policy.steps`: a row of `step_rules`, as a name or with its options.
 
     Raises:
-        ValueError: an unknown rule, or a part behind the colon that it cannot take.
+        ComponentError: an unknown rule or option.
     """
-    name, _, part = steps.partition(":")
-    if name not in UNSURE:
-        return StepRule(tokenizer, name, token=part or None, vocab_size=vocab_size)
-    try:
-        limit = float(part)
-    except ValueError:
-        raise ValueError(f"policy.steps={steps!r}: give a number behind the colon, such as {name}:0.5") from None
-    return UnsureRule(tokenizer, name, limit, vocab_size=vocab_size)
+    rule: StepRule = build_section("step_rules", "policy.steps", steps)(tokenizer, vocab_size)
+    return rule
 
 
 def token_texts(tokenizer: Any, vocab_size: int | None = None) -> list[str]:
@@ -164,21 +192,3 @@ def token_texts(tokenizer: Any, vocab_size: int | None = None) -> list[str]:
         if i is not None:
             texts[i] = ""
     return texts + [""] * ((vocab_size or size) - size)
-
-
-def _separator(rule: str, tag: str) -> tuple[str, str]:
-    """(pattern, last character) of a rule that reads text."""
-    if rule == "tag":
-        return rf"</{re.escape(tag)}(?:_\d+)?>", ">"
-    return {"line": ("\n", "\n"), "blank_line": ("\n\n", "\n"), "numbered": (r"(?:\A|\n)Step \d+:", ":")}.get(
-        rule, ("", "")
-    )
-
-
-def _token_id(tokenizer: Any, token: str | None) -> int:
-    if token is None:
-        raise ValueError("the rule 'special_token' needs `token`, e.g. '<|reasoning_step_end|>'")
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
-        raise ValueError(f"{token!r} is no token of this tokenizer; add it as a special token first")
-    return int(found)

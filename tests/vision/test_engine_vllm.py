@@ -24,7 +24,7 @@ from vision.network import masked_scores
 from vision.policy import VisionPolicy
 from vision.prompts import PromptEncoder
 from vision.settings import Settings
-from vision.step_rule import StepRule
+from vision.step_rule import step_rule
 
 pytestmark = [
     pytest.mark.vllm,
@@ -53,7 +53,7 @@ class Bench:
         questions = ("what is 2 + 3? " * 4, "how many are red? " * 3)
         self.rows = [Prompt(str(k), {"question": q, **images(k)}) for k, q in enumerate(questions)]
         self.prompts = [encode(row) for row in self.rows]
-        self.rule = StepRule(tokenizer, "line")
+        self.rule = step_rule(tokenizer, "line")
         ends = eos_ids(self.hf, tokenizer)
         banned = set(banned_ids(self.hf.config, tokenizer)) - ends
         self.decoding = Decoding(0.9, 80, 4, tuple(sorted(banned)), tuple(sorted(ends)))

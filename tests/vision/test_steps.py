@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.annotate.judge import paragraphs
-from vision.step_rule import RULES, StepRule, token_texts
+from vision.step_rule import step_rule, token_texts
 from vision.steps import (
     FORMATS,
     ParsedStep,
@@ -266,9 +266,10 @@ def word_level():
     )
 
 
+RULES = ("line", "blank_line", "numbered", "tag", "special_token")
 TOKENIZERS = {"bytes": byte_level(), "words": word_level()}
 RULE = {
-    (n, r): StepRule(t, r, token="<|sep|>" if r == "special_token" else None)
+    (n, r): step_rule(t, {"name": "special_token", "token": "<|sep|>"} if r == "special_token" else r)
     for n, t in TOKENIZERS.items() for r in RULES if (n, r) != ("words", "numbered")
 }  # fmt: skip
 
@@ -370,25 +371,26 @@ def test_leading_spaces_survive_a_sentencepiece_decoder():
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     assert token_texts(tokenizer)[1:6] == [" a", "\n", "Step", " 1", ":"]
-    rule = StepRule(tokenizer, "numbered")
+    rule = step_rule(tokenizer, "numbered")
     assert rule.split_ids([1, 2, 3, 4, 5, 1]) == [(0, 5), (5, 6)]
-    assert StepRule(tokenizer, "line").split_ids([6, 2, 1]) == [(0, 2), (2, 3)]  # a broken character, then a line end
+    assert step_rule(tokenizer, "line").split_ids([6, 2, 1]) == [(0, 2), (2, 3)]  # a broken character, then a line end
 
 
 def test_wider_logits_and_wrong_settings():
     tokenizer = TOKENIZERS["bytes"]
     size = len(tokenizer)
-    rule = StepRule(tokenizer, "line", vocab_size=size + 7)
+    rule = step_rule(tokenizer, "line", size + 7)
     assert rule.candidates.shape == (size + 7,)
     assert not rule.ends_step([size + 3, *encode("\n")])
-    for options, message in (
-        ({"rule": "lines"}, "known: line"),
-        ({"rule": "line", "vocab_size": 3}, "width of the logits"),
-        ({"rule": "special_token"}, "needs `token`"),
-        ({"rule": "special_token", "token": "<none>"}, "no token of this tokenizer"),
+    for steps, width, message in (
+        ("lines", None, r"unknown step rule 'lines' \(did you mean line\?\)"),
+        ("line", 3, "width of the logits"),
+        ("special_token", None, "policy.steps.token is missing; it has no default"),
+        ({"name": "special_token", "token": "<none>"}, None, "no token of this tokenizer"),
+        ({"name": "special_token", "tokn": "x"}, None, r"unknown key policy.steps.tokn='x' \(did you mean token\?\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            StepRule(tokenizer, **options)
+            step_rule(tokenizer, steps, width)
 
 
 def test_a_vocabulary_without_the_separator_is_refused():
@@ -398,4 +400,4 @@ def test_a_vocabulary_without_the_separator_is_refused():
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(ValueError, match="never end a step"):
-        StepRule(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]"), "line")
+        step_rule(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]"), "line")

@@ -11,7 +11,7 @@ from vision.environment import Answered
 from vision.loading import load_model, load_processor, tokenizer_of
 from vision.policy import VisionPolicy
 from vision.settings import Settings
-from vision.step_rule import StepRule
+from vision.step_rule import step_rule
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "text")
 
@@ -57,7 +57,7 @@ def policy_of(family, files, *, mode="auto", turns=3, train_vision=False, **more
                 p.requires_grad_(False)
     told = {"temperature": 0.9, "max_new_tokens": 6, "max_steps": 4, "max_prompt_tokens": 500, "mode": mode} | more
     settings = Settings(**told)
-    rule = StepRule(tokenizer_of(processor), "line", vocab_size=hf.config.get_text_config().vocab_size)
+    rule = step_rule(tokenizer_of(processor), "line", hf.config.get_text_config().vocab_size)
     album = Album(None, [] if family == "text" else files, turns)
     policy = VisionPolicy(hf, processor, rule, settings, None, album)
     album.encode = policy.encode

@@ -18,7 +18,7 @@ from vision.network import masked_scores
 from vision.passes import TokenTree
 from vision.policy import VisionPolicy
 from vision.settings import Settings
-from vision.step_rule import StepRule
+from vision.step_rule import step_rule
 from vision.turns import grow_turns as grow_with_transformers
 from vision.turns_engine import grow_turns
 from vision.vllm_backends import Call, Reply, Server
@@ -254,7 +254,7 @@ def policy_of(family, temperature=0.9):
     settings = Settings(
         temperature=temperature, eval_temperature=0.0, max_new_tokens=5, max_steps=4, max_prompt_tokens=500
     )
-    rule = StepRule(tokenizer_of(processor), "line", vocab_size=hf.config.get_text_config().vocab_size)
+    rule = step_rule(tokenizer_of(processor), "line", hf.config.get_text_config().vocab_size)
     album = FilmAlbum()
     policy = VisionPolicy(hf, processor, rule, settings, None, album)
     album.encode = policy.encode

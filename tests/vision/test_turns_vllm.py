@@ -16,7 +16,7 @@ from vision.engine_vllm import VllmEngine
 from vision.loading import load_model, load_processor, tokenizer_of
 from vision.policy import VisionPolicy
 from vision.settings import Settings
-from vision.step_rule import StepRule
+from vision.step_rule import step_rule
 
 pytestmark = [
     pytest.mark.vllm,
@@ -35,7 +35,7 @@ def talk(tmp_path_factory):
     settings = Settings(temperature=0.9, max_new_tokens=12, max_steps=4, max_prompt_tokens=200)
     engine = VllmEngine.in_process(folder, max_model_len=512, gpu_memory_utilization=0.01, dtype="float32", films=True)
     album = FilmAlbum()
-    rule = StepRule(tokenizer_of(processor), "line", vocab_size=hf.config.get_text_config().vocab_size)
+    rule = step_rule(tokenizer_of(processor), "line", hf.config.get_text_config().vocab_size)
     policy = VisionPolicy(hf, processor, rule, settings, SyncedEngine(engine, shared=False), album)
     album.encode = policy.encode
     # untrained models hardly ever close a turn, so every fifth token does

@@ -9,11 +9,11 @@ from families import tokenizer_for
 from mmrl.rollout import BranchPlan
 from vision.engine_vllm import VllmEngine
 from vision.growth import Decoding, PromptTokens
-from vision.step_rule import StepRule
+from vision.step_rule import step_rule
 from vision.vllm_backends import Reply
 
 TOKENIZER = tokenizer_for("text")
-RULE = StepRule(TOKENIZER, "line")
+RULE = step_rule(TOKENIZER, "line")
 END, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
 
 

@@ -11,7 +11,7 @@ from mmrl.jsonl import Quarantined, RowError, check_share, read_rows
 from mmrl.prm.formats import benches, chat, rollouts, text, trees  # noqa: F401 - enter their rows
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_images
-from mmrl.registry import build, check_section, register
+from mmrl.registry import build, build_section, check_section, register
 
 
 @register("formats", "records")
@@ -40,14 +40,13 @@ def read_format(
     Raises:
         ValueError: unknown format or option, no file, no usable row, or too many bad rows.
     """
-    section = {"name": format} if isinstance(format, str) else format
-    row = check_section("formats", "format", section)
+    row = check_section("formats", "format", format)
     if "read" in row.facts:
         found: tuple[list[SolutionRecord], list[Quarantined]] = row.facts["read"](
             path, markers=markers, max_bad=max_bad, unlabelled=unlabelled
         )
         return found
-    reader = row.build({k: v for k, v in section.items() if k != "name"}, "format")
+    reader = build_section("formats", "format", format)
     pictures: dict[Path, None] = {}
 
     def make(row: Mapping[str, Any], at: str) -> list[SolutionRecord]:
