@@ -152,7 +152,8 @@ def test_rewards_are_zero_at_the_start_and_the_log_ratio_later(rank):
 def test_the_end_of_the_answer_is_part_of_the_last_step():
     prm = build()
     rollout = prm.policy.write_steps(solution_forest([P], [[["ab", "c\n"], ["ab\n", "d"]]])[0])
-    texts = [prm.policy.tokenizer.decode(prm.policy._ids(rollout, v)) for v in range(4)]
+    spans = zip(rollout.tree.tok_start.tolist(), rollout.tree.tok_end.tolist(), strict=True)
+    texts = [prm.policy.tokenizer.decode(rollout.actions.payload["token"][a:b]) for a, b in spans]
     assert texts == ["ab\n", "c\n<|end|>", "ab\n", "d<|end|>"]  # raw texts differ, so they are not merged
 
 
