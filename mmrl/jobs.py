@@ -10,7 +10,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+
+from pydantic import PositiveInt
 
 from mmrl.annotate.direct import annotate_directly
 from mmrl.annotate.inject import with_errors
@@ -21,14 +23,14 @@ from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.annotate.run import LabelRule, annotate, merge_ranks
 from mmrl.annotate.select import unsure
 from mmrl.annotate.store import CompletionStore
-from mmrl.config import ConfigError
+from mmrl.config import ConfigError, Section, parse_config
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
-from mmrl.prm.records import Kind, SolutionRecord, Step
+from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
 from mmrl.prm.scoring import admitted, check_scorer, load_scorer, score_records, score_states
 from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
-from mmrl.registry import build, call, find, hint
+from mmrl.registry import build, find
 from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
 from mmrl.rollout_folder import RolloutFolder
@@ -69,11 +71,12 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
             report = _annotate_on_all_ranks(config, job, items, build("annotations", "method", name, options), rule)
         else:
             job.alone(f"method.name={name!r}")
-            solutions = call(_count, "method", {k: options.pop(k) for k in ("solutions",) if k in options})
+            written = {k: options.pop(k) for k in ("solutions",) if k in options}
+            count = parse_config(written, "method", _Written).solutions
             report = annotate_directly(
                 job.policy, job.verifier, job.prompts if given is None else given,
-                build("annotations", "method", name, options, context=job), config.output, solutions=solutions,
-                about={"method": name, "solutions": solutions, **options}, fingerprint=job.fingerprint,
+                build("annotations", "method", name, options, context=job), config.output, solutions=count,
+                about={"method": name, "solutions": count, **options}, fingerprint=job.fingerprint,
                 seed=config.seed, batch=config.batch,
                 rollouts=job.rollouts({"records": str(config.records)}),
             )  # fmt: skip
@@ -89,10 +92,10 @@ def _completes(method: str) -> bool:
     return isinstance(target, type) and issubclass(target, (MonteCarlo, Omega))
 
 
-def _count(solutions: int = 4) -> int:
-    if solutions < 1:
-        raise ConfigError(f"method.solutions={solutions}: at least 1 solution per question must be written")
-    return solutions
+class _Written(Section):
+    """Options of a method that reads solutions, beside its own."""
+
+    solutions: PositiveInt = 4  # per question, where the policy has to write them
 
 
 def _solutions(config: AnnotateConfig) -> tuple[list[SolutionRecord] | None, list[Quarantined]]:
@@ -110,8 +113,6 @@ def _check_names(config: AnnotateConfig) -> None:
     find("annotations", config.method.name).check(options, "method")
     if config.active is not None and config.records is None:
         raise ConfigError("active chooses among given solutions; name their file in `records`")
-    for kind in (config.inject.kinds if config.inject else None) or ():
-        _known("inject.kinds", kind, get_args(Kind))
     if config.refine is None:
         return
     options = find("refinements", config.refine.name).check(config.refine.options, "refine")
@@ -124,11 +125,6 @@ def _check_names(config: AnnotateConfig) -> None:
             f"refine.name={config.refine.name!r} looks at Monte-Carlo counts, which method.name="
             f"{config.method.name!r} does not make; annotate by monte_carlo, or leave refine out"
         )
-
-
-def _known(key: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ConfigError(f"{key}={name!r} is none of {', '.join(known)}{hint(name, known)}")
 
 
 def _annotate_on_all_ranks(config: AnnotateConfig, job: _Job, items: Any, method: Any, rule: LabelRule) -> Any:
@@ -263,6 +259,13 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     return write_report(config.output / "report.json", report)
 
 
+class _Candidates(Section):
+    """Options of `best_of_k`: samples per prompt, and numbers of candidates at every noisy step to compare."""
+
+    n: PositiveInt = 8
+    k: tuple[PositiveInt, ...] = (4,)
+
+
 def _best_of_k(config: SearchConfig, job: _Job) -> dict[str, Any]:
     """`run_search` for a policy that searches along its own steps."""
     if not hasattr(job.policy, "search"):
@@ -273,7 +276,7 @@ def _best_of_k(config: SearchConfig, job: _Job) -> dict[str, Any]:
     if config.scorer is None or config.max_tokens is not None:
         raise ConfigError("method.name='best_of_k' needs a `scorer` that ranks candidates, and has no tokens to limit")
     scorer = job.scorer(config.scorer)
-    options = call(_candidates, "method", config.method.options)
+    options = parse_config(config.method.options, "method", _Candidates).model_dump()
     report = best_of_k(
         job.prompts, job.policy, scorer, job.verifier, folder=config.output, **options,
         judges=getattr(job.task, "judges", None), seed=config.seed, prompts_per_batch=config.batch,
@@ -283,10 +286,6 @@ def _best_of_k(config: SearchConfig, job: _Job) -> dict[str, Any]:
     report["unusable_prompts"] = job.lost
     report["parameters"] = {"policy": parameters(job.policy), "scorer": parameters(scorer)}
     return write_report(config.output / "report.json", report)
-
-
-def _candidates(n: int = 8, k: tuple[int, ...] = (4,)) -> dict[str, Any]:
-    return {"n": n, "k": k}
 
 
 def run_benchmark(

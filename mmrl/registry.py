@@ -384,13 +384,6 @@ def of_kind(kind: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def call(target: Callable[..., Any], section: str, options: Mapping[str, Any], *arguments: Any) -> Any:
-    """`target(*arguments, **options)` for a function that is no row, its options checked as a row's are."""
-    name = target.__name__
-    row = Row(Kind(name, "function", arguments=len(arguments)), name, target, Declaration())
-    return target(*arguments, **gather(target, row.check(options, section)))
-
-
 def hint(name: str, known: Iterable[str]) -> str:
     """The end of an error message that names the nearest known name, empty where none is near."""
     near = get_close_matches(name, list(known), 1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mmrl.jsonl import RowError
 from mmrl.rollout import Prompt
-from video.rewards.answers import ANSWER_TYPES, answer_score, option_letter
+from video.rewards.answers import answer_score, answer_type_of, option_letter
 from video.segments import segment_count
 from vision.tasks.jsonl import check_text, with_options
 
@@ -225,8 +225,10 @@ def _plain(value: Any) -> Any:
 
 def _check_answer(sample: VideoSample) -> None:
     kind = sample.answer_type or ("multiple choice" if sample.options else "text")
-    if kind not in ANSWER_TYPES:
-        raise RowError(f"unknown answer_type: {kind!r} is none of {', '.join(ANSWER_TYPES)}")
+    try:
+        answer_type_of(kind)
+    except ValueError as error:
+        raise RowError(f"unknown answer_type: {error}") from None
     if sample.answer is None:
         return
     try:

@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 
 from mmrl.annotate.select import ActiveConfig
 from mmrl.config import Component, Section
+from mmrl.prm.records import Kind
 from mmrl.recipe import JobConfig
 from mmrl.registry import of_kind
 
@@ -24,7 +25,7 @@ class InjectConfig(Section):
     """Planted errors (URSA's misinterpretation insertion): their labels cost nothing and are exact."""
 
     copies: PositiveInt = 1  # per right solution, each with one value changed
-    kinds: list[str] | None = None  # steps that may be changed, null = all
+    kinds: list[Kind] | None = None  # steps that may be changed, null = all
     values: tuple[Literal["number", "colour", "relation"], ...] = ("number",)
 
 

@@ -349,7 +349,7 @@ def test_scan_without_a_verdict_leaves_out_and_counts(tmp_path):
 BAD_RECIPES = [
     ({"method": {"name": "monte_calro"}}, "unknown annotation method 'monte_calro' .did you mean monte_carlo"),
     ({"method": {"name": "monte_carlo", "solution": 3}}, "method.solution=3 .did you mean solutions"),
-    ({"method": {"name": "outcome", "solutions": 0}}, "method.solutions=0: at least 1"),
+    ({"method": {"name": "outcome", "solutions": 0}}, "method: solutions=0: input should be greater than 0"),
     ({"method": {"name": "judge", "ask": "critic"}}, "method.ask='critic': input should be 'first_error', 'critique' or 'reference'"),
     ({"method": {"name": "scorer", "scorer": "shapes_step"}}, "did you mean shapes_steps"),
     ({"method": {"name": "scorer", "scorer": "test_jobs:beyond"}}, "score 1.5 is no label in .0, 1.; give a threshold"),
@@ -358,7 +358,7 @@ BAD_RECIPES = [
     ({"refine": {"name": "consensus", "judge": {"name": "jugde"}}}, "unknown annotation method 'jugde' .did you mean judge"),
     ({"refine": {"name": "consensus", "judge": {"name": "omega"}}}, "'omega' samples completions; take one that reads"),
     ({"refine": {"name": "scan"}, "method": METHODS["judge"]}, "looks at Monte-Carlo counts"),
-    ({"inject": {"kinds": ["percepton"]}}, "inject.kinds='percepton' .*did you mean perception"),
+    ({"inject": {"kinds": ["percepton"]}}, "inject.kinds.0='percepton': input should be .*did you mean perception"),
     ({"records": "none.jsonl"}, "no file none.jsonl"),
     ({"records": "none.jsonl", "format": "visual_prm"}, "format 'visual_prm' .*did you mean visualprm"),
     ({"task": {"name": "test_jobs:Bare"}, "verifier": None}, "task.name='test_jobs:Bare' brings no reward"),

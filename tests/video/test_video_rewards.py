@@ -86,7 +86,7 @@ def test_answers_by_type(kind, answer, reference, want):
 @pytest.mark.parametrize(
     "kind, reference, told",
     [("multiple choice", "a cat", "letter"), ("numerical", "many", "number"), ("regression", "", "number"),
-     ("interval", "noon", "start and an end"), ("essay", "x", "none of")],
+     ("interval", "noon", "start and an end"), ("essay", "x", "unknown answer type 'essay'"), ("os:getcwd", "x", "no registered name")],
 )  # fmt: skip
 def test_a_reference_that_is_none_of_its_type_is_refused(kind, reference, told):
     with pytest.raises(ValueError, match=told):

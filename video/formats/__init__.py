@@ -9,22 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, RowError, as_object, check_share, read_rows
-from mmrl.registry import hint
+from mmrl.registry import find
+from video.formats import canonical, video_r1, videochat_r1, videocom  # noqa: F401 - enter their rows
 from video.formats._values import media_file
-from video.formats.canonical import canonical
-from video.formats.video_r1 import video_r1
-from video.formats.videochat_r1 import videochat_r1
-from video.formats.videocom import videocom
 from video.records import VideoSample, as_share, check_sample
 from vision.images import ImageError, check_image
 
-FORMATS: dict[str, Callable[[Mapping[str, Any], str], list[VideoSample]]] = {
-    "canonical": canonical,
-    "video_r1": video_r1,
-    "videocom": videocom,
-    "videochat_r1": videochat_r1,
-}
-_KEYED = {"videochat_r1": "video"}  # one JSON object per file; its keys become this field of the rows
 _SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 Finish = Callable[[VideoSample], VideoSample]
 
@@ -50,17 +40,16 @@ def read_format(
         ValueError: unknown format, no file, no usable row, or too many bad rows (the first ones are named by line and
             field).
     """
-    if name not in FORMATS:
-        raise ValueError(f"format {name!r} is none of {', '.join(FORMATS)}{hint(name, FORMATS)}")
+    format = find("video_formats", name)
     root = Path(path).parent if media_root is None else Path(media_root)
     sizes: dict[str, tuple[int, int]] = {}
 
     def make(row: Mapping[str, Any], at: str) -> list[VideoSample]:
-        found = [with_media(check_sample(s), root, sizes) for s in FORMATS[name](row, at)]
+        found = [with_media(check_sample(s), root, sizes) for s in format.target(row, at)]
         return found if finish is None else [finish(s) for s in found]
 
-    if name in _KEYED:
-        return _read_keyed(Path(path), _KEYED[name], make, max_bad, limit)
+    if "keyed" in format.facts:
+        return _read_keyed(Path(path), format.facts["keyed"], make, max_bad, limit)
     return read_rows(path, make, max_bad=max_bad, key=lambda s: s.id, limit=limit, errors=(RowError, ImageError))
 
 

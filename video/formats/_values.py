@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmrl.jsonl import RowError
+from mmrl.registry import Kind, add_kind
 from video.records import Box
+
+# (row, where it stands) -> samples
+add_kind(Kind("video_formats", "video format", arguments=2))
 
 Row = Mapping[str, Any]
 Number = TypeVar("Number", int, float)

@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 from mmrl.jsonl import RowError
+from mmrl.registry import register
 from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, box, pair, pairs, real, typed, whole
 from video.records import BoxLabel, VideoSample, plain_options
@@ -22,6 +23,7 @@ from video.records import BoxLabel, VideoSample, plain_options
 _KEYS = [f.name for f in fields(VideoSample)]
 
 
+@register("video_formats", "canonical")
 def canonical(row: Row, name: str) -> list[VideoSample]:
     """The sample of a row; `name` is its id where it has none."""
     count, seconds, size = (row.get(k) for k in ("frame_count", "duration", "size"))

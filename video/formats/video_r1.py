@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from mmrl.jsonl import RowError
+from mmrl.registry import register
 from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, typed, without_marks
 from video.records import VideoSample, plain_options
@@ -12,6 +13,7 @@ from video.records import VideoSample, plain_options
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
+@register("video_formats", "video_r1")
 def video_r1(row: Row, name: str) -> list[VideoSample]:
     """One question about a video or a picture; `process` and `solution` together are its written solution."""
     found = _ANSWER.search(text(row, "solution"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmrl.jsonl import RowError
+from mmrl.registry import register
 from mmrl.rows import rest, rows, text
 from video.formats._values import Row, pairs, real
 from video.records import VideoSample
@@ -10,6 +11,8 @@ from video.records import VideoSample
 QUESTION = 'When does this happen in the video: "{}"?'
 
 
+# one JSON object per file; its keys become the field `video` of the rows
+@register("video_formats", "videochat_r1", keyed="video")
 def videochat_r1(row: Row, name: str) -> list[VideoSample]:
     """A question per sentence, its [start, end] seconds the answer. `row` holds its key in the file under `video`."""
     video, sentences = text(row, "video"), rows(row, "sentences")

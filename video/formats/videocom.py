@@ -7,6 +7,7 @@ import string
 from typing import Any
 
 from mmrl.jsonl import RowError
+from mmrl.registry import register
 from mmrl.rows import rest, row_id, rows, text
 from video.formats._values import Row, box, pairs, typed, whole, without_marks
 from video.records import BoxLabel, VideoSample
@@ -16,6 +17,7 @@ _OPTIONS = re.compile(r"\bOptions:\s*((?:[ \t]*\(?[A-Z][.)][ \t].*(?:\n|\Z))+)")
 _USED = ("id", "video", "image", "conversations", "valid_segments", "valid_frames", "valid_bounding_box")
 
 
+@register("video_formats", "videocom")
 def videocom(row: Row, name: str) -> list[VideoSample]:
     """One conversation: the assistant's texts are the turns of a solution, its FINAL_ANSWER the answer.
 

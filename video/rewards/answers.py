@@ -12,12 +12,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mmrl.registry import Kind, add_kind, find, register
 from mmrl.rewards.answer_text import normalise
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.actions import Syntax
 from video.rewards.turns import AnswerSyntax, count_calls, last_answer, turns_of
 from vision.rewards import is_think_answer
+
+# (answer, reference) -> score in [0, 1]
+add_kind(Kind("answer_types", "answer type", arguments=2))
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -43,6 +47,7 @@ def number(text: str) -> float | None:
     return float(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None
 
 
+@register("answer_types", "multiple choice")
 def same_choice(answer: str, reference: str) -> float:
     """1 when both open with the same option letter, else 0 (Video-CoM, with a strict letter).
 
@@ -55,6 +60,7 @@ def same_choice(answer: str, reference: str) -> float:
     return float(option_letter(answer) == right)
 
 
+@register("answer_types", "numerical")
 def same_number(answer: str, reference: str) -> float:
     """1 when both are equal after rounding to 2 decimals; 0 when only one is written with `.` or `,` (Video-R1)."""
     x, y = number(answer), _reference_number(reference)
@@ -62,6 +68,7 @@ def same_number(answer: str, reference: str) -> float:
     return float(x is not None and marked[0] == marked[1] and round(x, 2) == round(y, 2))
 
 
+@register("answer_types", "regression")
 def closeness(answer: str, reference: str) -> float:
     """1 - min(1, |x - y| / |y|) in [0, 1] (Video-R1, regression); for y = 0 only x = 0 counts."""
     x, y = number(answer), _reference_number(reference)
@@ -77,6 +84,7 @@ def _reference_number(text: str) -> float:
     return value
 
 
+@register("answer_types", "OCR")
 def word_accuracy(answer: str, reference: str) -> float:
     """clip(1 - word edits / max(1, reference words), 0, 1), words between white space, case kept (Video-R1, OCR)."""
     words, right = answer.split(), reference.split()
@@ -88,6 +96,7 @@ def word_accuracy(answer: str, reference: str) -> float:
     return max(0.0, 1 - row[-1] / max(1, len(right)))
 
 
+@register("answer_types", "free-form")
 def rouge(answer: str, reference: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L over lower-cased words, in [0, 1] (Video-R1, free-form).
 
@@ -123,6 +132,7 @@ def common_length(a: Sequence[A], b: Sequence[B], same: Callable[[A, B], bool] =
     return best[-1]
 
 
+@register("answer_types", "text")
 def same_text(answer: str, reference: str) -> float:
     """1 when both are equal in normal form (case, spaces, final stop, plain numbers), else 0."""
     return float(normalise(answer) == normalise(reference))
@@ -141,6 +151,7 @@ def interval(text: str) -> tuple[float, float] | None:
     return (found[0], found[1]) if len(found) == 2 and found[0] <= found[1] else None
 
 
+@register("answer_types", "interval")
 def grounding(answer: str, reference: str) -> float:
     """IoU of two intervals in seconds (VideoChat-R1, temporal grounding); 0 when the answer is no interval."""
     given, right = interval(answer), interval(reference)
@@ -149,27 +160,26 @@ def grounding(answer: str, reference: str) -> float:
     return 0.0 if given is None else interval_iou(given, right)
 
 
-ANSWER_TYPES: dict[str, Callable[[str, str], float]] = {
-    "multiple choice": same_choice,
-    "numerical": same_number,
-    "OCR": word_accuracy,
-    "free-form": rouge,
-    "regression": closeness,
-    "text": same_text,
-    "interval": grounding,
-}
-
-
 def answer_score(answer: str | None, reference: str, answer_type: str) -> float:
-    """Score of one answer in [0, 1] by its own type, a key of ANSWER_TYPES; no answer is 0.
+    """Score of one answer in [0, 1] by its own type, a row of `answer_types`; no answer is 0.
 
     Raises:
         ValueError: an unknown type, or a reference that is none of its type.
     """
-    if answer_type not in ANSWER_TYPES:
-        raise ValueError(f"answer_type {answer_type!r} is none of {', '.join(ANSWER_TYPES)}")
-    score = ANSWER_TYPES[answer_type](answer or "", reference)
+    score = answer_type_of(answer_type)(answer or "", reference)
     return 0.0 if answer is None else score
+
+
+def answer_type_of(name: str) -> Callable[[str, str], float]:
+    """The function (answer, reference) -> score of an answer type.
+
+    Raises:
+        ValueError: no registered name. Types stand in data files, which must not choose what is imported.
+    """
+    if ":" in name:
+        raise ValueError(f"answer type {name!r} is no registered name")
+    score: Callable[[str, str], float] = find("answer_types", name).target
+    return score
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------

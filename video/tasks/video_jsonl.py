@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated
 
 from mmrl.jsonl import RowError
+from mmrl.registry import of_kind
 from mmrl.rewards.answers import right_answer
 from mmrl.rollout import Answer, Prompt, Sample
 from video.formats import read_format
@@ -13,8 +14,6 @@ from video.reader import VideoDecodeError, VideoReader
 from video.records import VideoSample, to_prompt, with_info, with_seen
 from video.sampling import smart_resize
 from vision.tasks.jsonl import answered
-
-Format = Literal["canonical", "video_r1", "videocom", "videochat_r1"]
 
 
 class VideoJsonlTask:
@@ -25,7 +24,7 @@ class VideoJsonlTask:
 
     Args:
         train, eval: files, JSON lines or one JSON list; of videochat_r1 one JSON object.
-        format: canonical (`video.formats.canonical`), video_r1, videocom or videochat_r1.
+        format: a row of `video_formats`, or the dotted path of a function as `video.formats.canonical`.
         media_root: folder that videos are relative to, and may not leave.
         rewards: names used when the recipe lists none.
         max_bad: share of bad rows of a file, in [0, 1], above which loading fails.
@@ -41,7 +40,7 @@ class VideoJsonlTask:
         self,
         train: str,
         eval: str,
-        format: Format = "canonical",
+        format: Annotated[str, of_kind("video_formats")] = "canonical",
         media_root: str = ".",
         rewards: Sequence[str] = ("video_answer",),
         max_bad: float = 0.05,
