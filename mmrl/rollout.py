@@ -524,6 +524,14 @@ class RootScorer(Protocol):
         """(G,) one number per prompt, on the scale of its step scores."""
 
 
+@runtime_checkable
+class Attributor(Protocol):
+    """A step reward that can say how much each step moves its judgement of the whole solution."""
+
+    def attributions(self, rollout: Rollout) -> Tensor:
+        """(N,) signed numbers on chains: the part of each step in the logit of its solution's last step."""
+
+
 def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Raises ValueError when two prompts share an id: their samples would be normalised as one group."""
     seen: set[str] = set()

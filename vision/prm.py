@@ -217,6 +217,46 @@ class VisionPrm:
         none = [torch.empty(0, dtype=torch.int64)] * len(trees)
         return self._read(_Asked(trees, slots, none, none[0], torch.arange(len(trees))))
 
+    def attributions(self, rollout: Rollout) -> Tensor:
+        """(N,) float64 gradient times input: how much the embeddings of each step's tokens, its marks included, push
+        the logit of the last step that can be read below it; 0 for steps behind that one. Of chains."""
+        tree, readable = rollout.tree, self.readable(rollout)
+        out = torch.zeros(len(tree), dtype=torch.float64)
+        for leaf in tree.is_leaf.nonzero().flatten().tolist():
+            last = leaf
+            while last >= 0 and not readable[last]:
+                last = int(tree.parent[last])
+            if last >= 0:
+                nodes, parts = self._attribution(rollout, last)
+                out[nodes] = parts
+        return out
+
+    def _attribution(self, rollout: Rollout, last: int) -> tuple[list[int], Tensor]:
+        """The steps to `last`, and by how much its logit grows with the length of each one's embeddings."""
+        asked = self._trees(rollout, torch.tensor([last]))
+        nodes, _ = closure(rollout.tree, [last])
+        wanted = asked.tokens if self.head == "likelihood" else []
+        job = build_reading(asked.trees, asked.slots, "rows", self._body.style, wanted)
+        hf = self._network.hf
+        scales: list[Tensor] = []
+
+        def scale(module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+            # d logit / d scale of a token = gradient times input, summed over its width
+            scales.append(torch.ones(embedded.shape[:-1], device=embedded.device, requires_grad=True))
+            return embedded * scales[-1][..., None].to(embedded.dtype)
+
+        hook = bare(hf).get_input_embeddings().register_forward_hook(scale)
+        try:
+            with torch.enable_grad():
+                hf.train(False)
+                outputs = self._network(read_job, job, self._verdict, asked.owner, self._body.features, None)
+                (gradient,) = torch.autograd.grad(good_logit(outputs).sum(), scales[0])
+        finally:
+            hook.remove()
+        of_token = asked.trees[0].packed.node  # 0 is the prompt, the steps follow in order
+        total = torch.zeros(len(nodes) + 1, dtype=torch.float64).index_add(0, of_token, gradient[0].double().cpu())
+        return nodes, total[1:]
+
     def _read(self, asked: _Asked) -> Tensor:
         """(S, C) outputs at the slots, in the caller's order."""
         body, wanted = self._body, asked.tokens if self.head == "likelihood" else []

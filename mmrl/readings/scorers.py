@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from mmrl.credit.transforms import need_chains
 from mmrl.prm.implicit import Against, ImplicitPrm, step_log_ratios
 from mmrl.prm.scoring import ScorerSpec, good_logits, load_scorer
 from mmrl.readings.base import ReadingContext, Values
 from mmrl.registry import register
-from mmrl.rollout import Rollout, RootScorer, StepReward, StepScorer
+from mmrl.rollout import Attributor, Rollout, RootScorer, StepReward, StepScorer
 from mmrl.tree import StepTree
+from mmrl.tree_ops import before, run_head
 
 Form = Literal["score", "logit"]
 
@@ -164,3 +167,68 @@ class ImplicitReading:
             with torch.no_grad():
                 rewards = self.beta * step_log_ratios(context.policy, rollout, steps)
         return {"tags.implicit": rewards.double().cpu().nan_to_num(nan=0.0)}
+
+
+Attribution = Literal["gradient", "difference"]
+
+
+@register(
+    "readings",
+    "attribution",
+    writes=("tags.attribution",),
+    fits="chains",
+    source="Explainable dense reward shapes; gradient times input and score differences in place of SHAP and LIME",
+)
+class AttributionReading:
+    """tags.attribution (N, I): shares of the outcome by a scorer, a column per entry of `by`; 1 along every solution.
+
+    gradient: gradient times input of the last step's logit with respect to the embeddings of a step's tokens.
+    difference: change of the score by the step, from the score of the prompt alone. Shares are absolute values over
+    their sum: signed ones have sums near 0, which would blow single steps up. Equal shares where nothing moves it.
+
+    Args:
+        scorer: a registered name, a saved scorer's folder, or a section with `name` and options.
+    Raises:
+        ValueError: a scorer that lacks what `by` asks for. Of the rollout: it branches, and shares of a common step
+            would differ from solution to solution.
+    """
+
+    def __init__(
+        self, scorer: ScorerSpec, by: Annotated[Sequence[Attribution], Field(min_length=1)] = ("gradient",)
+    ) -> None:
+        loaded = load_scorer(scorer)
+        for name, protocol in (("gradient", Attributor), ("difference", RootScorer)):
+            if name in by and not isinstance(loaded, protocol):
+                raise ValueError(f"scorer {scorer!r} is no {protocol.__name__} (mmrl.rollout), which by: {name} needs")
+        self.scorer: StepReward | None = loaded
+        self.by = tuple(by)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The scorer's, None where it has none."""
+        return model_of(self.scorer)
+
+    def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
+        """tags.attribution."""
+        need_chains(rollout.tree, "reading 'attribution'", "take a plan that forks at the prompt alone, {0: G}")
+        columns = [self._gradient(rollout) if name == "gradient" else self._difference(rollout) for name in self.by]
+        return {"tags.attribution": torch.stack([_shares(rollout.tree, x) for x in columns], 1)}
+
+    def _gradient(self, rollout: Rollout) -> Tensor:
+        assert isinstance(self.scorer, Attributor)
+        return self.scorer.attributions(rollout).double().cpu()
+
+    def _difference(self, rollout: Rollout) -> Tensor:
+        assert isinstance(self.scorer, RootScorer) and self.scorer is not None
+        root = self.scorer.root_scores(rollout).double().cpu()
+        score = _held(rollout.tree, self.scorer(rollout).double().cpu(), root)
+        return score - before(rollout.tree, score, root)
+
+
+def _shares(tree: StepTree, x: Tensor) -> Tensor:
+    """(N,) |x| over its sum along each chain, 1 / length where that is 0."""
+    chain = run_head(tree, torch.ones(len(tree), dtype=torch.bool))
+    zero = torch.zeros(len(tree), dtype=torch.float64)
+    total = zero.index_add(0, chain, x.abs())[chain]
+    length = zero.index_add(0, chain, torch.ones_like(zero))[chain]
+    return torch.where(total > 0, x.abs() / total.where(total > 0, 1.0), 1 / length)

@@ -11,11 +11,15 @@ from tiny import recipe
 from vision_tiny import vision_recipe
 
 from mmrl.config import ConfigError, parse_config
+from mmrl.credit.estimate import apply_transform
+from mmrl.prm.data import solution_forest
 from mmrl.prm.scoring import load_scorer, score_solutions
 from mmrl.readings import ReadingContext, write
-from mmrl.readings.scorers import ImplicitReading, ScoreReading
+from mmrl.readings.scorers import AttributionReading, ImplicitReading, ScoreReading
 from mmrl.registry import ComponentError
+from mmrl.rollout import Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.tree_ops import path_sum
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
 from families import family_folder, picture
@@ -83,9 +87,6 @@ def test_root_scores_of_every_head_and_layout_agree(tmp_path, head, mode):
         files.append(tmp_path / f"{i}.png")
         picture(i).save(files[-1])
     options = {"model": str(family_folder("qwen2_5_vl")), "head": head} | named
-    from mmrl.prm.data import solution_forest
-    from mmrl.rollout import Prompt
-
     prompts = [Prompt(f"p{i}", {"question": "how?" * (i + 1), "images": [str(f)]}) for i, f in enumerate(files)]
     rollout, _ = solution_forest(prompts, [[["a"]], [["b"]]])
     whole = load_scorer("vision_prm", options | {"mode": "auto"}).root_scores(rollout)
@@ -181,9 +182,6 @@ def test_methods_that_read_what_a_scorer_says(tmp_path, method):
 def test_red_telescopes_to_the_last_score_less_that_of_the_prompt(tmp_path):
     readings, _ = RECIPES["red"]
     trainer = trainer_of(tmp_path, readings=readings, credit=RECIPES["red"][1])
-    from mmrl.credit.estimate import apply_transform
-    from mmrl.tree_ops import path_sum
-
     tree = trainer.sample(0).tree
     scored = tree.replace(step_reward=torch.where(tree.step_reward.isnan(), 0.25, tree.step_reward))  # blank steps
     r = apply_transform(scored, {"name": "red"}).step_reward
@@ -308,4 +306,90 @@ def test_log_ratios_of_denoising_steps(tiny_model, tmp_path):
     got, dense = rollout.tree.tags["implicit"], rollout.actions.trainable
     assert bool((got[~dense] == 0).all()) and bool((got[dense] != 0).all())  # an ODE step decides nothing
     torch.testing.assert_close(got, trainer._online.scorer(rollout).nan_to_num())
+    assert trainer.train()["policy/grad_norm"] > 0
+
+
+# ---- attribution -----------------------------------------------------------------------------------------------------
+
+
+def chains_of(solutions, prompts=1):
+    asked = [Prompt(f"p{g}", {"question": "how many?"}) for g in range(prompts)]
+    return solution_forest(asked, [solutions] * prompts)[0]
+
+
+@pytest.mark.parametrize("head", ["linear", "likelihood"])
+def test_gradient_times_input_is_the_change_by_scaling_a_steps_embeddings(tmp_path, head):
+    """The second way: every embedding of one step's tokens a little longer, and the logit anew."""
+    reading = AttributionReading(PRM | {"head": head, "mode": "rows"})
+    prm, rollout = reading.scorer, chains_of([["one 1", "+ 2", "so 3"], ["just 3"]])
+    got, slots = prm.attributions(rollout), prm._slots
+    embedding, eps = prm._network.hf.get_input_embeddings(), 1e-2
+    prompt = len(prm._body.encode(rollout.prompts[0]).ids)
+    for path in ([0, 1, 2], [3]):
+        start = prompt
+        for t, step in enumerate(path):
+            end = start + len(slots.run(prm._encode_text(rollout.texts[step]), first=t == 0))
+            change = []
+            for sign in (1, -1):
+
+                def longer(module, inputs, out, a=start, b=end, sign=sign):
+                    out = out.clone()
+                    out[:, a:b] *= 1 + sign * eps
+                    return out
+
+                hook = embedding.register_forward_hook(longer)
+                with torch.no_grad():
+                    change.append(float(logit_of(prm, rollout, path)))
+                hook.remove()
+            assert float(got[step]) == pytest.approx((change[0] - change[1]) / (2 * eps), rel=2e-2, abs=1e-4)
+            start = end
+    share = reading(rollout, None)["tags.attribution"][:, 0]
+    torch.testing.assert_close(share[:3], got[:3].abs() / got[:3].abs().sum())
+    assert share[3] == 1
+
+
+def logit_of(prm, rollout, path):
+    """Of the last step of a path, alone in its row."""
+    own = solution_forest(rollout.prompts, [[[rollout.texts[v] for v in path]]])[0]
+    return prm.logits(own, torch.tensor([len(path) - 1]))[0, 0]
+
+
+class Additive:
+    """A score that is a sum of what steps are worth, and 2 for the prompt."""
+
+    def __call__(self, rollout):
+        worth = torch.tensor([float(t) for t in rollout.texts], dtype=torch.float64)
+        return 2 + path_sum(rollout.tree, worth)
+
+    def root_scores(self, rollout):
+        return torch.full((len(rollout.prompts),), 2.0)
+
+
+def test_differences_of_an_additive_scorer_are_its_terms():
+    rollout = chains_of([["1", "-2", "5"], ["0", "0.0"], ["4"]], prompts=2)
+    reading = AttributionReading("test_scorer_readings:Additive", by=("difference",))
+    got = reading(rollout, None)["tags.attribution"]
+    want = [1 / 8, 2 / 8, 5 / 8, 1 / 2, 1 / 2, 1.0]  # nothing moves the second one: equal shares
+    torch.testing.assert_close(got[:, 0], torch.tensor(want * 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="is no Attributor"):
+        AttributionReading("test_scorer_readings:Additive")
+    with pytest.raises(ValueError, match="needs chains, but step 0 branches"):
+        reading(chains_of([["1", "2"], ["1", "3"]]), None)
+
+
+def test_explained_rewards_add_up_to_the_outcome(tmp_path):
+    trainer = trainer_of(
+        tmp_path,
+        plan={0: 4},
+        readings=[{"name": "attribution", "scorer": PRM, "by": ["gradient", "difference"]}],
+        credit={
+            "transforms": [{"name": "attribution", "weights": [0.25, 0.75]}],
+            "estimators": [{"name": "process_grpo"}],
+        },
+        run={"iterations": 1},
+    )
+    tree = trainer.sample(0).tree
+    explained = apply_transform(tree, {"name": "attribution", "weights": [0.25, 0.75]})
+    total = path_sum(tree, explained.step_reward)[tree.is_finished]
+    torch.testing.assert_close(total, tree.outcome[tree.is_finished])
     assert trainer.train()["policy/grad_norm"] > 0
