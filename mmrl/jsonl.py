@@ -119,12 +119,33 @@ def as_object(row: Any) -> dict[str, Any]:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line; RowError for bad JSON, bad UTF-8, NaN or another type."""
+    """The JSON object of a line; RowError for bad JSON or UTF-8, NaN, a key given twice, half a surrogate pair."""
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, NaN, too deep
         raise RowError(f"no JSON: {error}") from error
+    fault = broken_text(json.dumps(row, ensure_ascii=False)) if b"\\u" in line else None
+    if fault:
+        raise RowError(f"broken text: a text {fault}")
     return as_object(row)
+
+
+def broken_text(text: str) -> str | None:
+    """Why a text cannot be written or tokenised, None if it can: half of a surrogate pair, as of a cut emoji."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds {text[error.start]!a}, half of a character cut in two; remove it"
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return out
 
 
 def _add_keys(seen: set[str], keys: list[str]) -> None:

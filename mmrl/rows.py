@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmrl.jsonl import RowError
 
 Row = Mapping[str, Any]
+
+_MARK = "<image>"
 
 
 def text(row: Row, key: str) -> str:
@@ -65,7 +66,16 @@ def number(value: Any, what: str) -> float:
 
 def without_image_marks(question: str) -> str:
     """The question without `<image>` at its ends, since pictures are given by their column."""
-    return re.sub(r"\A(?:\s*<image>)+\s*|\s*(?:<image>\s*)+\Z", "", question)
+    first, last = question, None
+    # by hand: a pattern that ends in blanks takes quadratic time on a text full of them
+    while last != first:
+        last = first
+        bare = first.strip()
+        if bare.startswith(_MARK):
+            first = bare.removeprefix(_MARK).lstrip()
+        elif bare.endswith(_MARK):
+            first = bare.removesuffix(_MARK).rstrip()
+    return first
 
 
 def same_length(labels: Sequence[Any], steps: Sequence[Any]) -> None:

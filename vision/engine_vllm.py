@@ -20,6 +20,7 @@ from torch import Tensor
 from mmrl.rollout import BranchPlan
 from mmrl.seeding import named_generator
 from vision.growth import Decoding, Node, PromptTokens
+from vision.prompts import tokenise
 from vision.step_rule import StepRule
 from vision.vllm_backends import Backend, Call, InProcess, Reply, Server
 
@@ -212,7 +213,7 @@ class _Growth:
         self.eos = frozenset(decoding.eos)
         self.last_fork = max((d for d in plan.splits if d < decoding.max_steps), default=0)
         tokenizer = engine.backend.tokenizer
-        self.short = [list(tokenizer(p.text)["input_ids"]) if p.images else p.ids.tolist() for p in prompts]
+        self.short = [tokenise(tokenizer, p.text).tolist() if p.images else p.ids.tolist() for p in prompts]
 
     def run(self) -> list[Node]:
         buds = [self._bud(g, -1, 0, [], 0) for g in range(len(self.prompts))]

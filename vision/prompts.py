@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrl.byte_cache import ByteCache
+from mmrl.jsonl import broken_text
 from mmrl.rollout import Prompt
 from vision.growth import Pixels, PromptTokens
 from vision.images import Limits, image_key, load_image
@@ -104,7 +105,7 @@ class PromptEncoder:
         Raises:
             PromptError: as many placeholders as `pixels` has features are not there.
         """
-        ids = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+        ids = tokenise(self.tokenizer, text)
         types = torch.zeros_like(ids)
         for value, token in enumerate((self.image_token, self.video_token), 1):
             types[ids == token] = value
@@ -119,6 +120,12 @@ class PromptEncoder:
     def _encode(self, prompt: Prompt) -> PromptTokens:
         question = self._question(prompt)
         paths = prompt.inputs.get("images") or []
+        films = prompt.inputs.get("videos") or []
+        if films:
+            raise PromptError(
+                f"prompt {prompt.id!r} shows {len(films)} films, which nobody here reads and which would be left out "
+                "unseen; take policy: {name: video}, or rows without `videos`"
+            )
         if paths and self.image_token is None:
             raise PromptError(f"prompt {prompt.id!r} has {len(paths)} images but the model reads text only")
         try:
@@ -129,6 +136,9 @@ class PromptEncoder:
 
     def _question(self, prompt: Prompt) -> str:
         question = str(prompt.inputs.get("question", ""))
+        fault = broken_text(question)
+        if fault:
+            raise PromptError(f"prompt {prompt.id!r}: its text {fault}")
         for text in self._reserved:
             if text in question:
                 raise PromptError(
@@ -139,11 +149,11 @@ class PromptEncoder:
 
     def _tokens(self, pictures: Sequence[Image.Image], question: str, name: str) -> PromptTokens:
         text = self._render(len(pictures), question)
+        made: Any = {}
         if pictures:
-            made = self.processor(text=[text], images=[list(pictures)], return_tensors="pt")
-        else:
-            made = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
-        ids = made["input_ids"][0]
+            # the text has its special tokens, so the processor's tokenizer must not add them once more
+            made = self.processor(text=[text], images=[list(pictures)], return_tensors="pt", add_special_tokens=False)
+        ids = made["input_ids"][0] if pictures else tokenise(self.tokenizer, text)
         types = (ids == self.image_token).long() if self.image_token is not None else torch.zeros_like(ids)
         self._check_length(name, types, f"{len(pictures)} images")
         pixels = self._pixels(made, pictures) if pictures else None
@@ -191,9 +201,35 @@ class PromptEncoder:
         owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
         if not getattr(owner, "chat_template", None):
             raise PromptError("the processor has no chat template; save one with it")
-        return str(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+        try:
+            return str(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+        except Exception as error:  # templates raise what they like
+            plain = [_plain(m) for m in messages]
+            if None not in plain and plain != list(messages):
+                return self._template([m for m in plain if m is not None], answer)
+            roles = ", ".join(str(m["role"]) for m in messages)
+            pictures = sum(isinstance(m["content"], list) and len(m["content"]) > 1 for m in messages)
+            ways = ["give the model's folder another chat_template.jinja"]
+            if self.settings.system:
+                ways.insert(0, "leave policy.system out")
+            if pictures:
+                ways.insert(0, "take a template that places pictures (content as a list of parts)")
+            raise PromptError(
+                f"the chat template refuses turns of {roles} ({type(error).__name__}: {error}); " + ", or ".join(ways)
+            ) from error
 
     def _render(self, images: int, question: str) -> str:
+        """The whole prompt as text, special tokens included: what `tokenise` makes ids of."""
+        return self._opened(self._turn(images, question))
+
+    def _opened(self, text: str) -> str:
+        """The text behind the mark that begins a document, where the tokenizer has one: exactly one."""
+        mark = self.tokenizer.bos_token
+        if not mark or text.startswith(mark) or self.tokenizer("a")["input_ids"][0] != self.tokenizer.bos_token_id:
+            return text
+        return str(mark) + text
+
+    def _turn(self, images: int, question: str) -> str:
         question = f"{question}\n{self.settings.instruction}" if self.settings.instruction else question
         question += self.opening or ""
         if not self.tokenizer.chat_template and not getattr(self.processor, "chat_template", None):
@@ -212,6 +248,21 @@ class PromptEncoder:
         added = self.tokenizer.get_added_vocab()
         banned = set(banned_ids(self._model.config, self.tokenizer, keep=eos_ids(self._model, self.tokenizer)))
         return [text for text, i in added.items() if i in banned]
+
+
+def tokenise(tokenizer: Any, text: str) -> Tensor:
+    """(L,) int64: ids of a rendered text, which has all its special tokens already."""
+    ids: Tensor = tokenizer([text], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    return ids
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any] | None:
+    """The message with its text alone as content, for templates that know no parts; None where it shows a picture."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    return message | {"content": "".join(texts)} if len(texts) == len(content) else None
 
 
 def size_in_bytes(tokens: PromptTokens) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from mmrl.jsonl import Quarantined, RowError, read_rows
 from mmrl.rewards.answers import right_answer
 from mmrl.rollout import Answer, Prompt, Sample
+from mmrl.rows import without_image_marks
 from vision.images import ImageError, check_image, resolve
 
 # texts that models read as a picture, a video or a turn of the conversation; in a question they would shift the images
@@ -113,7 +114,7 @@ def row_prompt(
     question = row.get(columns.question)
     if not isinstance(question, str) or not question.strip():
         raise RowError(f"no text in column {columns.question!r}; columns are {sorted(row)}")
-    images_column = columns.images if columns.images in row else "image"
+    images_column = _images_column(row, columns.images)
     paths = [resolve(p, root) for p in _path_list(row.get(images_column), images_column)]
     for path in paths:
         if path not in sizes:
@@ -130,10 +131,44 @@ def row_prompt(
     return Prompt(name if own is None or own == "" else str(own), inputs, reference)
 
 
+# Columns in which public data sets name pictures and films.
+_MEDIA = ("image", "images", "image_path", "image_paths", "img", "img_path", "picture", "pictures", "photo")
+_FILMS = ("video", "videos", "video_path", "clip", "film")
+
+
+def _images_column(row: Mapping[str, Any], named: str) -> str:
+    """The column that holds the row's pictures: the named one, or `image` where that is empty.
+
+    Raises:
+        RowError: another column looks like pictures or films, which nobody would see.
+    """
+    filled = [c for c in (named, "image") if row.get(c)]
+    column = filled[0] if filled else named
+    unread = [c for c in (*_MEDIA, *_FILMS) if c != column and row.get(c)]
+    if not unread:
+        return column
+    if unread[0] in _FILMS:
+        raise RowError(
+            f"unread column {unread[0]!r}: it looks like a film, and this task shows pictures; take task: "
+            "{name: video_jsonl}, or remove the column"
+        )
+    raise RowError(
+        f"unread column {unread[0]!r}: it looks like pictures; name it as task.images: {unread[0]}, or remove it"
+    )
+
+
 def with_options(question: str, options: Sequence[str]) -> str:
-    """The question, then `(A) ..`, `(B) ..` on lines of their own."""
-    lettered = [f"({letter}) {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False)]
+    """The question, then `(A) ..`, `(B) ..` on lines of their own; options that have their letters keep one."""
+    lettered = [
+        f"({letter}) {_unlettered(text, letter)}"
+        for letter, text in zip(string.ascii_uppercase, options, strict=False)
+    ]
     return "\n".join([question, *lettered])
+
+
+def _unlettered(option: str, letter: str) -> str:
+    """The option without its own letter in front: `A. red`, `(A) red`, `A) red` and `A: red` are red."""
+    return re.sub(rf"\A\s*(?:\({letter}\)|{letter}[.):])\s+", "", option)
 
 
 def check_text(text: str) -> None:
@@ -164,7 +199,7 @@ def _without_image_marks(question: str, images: int) -> str:
     marks = question.count("<image>")
     if marks not in (0, images):
         raise RowError(f"{marks} <image> in the text for {images} pictures")
-    text = re.sub(r"\A(?:\s*<image>)+\s*|\s*(?:<image>\s*)+\Z", "", question)
+    text = without_image_marks(question)
     if "<image>" in text:
         raise RowError("<image> inside the text; pictures stand before it, so write e.g. 'the first picture'")
     if not text.strip():
