@@ -482,6 +482,14 @@ class OutcomeReward(Protocol):
 
 
 @runtime_checkable
+class PromptChecker(Protocol):
+    """A reward that can tell before anything is sampled which prompts it will never score."""
+
+    def refusal(self, prompt: Prompt) -> str | None:
+        """Why no sample of this prompt can be scored, None where they can."""
+
+
+@runtime_checkable
 class GroupReward(OutcomeReward, Protocol):
     """An outcome reward that compares the samples of a prompt with one another: it is never asked about one alone."""
 

@@ -27,6 +27,10 @@ _CLOCK_PER_CPU = 20.0  # seconds on the clock that a verifier gets for each seco
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
+# Columns in which public data sets keep the answer.
+_LIKE_ANSWERS = ("solution", "answers", "final_answer", "gold", "gold_answer", "ground_truth", "label", "target", "gt")
+
+
 class NoAnswerError(ValueError):
     """A prompt whose reference holds no answer."""
 
@@ -55,6 +59,14 @@ class AnswerReward:
                 self.last_error = str(error)
                 values.append(None)
         return values
+
+    def refusal(self, prompt: Prompt) -> str | None:
+        """Why no sample of this prompt can be scored: its reference holds no answer."""
+        try:
+            right_answer(prompt)
+        except NoAnswerError as error:
+            return str(error)
+        return None
 
     def verdict(self, sample: Sample) -> float | None:
         """1 if the sample's answer is right, 0 if it is wrong, None if that is unknown."""
@@ -197,11 +209,17 @@ def right_answer(prompt: Prompt) -> str:
     reference = prompt.reference
     answer = reference.get("answer") if isinstance(reference, Mapping) else reference
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise NoAnswerError(
-            f"prompt {prompt.id!r}: the reference {reference!r} holds no answer; give a text or a number, or "
-            '{"answer": ...}'
+        columns = [k for k in _LIKE_ANSWERS if isinstance(reference, Mapping) and reference.get(k) is not None]
+        way = (
+            f"name its column, such as task.answer: {columns[0]}" if columns else 'give a text or a number as "answer"'
         )
+        raise NoAnswerError(f"prompt {prompt.id!r}: the reference {_short(reference)} holds no answer; {way}")
     return str(answer)
+
+
+def _short(reference: Any) -> str:
+    text = repr(reference)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _same(answer: str | None, reference: str) -> bool:

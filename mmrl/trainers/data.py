@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from mmrl.rollout import Prompt
 from mmrl.seeding import named_generator
+
+log = logging.getLogger(__name__)
 
 
 def prompt_batch(prompts: Sequence[Prompt], size: int, iteration: int, seed: int) -> list[Prompt]:
@@ -37,6 +40,15 @@ class Admission:
         self._admit, self._limit = admit, limit
         self.seen: set[str] = set()
         self.bad: set[str] = set()
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Leave out prompts (id -> why) that are known to be useless before anything is sampled."""
+        self.bad |= set(reasons)
+        self.seen |= set(reasons)
+        for reason in list(reasons.values())[:5]:
+            log.warning("left out: %s", reason)
+        if reasons:
+            log.warning("%d prompts are left out", len(reasons))
 
     def good(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The usable ones, in order.

@@ -33,6 +33,7 @@ from mmrl.rollout import (
     OutcomeReward,
     Policy,
     Prompt,
+    PromptChecker,
     Rollout,
     Sample,
     check_prompts,
@@ -72,8 +73,9 @@ class Rollouts:
         self.config = config
         check_fields([*producers(config), *readers], given)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
-        self.policy: Policy = policy or build("policies", "policy", config.policy.name, config.policy.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
+        useless = self._useless_prompts()
+        self.policy: Policy = policy or build("policies", "policy", config.policy.name, config.policy.options)
         self.step_rewards = build_step_rewards(config)
         self.readings = build_readings(config)
         check_prompts(self.task.prompts)
@@ -86,7 +88,27 @@ class Rollouts:
             if isinstance(model := getattr(component, "model", None), torch.nn.Module):
                 model.to(self.loop.accelerator.device)
         self.admission = Admission(self.policy.admit, config.run.max_unusable)
+        self.admission.refuse(useless)
         self.clear()
+
+    def _useless_prompts(self) -> dict[str, str]:
+        """Prompts that a reward will never score, by id, with the reason.
+
+        Raises:
+            ConfigError: they are more than `run.max_unusable` of all.
+        """
+        prompts = [*self.task.prompts, *self.task.eval_prompts]
+        reasons: dict[str, str] = {}
+        for reward, _ in self.rewards.values():
+            if isinstance(reward, PromptChecker):
+                reasons |= {p.id: why for p in prompts if (why := reward.refusal(p)) is not None}
+        known = len({p.id for p in prompts})  # training and evaluation may share some
+        if len(reasons) > self.config.run.max_unusable * known:
+            raise ConfigError(
+                f"{len(reasons)} of {known} prompts can never be rewarded (limit run.max_unusable="
+                f"{self.config.run.max_unusable}); the first: {next(iter(reasons.values()))}"
+            )
+        return reasons
 
     def clear(self) -> None:
         """Begin an iteration: forget the last one's scores, costs and times."""

@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,16 @@ def test_rows_become_prompts(tmp_path, media):
     ({"question": "a", "options": "xy"}, "no list of texts"),
     ({"question": "a", "options": ["x"] * 27}, "27 options"),
     ({"id": "good", "question": "again"}, "id 'good' occurs before"),
+    ({"question": "a", "image_path": "a.png"}, "unread column 'image_path': it looks like pictures; name it as task.images"),
+    ({"question": "a", "images": ["a.png"], "picture": "b.png"}, "unread column 'picture'"),
+    ({"question": "a", "images": ["a.png"], "image": "a.png"}, "unread column 'image'"),
+    ({"question": "a", "video": "a.mp4"}, "unread column 'video': it looks like a film"),
+    ({"question": "a", "videos": ["a.mp4"]}, "video_jsonl"),
+    ('{"question": "what is \\ud83d this?"}', "half of a character cut in two"),
+    ('{"question": "a", "id": "\\udc00"}', "half of a character cut in two"),
+    ('{"question": "a", "question": "b"}', "the key 'question' stands twice"),
+    ('{"question": "a", "meta": {"x": 1, "x": 2}}', "the key 'x' stands twice"),
+    ('{"question": "a", "n": ' + "[" * 5000 + "]" * 5000 + "}", "no JSON"),
 ])  # fmt: skip
 def test_bad_rows_are_set_aside_with_their_reason(tmp_path, media, row, reason):
     made = task(tmp_path, media, [{"id": "good", "question": "a"}, row], max_bad=0.5)
@@ -124,6 +135,35 @@ def test_as_a_component_of_a_recipe(tmp_path, media):
     assert made.judges([Sample(made.prompts[0], t, i) for i, t in enumerate(("7", " \n"))]) == {"answered": 0.5}
     with pytest.raises(ComponentError, match="max_bad"):
         build("tasks", "task", "vision.tasks.jsonl:JsonlTask", {"train": file, "eval": file, "max_badd": 1})
+
+
+@pytest.mark.parametrize("row, pictures", [
+    ({"image": "a.png"}, 1),
+    ({"images": None, "image": "a.png"}, 1),
+    ({"images": [], "image": "a.png"}, 1),
+    ({"images": "", "image": ["a.png", "a.png"]}, 2),
+    ({"images": ["a.png"], "image": None}, 1),
+    ({"images": None, "image": None, "video": None}, 0),
+    ({"images": []}, 0),
+    ({"note": "a.png"}, 0),
+])  # fmt: skip
+def test_an_empty_column_is_no_column(tmp_path, media, row, pictures):
+    made = task(tmp_path, media, [{"question": "a", **row}])
+    assert len(made.prompts[0].inputs["images"]) == pictures and not made.quarantined
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["A. red", "B. blue"], ["(A) red", "(B) blue"], ["A) red", "B) blue"], ["A: red", "B: blue"], ["red", "blue"]],
+)
+def test_options_have_one_letter_each(options):
+    assert with_options("Q?", options) == "Q?\n(A) red\n(B) blue"
+
+
+def test_a_text_of_blanks_is_read_in_linear_time(tmp_path, media):
+    start = time.process_time()
+    made = task(tmp_path, media, [{"question": "a" + " " * 100_000 + "b<image>" + "\n" * 50_000, "images": "a.png"}])
+    assert time.process_time() - start < 1.0 and made.prompts[0].inputs["question"].endswith("b")
 
 
 def test_lettered_options():
