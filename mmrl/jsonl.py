@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 log = logging.getLogger(__name__)
 
+# a text, which may go on to the end, or a mark outside of one
+_JSON_MARK = re.compile(r'"(?:[^"\\]|\\.|\\\Z)*+(?:"|\Z)|[\[\]{},]', re.DOTALL)
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 T = TypeVar("T")
 Make = Callable[[Mapping[str, Any], str], Iterable[T]]
 
@@ -101,12 +104,46 @@ def entries(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
         return enumerate(_parquet(path), start=1)
     if path.suffix == ".json":
-        try:
-            whole = json.loads(path.read_text("utf-8-sig"), parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            return lines(path)  # JSON lines by another name, or bad rows that are told one by one
-        return enumerate(whole if isinstance(whole, list) else [whole], start=1)
+        return _json_entries(path)
     return lines(path)
+
+
+def _json_entries(path: Path) -> Iterator[tuple[int, Any]]:
+    """Values of the array in a file; where one of them cannot be read, their texts, to be told one by one."""
+    try:
+        text = path.read_text("utf-8-sig")
+        whole = json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+        if _HALF_CHARACTER.search(text):
+            raise ValueError("perhaps half of a character, as a cut emoji")
+    except (ValueError, RecursionError):
+        try:
+            return enumerate((entry.encode() for entry in split_entries(path.read_text("utf-8-sig"), "[")), start=1)
+        except ValueError:
+            return lines(path)  # JSON lines by another name
+    return enumerate(whole if isinstance(whole, list) else [whole], start=1)
+
+
+def split_entries(text: str, opening: str) -> list[str]:
+    """The texts of the entries of one JSON array (`[`) or object (`{`, then `"key": value`), which are not read.
+
+    Raises:
+        ValueError: it begins with something else, does not end, or goes on behind its end.
+    """
+    entries: list[str] = []
+    start, depth, end = 0, 0, -1
+    for found in _JSON_MARK.finditer(text):
+        mark = found[0]
+        if depth == 0 and (mark != opening or end >= 0 or text[: found.start()].strip()):
+            break
+        depth += (mark in "[{") - (mark in "]}")
+        if depth == 1 and mark in "[{":
+            start = found.end()
+        elif depth == 0 or (depth == 1 and mark == ","):
+            entries.append(text[start : found.start()].strip())
+            start = end = found.end()
+    if depth or end < 0 or text[end:].strip():
+        raise ValueError(f"no JSON value from {opening!r} to its end")
+    return entries if entries != [""] else []
 
 
 def as_object(row: Any) -> dict[str, Any]:
@@ -141,10 +178,11 @@ def broken_text(text: str) -> str | None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys are all different."""
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"the key {key[:80]!r} stands twice in one object")
+        out[key] = value
     return out
 
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mmrl.jsonl import RowError
+from mmrl.jsonl import RowError, broken_text
 from mmrl.rollout import Prompt
-from video.rewards.answers import answer_score, answer_type_of, option_letter
+from video.rewards.answers import answer_score, answer_type_of, number, option_letter
 from video.segments import segment_count
 from vision.tasks.jsonl import check_text, with_options
 
@@ -37,7 +37,8 @@ HINTS = {
 }
 _REFERENCE = ("segments", "segment_ids", "frames", "turns", "frame_count", "duration", "size")
 _EDGE = 0.01  # boxes may stick out of the frame by this share (annotation tools round); they are cut there
-_ZOOM = re.compile(r"(SPATIAL_ZOOM\([^\n]*?\)\s*=\s*)([\[(]?)\s*(\d+(?:\s*,\s*\d+){3})\s*([\])]?)", re.IGNORECASE)
+_ZOOM = re.compile(r"SPATIAL_ZOOM\(", re.IGNORECASE)
+_BOX = re.compile(r"\)\s*+=\s*+[\[(]?\s*+(\d{1,9}(?:\s*+,\s*+\d{1,9}){3})(?!\d)\s*+[\])]?")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class VideoSample:
     def is_located(self) -> bool:
         """Whether every box is a share of a numbered frame, in labels and turns, as prompts need it."""
         labels = all(b.unit == "unit" and b.frame is not None for b in self.boxes)
-        return labels and (self.turn_boxes == "seen" or not any(map(_ZOOM.search, self.turns)))
+        return labels and (self.turn_boxes == "seen" or not any(_zooms(t) for t in self.turns))
 
 
 def check_sample(sample: VideoSample) -> VideoSample:
@@ -108,6 +109,7 @@ def check_sample(sample: VideoSample) -> VideoSample:
         raise RowError("bad turns: 'turns' must be texts that are not empty")
     if sample.turn_boxes not in get_args(TurnBoxes):
         raise RowError(f"bad turn_boxes: {sample.turn_boxes!r} is neither 'seen' nor 'pixels'")
+    _check_unicode(sample)
     _check_answer(sample)
     _check_ranges(sample)
     for i, label in enumerate(sample.boxes):
@@ -158,9 +160,9 @@ def with_info(sample: VideoSample, info: VideoInfo) -> VideoSample:
     if abs(math.log(drawn[1] * found[0] / (drawn[0] * found[1]))) > 0.05:
         raise RowError(f"other size: 'size' is {list(drawn)} (height, width), the video is {list(found)}")
     segments = segment_count(info.duration)
-    for i, number in enumerate(sample.segment_ids):
-        if number > segments:
-            raise RowError(f"segment outside the clip: segment_ids[{i}] is {number}, the clip has {segments}")
+    for i, segment in enumerate(sample.segment_ids):
+        if segment > segments:
+            raise RowError(f"segment outside the clip: segment_ids[{i}] is {segment}, the clip has {segments}")
     for i, (start, _) in enumerate(sample.segments):
         if start >= info.duration:
             raise RowError(f"segment outside the clip: segments[{i}] starts at {start} s of {info.duration:.2f} s")
@@ -232,9 +234,12 @@ def _check_answer(sample: VideoSample) -> None:
     if sample.answer is None:
         return
     try:
-        answer_score(sample.answer, sample.answer, kind)
+        # what is asked of an answer that can be right; scored against nothing, since some scores take quadratic time
+        answer_score("", sample.answer, kind)
     except ValueError as error:
         raise RowError(f"bad answer: {error}") from None
+    if kind in ("numerical", "regression") and not math.isfinite(number(sample.answer) or 0):
+        raise RowError(f"bad answer: {sample.answer[:60]!r} is too large a number")
     letter = option_letter(sample.answer)
     if (
         kind == "multiple choice"
@@ -242,6 +247,14 @@ def _check_answer(sample: VideoSample) -> None:
         and str(letter) not in string.ascii_uppercase[: len(sample.options)]
     ):
         raise RowError(f"bad answer: {sample.answer!r} is none of the {len(sample.options)} options")
+
+
+def _check_unicode(sample: VideoSample) -> None:
+    """Raises RowError for half of a surrogate pair, which no tokenizer takes and no log can store."""
+    texts = [sample.id, sample.question, sample.answer or "", *sample.options, *sample.turns, *sample.images]
+    fault = broken_text("".join([*texts, sample.video or ""]))
+    if fault:
+        raise RowError(f"broken text: a text {fault}")
 
 
 def _check_ranges(sample: VideoSample) -> None:
@@ -287,9 +300,25 @@ def _located(label: BoxLabel, what: str, drawn: tuple[int, int], info: VideoInfo
 def _scaled(turns: Sequence[str], drawn: tuple[int, int], size: tuple[int, int]) -> tuple[str, ...]:
     y, x = size[0] / drawn[0], size[1] / drawn[1]
 
-    def scaled(match: re.Match[str]) -> str:
-        values = [int(v) for v in match.group(3).split(",")]
-        new = [round(v * s) for v, s in zip(values, (x, y, x, y), strict=True)]
-        return f"{match.group(1)}{match.group(2)}{', '.join(map(str, new))}{match.group(4)}"
+    def scaled(turn: str) -> str:
+        parts, end = [], 0
+        for found in _zooms(turn):
+            values = [int(v) for v in found[1].split(",")]
+            new = [round(v * s) for v, s in zip(values, (x, y, x, y), strict=True)]
+            parts += [turn[end : found.start(1)], ", ".join(map(str, new))]
+            end = found.end(1)
+        return "".join([*parts, turn[end:]])
 
-    return tuple(_ZOOM.sub(scaled, t) for t in turns)
+    return tuple(map(scaled, turns))
+
+
+def _zooms(turn: str) -> list[re.Match[str]]:
+    """The values `) = [x1, y1, x2, y2]` that follow `SPATIAL_ZOOM(` on its line, the box in group 1. Linear: each part
+    of the text is searched for the name once."""
+    found, end = [], 0
+    for value in _BOX.finditer(turn):
+        line = turn.rfind("\n", end, value.start()) + 1 or end
+        if _ZOOM.search(turn, line, value.start()):
+            found.append(value)
+        end = value.end()
+    return found

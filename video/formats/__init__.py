@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmrl.jsonl import Quarantined, RowError, as_object, check_share, read_rows
+from mmrl.jsonl import Quarantined, RowError, as_object, check_share, read_rows, split_entries
 from mmrl.registry import find
 from video.formats import canonical, video_r1, videochat_r1, videocom  # noqa: F401 - enter their rows
-from video.formats._values import media_file
+from video.formats._values import as_row_errors, media_file
 from video.records import VideoSample, as_share, check_sample
 from vision.images import ImageError, check_image
 
-_SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 Finish = Callable[[VideoSample], VideoSample]
 
 
@@ -45,8 +44,9 @@ def read_format(
     sizes: dict[str, tuple[int, int]] = {}
 
     def make(row: Mapping[str, Any], at: str) -> list[VideoSample]:
-        found = [with_media(check_sample(s), root, sizes) for s in format.target(row, at)]
-        return found if finish is None else [finish(s) for s in found]
+        with as_row_errors():
+            found = [with_media(check_sample(s), root, sizes) for s in format.target(row, at)]
+            return found if finish is None else [finish(s) for s in found]
 
     if "keyed" in format.facts:
         return _read_keyed(Path(path), format.facts["keyed"], make, max_bad, limit)
@@ -56,16 +56,13 @@ def read_format(
 def with_media(sample: VideoSample, root: Path, sizes: dict[str, tuple[int, int]]) -> VideoSample:
     """The sample with absolute paths below `root`; of a single picture the size is read and boxes become shares of it.
 
-    A video without suffix may be named by its id alone. `sizes` remembers pictures that were looked into.
+    `sizes` remembers pictures that were looked into.
 
     Raises:
         RowError, ImageError: a file is missing, outside of `root`, or no picture.
     """
     if sample.video is not None:
-        name = sample.video
-        if not Path(name).suffix:
-            name = next((name + s for s in _SUFFIXES if (root / (name + s)).is_file()), name)
-        return replace(sample, video=media_file(name, root, "video"))
+        return replace(sample, video=media_file(sample.video, root, "video"))
     paths = tuple(media_file(p, root, "image") for p in sample.images)
     for path in paths:
         if path not in sizes:
@@ -87,21 +84,34 @@ def _read_keyed(
 ) -> tuple[list[VideoSample], list[Quarantined]]:
     """As `mmrl.jsonl.read_rows`, of a file that is one object of rows; a row's number is its place in it."""
     try:
-        whole = as_object(json.loads(path.read_text("utf-8-sig")))
+        entries = [_key(entry) for entry in split_entries(path.read_text("utf-8-sig"), "{")]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no JSON object with an entry per video ({error})") from error
     found: list[VideoSample] = []
     bad: list[Quarantined] = []
+    names: set[str] = set()
     good = 0
-    for number, (name, row) in enumerate(whole.items(), start=1):
+    for number, (name, row) in enumerate(entries, start=1):
         if limit is not None and len(found) >= limit:
             break
         try:
+            if name in names:
+                raise RowError("entry used twice: the same key has an entry before")
+            names.add(name)
             found += make(as_object(row) | {key: name}, f"{path.name}:{number}")
             good += 1
         except (RowError, ImageError) as error:
-            bad.append(Quarantined(str(path), number, f"{error} (entry {name!r})"))
+            bad.append(Quarantined(str(path), number, f"{error} (entry {name[:80]!r})"))
     check_share(path, bad, good, max_bad)
     if not found:
         raise ValueError(f"{path} has no usable entry; {bad[0].reason if bad else 'it is empty'}")
     return found if limit is None else found[:limit], bad
+
+
+def _key(entry: str) -> tuple[str, bytes]:
+    """The key and the text of the value of `"key": value`."""
+    key, at = json.JSONDecoder().raw_decode(entry)
+    colon, value = entry[at:].lstrip()[:1], entry[at:].lstrip()[1:]
+    if not isinstance(key, str) or colon != ":":
+        raise ValueError(f"no key: {entry[:60]!r}")
+    return key, value.encode()

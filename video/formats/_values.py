@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,19 @@ add_kind(Kind("video_formats", "video format", arguments=2))
 
 Row = Mapping[str, Any]
 Number = TypeVar("Number", int, float)
+_MARKS = ("<video>", "<image>")
+_LEADING_MARKS = re.compile(r"(?:\s*+<(?:video|image)>)*+\s*+")
+_LARGEST = 2**53  # from here on JSON numbers are not whole in every reader
+_SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
+
+
+@contextmanager
+def as_row_errors() -> Iterator[None]:
+    """Numbers, nesting and texts beyond what Python can handle are faults of the row."""
+    try:
+        yield
+    except (ArithmeticError, RecursionError, UnicodeError) as error:
+        raise RowError(f"beyond what can be read: {type(error).__name__}: {error}") from error
 
 
 def typed(row: Row, key: str, kind: type, default: Any) -> Any:
@@ -31,23 +44,32 @@ def typed(row: Row, key: str, kind: type, default: Any) -> Any:
 
 def without_marks(question: str) -> str:
     """The question without `<video>` and `<image>` at its ends, since media are given by their own field."""
-    return re.sub(r"\A(?:\s*<(?:video|image)>)+\s*|(?:\s*<(?:video|image)>)+\s*\Z", "", question).strip()
+    start, end = _LEADING_MARKS.match(question).end(), len(question)  # type: ignore[union-attr]  # matches nothing too
+    while start < end:
+        mark = next((m for m in _MARKS if question.endswith(m, start, end)), None)
+        if mark is None and not question[end - 1].isspace():
+            break
+        end -= len(mark) if mark else 1
+    return question[start:end]
 
 
 def whole(value: Any, what: str) -> int:
     """A whole number; 57.0 and "57" are some too."""
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
-        raise RowError(f"bad {what}: {str(value)[:60]!r} is no whole number")
-    return int(value)
+    number = float(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value) else value
+    if not _is_number(number) or number % 1:
+        raise RowError(f"bad {what}: {str(value)[:60]!r} is no whole number, or too large a one")
+    return int(number)
 
 
 def real(value: Any, what: str) -> float:
     """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"bad {what}: {str(value)[:60]!r} is no number")
+    if not _is_number(value):
+        raise RowError(f"bad {what}: {str(value)[:60]!r} is no number, or too large a one")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def pair(value: Any, what: str, kind: Callable[[Any, str], Number]) -> tuple[Number, Number]:
@@ -73,11 +95,15 @@ def box(value: Any, what: str) -> Box:
 def media_file(name: str, root: Path, what: str) -> str:
     """The absolute path of a file below `root`. A path that starts with `/` and lies elsewhere is taken below it too.
 
+    A video without suffix may be named by its id alone.
+
     Raises:
         RowError: no such file, or it leads out of the root.
     """
     try:
         base = root.resolve()
+        if what == "video" and not Path(name).suffix:
+            name = next((name + s for s in _SUFFIXES if (base / (name + s)).is_file()), name)
         path = (base / name).resolve()
         if not path.is_relative_to(base) and name.startswith("/"):
             path = (base / name.lstrip("/")).resolve()

@@ -18,7 +18,7 @@ from typing import Any
 from mmrl.jsonl import Quarantined, RowError, read_rows
 from mmrl.rollout import Prompt
 from mmrl.rows import optional_text, rest, rows, text
-from video.formats._values import Row, box, media_file, pair, real, typed
+from video.formats._values import Row, as_row_errors, box, media_file, pair, real, typed
 from video.records import Box
 from vision.images import ImageError, check_image
 
@@ -64,7 +64,8 @@ def read_trajectories(
     root = Path(path).parent if media_root is None else Path(media_root)
 
     def make(row: Row, name: str) -> list[Trajectory]:
-        return [trajectory(row, name, root)]
+        with as_row_errors():
+            return [trajectory(row, name, root)]
 
     return read_rows(path, make, max_bad=max_bad, key=lambda t: t.id, limit=limit, errors=(RowError, ImageError))
 

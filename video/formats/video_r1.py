@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
-
 from mmrl.jsonl import RowError
 from mmrl.registry import register
 from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, typed, without_marks
 from video.records import VideoSample, plain_options
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPEN, _CLOSE = "<answer>", "</answer>"
 
 
 @register("video_formats", "video_r1")
 def video_r1(row: Row, name: str) -> list[VideoSample]:
     """One question about a video or a picture; `process` and `solution` together are its written solution."""
-    found = _ANSWER.search(text(row, "solution"))
-    if found is None or not found.group(1).strip():
+    # not by a pattern: that would look for the end once per mark of a beginning
+    _, opened, rest_of = text(row, "solution").partition(_OPEN)
+    answer, closed, _ = rest_of.partition(_CLOSE)
+    if not (opened and closed and answer.strip()):
         raise RowError("no answer: 'solution' holds no <answer>..</answer>")
     kind, path = row.get("data_type"), text(row, "path")
     if kind not in ("video", "image"):
@@ -30,9 +30,9 @@ def video_r1(row: Row, name: str) -> list[VideoSample]:
         video=path if kind == "video" else None,
         images=(path,) if kind == "image" else (),
         options=plain_options([str(o) for o in typed(row, "options", list, [])]),
-        answer=found.group(1).strip(),
+        answer=answer.strip(),
         answer_type=text(row, "problem_type"),
-        turns=(f"{process.strip()}\n{found.group(0)}",) if process else (),
+        turns=(f"{process.strip()}\n{_OPEN}{answer}{_CLOSE}",) if process else (),
         meta=rest(row, *used),
     )
     return [sample]

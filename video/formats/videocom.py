@@ -13,7 +13,7 @@ from video.formats._values import Row, box, pairs, typed, whole, without_marks
 from video.records import BoxLabel, VideoSample
 
 _FINAL = re.compile(r"FINAL_ANSWER\s*:\s*(.+)", re.DOTALL)
-_OPTIONS = re.compile(r"\bOptions:\s*((?:[ \t]*\(?[A-Z][.)][ \t].*(?:\n|\Z))+)")
+_OPTIONS = re.compile(r"\bOptions:\s*+((?:[ \t]*+\(?[A-Z][.)][ \t].*(?:\n|\Z))+)")
 _USED = ("id", "video", "image", "conversations", "valid_segments", "valid_frames", "valid_bounding_box")
 
 

@@ -77,7 +77,10 @@ class VideoJsonlTask:
                 raise RowError(f"video unreadable ({error.reason}): {error}") from error
         if sample.turn_boxes == "pixels" and sample.size is not None:
             least, most = min(4 * self._factor**2, self._frame_pixels), self._frame_pixels
-            seen = smart_resize(*sample.size, factor=self._factor, min_pixels=least, max_pixels=most)
+            try:
+                seen = smart_resize(*sample.size, factor=self._factor, min_pixels=least, max_pixels=most)
+            except ValueError as error:
+                raise RowError(f"bad size: {error}") from error
             sample = with_seen(sample, seen)
         if not sample.is_located:
             raise RowError("boxes not located: they are in pixels of one of several pictures; give shares instead")
