@@ -489,6 +489,7 @@ class VisionPolicy:
         self, rollout: Rollout, places: Sequence[Place], answers: Sequence[Answer], *, sight: Sight = "given"
     ) -> Tensor:
         """Mean log-probs of answers behind states, at temperature 1; see `mmrl.rollout.AnswerReader`."""
+        self._need_whole_weights("answer_probability")
         rollout = self._seen(rollout, sight)
         asked = AnswerTrees(self._trees, self._written, answers, self.settings.max_tokens)
         total = torch.zeros(len(places), dtype=torch.float64)
@@ -502,6 +503,7 @@ class VisionPolicy:
     @torch.no_grad()
     def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
         """Mean KL(p || q) over a step's tokens, q under `sight`, at temperature 1; see `mmrl.rollout.SightReader`."""
+        self._need_whole_weights("divergence")
         other = self._seen(rollout, sight)
         total = torch.zeros(len(rollout.tree), dtype=torch.float64)
         owner = rollout.tree.step_of_action(rollout.actions.logp.numel())
@@ -542,6 +544,13 @@ class VisionPolicy:
         for sample in self.samples(rollout):
             out[int(rollout.tree.group[sample.step])].append(sample)
         return out
+
+    def _need_whole_weights(self, reading: str) -> None:
+        if is_sharded(self._network):
+            raise RuntimeError(
+                f"reading {reading!r} cannot run with sharded weights: every forward is a collective, and ranks make "
+                "unequal numbers of them; unset ACCELERATE_CONFIG"
+            )
 
     def _seen(self, rollout: Rollout, sight: Sight) -> Rollout:
         """The rollout with the prompts that are seen; blank ones have the same tokens, blanked where they are run."""

@@ -33,7 +33,7 @@ class ReadingContext:
     outcome: samples -> (L,) float64, the weighted sum of the recipe's rewards, NaN where one gives none.
     seed, iteration: random numbers should depend on (seed, iteration, prompt id) alone, so that a run can be resumed.
     answer: the right answer of a prompt as the task would have it written; None for a task that has none.
-    cost: what readings add to the iteration's costs, such as `completions`; shown per leaf.
+    cost: what readings add to the iteration's costs, by the names that their rows declare (`costs`); shown per leaf.
     """
 
     policy: Policy

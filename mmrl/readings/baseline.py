@@ -21,6 +21,7 @@ from mmrl.rollout import InitialSampler, Rollout
     source="Contrastive Rewards",
     policy=InitialSampler,
     reference=True,
+    costs=("baseline_samples",),
 )
 class Baseline:
     """Outcomes of `n` samples of the initial model per prompt, the same for all its steps; NaN = not scorable.

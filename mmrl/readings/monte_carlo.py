@@ -26,6 +26,7 @@ from mmrl.tree_ops import before
     source="VinePPO; a prover's values: Rewarding Progress (PAV)",
     policy=lambda options: Completer if options["policy"] is None else None,
     sections={"policy": Completer},
+    costs=("completions",),
 )
 class MonteCarlo:
     """Values of all states by `n` completions of each: the mean of the outcomes that the recipe's rewards give them.

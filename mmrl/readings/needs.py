@@ -25,21 +25,34 @@ def needed(component: Any, protocol: Any, who: str) -> Any:
 def check_row(where: str, row: Row, options: Mapping[str, Any], policy: Row, task: Row) -> None:
     """Refuse a reading whose policy or task cannot do what it needs, before either is made.
 
-    A class is known from its row, a factory's product from its return annotation; others are checked when asked.
+    A class is known from its row, a factory's product from its return annotation; others are checked when made.
 
     Raises:
         ComponentError: naming the protocol, and the registered components that follow it.
     """
-    defaults = {name: o.default for name, o in row.options.items()}
     for role, kind, component in (("policy", "policies", policy), ("task", "tasks", task)):
-        need: Need = row.facts.get(role)
-        protocol = need if isinstance(need, type) or need is None else need(defaults | dict(options))
+        protocol = _protocol(row, role, options)
         if protocol is not None:
             _check(f"{where}: reading {row.name!r}", protocol, kind, component)
     for option, protocol in row.facts.get("sections", {}).items():
         section = options.get(option)
         if section is not None:
             _check(f"{where}.{option}: reading {row.name!r}", protocol, "policies", find("policies", section["name"]))
+
+
+def check_made(where: str, row: Row, options: Mapping[str, Any], policy: object, task: object) -> None:
+    """As `check_row`, once both are there: also for what no annotation told."""
+    for role, component in (("policy", policy), ("task", task)):
+        protocol = _protocol(row, role, options)
+        if protocol is not None and not isinstance(component, protocol):
+            raise ComponentError(_refusal(f"{where}: reading {row.name!r}", protocol, type(component).__name__))
+
+
+def _protocol(row: Row, role: str, options: Mapping[str, Any]) -> type | None:
+    need: Need = row.facts.get(role)
+    if need is None or isinstance(need, type):
+        return need
+    return need({name: o.default for name, o in row.options.items()} | dict(options))
 
 
 def keeps_reference(row: Row, options: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
-from mmrl.readings.needs import keeps_reference
+from mmrl.readings.needs import check_made, keeps_reference
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find
 from mmrl.report.artifacts import save_samples, save_tree
@@ -80,7 +80,14 @@ class Rollouts:
         self.readings = build_readings(config)
         check_prompts(self.task.prompts)
         check_prompts(self.task.eval_prompts)
-        if reference or any(keeps_reference(find("readings", r.name), r.options) for r in config.readings):
+        costs: list[str] = []
+        for i, r in enumerate(config.readings):
+            row = find("readings", r.name)
+            check_made(f"readings.{i}", row, r.options, self.policy, self.task)
+            reference = reference or keeps_reference(row, r.options)
+            costs += row.facts.get("costs", ())
+        self._reading_costs = costs  # known to every rank, whatever its readings came to
+        if reference:
             self.policy.freeze_reference()
         self.loop = Loop(config, self.policy.model)
         self.policy.model = self.loop.model
@@ -115,7 +122,7 @@ class Rollouts:
         self.scores: list[Scored] = []  # of every rollout of the iteration
         self.step_scores: list[ScoredSteps] = []
         self.records: list[dict[str, ReadingRecord]] = []
-        self.cost: Counter[str] = Counter()
+        self.cost: Counter[str] = Counter(dict.fromkeys(self._reading_costs, 0))
         self.seconds: dict[str, float] = {}
 
     # ---- sampling ---------------------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ class Rollouts:
         context = ReadingContext(self.policy, self._outcome, seed, iteration, answer)
         with self.timed("readings"):
             rollout, records = fill(rollout, self.readings, context, self.config.run.max_unscored)
-        self.cost.update(context.cost)
+        self.cost.update({k: context.cost[k] for k in self._reading_costs})
         self.records.append(records)
         return rollout
 

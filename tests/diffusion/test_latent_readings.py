@@ -19,6 +19,7 @@ from mmrl.rewards import score
 from mmrl.rollout import BranchPlan, Place, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
+from mmrl.tree import UNFINISHED
 
 PLAN = BranchPlan({0: 2, 2: 2})
 WRITES = ("value", "root_value", "tags.visits", "tags.q_sum")
@@ -206,6 +207,20 @@ def test_estimators_of_values_train_on_latents(tiny_model, tmp_path, estimator):
     assert 0 < metrics["reading/monte_carlo/root_value"] < 1
 
 
+def test_unscored_leaves_go_on_with_the_value_before_them(tiny_model, tmp_path):
+    tree = recipe(
+        tiny_model, tmp_path, readings=[{"name": "monte_carlo", "n": 2}],
+        credit={"estimators": [{"name": "gae"}], "transforms": ["bootstrap"]},
+        rewards=[{"name": "tiny:nan_for_first", "timeout_s": 0}],
+        run={"iterations": 1, "eval_every": 9, "max_unscored": 0.5},
+    )  # fmt: skip
+    trainer = BranchGrpo(parse_config(tree))
+    sampled = trainer.sample(0).tree
+    (cut,) = (sampled.status == UNFINISHED).nonzero().flatten().tolist()
+    assert float(sampled.value[cut]) == float(sampled.value[sampled.parent[cut]])
+    assert trainer.train()["policy/grad_norm"] > 0
+
+
 class CannotComplete:
     """A policy without the protocol, known by its annotation alone."""
 
@@ -213,6 +228,10 @@ class CannotComplete:
 @declares(writes=("logp",))
 def cannot_complete(weights: str = "none") -> CannotComplete:
     raise AssertionError("refused before it is made")
+
+
+def untold():
+    return CannotComplete()
 
 
 def test_a_policy_that_cannot_complete_is_refused_before_it_is_made(tiny_model, tmp_path):
@@ -225,5 +244,8 @@ def test_a_policy_that_cannot_complete_is_refused_before_it_is_made(tiny_model, 
     ):
         BranchGrpo(parse_config(own))
     reading = {"name": "monte_carlo", "policy": {"name": "test_latent_readings:cannot_complete"}}
+    own["policy"] = {"name": "test_latent_readings:untold"}
+    with pytest.raises(ComponentError, match=r"readings.0: .* needs the protocol Completer.*CannotComplete does not"):
+        BranchGrpo(parse_config(own))
     with pytest.raises(ComponentError, match=r"readings.0.policy: reading 'monte_carlo' needs the protocol Completer"):
         BranchGrpo(parse_config(recipe(tiny_model, tmp_path, credit=credit, readings=[reading])))

@@ -131,6 +131,20 @@ def policy(folder, **options):
 # ---- against diffusers ------------------------------------------------------------------------------------------
 
 
+def test_without_a_prompt_is_the_empty_prompt(every_folder):
+    adapter = policy(every_folder).adapter
+    cond = adapter.encode(PROMPTS)
+    got, empty = (
+        adapter.unconditional(cond),
+        adapter.encode([Prompt("a", {"prompt": ""}), Prompt("b", {"prompt": ""})]),
+    )
+    if adapter.xl:  # whose folder says force_zeros_for_empty_prompt
+        empty |= {k: torch.zeros_like(empty[k]) for k in ("text", "pooled")}
+    for name in ("text", "pooled"):
+        torch.testing.assert_close(got[name], empty[name], atol=1e-5, rtol=0)
+        assert not torch.allclose(got[name], cond[name], atol=1e-3)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_our_ddim_is_that_of_diffusers(every_folder, guidance):
     adapter = UNetAdapter.from_pretrained(every_folder, guidance)

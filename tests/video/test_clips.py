@@ -81,7 +81,7 @@ def test_the_fast_forward_equals_the_agents(task, tmp_path):
     episode = solved(clip, "colour")
     assert episode.turns == solve(clip, "colour") == prompt.reference["steps"]
     written = agent.write([prompt], ["\n".join(episode.turns)])
-    trees, _, _ = agent._trees(written, torch.arange(len(written.tree)))
+    trees, _, _ = agent._trees.of_steps(written, torch.arange(len(written.tree)))
     packed = trees[0].packed
     assert packed.ids.tolist() == episode.ids
     assert torch.equal(trees[0].positions, episode.positions)
@@ -91,3 +91,8 @@ def test_the_fast_forward_equals_the_agents(task, tmp_path):
     fast = logits.gather(-1, said[:, None])[:, 0]
     real = agent.log_probs(written, torch.arange(len(written.tree))).logp
     torch.testing.assert_close(fast, real, atol=0.1, rtol=0)  # encoding changes pixels a little, and untold ids differ
+
+
+def test_the_answer_of_a_task_is_the_last_turn_of_a_right_conversation(task):
+    for prompt in task.prompts:
+        assert "".join(task.answer(prompt)) == prompt.reference["steps"][-1]

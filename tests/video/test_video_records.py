@@ -286,11 +286,14 @@ def test_task_looks_into_clips_where_labels_need_it(root):
 
 def test_probing_sets_unreadable_clips_aside(root):
     film(root / "clips/a.mp4")
+    from video.actions import parse_turn
     from video.tasks.video_jsonl import VideoJsonlTask
 
     file = str(DATA / "video_r1.json")
     plain = VideoJsonlTask(file, file, "video_r1", str(root), max_bad=0.3)
     assert len(plain.prompts) == 4 and "size" not in plain.prompts[0].reference
+    right = [parse_turn("".join(plain.answer(p)), "videocom").answer for p in plain.prompts]
+    assert right == [p.reference["answer"] for p in plain.prompts]
     probed = VideoJsonlTask(file, file, "video_r1", str(root), max_bad=0.5, probe=True)
     assert [p.id for p in probed.eval_prompts] == ["1", "3", "4"]  # b.mp4 is none
     assert probed.prompts[0].reference["duration"] == pytest.approx(3.0, abs=0.05)

@@ -253,6 +253,7 @@ def test_the_task_writes_pictures_once_and_gives_complete_prompts():
     assert [p.id for p in task.prompts] == [f"shapes/train/{i}" for i in range(6)]
     assert task.prompts == again.prompts and len(task.eval_prompts) == 3
     for prompt in task.prompts + task.eval_prompts:
+        assert "".join(task.answer(prompt)) == prompt.reference["steps"][-1]
         assert json.loads(json.dumps(prompt.reference)) == prompt.reference
         assert all(c.right for c in check_steps(prompt.reference["steps"], prompt.reference))
         assert 10 <= sum(prompt.reference["scene"].values()) <= 14

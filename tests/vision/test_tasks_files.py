@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mmrl.registry import ComponentError, build
+from mmrl.rewards.answers import ExactAnswer, MultipleChoice
 from mmrl.rollout import Prompt, Sample, check_prompts
 from vision.images import load_image
 from vision.tasks.jsonl import JsonlTask, with_options
@@ -52,6 +53,8 @@ def test_rows_become_prompts(tmp_path, media):
         Prompt("0", {"question": "Is 2 < 3", "images": [b]}, {"answer": None}),
     ]  # fmt: skip
     assert [p.id for p in made.eval_prompts] == ["e"] and made.quarantined == [] and made.rewards == ("exact_answer",)
+    right = [Sample(p, "".join(made.answer(p)), 0) for p in made.prompts[:2]]
+    assert ExactAnswer()(right) == [1.0, 1.0] and made.answer(made.prompts[1]).text == "7"
     check_prompts(made.prompts)
     json.dumps([dict(p.inputs) for p in made.prompts])
 
@@ -186,6 +189,7 @@ def test_puzzles_of_both_sets(name, count, seed):
 
 def test_a_puzzle_word_by_word():
     made = PuzzleTask(str(PUZZLES / "puzzlevqa.jsonl"), eval_share=0.4, seed=4)
+    assert all(MultipleChoice()([Sample(p, "".join(made.answer(p)), 0)]) == [1.0] for p in made.prompts)
     by_id = {p.id: p for p in [*made.prompts, *made.eval_prompts]}
     p = by_id["puzzlevqa/circle_size_number_0066"]
     assert p.inputs["question"] == (
