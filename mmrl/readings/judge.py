@@ -33,6 +33,7 @@ Verdicts = Sequence[float | None]  # of the steps of one solution, None = no opi
     source="CAPO, TP-GRPO, MQM severities, ALaRM",
     policy=lambda options: Extender if options["policy"] is None else None,
     sections={"policy": Extender},
+    costs=("judge_readings", "judge_unread"),
 )
 class JudgeReading:
     """What a judge says of every solution, the path of steps to a leaf; a shared step hears what is said of each.
