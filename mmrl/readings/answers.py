@@ -18,7 +18,6 @@ from mmrl.tree_ops import before
     "answer_probability",
     reads=lambda options: ("outcome",) if options["into"] == "value" else (),
     writes=lambda options: ("value", "root_value") if options["into"] == "value" else (options["into"],),
-    may_write=("tags.*",),
     fits="policies that write",
     source="IGPO; potentials of answer probability",
     policy=AnswerReader,

@@ -309,7 +309,7 @@ def test_t_reg_adds_its_regulariser(tmp_path):
         ),
         (
             {"loss": {"name": "mcts_dpo"}},
-            r"reads tags.visits, which nothing .* the readings monte_carlo, tree_value \(`readings:`\)",
+            r"reads tags.visits, which nothing .* the readings monte_carlo, score, tree_value \(`readings:`\)",
         ),
         ({"loss": {"name": "svpo"}, "pairs": None}, r"reads value, which nothing .* the readings .*tree_value"),
         ({"loss": {"name": "pdpo"}, "pairs": None}, "reads tags.divergence, which nothing in this recipe writes"),
