@@ -137,7 +137,7 @@ class _Page:
         height, width = size or (clip.height, clip.width)
         self.rows = {i: row for row, i in enumerate(wanted)}
         self.left = set(range(len(wanted)))
-        self.first, self.checked = int(clip.stamps[0]), clip.checksums is not None
+        self.ahead, self.first, self.checked = clip.ahead, int(clip.stamps[0]), clip.checksums is not None
         self._clip, self._wanted = clip, wanted
         self._pixels = np.empty((len(wanted), height, width, 3), np.uint8)
         self._unturned = clip.orientation.size(height, width)
@@ -185,7 +185,7 @@ def _take(container: Any, stream: Any, start: int, rows: dict[int, int], page: _
     """
     last, is_from_start = max(rows), False
     with suppress(av.FFmpegError):
-        container.seek(start, stream=stream)
+        container.seek(start - page.ahead, stream=stream)
         for frame in decoded(container, stream):
             if frame.pts is None or frame.pts < start:
                 is_from_start |= frame.pts == page.first

@@ -22,7 +22,8 @@ _MEND: dict[Reason, str] = {
     "too_short": "Leave it out",
     "too_long": "Cut it, or raise the limit in ReadLimits",
     "too_large": "Ask for fewer or smaller frames, or raise the limit in ReadLimits",
-    "timeout": "Raise timeout_s of the reader, or re-encode with closer key frames: ffmpeg -i IN -g 30 OUT.mp4",
+    "timeout": "Raise timeout_s of the reader, copy it into MP4 (ffmpeg -i IN -c copy OUT.mp4), or re-encode with "
+    "closer key frames: ffmpeg -i IN -g 30 OUT.mp4",
     "crash": "Leave it out, or try backend='av'",
     "untrusted_index": "Use backend='auto' or 'av', or re-encode: ffmpeg -i IN -flags +cgop OUT.mp4",
 }

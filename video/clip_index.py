@@ -67,6 +67,7 @@ class ClipIndex:
     orientation: from the stored picture to the presented one.
     checksums: (T,) int64, `checksum` of every picture as decoding in order gives it, -1 where it is damaged; None
         where the packets prove that decoding from a key gives the same.
+    ahead: ticks by which a packet may come before its picture is shown; a seek without a table goes by the packets.
     odd: why counting packets may give other frames than a player shows, empty when it does not.
     """
 
@@ -80,6 +81,7 @@ class ClipIndex:
     orientation: Orientation = Orientation()  # noqa: RUF009  # immutable
     counted: bool = False
     checksums: np.ndarray | None = None
+    ahead: int = 0
     odd: str = ""
     lost: str = ""
 
@@ -105,8 +107,9 @@ class _Packets:
     """The packets of a stream in the order of the file.
 
     stamps: of the shown ones, ticks; end: of the last of them. keys: stamps of the pictures where decoding can start.
-    is_key, is_cut: of each packet, whether the container calls it a key, and whether it is not whole. gaps: numbers of
-    packets before which something is missing. late: number of a packet -> ticks by which its stamp is too small.
+    ahead: most ticks from a packet's own time to that of its picture. is_key, is_cut: of each packet, whether the
+    container calls it a key, and whether it is not whole. gaps: numbers of packets before which something is missing.
+    late: number of a packet -> ticks by which its stamp is too small.
     leading: how many are shown before the key that they follow; hidden: how many are not shown; unclear: keys where
     decoding cannot start, or of which it is not known.
     """
@@ -115,6 +118,7 @@ class _Packets:
     keys: list[int] = field(default_factory=list)
     is_key: list[bool] = field(default_factory=list)
     is_cut: list[bool] = field(default_factory=list)
+    ahead: int = 0
     gaps: set[int] = field(default_factory=set)
     late: dict[int, int] = field(default_factory=dict)
     end: int = 0
@@ -167,7 +171,8 @@ def index_clip(path: str, limits: ReadLimits) -> ClipIndex:
     return ClipIndex(
         stamps=np.array(table.stamps, np.int64), keys=np.unique(np.array(packets.keys, np.int64)),
         starts=starts, duration=duration, height=height, width=width, stored=stored, orientation=orientation,
-        counted=table.counted, checksums=table.checksums, odd=_odd(said, packets, orientation, table.unproven),
+        counted=table.counted, checksums=table.checksums, ahead=packets.ahead if table.unproven else 0,
+        odd=_odd(said, packets, orientation, table.unproven),
         lost=_lost(table.damaged, duration + max(table.origin, 0.0), said.promised),
     )  # fmt: skip
 
@@ -344,6 +349,8 @@ def _packets(path: str, container: Any, stream: Any, limits: ReadLimits) -> _Pac
                 found.hidden += 1
                 continue
             found.stamps.append(packet.pts)
+            if packet.pts is not None and packet.dts is not None:
+                found.ahead = max(found.ahead, packet.pts - packet.dts)
             if packet.pts is not None:
                 found.end = max(found.end, packet.pts + late + (packet.duration or 0))
                 found.leading += key is not None and packet.pts < key

@@ -503,6 +503,19 @@ def test_packets_tell_key_pictures_apart(tmp_path, codec, kind):
     assert all(is_key == told for is_key, told in packets)
 
 
+@pytest.mark.parametrize("kind", ["ts", "flv"])
+def test_late_frames_of_containers_without_a_table_are_sought(tmp_path, monkeypatch, kind):
+    """Their packets come before their pictures are shown, by which a seek must begin earlier."""
+    from video import backends
+
+    path = write_clip(tmp_path / f"a.{kind}", rate=25, frames=96)
+    clip = index_clip(str(path), ReadLimits())
+    assert clip.checksums is not None
+    monkeypatch.setattr(backends, "_take_in_order", lambda *args: pytest.fail("decoded from the start"))
+    for wanted in ([95], [50, 51], [13], [30, 60, 90]):
+        assert [number(p) for p in backends.read_av(str(path), clip, wanted, None)] == wanted
+
+
 def test_hostile_packets_start_nothing():
     for codec in ("vp8", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video"):
         for packet in (b"\xff", b"\xff" * 40, b"\0\0\1", b"\0\0\1\xb6", b"\x0a\xff\xff\xff"):
