@@ -316,8 +316,9 @@ def test_token_rewards_compare_two_instructions_under_the_reference(pictures):
     assert float(got.abs().max()) > 1e-4
 
 
-def test_baselines_are_samples_of_the_initial_model_whatever_was_learned(pictures):
-    policy = VisionPolicy.build(model=str(family_folder("text")), max_new_tokens=12, max_steps=3)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_baselines_are_samples_of_the_initial_model_whatever_was_learned(lora_rank, pictures):
+    policy = VisionPolicy.build(model=str(family_folder("text")), max_new_tokens=12, max_steps=3, lora_rank=lora_rank)
     policy.freeze_reference()
     rollout = rewarded(policy, pictures, "text", plan=BranchPlan({0: 2}))
     calls = []
@@ -330,7 +331,8 @@ def test_baselines_are_samples_of_the_initial_model_whatever_was_learned(picture
     torch.testing.assert_close(first, direct[rollout.tree.group])
     with torch.no_grad():
         for p in policy.model.parameters():
-            p.add_(0.2)
+            p.add_(0.2 if p.requires_grad else 0.0)
+    assert policy.rollout(rollout.prompts, BranchPlan({0: 2}), seed=1).texts != rollout.texts
     again = filled(rollout, policy, reading, ("tags.baseline",), seed=2).tree.tags["baseline"]
     resumed = filled(rollout.select([1]), policy, Baseline(n=4), ("tags.baseline",)).tree.tags["baseline"]
     assert torch.equal(first, again) and torch.equal(resumed, first[rollout.tree.group == 1])
@@ -347,7 +349,7 @@ RUNS = {
     "pav": {"credit": {"estimators": [{"name": "pav"}]}},
     "igpo": {
         "credit": {"estimators": [{"name": "igpo"}], "transforms": ["progress"]},
-        "readings": [{"name": "answer_probability", "lead": "answer "}],
+        "readings": [{"name": "answer_probability"}], "task": "Answering",
     },
     "potential": {
         "credit": {"estimators": [{"name": "process_grpo"}], "transforms": ["potential"]},
@@ -364,6 +366,7 @@ RUNS = {
 @pytest.mark.parametrize("method", RUNS)
 def test_methods_of_grpo_run_from_recipes(method, tmp_path):
     sections = dict(RUNS[method])
+    task = sections.pop("task", "Asked")
     if method == "pav":
         prover = {"name": "vision", "model": str(family_folder("text"))}
         sections["readings"] = [{"name": "monte_carlo", "n": 1, "policy": prover}]
@@ -375,7 +378,7 @@ def test_methods_of_grpo_run_from_recipes(method, tmp_path):
         run={"iterations": 1, "eval_every": 9},
         **sections,
     )
-    tree["task"] = {"name": "test_token_readings:Asked", "folder": str(tmp_path / "pictures")}
+    tree["task"] = {"name": f"test_token_readings:{task}", "folder": str(tmp_path / "pictures")}
     metrics = BranchGrpo(parse_config(tree)).train()
     name = sections["readings"][0]["name"]
     assert metrics["policy/grad_norm"] > 0 and metrics[f"reading/{name}/failed_prompts"] == 0
@@ -394,6 +397,13 @@ class Asked:
 
     def judges(self, samples):
         return {}
+
+
+class Answering(Asked):
+    """The same, with a word on it."""
+
+    def answer(self, prompt):
+        return Answer("answer ", prompt.reference["answer"])
 
 
 @pytest.mark.parametrize("loss, reading", [("t_reg", "instructed"), ("pdpo", "divergence")])
