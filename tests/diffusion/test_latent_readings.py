@@ -1,10 +1,12 @@
 """Readings that run a diffusion policy: values by completed courses, what a step owes to its prompt, baselines."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import recipe
+from processes import run_ranks
+from tiny import recipe, write_recipe
 
 from diffusion.policy import DiffusionPolicy
 from diffusion.sampler import transition
@@ -219,6 +221,30 @@ def test_unscored_leaves_go_on_with_the_value_before_them(tiny_model, tmp_path):
     (cut,) = (sampled.status == UNFINISHED).nonzero().flatten().tolist()
     assert float(sampled.value[cut]) == float(sampled.value[sampled.parent[cut]])
     assert trainer.train()["policy/grad_norm"] > 0
+
+
+@pytest.mark.multiproc
+def test_readings_of_two_ranks_are_those_of_one(tiny_model, tmp_path):
+    """Prompts go from rank to rank between iterations, and what one rank knows of them the other does not."""
+    sections = {
+        "readings": [{"name": "monte_carlo", "n": 2}, {"name": "baseline", "n": 2}],
+        "credit": {"estimators": [{"name": "gae"}], "transforms": ["contrastive"]}, "optim": {"lr": 1e-3},
+        "policy": {"noise": "all"}, "run": {"prompts_per_iteration": 5, "iterations": 3},
+    }  # fmt: skip
+    two = recipe(tiny_model, tmp_path / "two", **sections)
+    two["run"]["processes"] = 2
+    run_ranks(2, "train", write_recipe(tmp_path / "two.yaml", two))
+    BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "one", **sections))).train()
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for one, other in zip(*rows, strict=True):
+        for key in one:
+            # each rank takes baseline samples of its own
+            if key.startswith(("reading/", "rollout/")) and "baseline_samples" not in key:
+                assert other[key] == pytest.approx(one[key], abs=1e-3), key
+    assert sum("reading/baseline/tags.baseline" in row for row in rows[0]) == 3
 
 
 class CannotComplete:
