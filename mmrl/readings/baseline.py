@@ -26,8 +26,8 @@ from mmrl.rollout import InitialSampler, Rollout
 class Baseline:
     """Outcomes of `n` samples of the initial model per prompt, the same for all its steps; NaN = not scorable.
 
-    Each prompt is sampled when a process first meets it, by weights that never change and from random numbers of its own, so
-    that a run that goes on has the same ones.
+    Each prompt is sampled when a process first meets it, by weights that never change and from random numbers of its
+    own, so that a run that goes on has the same ones.
     """
 
     def __init__(self, n: Annotated[int, Field(ge=1)] = 5, seed: int = 0) -> None:
