@@ -19,7 +19,7 @@ from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Course
 from mmrl.credit import estimate
 from mmrl.preference import build_pairs
-from mmrl.registry import build, register
+from mmrl.registry import build, declares, register
 from mmrl.rollout import Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.trainers.sample_loss import Rewards, Term
@@ -197,6 +197,7 @@ def _noised(
         yield known[i], noise
 
 
+@declares(reads=("actions.latent",), fits="latents")
 class CleanReward:
     """A step reward for denoising steps: an outcome reward on the clean picture predicted after each step.
 

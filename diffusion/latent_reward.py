@@ -23,7 +23,7 @@ from diffusion.latent_features import Family
 from diffusion.schedule import Course
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.reference import unwrap
-from mmrl.registry import find, of_kind
+from mmrl.registry import declares, find, of_kind
 from mmrl.rollout import Prompt, Rollout
 
 LOG_SCALE = 2.6592  # ln(1 / 0.07), as CLIP and LRM start
@@ -158,6 +158,7 @@ class LatentReward:
         self.space, self.max_batch, self.leaves_only = space, max_batch, leaves_only
 
     @classmethod
+    @declares(reads=("actions.latent",), fits="latents")
     def build(
         cls,
         model: str = "digits",

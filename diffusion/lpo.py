@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from diffusion.adapters.base import Level
 from diffusion.latent_reward import LatentReward
 from diffusion.schedule import Course
+from mmrl.registry import declares
 from mmrl.rollout import Rollout
 
 
+@declares(reads=("actions.latent",), fits="latents")
 class LatentJudge:
     """A step reward for pairs of candidates: the raw score of every step that has siblings, NaN on the others.
 

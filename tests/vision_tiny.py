@@ -42,6 +42,11 @@ def digits(samples: Sequence[Sample]) -> list[float | None]:
     return [sum(c.isdigit() for c in s.output) / max(len(s.output), 1) for s in samples]
 
 
+def digits_or_none(samples: Sequence[Sample]) -> list[float | None]:
+    """`digits`, and equal rewards for every other question."""
+    return [0.5 if int(s.prompt.id[1:]) % 2 else d for s, d in zip(samples, digits(samples), strict=True)]
+
+
 def step_digits(rollout: Rollout) -> torch.Tensor:
     return torch.tensor([sum(c.isdigit() for c in t) / max(len(t), 1) for t in rollout.texts])
 

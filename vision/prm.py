@@ -17,6 +17,7 @@ from mmrl.losses.reward import good_logit
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.prm.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
 from mmrl.reference import unwrap
+from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout
 from mmrl.sharding import is_sharded
 from vision.backbone import Backbone, closure, micro_batches, trainable_model
@@ -89,6 +90,7 @@ class VisionPrm:
         self.dropped = 0  # steps without score so far, each time they were met: too long, or with a marker inside
 
     @classmethod
+    @declares(reads=("texts",))
     def build(
         cls,
         model: str = "shapes",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmrl.registry import declares
 from mmrl.rewards.answer_text import boxed, extract_answer, normalise
 from mmrl.rewards.answers import completion
 from mmrl.rewards.steps import step_views
@@ -93,6 +94,7 @@ FORMATS: dict[str, Callable[[str], bool]] = {
 }
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class Format:
     """1 when the completion has the structure `kind`, else 0; see the `is_..` functions of this module."""
@@ -104,6 +106,7 @@ class Format:
         return [float(FORMATS[self.kind](completion(s))) for s in samples]
 
 
+@declares(reads=("texts",))
 def cos_structure(samples: Sequence[Sample]) -> list[float | None]:
     """`Format` of kind `chain_of_step`: 1 when the special-token structure is well formed, else 0."""
     return Format("chain_of_step")(samples)
@@ -140,6 +143,7 @@ def is_valid_reasoning(text: str) -> bool:
     return in_order and text.rfind(_PARTS[-1]) > steps[-1].start()
 
 
+@declares(reads=("texts",))
 class StepRAR:
     """Share of `reference["key_steps"]` found in the `### Step k:` sections. R1-VL weighs it 0.1."""
 
@@ -148,6 +152,7 @@ class StepRAR:
         return [_key_steps(s, " ".join(step_bodies(completion(s)))) for s in samples]
 
 
+@declares(reads=("texts",))
 class StepRVR:
     """1 when the reasoning is complete and in order, else 0. R1-VL weighs it 1."""
 
@@ -156,6 +161,7 @@ class StepRVR:
         return [float(is_valid_reasoning(completion(s))) for s in samples]
 
 
+@declares(reads=("texts",))
 class KeyStepMatch:
     """`StepRAR` for texts of any structure: share of `reference["key_steps"]` found anywhere in the completion."""
 
@@ -188,6 +194,7 @@ def edit_similarity(a: str, b: str) -> float:
     return 1 - row[-1] / longest if longest else 1.0
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class LavCot:
     """Mean of the aspects of LaV-CoT, in [0, 1], equal weights.
@@ -247,6 +254,7 @@ def _lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class LengthPenalty:
     """Soft budget, in [-1, 0]: no cost up to `limit - buffer`, then linear, -1 from `limit` on.
@@ -273,6 +281,7 @@ class LengthPenalty:
         return {"words": len(text.split()), "characters": len(text), "steps": len(_lines(text))}[self.unit]
 
 
+@declares(reads=("texts",))
 class RepeatedSteps:
     """Minus the share of non-empty lines that repeat an earlier line, in (-1, 0]."""
 
@@ -359,6 +368,7 @@ class _ActionWeights:
         return action_credit(parse_boxes(text), regions, **how)
 
 
+@declares(reads=("texts",))
 class ViRLAction(_ActionWeights):
     """Outcome form: the summed credit of a completion's visual actions; 0 without actions."""
 
@@ -368,6 +378,7 @@ class ViRLAction(_ActionWeights):
         return [None if c is None else float(sum(c)) for c in credits]
 
 
+@declares(reads=("texts",))
 class ViRLStep(_ActionWeights):
     """Step form: the credit of each step's own actions, given the regions found before it on its path."""
 

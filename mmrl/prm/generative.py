@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmrl.prm.scoring import RECORD
-from mmrl.registry import build_section, of_kind
+from mmrl.registry import build_section, declares, of_kind
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Extender, Prompt, Rollout, State
 
@@ -62,6 +62,7 @@ class GenerativePrm:
         return getattr(self.policy, "model", None)
 
     @classmethod
+    @declares(reads=("texts",))
     def build(
         cls,
         policy: Annotated[Mapping[str, Any], of_kind("policies")] | None = None,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmrl.registry import find
+from mmrl.registry import declares, find
 from mmrl.rewards.answer_text import choice_letter, compare, extract_answer, final_line, normalise
 from mmrl.rewards.isolation import Worker, WorkerError
 
@@ -73,6 +73,7 @@ class AnswerReward:
         raise NotImplementedError
 
 
+@declares(reads=("texts",))
 class ExactAnswer(AnswerReward):
     """1 when the completion's answer equals `reference["answer"]` in normal form, else 0; no answer is 0."""
 
@@ -81,6 +82,7 @@ class ExactAnswer(AnswerReward):
         return float(_same(answer_of(sample), reference_answer(sample)))
 
 
+@declares(reads=("texts",))
 class MultipleChoice(AnswerReward):
     """1 when the completion chooses the option of `reference["answer"]` (a letter or an option's text), else 0.
 
@@ -98,6 +100,7 @@ class MultipleChoice(AnswerReward):
         return float(choice_letter(extract_answer(text) or final_line(text), options) == right)
 
 
+@declares(reads=("texts",))
 class MathAnswer(AnswerReward):
     """1 when the completion's answer is mathematically equal to `reference["answer"]`, else 0; no answer is 0.
 

@@ -94,3 +94,25 @@ def test_a_reading_that_breaks_its_contract_stops_the_run(tiny_model, tmp_path, 
     context = ReadingContext(trainer.policy, trainer.rollouts._outcome)
     with pytest.raises(RewardError, match=message):
         fill(trainer.sample(0), {"own": (reading, ("value",))}, context)
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        (
+            {"step_rewards": [{"name": "vision_prm"}]},
+            "step_rewards.0: step reward 'vision_prm' reads texts, which noth",
+        ),
+        ({"step_rewards": [{"name": "virl_step"}]}, "reads texts, which nothing .* texts: take a policy that writes"),
+        ({"rewards": [{"name": "math_answer"}]}, "rewards.0: reward 'math_answer' reads texts, which nothing"),
+        (
+            {"policy": {"name": "vision"}, "step_rewards": [{"name": "latent_reward"}]},
+            r"'latent_reward' reads actions.latent, which nothing .* the policies diffusion",
+        ),
+    ],
+)
+def test_rewards_of_another_modality_are_refused_before_a_model_is_loaded(tmp_path, sections, message):
+    tree = recipe(tmp_path / "no model there", tmp_path, **sections)
+    tree["policy"] = sections.get("policy", tree["policy"])
+    with pytest.raises(ComponentError, match=message):
+        BranchGrpo(parse_config(tree))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmrl.registry import Kind, add_kind, find, register
+from mmrl.registry import Kind, add_kind, declares, find, register
 from mmrl.rewards.answer_text import normalise
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
@@ -208,6 +208,7 @@ def graded(prompt: Prompt, answer: str | None) -> float | None:
         raise ValueError(f"prompt {prompt.id!r}: {error}") from None
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class VideoAnswer:
     """Score of the final answer in [0, 1] against `reference["answer"]`, by `reference["answer_type"]` of each sample.
@@ -224,6 +225,7 @@ class VideoAnswer:
         return [graded(s.prompt, last_answer(turns_of(s, self.syntax), self.syntax)) for s in samples]
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class VideoAnswerStep:
     """Step form of `VideoAnswer`: the score on the last step of each path, NaN before.
@@ -241,6 +243,7 @@ class VideoAnswerStep:
         return torch.tensor([torch.nan if s is None else s for s in scores], dtype=torch.float64)
 
 
+@declares(reads=("texts",))
 class VideoFormat:
     """1 when the last turn is one `<think>..</think>` and one `<answer>..</answer>`, neither empty, else 0 (Video-R1).
 
@@ -257,6 +260,7 @@ def deep_eyes(accuracy: float, *, well_formed: bool, tool: bool) -> float:
     return 0.8 * accuracy + (0.0 if well_formed else -0.2) + 1.2 * float(accuracy > 0.5 and tool)
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class DeepEyes:
     """The whole reward of DeepEyes, in [-0.2, 2]: see `deep_eyes`.

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from mmrl.registry import declares
 from mmrl.rollout import Rollout
 from video.rewards.calls import Call, Reading, Truth, TurnCalls
 from video.rewards.manipulations import HITS, Hits, last_of_paths
@@ -56,6 +57,7 @@ def coverage_credit(
     return [math.nan if t.answered else b - a for t, (a, b) in zip(turns, pairwise(sums), strict=True)]
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class VideoViRL(Reading, Hits):
     """Step reward `coverage_credit` of each turn, given the turns before it on its path. The mode `bonus` adds it.

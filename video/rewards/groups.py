@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mmrl.registry import declares
 from mmrl.rollout import Prompt, Sample
 from video.actions import Syntax
 from video.rewards.answers import VideoAnswer, VideoFormat
@@ -30,6 +31,7 @@ def temporal_bonus(
     return [bonus if passed and a > above else 0.0 for a in accuracy]
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class TemporalContrast:
     """T-GRPO's whole reward without its length bonus: answer + format + 0.3 where order helps, in [0, 2.3].
@@ -99,6 +101,7 @@ def curiosity(calls: Sequence[int], *, z: float = 1.5) -> list[float]:
     return [0.25 * max(0.3 - u, 0.0) / (z * u) - 0.05 * (k - 1) if k else 0.0 for k in calls]
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class Curiosity:
     """`curiosity` of each response among those to the same prompt; given whether or not the answer is right.

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.rewards.answers import graded
 from video.rewards.calls import KINDS, READING, Call, Kind, Reading, Truth, TurnCalls
@@ -159,6 +160,7 @@ def step_values(
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class Manipulations(Reading, Hits):
     """Step reward r_k of each turn's manipulations, see `step_values`, given the turns before it on its path.
@@ -202,6 +204,7 @@ def last_of_paths(
     return out
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class VideoComReward(Reading, Hits):
     """Answer + manipulations, R in [0, 2]: RA-GRPO's reward as published (`videocom`) or with F1 in its place.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mmrl.registry import declares
 from mmrl.rollout import Sample
 from video.rewards.answers import video_reference
 from video.rewards.turns import last_answer, turns_of
@@ -63,6 +64,7 @@ def plan_score(plan: Sequence[Skill], reference: Sequence[Skill]) -> float:
     return 2 * ordered_match(plan, reference) / (len(plan) + len(reference))
 
 
+@declares(reads=("texts",))
 class PlanOverlap:
     """`plan_score` of the plan in `<answer>..</answer>` against `reference["plan"]`, texts such as "pick(cup)"."""
 

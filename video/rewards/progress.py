@@ -9,12 +9,14 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from mmrl.registry import declares
 from mmrl.rollout import Rollout
 from video.rewards.answers import common_length
 from video.rewards.calls import KINDS, Call, Kind, Reading, Truth, TurnCalls
 from video.rewards.manipulations import Hits, last_of_paths
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class LcsProgress(Reading, Hits):
     """Step reward from the progress p_k towards the reference's manipulations.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mmrl.registry import declares
 from mmrl.rollout import Prompt, Sample
 from video.rewards.answers import video_reference
 from video.rewards.turns import last_answer, turns_of
@@ -76,6 +77,7 @@ def written_action(text: str, scale: float = 1000.0) -> dict[str, Any] | None:
     return action
 
 
+@declares(reads=("texts",))
 @dataclass(frozen=True)
 class ScreenAction:
     """The reward of one action on a recorded screen, written as `<think>..</think><answer>{JSON}</answer>`.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.cache import cache_root, made_once
+from mmrl.registry import declares
 from mmrl.rollout import Answer, Prompt, Sample
 from video.rewards import manipulation_f1
 from video.rewards.calls import Reading
@@ -75,6 +76,7 @@ class ClipsTask:
         return {"accuracy": sum(right) / max(len(right), 1), **manipulation_f1(samples, READING)}
 
 
+@declares(reads=("texts",))
 class ClipAnswer:
     """Outcome reward: 1 if the last turn is the right answer, else 0."""
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrl.cache import cache_root, made_once
+from mmrl.registry import declares
 from mmrl.rollout import Answer, Prompt, Rollout, Sample
 from vision.tasks.shapes_scene import (
     KINDS,
@@ -108,6 +109,7 @@ class ShapesTask:
         }
 
 
+@declares(reads=("texts",))
 class ShapesAnswer:
     """Outcome reward: 1 if the last line is the right answer, else 0."""
 
@@ -116,6 +118,7 @@ class ShapesAnswer:
         return [float(final_answer(s.output) == s.prompt.reference["answer"]) for s in samples]
 
 
+@declares(reads=("texts",))
 class ShapesSteps:
     """Step reward: 1 for a right step, 0 for a wrong one, by program."""
 
