@@ -67,7 +67,7 @@ class DiffusionPolicy:
         max_batch: int = 256,
         guidance_scale: float = 1.0,
         lora_rank: int = 0,
-        family: Annotated[str, of_kind("families")] | None = None,
+        family: Annotated[str, of_kind("families", options=False)] | None = None,
         **sampling: Any,
     ) -> DiffusionPolicy:
         """From a recipe's `policy:` section.

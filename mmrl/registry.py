@@ -371,14 +371,20 @@ def _named(kind: str, section: str, tree: str | Mapping[str, Any]) -> tuple[Row,
     return find(kind, options.pop("name")), options
 
 
-def of_kind(kind: str) -> AfterValidator:
+def of_kind(kind: str, *, options: bool = True) -> AfterValidator:
     """For the type of an option that names a row: `Annotated[str, of_kind("kernels")]`, or a mapping with its options.
 
     A name that nobody registered, and an unknown option, are then refused with the section that holds them.
+
+    Args:
+        options: off, the name alone is checked, for rows that get all of their options elsewhere.
     """
 
     def check(value: Any) -> Any:
-        check_section(kind, _kind(kind).singular, value)
+        if options:
+            check_section(kind, _kind(kind).singular, value)
+        else:
+            find(kind, value)
         return value
 
     return AfterValidator(check)

@@ -1,0 +1,185 @@
+"""Functions of a user's own, in a file beside the recipe, by dotted path: each through the verb that runs it."""
+
+import json
+import sys
+
+import pytest
+import torch
+import vision_tiny  # noqa: F401 - its folder of model families
+import yaml
+from tiny import recipe
+from typer.testing import CliRunner
+
+from mmrl.cli import app
+from mmrl.rollout import Rollout
+
+OWN = '''
+import torch
+from torch import Tensor
+
+from diffusion.adapters.dit import DiTAdapter
+from diffusion.kernels import Transition, posterior
+from mmrl.credit import Credit
+from mmrl.losses.preference import Preference
+from mmrl.preference import Pairs
+from mmrl.prm.records import SolutionRecord, Step
+from mmrl.registry import declares
+from mmrl.tree_ops import backup
+
+
+@declares(reads=("outcome", "tags.brightest"))
+def above(tree, *, scale: float = 1.0):
+    """An estimator: the mean outcome below a step, beside the best one that a reading of my own noted."""
+    return Credit(scale * torch.where(tree.valid, backup(tree) - tree.tags["brightest"], 0.0))
+
+
+@declares(reads=("outcome",), writes=("tags.brightest",))
+def brightest(rollout, context):
+    """A reading: the best outcome of each step's prompt."""
+    tree = rollout.tree
+    best = torch.full((tree.num_groups,), -torch.inf, dtype=torch.float64)
+    leaf = tree.is_finished
+    best.scatter_reduce_(0, tree.group[leaf], tree.outcome[leaf], "amax")
+    return {"tags.brightest": best[tree.group]}
+
+
+def quiet(x, x0, eps, interval, eta: float = 1.0):
+    """A kernel: half the noise of the usual one."""
+    step = posterior(x, x0, eps, interval, eta=eta)
+    return Transition(step.mean, step.std / 2, step.x0)
+
+
+class Mine(DiTAdapter):
+    """A model family."""
+
+
+def lines(row, at):
+    """A record format: `text` holds a step per line, `good` the number of right ones."""
+    steps = row["text"].split("\\n")
+    labels = tuple(float(i < row["good"]) for i in range(len(steps)))
+    return [SolutionRecord(at, row["ask"], tuple(Step(s) for s in steps), labels=labels)]
+
+
+def as_lines(record):
+    """An exporter."""
+    return {"ask": record.question, "text": "\\n".join(record.texts)}
+
+
+@declares(reads=("outcome", "forks"))
+def first_two(tree):
+    """A pair builder: the first fork of a prompt, the better child first."""
+    first, second = (tree.parent < 0).nonzero().flatten()[:2].tolist()
+    return Pairs.of_steps(torch.tensor([first]), torch.tensor([second]), torch.ones(1))
+
+
+def steep(*, beta: float = 3.0):
+    """A preference loss."""
+    return Preference(beta=beta)
+
+
+def sharp(logits, labels, *, power: float = 2.0):
+    """A loss of steps."""
+    return (logits[:, 0].sigmoid() - labels).abs() ** power
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the file; a process of mmrl begins with its own sys.path and modules."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_rows", raising=False)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "my_rows.py").write_text(OWN)
+    return tmp_path
+
+
+def run(verb, *args):
+    done = CliRunner().invoke(app, [verb, *map(str, args)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def write(folder, tree):
+    file = folder / "recipes" / "r.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {k: v for row in rows for k, v in row.items()}
+
+
+def test_an_estimator_and_the_reading_it_needs(tiny_model, folder):
+    tree = recipe(
+        tiny_model, folder / "run", run={"iterations": 1}, readings=[{"name": "my_rows:brightest"}],
+        credit={"estimators": [{"name": "my_rows:above", "scale": 2.0}]},
+    )  # fmt: skip
+    run("train", write(folder, tree))
+    told = metrics(folder)
+    assert told["policy/grad_norm"] > 0 and told["reading/my_rows:brightest/tags.brightest"] > told["reward/mean"]
+    del tree["readings"]
+    with pytest.raises(ValueError, match="'my_rows:above' reads tags.brightest, which nothing in this recipe writes"):
+        run("train", write(folder, tree))
+    with pytest.raises(ValueError, match=r"unknown key .*scal=2 \(did you mean scale\?\)"):
+        run("train", write(folder, tree), "readings=[{name: 'my_rows:brightest'}]",
+            "credit.estimators=[{name: 'my_rows:above', scal: 2}]")  # fmt: skip
+
+
+def test_a_kernel_and_a_model_family(tiny_model, folder):
+    tree = recipe(tiny_model, folder / "run", run={"iterations": 1}, policy={"noise": "all"})
+    usual = Rollout.load(_stored(folder, tree, "usual"))
+    tree["policy"] |= {"kernel": "my_rows:quiet", "family": "my_rows:Mine"}
+    quiet = Rollout.load(_stored(folder, tree, "quiet"))
+    std = usual.tree.tags["std"]
+    drawn = ~std.isnan()
+    torch.testing.assert_close(quiet.tree.tags["std"][drawn], std[drawn] / 2)
+    run("train", write(folder, tree))
+    assert metrics(folder)["policy/ratio_dev_max"] < 1e-5  # the update replays the same kernel
+
+
+def _stored(folder, tree, name):
+    run("rollouts", write(folder, tree), "--out", folder / name)
+    return next(f.parent for f in (folder / name).glob("*/rollout.json"))
+
+
+def test_a_record_format_and_an_exporter(folder, monkeypatch):
+    rows = [{"ask": "1 + 1?", "text": "1 + 1 = 2\n2", "good": 2}, {"ask": "2 + 2?", "text": "2 + 2 = 5\n5", "good": 0}]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.chdir(folder / "recipes")  # verbs without a recipe look into the working directory
+    run("convert", folder / "mine.jsonl", folder / "trl.jsonl", "--format", "my_rows:lines", "--to", "trl")
+    trl = [json.loads(line) for line in (folder / "trl.jsonl").read_text().splitlines()]
+    assert [(r["completions"], r["labels"]) for r in trl] == [
+        (["1 + 1 = 2", "2"], [True, True]), (["2 + 2 = 5", "5"], [False, False])
+    ]  # fmt: skip
+    run("convert", folder / "trl.jsonl", folder / "back.jsonl", "--format", "trl", "--to", "my_rows:as_lines")
+    back = [json.loads(line) for line in (folder / "back.jsonl").read_text().splitlines()]
+    assert back == [{k: r[k] for k in ("ask", "text")} for r in rows]
+
+
+def test_pairs_and_a_preference_loss(tiny_model, folder):
+    tree = recipe(tiny_model, folder / "run", run={"iterations": 1, "prompts_per_iteration": 1})
+    tree |= {"trainer": "step_preference", "loss": {"name": "my_rows:steep", "beta": 5.0}}
+    with pytest.raises(ValueError, match="loss 'my_rows:steep' names no pair builder of its own; set pairs.name"):
+        run("train", write(folder, tree))
+    run("train", write(folder, tree | {"pairs": {"name": "my_rows:first_two"}}))
+    assert metrics(folder)["preference/pairs"] == 1 and metrics(folder)["policy/grad_norm"] > 0
+
+
+def test_a_loss_of_steps_and_a_format_in_a_recipe(folder):
+    from families import family_folder
+
+    rows = [{"ask": f"{i} + 1?", "text": f"{i} + 1\n{i + 1}", "good": i % 3} for i in range(6)]
+    for name in ("train", "eval"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = {name: str(folder / f"{name}.jsonl") for name in ("train", "eval")} | {"format": "my_rows:lines"}
+    tree = {
+        "trainer": "step_reward", "task": {"name": "step_records", **data},
+        "scorer": {"name": "vision_prm", "model": str(family_folder("text"))},
+        "loss": {"name": "my_rows:sharp", "power": 1.0},
+        "run": {"output": str(folder / "run"), "iterations": 1, "prompts_per_iteration": 4, "trackers": [], "report": False, "cpu": True},
+    }  # fmt: skip
+    run("train", write(folder, tree))
+    assert metrics(folder)["data/labelled_steps"] == 8 and metrics(folder)["policy/grad_norm"] > 0
+    with pytest.raises(ValueError, match=r"unknown key loss.pow=1 \(did you mean power\?\)"):
+        run("train", write(folder, tree | {"loss": {"name": "my_rows:sharp", "pow": 1}}))
