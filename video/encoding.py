@@ -232,7 +232,7 @@ def picture(reader: VideoReader, info: VideoInfo, looks: Sequence[Look], height:
 def _evenly(info: VideoInfo, start: float, end: float, count: int) -> np.ndarray:
     first, last = clip_range(info.starts, start, end)
     total = last - first + 1
-    return frame_index(total, min(count, total), rule="qwen2_vl", first=first)
+    return frame_index(total, min(count, total), first=first)
 
 
 def _spacing(info: VideoInfo, frames: Frames) -> float:

@@ -1,23 +1,18 @@
 """Which frames of a clip a model sees, how large, and what that costs: pure arithmetic, no pixels.
 
 Sizes are (height, width). A *factor* is the side of one language-model token in pixels, patch x merge: 28 for Qwen2-VL
-and Qwen2.5-VL, 32 for Qwen3-VL. Rules are named after the code whose choice of frames they reproduce: `qwen_vl_utils`
-(0.0.14), `qwen2_vl` and `qwen3_vl` (video processors of transformers 5), `videocom` (Video-CoM's fork of the first).
+and Qwen2.5-VL, 32 for Qwen3-VL. Sizes are those of `qwen_vl_utils` (0.0.14).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
-Rule = Literal["qwen_vl_utils", "qwen2_vl", "qwen3_vl", "videocom"]
 Size = tuple[int, int]
 
-FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768
 SEQUENCE = 128_000  # tokens of the longest sequence that the families' budgets are made for
 _PAIR = 2  # frames per temporal patch
 _MIN_TOKENS, _MAX_TOKENS = 128, 768  # per frame
@@ -26,59 +21,18 @@ _MIN_TOKENS, _MAX_TOKENS = 128, 768  # per frame
 # ---- which frames ---------------------------------------------------------------------------------------------------
 
 
-def count_frames(
-    total: int,
-    fps: float,
-    *,
-    rule: Rule = "qwen_vl_utils",
-    target_fps: float = FPS,
-    nframes: int | None = None,
-    min_frames: int = MIN_FRAMES,
-    max_frames: int = MAX_FRAMES,
-) -> int:
-    """How many frames of a clip of `total` frames at `fps` a family takes.
-
-    By rate, x = total / fps * target_fps, held between min_frames and min(max_frames, total):
-    - qwen_vl_utils, qwen2_vl: rounded down to even (the first also rounds min_frames up to even);
-    - qwen3_vl: int(x), not made even, since the last frame of an odd count is repeated.
-    By `nframes`, which replaces the rate: round(nframes / 2) * 2, halves to even (5 -> 4); qwen3_vl as given.
-    videocom: nframes only where it is below total, else by rate.
-
-    Raises:
-        ValueError: fewer than 2 frames (1 for qwen3_vl) or more than `total` would be taken; not total, fps > 0.
-    """
-    _check_rule(rule)
-    if total < 1 or not fps > 0:
-        raise ValueError(f"clip of {total} frames at {fps} frames/s: both must be above 0")
-    if nframes is not None and not (rule == "videocom" and nframes >= total):
-        count = nframes if rule == "qwen3_vl" else round(nframes / _PAIR) * _PAIR
-    elif rule == "qwen3_vl":
-        count = min(max(int(total / fps * target_fps), min_frames), max_frames, total)
-    else:
-        low = min_frames if rule == "qwen2_vl" else math.ceil(min_frames / _PAIR) * _PAIR
-        wanted = min(max(total / fps * target_fps, low), max_frames, total)
-        count = math.floor(wanted / _PAIR) * _PAIR
-    least = 1 if rule == "qwen3_vl" else _PAIR
-    if not least <= count <= total:
-        raise ValueError(f"{count} frames of a clip of {total}: {rule} needs {least} to {total}; take a longer clip")
-    return count
-
-
-def frame_index(total: int, n: int, *, rule: Rule = "qwen_vl_utils", first: int = 0) -> np.ndarray:
+def frame_index(total: int, n: int, *, first: int = 0) -> np.ndarray:
     """(n,) int64, ascending: frames of the `total` ones that start at frame `first` of the video.
 
-    linspace(0, total - 1, n) rounded half to even, so the last frame is in; qwen2_vl: floor(i * total / n), it is not.
+    floor(i * total / n), as the video processor of Qwen2-VL takes them; the last frame is in only where n is total.
 
     Raises:
         ValueError: not 1 <= n <= total.
     """
-    _check_rule(rule)
     if not 1 <= n <= total:
         raise ValueError(f"{n} frames of a clip of {total}: take 1 to {total}")
-    if rule == "qwen2_vl":
-        # transformers cuts a float32 arange; whole numbers are exact where that is off by one
-        return first + np.arange(n, dtype=np.int64) * total // n
-    return np.linspace(first, first + total - 1, n).round().astype(np.int64)
+    # transformers cuts a float32 arange; whole numbers are exact where that is off by one
+    return first + np.arange(n, dtype=np.int64) * total // n
 
 
 def clip_range(starts: np.ndarray, start: float, end: float) -> tuple[int, int]:
@@ -102,11 +56,6 @@ def clip_range(starts: np.ndarray, start: float, end: float) -> tuple[int, int]:
         shown = int(np.searchsorted(starts, start + slack, side="right")) - 1
         first = last = min(max(shown, 0), len(starts) - 1)
     return first, last
-
-
-def _check_rule(rule: str) -> None:
-    if rule not in get_args(Rule):
-        raise ValueError(f"sampling rule {rule!r} is none of {', '.join(get_args(Rule))}")
 
 
 # ---- how large ------------------------------------------------------------------------------------------------------
@@ -168,11 +117,6 @@ def frame_size(
     return smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=math.floor(most))
 
 
-def clip_tokens(n: int, size: Size, factor: int) -> int:
-    """Tokens the language model sees for n frames of `size` (height, width): ceil(n / 2) h w / F^2."""
-    return math.ceil(n / _PAIR) * (size[0] // factor) * (size[1] // factor)
-
-
 # ---- when -----------------------------------------------------------------------------------------------------------
 
 
@@ -199,59 +143,3 @@ def seconds_per_grid(n: int, seconds: float) -> float:
     if n < 1 or not seconds > 0:
         raise ValueError(f"{n} frames over {seconds} s: both must be above 0")
     return _PAIR * seconds / n
-
-
-# ---- together -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How a clip is sampled and sized; see `BUDGETS` for the families and published recipes.
-
-    rule, fps, nframes, min_frames, max_frames: as in `count_frames`. min_pixels, max_pixels: per frame, None = the
-    rule's own. sequence: tokens that all frames of a clip share.
-    """
-
-    rule: Rule = "qwen_vl_utils"
-    fps: float = FPS
-    nframes: int | None = None
-    min_frames: int = MIN_FRAMES
-    max_frames: int = MAX_FRAMES
-    factor: int = 28
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    sequence: int = SEQUENCE
-
-    def __post_init__(self) -> None:
-        _check_rule(self.rule)
-        if self.factor < 1 or not self.fps > 0 or not 1 <= self.min_frames <= self.max_frames:
-            raise ValueError(f"{self}: needs factor >= 1, fps > 0 and 1 <= min_frames <= max_frames")
-
-    def index(self, total: int, fps: float, *, first: int = 0) -> np.ndarray:
-        """(n,) frames to read of the `total` ones from frame `first` on, of a video of `fps` frames per second."""
-        n = count_frames(
-            total, fps, rule=self.rule, target_fps=self.fps, nframes=self.nframes, min_frames=self.min_frames,
-            max_frames=self.max_frames,
-        )  # fmt: skip
-        return frame_index(total, n, rule=self.rule, first=first)
-
-    def size(self, height: int, width: int, n: int) -> Size:
-        """(height, width) of every one of n frames."""
-        return frame_size(
-            height, width, n, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels,
-            sequence=self.sequence,
-        )  # fmt: skip
-
-    def tokens(self, height: int, width: int, n: int) -> int:
-        """Tokens the language model sees for n frames of a video of this size."""
-        return clip_tokens(n, self.size(height, width, n), self.factor)
-
-
-BUDGETS = {
-    "qwen2_vl": Budget(),
-    "qwen2_5_vl": Budget(),
-    "qwen3_vl": Budget(rule="qwen3_vl", factor=32),
-    # min = max = 128 tokens per frame, which the floor of the cap lifts to int(1.05 * 100352)
-    "video_r1": Budget(max_frames=16, min_pixels=128 * 28**2, max_pixels=105369),
-    "videocom": Budget(rule="videocom", nframes=32, max_frames=32, max_pixels=360 * 420),
-}
