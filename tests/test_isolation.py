@@ -9,6 +9,7 @@ from pathlib import Path
 import foreign_rewards
 import pytest
 import torch
+from tiny import recipe
 
 from mmrl.config import ConfigError, parse_config
 from mmrl.registry import ComponentError
@@ -115,7 +116,7 @@ def test_a_value_that_is_no_number_is_named_as_in_process(by_output):
     "first, message",
     [
         ("one value", "reward 'foreign_rewards:by_first_output' returned 1 values for 2 samples"),
-        ("no sequence", "samples have no reward.*last error: TypeError: 'float' object is not iterable"),
+        ("no sequence", "samples have no reward.*last error: TypeError: it returned a float, 1.0"),
         ("unpicklable", "sample 0 got .*<function by_first_output"),
     ],
 )
@@ -183,8 +184,7 @@ def test_wrong_arguments():
 def test_recipes_choose_the_process(entry, isolated, timeout_s, monkeypatch):
     if entry["name"] == "legible_symmetric":
         monkeypatch.setattr("mmrl.trainers.task.build", lambda *a: foreign_rewards.by_output)
-    sections = {"task": {"name": "t"}, "policy": {"name": "p"}, "plan": {0: 2}}
-    rewards = build_rewards(parse_config({**sections, "rewards": [entry]}), None)
+    rewards = build_rewards(parse_config(recipe(Path("model"), Path("run"), rewards=[entry])), None)
     reward, weight = rewards[entry["name"]]
     assert weight == 1.0 and isinstance(reward, Isolated) == isolated
     if isolated:
@@ -193,9 +193,8 @@ def test_recipes_choose_the_process(entry, isolated, timeout_s, monkeypatch):
 
 
 def test_a_negative_limit_is_refused():
-    sections = {"task": {"name": "t"}, "policy": {"name": "p"}, "plan": {0: 2}}
     with pytest.raises(ConfigError, match="rewards.0.timeout_s=-1"):
-        parse_config({**sections, "rewards": [{"name": "a:b", "timeout_s": -1}]})
+        parse_config(recipe(Path("model"), Path("run"), rewards=[{"name": "tiny:constant", "timeout_s": -1}]))
 
 
 # ---- the process ----------------------------------------------------------------------------------------------------
