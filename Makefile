@@ -14,7 +14,9 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/mmrl demo
 
-test: $(READY) lint types check
+# one core checks types while the other begins with the tests
+test: $(READY) lint
+	$(MAKE) --jobs=2 types check
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -527,8 +527,11 @@ def option_group(cls: type, presets: Mapping[str, Mapping[str, Any]]) -> None:
 def gather(target: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a call: options of a group are put back together."""
     call = dict(options)
+    if not call:
+        return call
+    hints = _hints(target)
     for name, parameter in inspect.signature(target).parameters.items():
-        group = _group_of(target, name)
+        group = _group_of(hints, name)
         if group is None:
             continue
         changes = {k: call.pop(k) for k in group._fields if k in call}
@@ -546,7 +549,7 @@ def _options(target: Callable[..., Any], kind: Kind) -> dict[str, Option]:
     for p in parameters[skip:]:
         if p.name in kind.keywords or p.kind is p.VAR_POSITIONAL:
             continue
-        group = _group_of(target, p.name)
+        group = _group_of(hints, p.name)
         if group is not None:
             out |= _group_options(group, p.default)
         elif p.kind is p.VAR_KEYWORD:
@@ -580,6 +583,6 @@ def _hints(target: Any) -> dict[str, Any]:
     return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
 
 
-def _group_of(target: Any, parameter: str) -> Any:
-    hinted = _hints(target).get(parameter)
+def _group_of(hints: Mapping[str, Any], parameter: str) -> Any:
+    hinted = hints.get(parameter)
     return hinted if isinstance(hinted, type) and hinted in _GROUPS else None
