@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from mmrl.readings import ReadingContext
-from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout, Sample
 
 sys.path.insert(0, str(Path(__file__).parent / "vision"))
@@ -49,13 +47,6 @@ def digits_or_none(samples: Sequence[Sample]) -> list[float | None]:
 
 def step_digits(rollout: Rollout) -> torch.Tensor:
     return torch.tensor([sum(c.isdigit() for c in t) / max(len(t), 1) for t in rollout.texts])
-
-
-@declares(writes=("actions.token_reward",))
-def token_rewards(rollout: Rollout, context: ReadingContext) -> dict[str, torch.Tensor]:
-    """A reading: tokens below the middle of the vocabulary are good, the others bad."""
-    token = rollout.actions.payload["token"]
-    return {"actions.token_reward": torch.where(token < token.float().median(), 0.3, -0.2)}
 
 
 def vision_recipe(model: Path, folder: Path, output: Path, **sections: Any) -> dict[str, Any]:
