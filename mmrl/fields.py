@@ -47,6 +47,8 @@ def _remedy(name: str) -> str:
     """What a user can add to the recipe so that the field is written."""
     if name == "forks":
         return "forks: sample several steps per state, such as plan: {0: 8}"
+    if name == "chains":
+        return "chains: fork at the prompt alone, such as plan: {0: 8}"
     if name == "texts":
         return "texts: take a policy that writes"
     found: list[str] = []

@@ -9,7 +9,8 @@ A row is one function, class or constant under a name. Rows come from three plac
 The core never imports a modality: vision, diffusion and video enter their rows by entry points.
 
 Fields are named as in a recipe: outcome, step_reward, value, root_value, logp, ok, state_key, edge_key, texts,
-tags.NAME, actions.NAME. `forks` says that two steps of a prompt must be comparable.
+tags.NAME, actions.NAME. `forks` says
+that two steps of a prompt must be comparable, `chains` that steps may fork at the prompt alone.
 """
 
 from __future__ import annotations

@@ -145,6 +145,12 @@ def _need_forks(tree: StepTree, who: str) -> None:
         )
 
 
+def _need_chains(tree: StepTree, who: str) -> None:
+    if not tree.is_chains:
+        i = _first(tree.num_children > 1)
+        raise ValueError(f"{who} needs chains, but step {i} branches; take a plan that forks at the prompt alone")
+
+
 _NEEDS: dict[str, Callable[[StepTree, str], None]] = {
     "outcome": _need_outcome,
     "step_reward": _need_step_reward,
@@ -155,6 +161,7 @@ _NEEDS: dict[str, Callable[[StepTree, str], None]] = {
     "state_key": _need_key("state_key"),
     "edge_key": _need_key("edge_key"),
     "forks": _need_forks,
+    "chains": _need_chains,
 }
 
 

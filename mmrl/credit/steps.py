@@ -283,7 +283,9 @@ def stepsearch(tree: StepTree, *, scale: float = 0.6) -> Credit:
     return gae(stepsearch_reward(tree, scale=scale), gamma=1.0, lam=1.0)
 
 
-@estimator("vsrm", reads=("outcome", "value", "root_value"), fits="chains", source="VSRM; details as defined here")
+@estimator(
+    "vsrm", reads=("outcome", "value", "root_value", "chains"), fits="chains", source="VSRM; details as defined here"
+)
 def vsrm_gae(
     tree: StepTree,
     *,
@@ -339,7 +341,7 @@ def oprl(
 @estimator(
     "prime",
     scale=lambda options: "std" if options["whitened"] else "loo",
-    reads=("outcome", "tags.implicit"),
+    reads=("outcome", "tags.implicit", "chains"),
     fits="chains; tokens or steps",
     source="PRIME; paper form (default) and code form",
 )

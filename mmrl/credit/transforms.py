@@ -243,7 +243,9 @@ def stepsearch_reward(tree: StepTree, *, scale: float = 0.6) -> StepTree:
     return _steps(tree, scale * (_gain(tree) - _repeated(tree)))
 
 
-@transform("vsrm", reads=("value", "root_value"), differences=True, fits="chains", source="VSRM; as defined here")
+@transform(
+    "vsrm", reads=("value", "root_value", "chains"), differences=True, fits="chains", source="VSRM; as defined here"
+)
 def vsrm(
     tree: StepTree, *, threshold: NonNegativeFloat = 0.05, discount: Unit = 0.7, window: PositiveInt = 5
 ) -> StepTree:
@@ -269,7 +271,7 @@ def vsrm(
 @transform(
     "spa",
     writes=("step_reward", "outcome"),
-    reads=("outcome", "tags.contribution"),
+    reads=lambda options: ("outcome", "tags.contribution", *(("chains",) if options["exact"] else ())),
     source="SPA-RL; parity, with the exact option",
 )
 def spa(tree: StepTree, *, exact: bool = False, alpha: float = 1.0, beta: float = 0.5) -> StepTree:

@@ -36,11 +36,11 @@ def _score_fields(options: Mapping[str, Any]) -> tuple[str, ...]:
     "readings",
     "score",
     writes=_score_fields,
-    may_write=("root_value", "step_reward", "tags.*"),
+    may_write=("root_value", "step_reward", "ok", "tags.*"),
     source="a critic (Schulman et al. 2016), RED, PAV, BARFI, ALaRM; any step reward or trained scorer",
 )
 class ScoreReading:
-    """The scores of a step reward in the field `into`: `value`, `step_reward`, or a tag such as `tags.auxiliary`.
+    """The scores of a step reward in the field `into`: `value`, `step_reward`, `ok` or a tag as `tags.auxiliary`.
 
     A score belongs to the state after its step. As `value`, a step that the scorer cannot read (blank, too long) has
     the value of the nearest step above it that it can, or of the prompt.
@@ -51,6 +51,7 @@ class ScoreReading:
         form: the score, or the logit of a trained scorer, for losses whose prediction is the logit.
         below: fill `into` with verdicts instead: 1 where the number lies below this one, such as 0.5 for `tags.wrong`,
             else 0.
+        at_least: likewise, 1 where the number is this one or above, such as 0.5 for `ok` (no number: not right).
     Raises:
         ValueError: another field, or a scorer that lacks what `root` or `form` asks for.
     """
@@ -62,11 +63,19 @@ class ScoreReading:
         root: bool = False,
         form: Form = "score",
         below: float | None = None,
+        at_least: float | None = None,
     ) -> None:
-        if into not in ("value", "step_reward") and not into.startswith("tags."):
-            raise ValueError(f"into={into!r} is no field of a step; name value, step_reward or tags.<name>")
-        if below is not None and not into.startswith("tags."):
-            raise ValueError(f"below={below:g} makes verdicts, which {into} does not hold; name a tag, as tags.wrong")
+        if into not in ("value", "step_reward", "ok") and not into.startswith("tags."):
+            raise ValueError(f"into={into!r} is no field of a step; name value, step_reward, ok or tags.<name>")
+        if below is not None and at_least is not None:
+            raise ValueError("below and at_least both make verdicts; give one of them")
+        verdicts = below is not None or at_least is not None
+        if verdicts and into in ("value", "step_reward"):
+            raise ValueError(
+                f"below and at_least make verdicts, which {into} does not hold; name ok or a tag, as tags.wrong"
+            )
+        if into == "ok" and not verdicts:
+            raise ValueError("ok is a verdict; say from which score a step is right, such as at_least: 0.5")
         loaded = load_scorer(scorer)
         if root and not isinstance(loaded, RootScorer):
             raise ValueError(f"scorer {scorer!r} has no score for a prompt alone (root_scores); leave root out")
@@ -75,7 +84,8 @@ class ScoreReading:
         if form == "logit" and root:
             raise ValueError("root scores are no logits; leave root or form: logit out")
         self.scorer: StepReward | None = loaded
-        self.into, self.root, self.form, self.below = into, root, form, below
+        self.into, self.root, self.form = into, root, form
+        self.below, self.at_least = below, at_least
 
     @property
     def model(self) -> nn.Module | None:
@@ -100,7 +110,9 @@ class ScoreReading:
             numbers = _held(rollout.tree, numbers, root)
         if self.below is not None:
             numbers = torch.where(numbers.isnan(), torch.nan, (numbers < self.below).double())
-        out[self.into] = numbers
+        if self.at_least is not None:
+            numbers = torch.where(numbers.isnan(), torch.nan, (numbers >= self.at_least).double())
+        out[self.into] = numbers == 1 if self.into == "ok" else numbers
         return out
 
 
@@ -175,6 +187,7 @@ Attribution = Literal["gradient", "difference"]
 @register(
     "readings",
     "attribution",
+    reads=("chains",),
     writes=("tags.attribution",),
     fits="chains",
     source="Explainable dense reward shapes; gradient times input and score differences in place of SHAP and LIME",

@@ -152,14 +152,17 @@ class StoredRollouts:
 
 
 def fields_given(plan: Mapping[int, int], folder: Path | None) -> list[str]:
-    """Fields that rollouts have before a recipe writes any: those on disk where it names a folder, and `forks`.
+    """Fields that rollouts have before a recipe writes any: those on disk where it names a folder, `forks`, `chains`.
 
     Raises:
         ValueError: no rollouts in the folder.
     """
-    if folder is None:
-        return ["forks"] if BranchPlan(plan).leaves > 1 else []
-    return ["forks", *Rollout.load(_folders(folder)[0]).fields()]
+    if folder is not None:
+        stored = Rollout.load(_folders(folder)[0])
+        return ["forks", *(["chains"] if stored.tree.is_chains else []), *stored.fields()]
+    sampled = BranchPlan(plan)
+    shape = ["forks"] if sampled.leaves > 1 else []
+    return shape + (["chains"] if set(sampled.splits) <= {0} else [])
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

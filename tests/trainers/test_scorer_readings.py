@@ -1,6 +1,7 @@
 """Readings that run a scorer: its numbers by a slow second way, and the recipes whose estimators need them."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,22 @@ def test_root_scores_of_every_head_and_layout_agree(tmp_path, head, mode):
     assert whole[0] != whole[1]
 
 
+def third_digits(rollout):
+    """0, a third, two thirds and no number in turn."""
+    return torch.tensor([math.nan if i % 4 == 3 else (i % 4) / 3 for i in range(len(rollout.tree))])
+
+
+def test_right_steps_are_those_whose_score_reaches_a_bound():
+    prompts = [Prompt("p", {"question": "?"})]
+    rollout, _ = solution_forest(prompts, [[["a", "b", "c", "d"]]])
+    scorer = "trainers.test_scorer_readings:third_digits"
+    context = ReadingContext(policy=None, outcome=lambda samples: torch.zeros(len(samples)))
+    right = ScoreReading(scorer, into="ok", at_least=1 / 3)(rollout, context)["ok"]
+    assert right.dtype == torch.bool and right.tolist() == [False, True, True, False]
+    tag = ScoreReading(scorer, into="tags.right", at_least=0.5)(rollout, context)["tags.right"]
+    torch.testing.assert_close(tag, torch.tensor([0.0, 0.0, 1.0, math.nan], dtype=torch.float64), equal_nan=True)
+
+
 def test_what_is_asked_of_the_wrong_scorer_is_refused(tmp_path):
     with pytest.raises(ComponentError, match=r"readings.0.scorer=.*vision_prn.*did you mean vision_prm"):
         trainer_of(tmp_path, readings=[{"name": "score", "scorer": {"name": "vision_prn"}}])
@@ -104,8 +121,12 @@ def test_what_is_asked_of_the_wrong_scorer_is_refused(tmp_path):
         ScoreReading("vision_tiny:step_digits", root=True)
     with pytest.raises(ValueError, match="is no field of a step"):
         ScoreReading("vision_tiny:step_digits", into="outcome")
-    with pytest.raises(ValueError, match="name a tag"):
+    with pytest.raises(ValueError, match="name ok or a tag"):
         ScoreReading("vision_tiny:step_digits", below=0.5)
+    with pytest.raises(ValueError, match="give one of them"):
+        ScoreReading("vision_tiny:step_digits", into="ok", below=0.5, at_least=0.5)
+    with pytest.raises(ValueError, match="ok is a verdict"):
+        ScoreReading("vision_tiny:step_digits", into="ok")
     with pytest.raises(ValueError, match="no log-ratios"):
         ImplicitReading("vision_tiny:step_digits")
     with pytest.raises(ConfigError, match="trainable here: score"):
