@@ -33,6 +33,9 @@ credit:
   clip: 5.0
 ```
 
+Which of them run on texts, pictures, conversations and latents: [credit_modalities.md](credit_modalities.md). Fields
+that nothing else fills are written by [readings](readings.md).
+
 Combinations without meaning are refused with both offenders and the fix. Estimators that normalise take `scale`
 (std, none, loo, bernoulli, batch, global_std), `eps`, `ddof`, `singleton`, `std_floor`, or a `preset`:
 

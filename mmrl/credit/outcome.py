@@ -39,7 +39,7 @@ def episode(
     return norm(tree.outcome, tree.group, how, weight=weight, all_sum=all_sum)
 
 
-@estimator("grpo", source="DeepSeekMath; parity with verl and TRL")
+@estimator("grpo", relative=True, source="DeepSeekMath; parity with verl and TRL")
 def grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
     """A = lift(a), a(leaf) = (R - mean)/(std + eps) over the finished leaves of the prompt.
 
@@ -51,6 +51,7 @@ def grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -
 
 @estimator(
     "dr_grpo",
+    relative=True,
     source="Dr. GRPO; parity with verl norm_adv_by_std_in_grpo=False and TRL scale_rewards='none'",
     scale="none",
 )
@@ -62,14 +63,17 @@ def dr_grpo(tree: StepTree) -> Credit:
     return grpo(tree, how=Norm(scale="none"))
 
 
-@estimator("rloo", source="Back to Basics (RLOO); parity with verl and OpenRLHF", scale="loo")
+@estimator("rloo", relative=True, source="Back to Basics (RLOO); parity with verl and OpenRLHF", scale="loo")
 def rloo(tree: StepTree) -> Credit:
     """A = lift(R - mean of the other finished leaves of the prompt). A group of one gets 0."""
     return grpo(tree, how=Norm(scale="loo"))
 
 
 @estimator(
-    "reinforce_pp_baseline", scale="std", source="REINFORCE++ with baseline; parity with verl (OpenRLHF: ddof 0)"
+    "reinforce_pp_baseline",
+    relative=True,
+    scale="std",
+    source="REINFORCE++ with baseline; parity with verl (OpenRLHF: ddof 0)",
 )
 def reinforce_pp_baseline(
     tree: StepTree,
@@ -242,6 +246,7 @@ def gigpo(
 
 @estimator(
     "salt",
+    relative=True,
     scale=lambda options: "std" if options["base"] == "grpo" else "loo",
     reads=("outcome", "edge_key"),
     fits="text and GUI states, tool states",
@@ -269,7 +274,7 @@ def salt(tree: StepTree, *, base: Base = "grpo") -> Credit:
     return Credit(torch.where(merged, mean[safe], credit.adv), info=credit.info)
 
 
-@estimator("rapo", source="Fathom-DeepResearch (RAPO); scaling as defined here")
+@estimator("rapo", relative=True, source="Fathom-DeepResearch (RAPO); scaling as defined here")
 def rapo(
     tree: StepTree, *, cap: PositiveFloat | None = None, how: Norm = Norm(), all_sum: AllSum | None = None
 ) -> Credit:

@@ -61,7 +61,13 @@ def step_grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = No
     return Credit(z, info=info)
 
 
-@estimator("fold_grpo", reads=("outcome", "step_reward"), sums_steps=True, source="R1-VL StepGRPO as released; parity")
+@estimator(
+    "fold_grpo",
+    relative=True,
+    reads=("outcome", "step_reward"),
+    sums_steps=True,
+    source="R1-VL StepGRPO as released; parity",
+)
 def fold_grpo(
     tree: StepTree,
     *,
@@ -318,7 +324,11 @@ def tp_grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None
 
 
 @estimator(
-    "spark", reads=("step_reward",), fits="steps with verdicts, no ground truth", source="SPARK; from the paper"
+    "spark",
+    relative=True,
+    reads=("step_reward",),
+    fits="steps with verdicts, no ground truth",
+    source="SPARK; from the paper",
 )
 def spark(tree: StepTree, *, rule: SparkRule = "mean", how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
     """grpo on R' = mean of the step verdicts (`step_reward` in {0, 1}) over the path, or 1 if all are right.

@@ -34,6 +34,7 @@ def estimator(
     sums_steps: bool = False,
     scale: str | Callable[[Mapping[str, Any]], str] | None = None,
     remembers: str | None = None,
+    relative: bool = False,
 ) -> Callable[[Callable[..., Credit]], Callable[..., Credit]]:
     """Enter the decorated function as an estimator.
 
@@ -41,11 +42,12 @@ def estimator(
         may_read: fields it uses where the tree has them.
         sums_steps: it adds step rewards up along a path, so a score of the state must be differenced before.
         scale: the normalisation it uses where that is no option; it may depend on the options.
+        relative: it compares the outcomes of one prompt alone, so a single rollout of it teaches nothing.
         remembers: the option that says how many earlier outcomes of each prompt it wants, as the argument `past`.
     """
     return register(
         "estimators", name, reads=reads, fits=fits, source=source,
-        may_read=may_read, sums_steps=sums_steps, scale=scale, remembers=remembers,
+        may_read=may_read, sums_steps=sums_steps, scale=scale, remembers=remembers, relative=relative,
     )  # fmt: skip
 
 

@@ -62,6 +62,13 @@ class BranchGrpo:
         rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
     ) -> None:
         self.config = config
+        self._credit_how: dict[str, Any] = {
+            "kind": config.credit.step_reward_kind, "whiten": config.credit.whiten,
+            "allow_double_norm": config.credit.allow_double_norm, "counting": config.credit.counting,
+        }  # fmt: skip
+        self._estimators = [e.spec for e in config.credit.estimators]
+        validate(self._estimators, config.credit.transforms or [], **self._credit_how)
+        _check_group(config)
         self.rollouts = Rollouts(
             config, policy, task, rewards, reference=config.loss.kl > 0, readers=_readers(config),
             given=fields_given(config.plan, config.rollouts),
@@ -73,11 +80,7 @@ class BranchGrpo:
         self.stored = self.rollouts.open_stored(config.rollouts, self.plan)
         if self.stored is not None and config.run.refill:
             raise ConfigError("run.refill samples further prompts, which stored rollouts cannot; set run.refill=0")
-        self._credit_how: dict[str, Any] = {
-            "kind": config.credit.step_reward_kind, "whiten": config.credit.whiten,
-            "allow_double_norm": config.credit.allow_double_norm, "counting": config.credit.counting,
-        }  # fmt: skip
-        self._estimators = [e.spec for e in config.credit.estimators]
+        # with those that a trained scorer brings by default
         self._transforms = _transforms(config, self.step_rewards)
         validate(self._estimators, self._transforms, **self._credit_how)
         self._online = OnlineScorer.of(config.online, self.step_rewards, self.rollouts.readings, self.loop)
@@ -248,6 +251,17 @@ class BranchGrpo:
             worst = self.loop.all_max(*(self._mismatch.get(k, 0.0) for k in ("mean", "max", "k3")))
             metrics |= dict(zip(("mismatch/mean", "mismatch/max", "mismatch/k3"), worst, strict=True))
         return metrics
+
+
+def _check_group(config: BranchGrpoConfig) -> None:
+    """Raises ConfigError when every estimator compares rollouts of a prompt and the plan makes one."""
+    alone = config.rollouts is None and BranchPlan(config.plan).leaves == 1
+    if alone and all(estimator_of(e.spec)[0].facts.get("relative") for e in config.credit.estimators):
+        names = ", ".join(e.name for e in config.credit.estimators)
+        raise ConfigError(
+            f"plan {dict(config.plan)} makes one rollout of each prompt, and {names} compares the rollouts of a "
+            "prompt: every advantage is 0. Sample a group, such as plan: {0: 8}"
+        )
 
 
 def _readers(config: BranchGrpoConfig) -> list[Stage]:

@@ -191,10 +191,26 @@ def test_refill_replaces_groups_without_spread(tiny_model, tmp_path):
     assert len(none.sample(0).prompts) == 4  # nothing found: the first rollout stays, and the limit holds
 
 
+@pytest.mark.parametrize(
+    "names, refused", [(["grpo"], True), (["rloo", "salt"], True), (["grpo", "process_grpo"], False)]
+)
+def test_a_group_of_one_is_refused_where_nothing_else_teaches(tmp_path, names, refused):
+    tree = recipe(
+        tmp_path / "no model there", tmp_path, plan={0: 1}, credit={"estimators": [{"name": n} for n in names]}
+    )
+    tree["step_rewards"] = [{"name": "vision_tiny:step_digits"}]
+    with pytest.raises((ConfigError, ValueError)) as error:
+        BranchGrpo(parse_config(tree))
+    assert ("every advantage is 0" in str(error.value)) is refused
+
+
 def test_bad_credit_is_refused_before_anything_runs(tiny_model, tmp_path):
     for credit, message in (
         ({"estimators": [{"name": "grpoo"}]}, r"unknown estimator 'grpoo' \(did you mean grpo"),
-        ({"transforms": ["delta"]}, "transform 'delta' reads step_reward, which nothing in this recipe writes"),
+        (
+            {"transforms": ["delta"], "estimators": [{"name": "process_grpo"}]},
+            "transform 'delta' reads step_reward, which nothing in this recipe writes",
+        ),
         ({"estimators": [{"name": "grpo", "scales": "none"}]}, r"scales='none' \(did you mean scale"),
     ):
         with pytest.raises(ValueError, match=message):
