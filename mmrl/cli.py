@@ -124,7 +124,7 @@ def score(
     """Score every step of written solutions."""
     from mmrl.jobs import run_score
 
-    told = run_score(_section(scorer), data, out, format_)
+    told = run_score(_section(scorer), data, out, _section(format_))
     typer.echo(f"{told['records']} solutions, {told['unscored']} unscored, {told['quarantined']} set aside: {out}")
 
 
@@ -140,7 +140,7 @@ def convert(
     """Write step-labelled solutions in another of the published formats."""
     from mmrl.prm.formats import convert as convert_file
 
-    count, bad = convert_file(data, out, format_, to, media_root=media_root, max_bad=max_bad)
+    count, bad = convert_file(data, out, _section(format_), _section(to), media_root=media_root, max_bad=max_bad)
     typer.echo(f"{count} rows, {len(bad)} set aside: {out}")
 
 
@@ -203,7 +203,7 @@ def _section(text: str) -> str | dict[str, Any]:
     try:
         return dict(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"--scorer {text!r} is no YAML mapping: {error}") from None
+        raise ValueError(f"{text!r} is no YAML mapping: {error}") from None
 
 
 def _unused(folder: Path) -> Path:

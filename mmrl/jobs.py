@@ -205,7 +205,9 @@ def run_rollouts(config: TrainingConfig, out: Path) -> dict[str, Any]:
 # ---- score, search, bench -------------------------------------------------------------------------------------------
 
 
-def run_score(scorer: str | Mapping[str, Any], data: Path, out: Path, format: str = "records") -> dict[str, Any]:
+def run_score(
+    scorer: str | Mapping[str, Any], data: Path, out: Path, format: str | Mapping[str, Any] = "records"
+) -> dict[str, Any]:
     """Scores of the solutions in a file, one row each: id, scores (null where a question cannot be taken)."""
     records, bad = read_format(data, format, unlabelled=True)
     out.parent.mkdir(parents=True, exist_ok=True)

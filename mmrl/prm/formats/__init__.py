@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, RowError, check_share, read_rows
-from mmrl.prm.formats import benches, chat, rollouts, text, trees  # noqa: F401 - enter their rows
+from mmrl.prm.formats import benches, chat, responses, rollouts, text, trees  # noqa: F401 - enter their rows
 from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_images
-from mmrl.registry import build, build_section, check_section, register
+from mmrl.registry import build_section, check_section, register
 
 
 @register("formats", "records")
@@ -62,16 +62,18 @@ def convert(
     path: str | Path,
     out: str | Path,
     format: str | Mapping[str, Any],
-    to: str,
+    to: str | Mapping[str, Any],
     *,
     media_root: str | Path | None = None,
     max_bad: float = 0.05,
 ) -> tuple[int, list[Quarantined]]:
     """Write the records of a file in another format, a row of `exporters`; how many, and the rows set aside.
 
+    format, to: a name or dotted path, or a mapping that has options beside `name`.
+
     A record that the other format cannot hold is set aside like a row that cannot be read.
     """
-    export = build("exporters", "to", to, {})
+    export = build_section("exporters", "to", to)
     records, bad = read_format(path, format, media_root=media_root, max_bad=max_bad, unlabelled=True)
     lines = []
     for number, record in enumerate(records, start=1):

@@ -1,11 +1,13 @@
+import json
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.annotate.judge import paragraphs
-from vision.step_rule import step_rule, token_texts
-from vision.steps import (
-    FORMATS,
+from mmrl.prm.step_texts import (
+    Layout,
     ParsedStep,
     StepParseError,
     join,
@@ -13,6 +15,7 @@ from vision.steps import (
     parse,
     read_numbered_tags,
 )
+from vision.step_rule import step_rule, token_texts
 
 SPECIAL = (
     "<|reasoning_start|><|reasoning_step_start|><|reasoning_step_name_start|>Look<|reasoning_step_name_end|>"
@@ -48,7 +51,7 @@ WORKED = {
 }
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", get_args(Layout))
 def test_worked_texts_are_parsed_and_joined_exactly(format):
     text, want = WORKED[format]
     steps = parse(text, format)
@@ -176,7 +179,7 @@ pieces += ["Step " + "9" * 5000 + ":", "<step_" + "9" * 5000 + ">", " ", "\n", "
 @given(st.lists(st.sampled_from(pieces), max_size=14), st.sampled_from(["", "\n"]))
 def test_shuffled_markers_are_steps_or_a_parse_error(chosen, glue):
     text = glue.join(chosen)
-    for format in FORMATS:
+    for format in get_args(Layout):
         try:
             steps = parse(text, format)
         except StepParseError:
@@ -401,3 +404,32 @@ def test_a_vocabulary_without_the_separator_is_refused():
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(ValueError, match="never end a step"):
         step_rule(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]"), "line")
+
+
+# --- as a record format ---
+
+
+def test_responses_become_solutions_and_back(tmp_path):
+    from typer.testing import CliRunner
+
+    from mmrl.cli import app
+    from mmrl.prm.formats import read_format
+
+    source = tmp_path / "responses.jsonl"
+    rows = [{"id": "a", "question": "How many?", "response": WORKED["tags"][0], "answer": "2"},
+            {"id": "b", "question": "How many?", "response": "no step here"}]  # fmt: skip
+    source.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    told = CliRunner().invoke(
+        app, ["convert", str(source), str(tmp_path / "records.jsonl"), "--format", "{name: responses, steps: tags}", "--max-bad", "0.5"]
+    )  # fmt: skip
+    assert told.exit_code == 0 and "1 rows, 1 set aside" in told.output
+    (record,), _ = read_format(tmp_path / "records.jsonl", "records", unlabelled=True)
+    assert [(s.text, s.kind) for s in record.steps] == WORKED["tags"][1] and record.answer == "2"
+    back = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "records.jsonl"), str(tmp_path / "back.jsonl"), "--format", "records", "--to", "{name: responses, steps: tags}"]
+    )  # fmt: skip
+    assert back.exit_code == 0, back.output
+    again = json.loads((tmp_path / "back.jsonl").read_text())
+    assert again["response"] == WORKED["tags"][0] and again["question"] == "How many?"
+    merged, _ = read_format(source, {"name": "responses", "max_steps": 1}, unlabelled=True)
+    assert [len(r.steps) for r in merged] == [1, 1]

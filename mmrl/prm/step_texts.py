@@ -1,6 +1,6 @@
 """Steps of a finished response: parse and join the published text formats.
 
-Steps of a response that is being sampled are cut on its token ids instead, by `vision.step_rule`: tokens merge
+Steps of a response that is being sampled are cut on its token ids instead, by the policy's step rule: tokens merge
 differently once their neighbours are known, so spans are never found by tokenising text again.
 """
 
@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-Kind = Literal["perception", "reasoning", "answer", "reflection", "unknown"]
+from mmrl.prm.records import Kind
+
+Layout = Literal[
+    "double_newline", "newline", "numbered", "tags", "sectioned_tags", "headers", "special_tokens", "paragraph_tags"
+]
 
 
 class StepParseError(ValueError):
@@ -35,7 +39,7 @@ class ParsedStep:
     name: str | None = None
 
 
-def parse(text: str, format: str) -> list[ParsedStep]:
+def parse(text: str, format: Layout) -> list[ParsedStep]:
     """The steps of `text`, in reading order (sectioned_tags: by number within a section).
 
     double_newline  split at blank lines, nothing trimmed. A blank part is no step, it stays with the step after it
@@ -62,7 +66,7 @@ def parse(text: str, format: str) -> list[ParsedStep]:
     return steps
 
 
-def join(steps: Sequence[ParsedStep], format: str) -> str:
+def join(steps: Sequence[ParsedStep], format: Layout) -> str:
     """The text of `steps` in a format's own layout; the counterpart of `parse`.
 
     Raises:
@@ -350,10 +354,9 @@ _FORMATS: dict[str, _Pair] = {
     "special_tokens": (_read_special, _write_special),
     "paragraph_tags": (_read_paragraphs, _write_paragraphs),
 }
-FORMATS = tuple(_FORMATS)
 
 
 def _pair(format: str) -> _Pair:
     if format not in _FORMATS:
-        raise ValueError(f"unknown step format {format!r}; known: {', '.join(FORMATS)}")
+        raise ValueError(f"unknown step format {format!r}; known: {', '.join(_FORMATS)}")
     return _FORMATS[format]
