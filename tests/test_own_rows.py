@@ -1,7 +1,8 @@
-"""Functions of a user's own, in a file beside the recipe, by dotted path: each through the verb that runs it."""
+"""The file of docs/own_components.md beside a recipe: its functions by dotted path, each through the verb that runs it."""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,74 +14,8 @@ from typer.testing import CliRunner
 from mmrl.cli import app
 from mmrl.rollout import Rollout
 
-OWN = '''
-import torch
-from torch import Tensor
-
-from diffusion.adapters.dit import DiTAdapter
-from diffusion.kernels import Transition, posterior
-from mmrl.credit import Credit
-from mmrl.losses.preference import Preference
-from mmrl.preference import Pairs
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.registry import declares
-from mmrl.tree_ops import backup
-
-
-@declares(reads=("outcome", "tags.brightest"))
-def above(tree, *, scale: float = 1.0):
-    """An estimator: the mean outcome below a step, beside the best one that a reading of my own noted."""
-    return Credit(scale * torch.where(tree.valid, backup(tree) - tree.tags["brightest"], 0.0))
-
-
-@declares(reads=("outcome",), writes=("tags.brightest",))
-def brightest(rollout, context):
-    """A reading: the best outcome of each step's prompt."""
-    tree = rollout.tree
-    best = torch.full((tree.num_groups,), -torch.inf, dtype=torch.float64)
-    leaf = tree.is_finished
-    best.scatter_reduce_(0, tree.group[leaf], tree.outcome[leaf], "amax")
-    return {"tags.brightest": best[tree.group]}
-
-
-def quiet(x, x0, eps, interval, eta: float = 1.0):
-    """A kernel: half the noise of the usual one."""
-    step = posterior(x, x0, eps, interval, eta=eta)
-    return Transition(step.mean, step.std / 2, step.x0)
-
-
-class Mine(DiTAdapter):
-    """A model family."""
-
-
-def lines(row, at):
-    """A record format: `text` holds a step per line, `good` the number of right ones."""
-    steps = row["text"].split("\\n")
-    labels = tuple(float(i < row["good"]) for i in range(len(steps)))
-    return [SolutionRecord(at, row["ask"], tuple(Step(s) for s in steps), labels=labels)]
-
-
-def as_lines(record):
-    """An exporter."""
-    return {"ask": record.question, "text": "\\n".join(record.texts)}
-
-
-@declares(reads=("outcome", "forks"))
-def first_two(tree):
-    """A pair builder: the first fork of a prompt, the better child first."""
-    first, second = (tree.parent < 0).nonzero().flatten()[:2].tolist()
-    return Pairs.of_steps(torch.tensor([first]), torch.tensor([second]), torch.ones(1))
-
-
-def steep(*, beta: float = 3.0):
-    """A preference loss."""
-    return Preference(beta=beta)
-
-
-def sharp(logits, labels, *, power: float = 2.0):
-    """A loss of steps."""
-    return (logits[:, 0].sigmoid() - labels).abs() ** power
-'''
+PAGE = Path(__file__).parents[1] / "docs" / "own_components.md"
+OWN = PAGE.read_text().partition("```python\n")[2].partition("```")[0]
 
 
 @pytest.fixture
