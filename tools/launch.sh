@@ -20,4 +20,9 @@ if "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; th
     exec "$python" -m accelerate.commands.launch --num_processes "$processes" \
         ${ACCELERATE_CONFIG:+--config_file "$ACCELERATE_CONFIG"} -m mmrl "$@" "${check[@]}"
 fi
+# accelerate starts gloo only where it is told to stay on the CPU
+case "$1" in
+    train | rollouts) check+=("run.cpu=true") ;;
+    annotate) check+=("cpu=true") ;;
+esac
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m mmrl "$@" "${check[@]}"

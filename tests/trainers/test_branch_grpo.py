@@ -420,8 +420,10 @@ def write_ranks_recipe(model, tmp_path, name, **sections):
 
 @pytest.mark.multiproc
 def test_two_processes_equal_one(tiny_model, tmp_path):
-    """Started by tools/launch.sh, as the docs say."""
-    file = write_ranks_recipe(tiny_model, tmp_path, "two", optim={"lr": 1e-3})
+    """Started by tools/launch.sh, as the docs say, from a recipe that says nothing of processes or devices."""
+    tree = recipe(tiny_model, tmp_path / "two", optim={"lr": 1e-3})
+    del tree["run"]["cpu"]
+    file = write_recipe(tmp_path / "two.yaml", tree)
     done = subprocess.run(
         ["bash", TESTS.parent / "tools" / "launch.sh", "2", "train", file],
         env=os.environ | {"PYTHONPATH": str(TESTS), "MMRL_PYTHON": sys.executable},
