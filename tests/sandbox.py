@@ -23,7 +23,7 @@ from mmrl.cli import app
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path[:0] = [str(TESTS / folder) for folder in ("vision", "video", "diffusion", "prm")]
+sys.path[:0] = [str(TESTS / folder) for folder in ("vision", "video", "diffusion", "prm", "bench")]
 
 TRAIN = {
     "run.cpu": True, "run.iterations": 1, "run.prompts_per_iteration": 2, "run.trackers": [], "run.report": False,
@@ -57,6 +57,8 @@ class Sandbox:
             Exception: whatever the command raised.
         """
         _, verb, recipe, *given = shlex.split(command)
+        if verb == "bench":
+            return self._bench(recipe, given)
         tree = yaml.safe_load((self.root / recipe).read_text())
         for key, value in (o.split("=", 1) for o in [*given, *overrides]):
             _put(tree, key, yaml.safe_load(value))
@@ -70,6 +72,12 @@ class Sandbox:
             rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             return {k: v for row in rows for k, v in row.items()}
         return {} if verb == "rollouts" else json.loads((output / "report.json").read_text())
+
+    def _bench(self, name: str, options: list[str]) -> dict[str, Any]:
+        """A benchmark's report by a scorer that says 1/2."""
+        options[options.index("--scorer") + 1] = "test_jobs:constant"
+        self._invoke("bench", name, *options, "--out", str(self.root / "bench.json"))
+        return json.loads((self.root / "bench.json").read_text())
 
     def _invoke(self, *arguments: str) -> None:
         done = CliRunner().invoke(app, list(arguments))
@@ -94,14 +102,17 @@ class Sandbox:
             small["policy.max_new_tokens"] = min(tree["policy"].get("max_new_tokens", 12), 12)
         for section in ("rewards", "step_rewards", "readings"):
             for i, row in enumerate(tree.get(section) or []):
-                small |= self._tiny(f"{section}.{i}", row)
                 small |= self._tiny(f"{section}.{i}.policy", row.get("policy"))
+                small |= self._tiny(f"{section}.{i}", row)
                 if section == "rewards":
                     small[f"rewards.{i}.timeout_s"] = 0
         return small
 
     def _tiny(self, key: str, section: Any) -> dict[str, Any]:
         """Overrides of a section with a model that is neither built in nor a folder."""
+        if isinstance(section, dict) and section.get("name") == "generative_prm":
+            # the built-in model has no words for verdicts
+            return {f"{key}.policy.model": str(self._family), f"{key}.policy.max_new_tokens": 12}
         model = section.get("model") if isinstance(section, dict) else None
         if model in self.built_in:
             return {f"{key}.model": str(self.built_in[model])}
@@ -147,6 +158,7 @@ class Sandbox:
                     (),
                 )
         makers["runs/shapes_svpo"] = ("configs/vision/shapes_step_dpo.yaml", "train", ())
+        makers["runs/shapes_prm_2"] = ("configs/vision/shapes_prm.yaml", "train", ("run.seed=1",))
         return makers
 
     # ---- what is there from the start -------------------------------------------------------------------------------
@@ -194,6 +206,7 @@ class Sandbox:
         shutil.copytree(TESTS / "data" / "prm", data)
         for file in data.glob("puzzlevqa_*.jsonl"):
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:8]))
+        shutil.copy(data / "prm800k.jsonl", data / "prm800k_eval.jsonl")
         for name in ("prompts", "eval_prompts"):
             (data / f"{name}.jsonl").write_text('{"prompt": "a red square"}\n{"prompt": "a blue dot"}\n')
         rows = []
@@ -203,20 +216,53 @@ class Sandbox:
             rows.append(json.dumps(row))
         for name in ("train", "eval"):
             (data / f"{name}.jsonl").write_text("\n".join(rows))
-        shutil.copytree(TESTS / "data" / "video", data / "video_formats")
         (self.root / "my_rewards.py").write_text(
             "def score(samples):\n    return [float(s.output.mean()) for s in samples]\n"
         )
         row = json.loads((TESTS / "data" / "video" / "videocom.json").read_text())[1]
         for name in ("grpo", "eval"):
             (data / f"videocom_{name}.json").write_text(json.dumps([row | {"id": f"{name}-{i}"} for i in range(2)]))
+        video = TESTS / "data" / "video"
+        (data / "video_r1.json").write_text(json.dumps(json.loads((video / "video_r1.json").read_text())[:2]))
+        charades = json.loads((video / "videochat_r1.json").read_text())
+        (data / "videochat_r1.json").write_text(json.dumps({k: charades[k] for k in ("a", "c")}))
+        (data / "ui_s1.jsonl").write_text((video / "ui_s1.jsonl").read_text().splitlines()[0])
+        (data / "screens" / "pictures").mkdir(parents=True)
+        picture(0).resize((40, 80)).save(data / "screens" / "pictures" / "screen.png")
+        plan = {
+            "question": "Clear the table.",
+            "video": "a.mp4",
+            "answer": "done",
+            "plan": ["pick(cup)", "place(cup, tray)"],
+        }
+        (data / "plans.jsonl").write_text("".join(json.dumps(plan | {"id": i}) + "\n" for i in ("p", "q")))
         self._films(data / "videos")
+        self._benchmarks(data)
+
+    def _benchmarks(self, data: Path) -> None:
+        """A few rows of each benchmark under its name."""
+        from bench_tiny import write
+        from test_bench_pairs import mp_files
+        from test_bench_steps import h2v, pb_row
+
+        from mmrl.bench.pairs import SECTIONS
+
+        subsets = [s for members in SECTIONS.values() for s in members]
+        pairs = [{"id": 1, "prompt": "Q", "chosen": "good", "rejected": "bad", "subset": s} for s in subsets]
+        mp_files(data / "mpbench")
+        (data / "prmbench").mkdir()
+        shutil.copy(data / "prmbench.jsonl", data / "prmbench")
+        write(data / "processbench" / "math.jsonl", [pb_row("math-0", 2), pb_row("math-1", -1)])
+        write(data / "hard2verify" / "rows.jsonl", [h2v("a", [1, 0, 1]), h2v("b", [1, 1])])
+        write(data / "rewardbench" / "rows.jsonl", pairs)
 
     def _films(self, folder: Path) -> None:
         from make_clips import write_clip
 
         (folder / "clips").mkdir(parents=True)
-        write_clip(folder / "clips" / "a.mp4", frames=60)
+        write_clip(folder / "a.mp4", frames=60)
+        for name in ("b.mp4", "c.mp4", "clips/a.mp4", "clips/b.mp4"):
+            shutil.copy(folder / "a.mp4", folder / name)
 
 
 # trees that `mmrl rollouts` writes, in the words of the recipes that read them

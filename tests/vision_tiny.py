@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmrl.rollout import Prompt, Rollout, Sample
+from mmrl.rollout import Continuation, Prompt, Rollout, Sample
 
 sys.path.insert(0, str(Path(__file__).parent / "vision"))
 
@@ -70,3 +71,19 @@ def vision_recipe(model: Path, folder: Path, output: Path, **sections: Any) -> d
 def odd(samples: Sequence[Sample]) -> list[float | None]:
     """Right where an odd number of characters is written."""
     return [float(len(s.output) % 2) for s in samples]
+
+
+class StepJudge:
+    """A policy that reads solutions and finds every step with a digit wrong, or a minor error, and worth its length."""
+
+    def extend(self, states: Sequence[Any], n: int, *, seed: int, steps: Any = None, temperature: Any = None) -> Any:
+        return [[Continuation((self._reply(s.prompt.inputs["question"]),), ((0.0,),), True)] * n for s in states]
+
+    def _reply(self, question: str) -> str:
+        steps = re.findall(r"<paragraph_\d+>\n(.*?)\n</paragraph_\d+>", question, re.DOTALL)
+        flagged = [any(c.isdigit() for c in step) for step in steps]
+        if "Judge one aspect" in question:
+            return f"\\boxed{{{len(steps[-1]) % 11}}}"
+        bad, good = ("minor", "none") if "How bad" in question else ("incorrect", "correct")
+        parts = [f"<analysis_{i}>\\boxed{{{bad if f else good}}}</analysis_{i}>" for i, f in enumerate(flagged)]
+        return "\n".join([*parts, f"\\boxed{{{'incorrect' if any(flagged) else 'correct'}}}"])
