@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
@@ -315,7 +315,7 @@ def find(kind: str, name: str) -> Row:
     table = _ROWS[k.name]
     if name in table or name in _entered(k):
         return table[name]
-    for entry in entry_points(group=f"mmrl.{k.name}", name=name):
+    for entry in _installed().select(group=f"mmrl.{k.name}", name=name):
         return _load(k, entry)
     known = names(kind)
     raise ComponentError(
@@ -327,7 +327,7 @@ def find(kind: str, name: str) -> Row:
 def names(kind: str) -> list[str]:
     """Every registered name of a kind, sorted; nothing but the core's own modules is imported."""
     k = _kind(kind)
-    return sorted({*_entered(k), *(e.name for e in entry_points(group=f"mmrl.{k.name}"))})
+    return sorted({*_entered(k), *(e.name for e in _installed().select(group=f"mmrl.{k.name}"))})
 
 
 def rows(kind: str) -> list[Row]:
@@ -424,7 +424,7 @@ def explain(error: ValidationError, section: str = "", model: Any = None) -> str
 
 def kinds() -> list[Kind]:
     """Every kind, those of installed packages included, by name."""
-    for entry in entry_points(group=_MODULES):
+    for entry in _installed().select(group=_MODULES):
         import_module(entry.value)
     return [KINDS[name] for name in sorted(KINDS)]
 
@@ -455,6 +455,14 @@ def _models_in(hinted: Any) -> list[Any]:
     return [m for part in parts for m in _models_in(part)] if parts else [hinted]
 
 
+@cache
+def _installed() -> EntryPoints:
+    """What packages enter here. Read once: a recipe asks a hundred times, and each time every package is opened."""
+    found = entry_points()
+    groups = [group for group in found.groups if group.startswith("mmrl.")]
+    return EntryPoints(entry for group in groups for entry in found.select(group=group))
+
+
 def _kind(name: str) -> Kind:
     if name not in KINDS:
         _import_modules(name)
@@ -473,7 +481,7 @@ def _entered(kind: Kind) -> dict[str, Row]:
 
 def _import_modules(kind: str) -> None:
     """Import the modules that installed packages name for a kind."""
-    for entry in entry_points(group=_MODULES, name=kind):
+    for entry in _installed().select(group=_MODULES, name=kind):
         import_module(entry.value)
 
 
