@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mmrl.registry import ComponentError, explain, find
 
@@ -33,6 +33,12 @@ class Component(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A bare name is a section without options."""
+        return {"name": value} if isinstance(value, str) else value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -99,6 +105,7 @@ def with_policy_defaults(tree: Mapping[str, Any], model: type[Section]) -> Mappi
     the trainer's own come second. What the recipe sets itself stays.
     """
     policy = tree.get("policy")
+    policy = {"name": policy} if isinstance(policy, str) else policy
     if not isinstance(policy, Mapping) or not isinstance(policy.get("name"), str):
         return tree
     try:

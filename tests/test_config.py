@@ -155,3 +155,19 @@ def test_a_trainer_has_defaults_of_its_own():
     tree = {"task": {"name": "shapes"}, "policy": {"name": "vision"}}
     assert parse_config(tree | {"trainer": "imitation"}).optim.lr == 2e-5
     assert parse_config(tree | {"trainer": "step_preference"}).optim.lr == 1e-6
+
+
+def test_a_bare_name_is_a_section_without_options():
+    tree = {
+        "task": "shapes",
+        "policy": "vision",
+        "plan": {0: 4},
+        "rewards": ["shapes_answer"],
+        "readings": ["tree_value"],
+    }
+    short = parse_config(tree | {"credit": {"estimators": ["gae", {"name": "grpo", "weight": 0.5}]}})
+    named = {k: {"name": tree[k]} for k in ("task", "policy")} | {
+        k: [{"name": tree[k][0]}] for k in ("rewards", "readings")
+    }
+    full = parse_config(tree | named | {"credit": {"estimators": [{"name": "gae"}, {"name": "grpo", "weight": 0.5}]}})
+    assert short == full and short.loss.clip_low == 0.2  # the policy's defaults reach a bare name too

@@ -141,7 +141,8 @@ def test_solutions_are_sampled_once_each_and_counted(tmp_path):
         assert [r.meta["draws"] for r in right] == [4] and right[0].id == "q/4"
         record = right[0]
         assert record.final_correct and record.texts[-1] == f"answer: {QUESTION.reference['answer']}"
-        about = {"difficulty": 3, "question_id": "q", "draws": 4, "truncated": False, "root": [4, 8]}
+        about = {"difficulty": 3, "solution": QUESTION.reference["solution"]}  # what else the prompt's reference holds
+        about |= {"question_id": "q", "draws": 4, "truncated": False, "root": [4, 8]}
         assert record.meta == about and record.answer == QUESTION.reference["answer"]
         records = estimate_steps(estimator, solutions, 4)
         for (_, s), r in zip(solutions, records, strict=True):

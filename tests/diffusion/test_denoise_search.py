@@ -227,7 +227,7 @@ def test_a_search_from_a_recipe(tiny_model, tmp_path):
         ({"max_tokens": 9}, "no tokens to limit"),
         ({"method": {"name": "best_of_n"}}, "of the searches it takes method.name=best_of_k"),
         ({"policy": {"name": "toy_extender:ToyExtender"}}, "is for policies that search along their own steps"),
-        ({"method": {"name": "best_of_k", "kk": 2}}, "unknown key method.kk"),
+        ({"method": {"name": "best_of_k", "kk": 2}}, r"method: unknown key kk=2 \(did you mean k\?\)"),
     ],
 )
 def test_recipes_that_cannot_run(tiny_model, tmp_path, sections, match):
