@@ -67,10 +67,11 @@ class BranchGrpo:
             "allow_double_norm": config.credit.allow_double_norm, "counting": config.credit.counting,
         }  # fmt: skip
         self._estimators = [e.spec for e in config.credit.estimators]
+        readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
         self.rollouts = Rollouts(
-            config, policy, task, rewards, reference=config.loss.kl > 0, readers=_readers(config),
+            config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers,
             given=fields_given(config.plan, config.rollouts),
         )  # fmt: skip
         self.task, self.policy, self.loop = self.rollouts.task, self.rollouts.policy, self.rollouts.loop

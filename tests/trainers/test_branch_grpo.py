@@ -211,7 +211,10 @@ def test_bad_credit_is_refused_before_anything_runs(tiny_model, tmp_path):
             {"transforms": ["delta"], "estimators": [{"name": "process_grpo"}]},
             "transform 'delta' reads step_reward, which nothing in this recipe writes",
         ),
-        ({"estimators": [{"name": "grpo", "scales": "none"}]}, r"scales='none' \(did you mean scale"),
+        (
+            {"estimators": [{"name": "grpo", "scales": "none"}]},
+            r"credit.estimators.0.scales='none' \(did you mean scale",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             BranchGrpo(parse_config(recipe(tiny_model, tmp_path / "r", credit=credit)))
