@@ -109,7 +109,7 @@ def save_states(folder: Path, states: Mapping[str, Stateful], rank: int, world: 
         numbers[name] = {}
         for key, value in owner.state_dict().items():
             if isinstance(value, Tensor):
-                local = _local(value)
+                local = local_part(value)
                 sharded |= local is not value
                 tensors[f"{name}/{key}"] = local.detach().cpu().contiguous()
             else:
@@ -163,12 +163,12 @@ def damage(folder: Path) -> str | None:
 
 def copy_into(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor, or this rank's part of a sharded one, as `save_states` wrote it."""
-    local = _local(target)
+    local = local_part(target)
     with torch.no_grad():
         local.copy_(value)
 
 
-def _local(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other tensor itself."""
     from torch.distributed.tensor import DTensor
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrl.trainers.checkpoint import copy_into
+from mmrl.trainers.checkpoint import copy_into, local_part
 
 
 class Ema:
@@ -23,7 +23,9 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Call once after every optimizer step."""
-        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.parameters], 1 - self.decay)
+        # by local parts: one call cannot mix sharded and whole tensors
+        shadow = [local_part(s) for s in self.shadow]
+        torch._foreach_lerp_(shadow, [local_part(p.detach()).float() for p in self.parameters], 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

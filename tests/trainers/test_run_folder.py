@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from processes import run_ranks
 from safetensors.torch import load_file
 from tiny import recipe
 
@@ -138,3 +140,14 @@ def test_a_damaged_recipe_is_told(tiny_model, tmp_path, content, message):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
         train(tiny_model, tmp_path, resume=True)
+
+
+@pytest.mark.multiproc
+def test_the_average_of_sharded_weights_comes_back_on_every_rank(tmp_path):
+    """Five rows on two ranks; as one process would average them: half of the start, half of the start plus two."""
+    run_ranks(2, Path(__file__).with_name("sharded_ema.py"), tmp_path)
+    want = (torch.arange(10.0).reshape(5, 2) + 1).tolist()
+    for rank in range(2):
+        read = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert read["sharded"] == want and read["plain"] == [1.0, 1.0, 1.0]
+        assert "in the parts of 2 ranks and 3 were started" in read["refused"]
