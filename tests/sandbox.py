@@ -195,6 +195,8 @@ class Sandbox:
         from diffusion.latent_reward import LatentReward
 
         for name, kind in (("stable-diffusion-v1-5", "sd"), ("stable-diffusion-xl-base-1.0", "xl")):
+            if (self.root / name).exists():
+                continue
             folder = save_pipeline(self.root / name, kind)
             LatentReward.build(str(folder)).save(self.root / ("lrm_sdxl" if kind == "xl" else "lrm_sd15"))
 
