@@ -80,7 +80,7 @@ def recipe(model: Path, output: Path, **sections: Any) -> dict[str, Any]:
         "loss": {"kl": 0.1},
         "optim": {"lr": 1e-2},
         "run": {"output": str(output), "iterations": 4, "prompts_per_iteration": 4, "eval_every": 2,
-                "checkpoint_every": 1, "trackers": [], "report": False, "cpu": True},
+                "trackers": [], "report": False, "cpu": True},
     }  # fmt: skip
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) and name != "plan" else values

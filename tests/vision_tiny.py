@@ -61,7 +61,7 @@ def vision_recipe(model: Path, folder: Path, output: Path, **sections: Any) -> d
         "loss": {"clip_low": 0.2, "clip_high": 0.2},
         "optim": {"lr": 1e-3},
         "run": {"output": str(output), "iterations": 2, "prompts_per_iteration": 4, "eval_every": 2,
-                "checkpoint_every": 1, "trackers": [], "report": False, "cpu": True},
+                "trackers": [], "report": False, "cpu": True},
     }  # fmt: skip
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) and name != "plan" else values

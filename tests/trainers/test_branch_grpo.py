@@ -329,7 +329,7 @@ def test_a_folder_is_not_overwritten_nor_continued_with_another_recipe(tiny_mode
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_model, tmp_path):
-    extra = {"optim": {"ema": 0.9, "schedule": "cosine", "warmup": 1}}
+    extra = {"optim": {"ema": 0.9, "schedule": "cosine", "warmup": 1}, "run": {"checkpoint_every": 1}}
     run(tiny_model, tmp_path / "straight", **extra)
     run(tiny_model, tmp_path / "broken", **extra)
     # as after a kill in the fourth iteration: its checkpoint half written, a metrics line cut
@@ -337,7 +337,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_model, tmp_path):
     (checkpoints / "000004").rename(checkpoints / ".000004.part")
     with (tmp_path / "broken" / "metrics.jsonl").open("a") as f:
         f.write('{"iteration": 5, "rew')
-    run(tiny_model, tmp_path / "broken", run={"resume": True}, **extra)
+    extra["run"] |= {"resume": True}
+    run(tiny_model, tmp_path / "broken", **extra)
     assert_same_weights(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "broken")
 
@@ -345,7 +346,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_model, tmp_path):
 def test_outcomes_of_earlier_iterations_are_in_the_checkpoint(tiny_model, tmp_path):
     """DDPO's statistics per prompt: all ten prompts come back, so what was forgotten would show."""
     extra = {"credit": {"estimators": [{"name": "ddpo", "buffer": 12, "min_count": 6}]}}
-    sizes = {"iterations": 5, "prompts_per_iteration": 5}
+    sizes = {"iterations": 5, "prompts_per_iteration": 5, "checkpoint_every": 1}
     run(tiny_model, tmp_path / "straight", run=sizes, **extra)
     run(tiny_model, tmp_path / "broken", run=sizes, **extra)
     shutil.rmtree(tmp_path / "broken" / "checkpoints" / "000005")
@@ -364,7 +365,7 @@ def wait_for_lines(process, file, lines):
 @pytest.mark.parametrize("lines", [2, 6])
 def test_sigkill_and_resume(tiny_model, tmp_path, lines):
     """Killed once `lines` metrics lines are on disk, wherever the run is then."""
-    tree = recipe(tiny_model, tmp_path / "killed", run={"iterations": 8})
+    tree = recipe(tiny_model, tmp_path / "killed", run={"iterations": 8, "checkpoint_every": 1})
     file = write_recipe(tmp_path / "killed.yaml", tree)
     process = Command("train", file)
     wait_for_lines(process, tmp_path / "killed" / "metrics.jsonl", lines)
@@ -390,7 +391,7 @@ def test_sigterm_leaves_a_checkpoint(tiny_model, tmp_path):
 
 
 def test_checkpoints_rotate(tiny_model, tmp_path):
-    run(tiny_model, tmp_path / "r", run={"iterations": 4, "keep_checkpoints": 2})
+    run(tiny_model, tmp_path / "r", run={"iterations": 4, "checkpoint_every": 1, "keep_checkpoints": 2})
     assert sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir()) == ["000003", "000004"]
 
 

@@ -19,7 +19,7 @@ from mmrl.trainers.checkpoint import damage
 
 
 def train(model, folder, iterations=3, resume=False, **run):
-    run = {"iterations": iterations, "resume": resume, "eval_every": 1, **run}
+    run = {"iterations": iterations, "resume": resume, "eval_every": 1, "checkpoint_every": 1, **run}
     BranchGrpo(parse_config(recipe(model, folder, optim={"ema": 0.9}, run=run))).train()
 
 

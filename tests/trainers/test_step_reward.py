@@ -71,7 +71,7 @@ def recipe(output, family="text", **sections):
         "scorer": {"name": "vision_prm", "model": str(family_folder(family)), "format": {"marker": "\n\n"}},
         "optim": {"lr": 1e-3, "eps": 1e-3},  # rounding of tiny gradients is not blown up to whole steps
         "run": {"output": str(output), "iterations": 2, "prompts_per_iteration": 4, "eval_every": 10,
-                "checkpoint_every": 1, "trackers": [], "report": False, "cpu": True},
+                "trackers": [], "report": False, "cpu": True},
     }  # fmt: skip
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
@@ -197,6 +197,7 @@ def test_a_tree_of_shared_prefixes_equals_its_chains(tmp_path, loss):
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     extra = {"optim": {"ema": 0.9, "schedule": "cosine", "warmup": 1}, "run": {"iterations": 4, "eval_every": 2}}
+    extra["run"]["checkpoint_every"] = 1
     run(tmp_path / "straight", **extra)
     run(tmp_path / "broken", **extra)
     checkpoints = tmp_path / "broken" / "checkpoints"

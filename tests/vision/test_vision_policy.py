@@ -385,7 +385,7 @@ def start(tmp_path, output, *extra):
         family_folder("qwen2_5_vl"),
         tmp_path / "pictures",
         output,
-        run={"iterations": 4},
+        run={"iterations": 4, "checkpoint_every": 1},
         policy={"train_vision": True},
     )
     file = write_recipe(tmp_path / f"{output.name}.yaml", tree)
