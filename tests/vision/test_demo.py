@@ -23,8 +23,12 @@ def test_demo_prm_beats_the_vote(tmp_path):
     """Figures of docs/prm.md; trains the policy first, as `mmrl demo prm` does in an empty folder."""
     report = run_demo("prm", tmp_path, ["run.trackers=[]", "run.cpu=true"])
     rows = [json.loads(x) for x in (tmp_path / "shapes_prm" / "metrics.jsonl").read_text().splitlines()]
-    auc = [r["eval/auc"] for r in rows if "eval/auc" in r]
-    assert auc[-1] >= 0.88 and auc[-1] > auc[0] + 0.03
+    before, *_, after = [r for r in rows if "eval/auc" in r]
+    # The policy's own likelihood orders steps well before training (.84 to .88, as the base model turns out on the
+    # machine), so the order gains little; what training gives is the verdict, which the likelihood has not.
+    assert after["eval/auc"] >= 0.88 and after["eval/auc"] > before["eval/auc"] + 0.01
+    assert before["eval/first_error_f1"] <= 0.05 and after["eval/first_error_f1"] >= 0.55
+    assert after["eval/macro_f1"] >= before["eval/macro_f1"] + 0.15
     found = json.loads((tmp_path / "shapes_prm" / "search.json").read_text())
     assert found["prompts"] >= 500 and found["candidates"]["min"] == 8
     assert found["over_majority"]["best_of_n/product"]["low"] > 0 > found["over_majority"]["random"]["high"]
