@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
-
-from mmrl.cli import app
+from verbs import run_verb
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -67,7 +65,7 @@ class Sandbox:
         output = self.root / "out" / str(self.count)
         small = [f"{key}={json.dumps(value)}" for key, value in self._small(verb, tree, output).items()]
         arguments = [verb, recipe, *given, *overrides, *small]
-        self._invoke(*arguments, *(("--out", str(output)) if verb == "rollouts" else ()))
+        run_verb(*arguments, *(("--out", str(output)) if verb == "rollouts" else ()))
         if verb == "train":
             rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             return {k: v for row in rows for k, v in row.items()}
@@ -76,14 +74,8 @@ class Sandbox:
     def _bench(self, name: str, options: list[str]) -> dict[str, Any]:
         """A benchmark's report by a scorer that says 1/2."""
         options[options.index("--scorer") + 1] = "test_jobs:constant"
-        self._invoke("bench", name, *options, "--out", str(self.root / "bench.json"))
+        run_verb("bench", name, *options, "--out", str(self.root / "bench.json"))
         return json.loads((self.root / "bench.json").read_text())
-
-    def _invoke(self, *arguments: str) -> None:
-        done = CliRunner().invoke(app, list(arguments))
-        if done.exception and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        assert done.exit_code == 0, done.output
 
     def _small(self, verb: str, tree: dict[str, Any], output: Path) -> dict[str, Any]:
         """Overrides that shorten a recipe and give it models that are there."""

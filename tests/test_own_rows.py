@@ -9,9 +9,8 @@ import torch
 import vision_tiny  # noqa: F401 - its folder of model families
 import yaml
 from tiny import recipe
-from typer.testing import CliRunner
+from verbs import run_verb
 
-from mmrl.cli import app
 from mmrl.rollout import Rollout
 
 PAGE = Path(__file__).parents[1] / "docs" / "own_components.md"
@@ -26,12 +25,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "my_rows.py").write_text(OWN)
     return tmp_path
-
-
-def run(verb, *args):
-    done = CliRunner().invoke(app, [verb, *map(str, args)], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 def write(folder, tree):
@@ -50,14 +43,14 @@ def test_an_estimator_and_the_reading_it_needs(tiny_model, folder):
         tiny_model, folder / "run", run={"iterations": 1}, readings=[{"name": "my_rows:brightest"}],
         credit={"estimators": [{"name": "my_rows:above", "scale": 2.0}]},
     )  # fmt: skip
-    run("train", write(folder, tree))
+    run_verb("train", write(folder, tree))
     told = metrics(folder)
     assert told["policy/grad_norm"] > 0 and told["reading/my_rows:brightest/tags.brightest"] > told["reward/mean"]
     del tree["readings"]
     with pytest.raises(ValueError, match="'my_rows:above' reads tags.brightest, which nothing in this recipe writes"):
-        run("train", write(folder, tree))
+        run_verb("train", write(folder, tree))
     with pytest.raises(ValueError, match=r"unknown key .*scal=2 \(did you mean scale\?\)"):
-        run("train", write(folder, tree), "readings=[{name: 'my_rows:brightest'}]",
+        run_verb("train", write(folder, tree), "readings=[{name: 'my_rows:brightest'}]",
             "credit.estimators=[{name: 'my_rows:above', scal: 2}]")  # fmt: skip
 
 
@@ -69,12 +62,12 @@ def test_a_kernel_and_a_model_family(tiny_model, folder):
     std = usual.tree.tags["std"]
     drawn = ~std.isnan()
     torch.testing.assert_close(quiet.tree.tags["std"][drawn], std[drawn] / 2)
-    run("train", write(folder, tree))
+    run_verb("train", write(folder, tree))
     assert metrics(folder)["policy/ratio_dev_max"] < 1e-5  # the update replays the same kernel
 
 
 def _stored(folder, tree, name):
-    run("rollouts", write(folder, tree), "--out", folder / name)
+    run_verb("rollouts", write(folder, tree), "--out", folder / name)
     return next(f.parent for f in (folder / name).glob("*/rollout.json"))
 
 
@@ -82,12 +75,12 @@ def test_a_record_format_and_an_exporter(folder, monkeypatch):
     rows = [{"ask": "1 + 1?", "text": "1 + 1 = 2\n2", "good": 2}, {"ask": "2 + 2?", "text": "2 + 2 = 5\n5", "good": 0}]
     (folder / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.chdir(folder / "recipes")  # verbs without a recipe look into the working directory
-    run("convert", folder / "mine.jsonl", folder / "trl.jsonl", "--format", "my_rows:lines", "--to", "trl")
+    run_verb("convert", folder / "mine.jsonl", folder / "trl.jsonl", "--format", "my_rows:lines", "--to", "trl")
     trl = [json.loads(line) for line in (folder / "trl.jsonl").read_text().splitlines()]
     assert [(r["completions"], r["labels"]) for r in trl] == [
         (["1 + 1 = 2", "2"], [True, True]), (["2 + 2 = 5", "5"], [False, False])
     ]  # fmt: skip
-    run("convert", folder / "trl.jsonl", folder / "back.jsonl", "--format", "trl", "--to", "my_rows:as_lines")
+    run_verb("convert", folder / "trl.jsonl", folder / "back.jsonl", "--format", "trl", "--to", "my_rows:as_lines")
     back = [json.loads(line) for line in (folder / "back.jsonl").read_text().splitlines()]
     assert back == [{k: r[k] for k in ("ask", "text")} for r in rows]
 
@@ -96,8 +89,8 @@ def test_pairs_and_a_preference_loss(tiny_model, folder):
     tree = recipe(tiny_model, folder / "run", run={"iterations": 1, "prompts_per_iteration": 1})
     tree |= {"trainer": "step_preference", "loss": {"name": "my_rows:steep", "beta": 5.0}}
     with pytest.raises(ValueError, match="loss 'my_rows:steep' names no pair builder of its own; set pairs.name"):
-        run("train", write(folder, tree))
-    run("train", write(folder, tree | {"pairs": {"name": "my_rows:first_two"}}))
+        run_verb("train", write(folder, tree))
+    run_verb("train", write(folder, tree | {"pairs": {"name": "my_rows:first_two"}}))
     assert metrics(folder)["preference/pairs"] == 1 and metrics(folder)["policy/grad_norm"] > 0
 
 
@@ -114,7 +107,7 @@ def test_a_loss_of_steps_and_a_format_in_a_recipe(folder):
         "loss": {"name": "my_rows:sharp", "power": 1.0},
         "run": {"output": str(folder / "run"), "iterations": 1, "prompts_per_iteration": 4, "trackers": [], "report": False, "cpu": True},
     }  # fmt: skip
-    run("train", write(folder, tree))
+    run_verb("train", write(folder, tree))
     assert metrics(folder)["data/labelled_steps"] == 8 and metrics(folder)["policy/grad_norm"] > 0
     with pytest.raises(ValueError, match=r"unknown key loss.pow=1 \(did you mean power\?\)"):
-        run("train", write(folder, tree | {"loss": {"name": "my_rows:sharp", "pow": 1}}))
+        run_verb("train", write(folder, tree | {"loss": {"name": "my_rows:sharp", "pow": 1}}))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from toy_extender import Killed, ToyExtender, chain, first_wrong, planted, verify
+from verbs import stored_rollouts
 
 from mmrl.annotate.monte_carlo import MonteCarlo
 from mmrl.annotate.omega import Omega
@@ -11,7 +12,7 @@ from mmrl.annotate.run import LabelRule, annotate, merge_ranks
 from mmrl.prm.records import Counts, SolutionRecord, Step
 from mmrl.prm.records_io import record_from_json
 from mmrl.registry import names
-from mmrl.rollout import Prompt, Rollout
+from mmrl.rollout import Prompt
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.trainers.stored import StoredRollouts
 
@@ -208,10 +209,6 @@ def test_the_bar_tells_what_was_spent(tmp_path, capsys):
 # ---- the trees it keeps ---------------------------------------------------------------------------------------------
 
 
-def stored(folder):
-    return [Rollout.load(f) for f in sorted(folder.glob("0*"))]
-
-
 def numbers_of(rollouts):
     """(prompt, text so far) -> value, visits, q_sum and outcome of every step that says so, in order."""
     out = {}
@@ -232,7 +229,7 @@ def test_everything_that_was_paid_for_is_in_the_trees(tmp_path, name):
     """Each completion is a finished leaf; the counts of the records are the values of the steps."""
     policy = ToyExtender(slips=0.5)
     run(tmp_path / "a", policy, method=METHODS[name], rollouts=RolloutFolder(tmp_path / "trees", {}))
-    rollouts = stored(tmp_path / "trees")
+    rollouts = stored_rollouts(tmp_path / "trees")
     assert sum(int(r.tree.is_finished.sum()) for r in rollouts) == policy.completions
     found = numbers_of(rollouts)
     roots = {p.id: v for r in rollouts for p, v in zip(r.prompts, r.tree.root_value.tolist(), strict=True)}
@@ -248,7 +245,7 @@ def test_everything_that_was_paid_for_is_in_the_trees(tmp_path, name):
     again = ToyExtender(slips=0.5)
     run(tmp_path / "a", again, method=METHODS[name], rollouts=RolloutFolder(tmp_path / "other", {}))
     assert again.completions == 0  # the trees of an annotation that is done cost nothing
-    assert numbers_of(stored(tmp_path / "other")) == found
+    assert numbers_of(stored_rollouts(tmp_path / "other")) == found
 
 
 def test_trees_of_a_killed_annotation_are_those_of_a_whole_one(tmp_path):
@@ -260,14 +257,14 @@ def test_trees_of_a_killed_annotation_are_those_of_a_whole_one(tmp_path):
         run(tmp_path / "b", ToyExtender(slips=0.5, die_at=policy.calls // 2), batch=2, rollouts=folder)
     assert 0 < len(folder.batches) < len(whole.batches)
     run(tmp_path / "b", batch=3, rollouts=folder)  # other batches: those of the first run are not left behind
-    assert numbers_of(stored(tmp_path / "cut")) == numbers_of(stored(tmp_path / "whole"))
+    assert numbers_of(stored_rollouts(tmp_path / "cut")) == numbers_of(stored_rollouts(tmp_path / "whole"))
     assert len(folder.batches) == 3
 
 
 def test_given_solutions_of_one_question_are_one_tree(tmp_path):
     given = [planted(PROMPTS[0], t) for t in (2, None)]
     run(tmp_path, ToyExtender(), given, MonteCarlo(k=4), rollouts=RolloutFolder(tmp_path / "trees", {}))
-    (rollout,) = stored(tmp_path / "trees")
+    (rollout,) = stored_rollouts(tmp_path / "trees")
     assert [p.id for p in rollout.prompts] == [given[0].id]
     found = numbers_of([rollout])
     right = "".join(s.text + "\n" for s in given[1].steps[:2])
@@ -283,7 +280,7 @@ def test_trees_of_several_ranks_are_read_together(tmp_path):
         rollouts = RolloutFolder(folder, {"processes": 1}, write=rank == 0)
         run(tmp_path / "a", batch=2, rank=rank, world=2, rollouts=rollouts)
     run(tmp_path / "b", rollouts=RolloutFolder(tmp_path / "alone", {}))
-    stored_rollouts = StoredRollouts(folder, len(PROMPTS))
-    assert stored_rollouts.left_out == 0
-    batches = [stored_rollouts.batch(i) for i in range(len(stored_rollouts))]
-    assert numbers_of(batches) == numbers_of(stored(tmp_path / "alone"))
+    of_both = StoredRollouts(folder, len(PROMPTS))
+    assert of_both.left_out == 0
+    batches = [of_both.batch(i) for i in range(len(of_both))]
+    assert numbers_of(batches) == numbers_of(stored_rollouts(tmp_path / "alone"))

@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import TinyTask, recipe, write_recipe
-from typer.testing import CliRunner
+from verbs import run_verb
 
 from diffusion.adapters.dit import DiTAdapter
 from diffusion.latent_reward import LatentReward
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
-from mmrl.cli import app
 from mmrl.config import load_config, parse_config, trainer_config
 from mmrl.preference import Pairs
 from mmrl.rollout import BranchPlan, Rollout
@@ -23,12 +22,6 @@ from mmrl.trainers import trainer_of
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"
 SD = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
       "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}  # fmt: skip
-
-
-def run(*arguments):
-    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 def metrics(folder):
@@ -69,9 +62,9 @@ def disk(tiny_model, tmp_path_factory):
     """Two folders that `mmrl rollouts` wrote: 12 trees to learn from, 8 to measure on."""
     root = tmp_path_factory.mktemp("disk")
     file = write_recipe(root / "r.yaml", grpo(tiny_model, root / "run"))
-    told = run("rollouts", file, "--out", root / "train", "run.iterations=3")
+    told = run_verb("rollouts", file, "--out", root / "train", "run.iterations=3")
     assert "3 rollouts, 12 prompts, 48 leaves" in told
-    run("rollouts", file, "--out", root / "held_out", "run.iterations=2", "run.seed=1")
+    run_verb("rollouts", file, "--out", root / "held_out", "run.iterations=2", "run.seed=1")
     return root
 
 
@@ -87,7 +80,7 @@ def rollout(disk):
 def test_grpo_learns_from_the_stored_set(tiny_model, disk, tmp_path):
     """Ratios are exactly 1 before the first update and leave 1 after it; the weights move."""
     file = write_recipe(tmp_path / "r.yaml", grpo(tiny_model, tmp_path / "run"))
-    run("train", file, f"rollouts={disk / 'train'}", "run.iterations=3")
+    run_verb("train", file, f"rollouts={disk / 'train'}", "run.iterations=3")
     deviation = [r["policy/ratio_dev_max"] for r in metrics(tmp_path / "run") if "policy/ratio_dev_max" in r]
     assert len(deviation) == 3 and deviation[0] < 1e-6 < deviation[1]
     assert first(tmp_path / "run", "policy/grad_norm") > 0
@@ -97,13 +90,13 @@ def test_grpo_learns_from_the_stored_set(tiny_model, disk, tmp_path):
 def test_a_latent_reward_learns_from_it_and_feeds_preferences(tiny_model, disk, tmp_path):
     """It orders held-out nodes better than before; then it is the step reward of pairs from the same trees."""
     held = scorer(tiny_model, tmp_path / "run", disk / "train", disk / "held_out")
-    run("train", write_recipe(tmp_path / "r.yaml", held))
+    run_verb("train", write_recipe(tmp_path / "r.yaml", held))
     accuracy = [r["eval/pair_acc"] for r in metrics(tmp_path / "run") if "eval/pair_acc" in r]
     assert accuracy[-1] > max(accuracy[0], 0.5)
     judge = {"name": "diffusion.lpo:LatentJudge", "model": str(tmp_path / "run" / "model")}
     by_judge = preference(tiny_model, tmp_path / "lpo", step_rewards=[judge], run={"iterations": 1},
                           pairs={"name": "extremes", "by": "step_reward", "squash": True})  # fmt: skip
-    run("train", write_recipe(tmp_path / "lpo.yaml", by_judge), f"rollouts={disk / 'train'}")
+    run_verb("train", write_recipe(tmp_path / "lpo.yaml", by_judge), f"rollouts={disk / 'train'}")
     assert first(tmp_path / "lpo", "preference/loss") == pytest.approx(math.log(2), abs=1e-6)
     assert first(tmp_path / "lpo", "preference/pairs") > 0 and moved(tiny_model, tmp_path / "lpo")
 
@@ -111,7 +104,7 @@ def test_a_latent_reward_learns_from_it_and_feeds_preferences(tiny_model, disk, 
 def test_preferences_learn_from_the_stored_set(tiny_model, disk, tmp_path):
     """Policy and reference agree at first, so the loss is ln 2; 4 prompts with 1 + 2 forks give at most 12 pairs."""
     file = write_recipe(tmp_path / "r.yaml", preference(tiny_model, tmp_path / "run"))
-    run("train", file, f"rollouts={disk / 'train'}", "run.iterations=3")
+    run_verb("train", file, f"rollouts={disk / 'train'}", "run.iterations=3")
     assert first(tmp_path / "run", "preference/loss") == pytest.approx(math.log(2), abs=1e-6)
     assert 0 < first(tmp_path / "run", "preference/pairs") <= 12
     assert moved(tiny_model, tmp_path / "run")

@@ -4,9 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from verbs import run_verb
 
-from mmrl.cli import app
 from mmrl.jsonl import RowError
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Counts, SolutionRecord, Step
@@ -335,14 +334,11 @@ def test_solutions_are_converted_from_one_format_to_another(tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     there, back = tmp_path / "there.jsonl", tmp_path / "back.jsonl"
 
-    def convert(*args):
-        done = CliRunner().invoke(app, ["convert", *map(str, args)], catch_exceptions=False)
-        assert done.exit_code == 0
-        return done.output
-
-    out = convert(tmp_path / "t.jsonl", there, "--format", "trl", "--to", "processbench", "--max-bad", "0.6")
+    out = run_verb(
+        "convert", tmp_path / "t.jsonl", there, "--format", "trl", "--to", "processbench", "--max-bad", "0.6"
+    )
     assert out.startswith("2 rows, 2 set aside")
     table = [json.loads(line) for line in there.read_text().splitlines()]
     assert [(r["problem"], r["steps"], r["label"]) for r in table] == [("Q", ["a", "b"], 1), ("R", ["a", "b"], -1)]
-    convert(there, back, "--format", "processbench", "--to", "records")
+    run_verb("convert", there, back, "--format", "processbench", "--to", "records")
     assert [r["labels"] for r in map(json.loads, back.read_text().splitlines())] == [[1.0, 0.0], [1.0, 1.0]]

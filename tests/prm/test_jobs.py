@@ -12,10 +12,9 @@ import yaml
 from PIL import Image
 from processes import run_ranks
 from toy_extender import Killed, ToyExtender, chain, first_wrong, numbers, planted, verify, write
-from typer.testing import CliRunner
+from verbs import run_verb
 
 from mmrl.annotate.refine import information
-from mmrl.cli import app
 from mmrl.prm.data import StepRecords
 from mmrl.prm.records_io import read_records, record_to_json, write_records
 from mmrl.rollout import Continuation, Prompt, Rollout
@@ -160,18 +159,9 @@ def recipe(folder: Path, method: str | dict = "monte_carlo", policy: dict | None
     return folder / "recipe.yaml"
 
 
-def run(verb, *args):
-    """What the command prints; its exception is raised as it is."""
-    done = CliRunner().invoke(app, [verb, *map(str, args)], catch_exceptions=True)
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
 def annotated(folder, *args, **kwargs):
     """Records and report of a recipe, and the policy that wrote them."""
-    run("annotate", recipe(folder, *args, **kwargs))
+    run_verb("annotate", recipe(folder, *args, **kwargs))
     records, bad = read_records(folder / "out" / "records.jsonl")
     assert not bad
     return records, json.loads((folder / "out" / "report.json").read_text()), Writer.made[-1]
@@ -228,11 +218,11 @@ def test_cut_at_any_call_and_started_again_nothing_is_paid_twice(tmp_path, monke
         out = file.parent / "out"
         monkeypatch.setattr(Writer, "dies", call)
         with pytest.raises(Killed):
-            run("annotate", file)
+            run_verb("annotate", file)
         first = Writer.made[-1]
         assert not (out / "records.jsonl").exists() or "refine" in sections
         monkeypatch.setattr(Writer, "dies", None)
-        run("annotate", file)
+        run_verb("annotate", file)
         second = Writer.made[-1]
         assert (out / "records.jsonl").read_bytes() == rows
         assert first.completions + second.completions == whole.completions
@@ -304,7 +294,7 @@ def test_solutions_of_a_file_are_labelled(tmp_path):
             f.write(json.dumps({"id": "x", "question": "?", "steps": []}) + "\n")
         if usable == 10:
             with pytest.raises(ValueError, match=r"given.jsonl: 1 of 11 rows are bad, .*; line 11: no step"):
-                run("annotate", recipe(tmp_path / "a", records=str(file)))
+                run_verb("annotate", recipe(tmp_path / "a", records=str(file)))
     records, report, _ = annotated(tmp_path / "a", records=str(file), policy={"refuses": given[0].id})
     assert len(records) == 29 and all(r.first_error == first_wrong_of(r) for r in records)
     assert report["unreadable_rows"] == {"no step": 1} and report["unusable_prompts"] == 1
@@ -321,7 +311,7 @@ def test_what_cannot_be_labelled_is_counted_with_its_reason(tmp_path):
     assert [q["reason"] for q in report["quarantined"]] == ["no step: the policy wrote nothing"] * 4
     assert report["cost"]["judge"]["unscored"] == report["cost"]["judge"]["completions"] / 2
     with pytest.raises(ValueError, match=r"no solution was labelled or kept; q0/0: no label could be made"):
-        run("annotate", recipe(tmp_path / "none", "judge", {"nonsense": 1.0}))
+        run_verb("annotate", recipe(tmp_path / "none", "judge", {"nonsense": 1.0}))
     report = json.loads((tmp_path / "none/out/report.json").read_text())
     assert report["records"] == 0 and len(report["quarantined"]) > 5
     _, report, _ = annotated(tmp_path / "mc", "monte_carlo", {"blank": True})
@@ -379,7 +369,7 @@ def test_wrong_recipes_are_told_before_anything_is_paid(tmp_path, sections, mess
         **{k: v for k, v in sections.items() if k not in ("method", "policy")},
     )
     with pytest.raises(ValueError, match=message):
-        run("annotate", file)
+        run_verb("annotate", file)
     paid = sum(w.completions for w in Writer.made[made:])
     assert paid == 0 or "beyond" in str(sections)
 
@@ -389,9 +379,9 @@ def test_one_opinion_needs_one_process(tmp_path, monkeypatch):
     alone = SimpleNamespace(process_index=0, num_processes=2, wait_for_everyone=lambda: None)
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: alone)
     with pytest.raises(ValueError, match="method.name='judge' runs in one process, but 2 were started"):
-        run("annotate", recipe(tmp_path / "a", "judge"))
+        run_verb("annotate", recipe(tmp_path / "a", "judge"))
     with pytest.raises(ValueError, match="mmrl search runs in one process, but 2 were started"):
-        run("search", recipe(tmp_path / "s", {"name": "best_of_n"}))
+        run_verb("search", recipe(tmp_path / "s", {"name": "best_of_n"}))
 
 
 @pytest.mark.multiproc
@@ -412,7 +402,7 @@ def test_two_ranks_make_the_records_of_one(tmp_path):
 
 def searched(folder, method=None, policy=None, **sections):
     policy = {"slips": 0.0, "fails": 0.3} | (policy or {})
-    out = run("search", recipe(folder, method or {"name": "best_of_n", "n": 8}, policy, **sections))
+    out = run_verb("search", recipe(folder, method or {"name": "best_of_n", "n": 8}, policy, **sections))
     rows = [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
     return json.loads((folder / "out/report.json").read_text()), rows, out
 
@@ -499,7 +489,9 @@ def even(text):
 def test_a_section_scores_searches_labels_and_is_measured(tmp_path, rows):
     file, out = tmp_path / "r.jsonl", tmp_path / "s.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    run("score", "--scorer", yaml.safe_dump(SECTION, default_flow_style=True).strip(), "--data", file, "--out", out)
+    run_verb(
+        "score", "--scorer", yaml.safe_dump(SECTION, default_flow_style=True).strip(), "--data", file, "--out", out
+    )
     for row, scored in zip(rows, map(json.loads, out.read_text().splitlines()), strict=True):
         assert scored["scores"] == [even(t["text"]) for t in row["steps"]]
     found, searched_rows, _ = searched(tmp_path / "search", scorer=SECTION)
@@ -518,7 +510,7 @@ def test_a_section_scores_searches_labels_and_is_measured(tmp_path, rows):
              "final_answer_correct": True} for i, r in enumerate(rows[:4])]  # fmt: skip
     data.write_text("\n".join(map(json.dumps, made)))
     text = yaml.safe_dump(SECTION, default_flow_style=True).strip()
-    run("bench", "processbench", "--data", data, "--scorer", text, "--out", tmp_path / "b.json")
+    run_verb("bench", "processbench", "--data", data, "--scorer", text, "--out", tmp_path / "b.json")
     right = sum(all(len(t["text"]) % 2 == 0 for t in r["steps"]) for r in rows[:4]) / 4
     groups = json.loads((tmp_path / "b.json").read_text())["groups"]
     assert next(iter(groups.values()))["correct_acc"] == pytest.approx(100 * right)
@@ -577,7 +569,7 @@ def test_a_bad_row_is_set_aside_named_and_counted(tmp_path, rows, caplog, change
     file, out = tmp_path / "r.jsonl", tmp_path / "scores" / "s.jsonl"
     rows[30] |= change
     file.write_text("\n".join(map(json.dumps, rows)))
-    told = run("score", "--scorer", "test_jobs:constant", "--data", file, "--out", out)
+    told = run_verb("score", "--scorer", "test_jobs:constant", "--data", file, "--out", out)
     assert "39 solutions, 0 unscored, 1 set aside" in told
     assert re.search(f"{file} line 31 set aside: {reason}", caplog.text)
     scores = [json.loads(line) for line in out.read_text().splitlines()]
@@ -590,14 +582,16 @@ def test_a_bad_row_is_set_aside_named_and_counted(tmp_path, rows, caplog, change
     rows[28] |= change | ({"id": "q2/None"} if "id" in change else {})
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=rf"3 of 40 rows are bad, more than max_bad=0.05; line 29: {reason}"):
-        run("score", "--scorer", "test_jobs:constant", "--data", file, "--out", out)
+        run_verb("score", "--scorer", "test_jobs:constant", "--data", file, "--out", out)
 
 
 def test_rows_without_any_label_are_scored_but_not_trained_on(tmp_path, rows):
     rows[3] |= {"labels": [None] * 3, "first_error": None}
     file = tmp_path / "r.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    assert "40 solutions" in run("score", "--scorer", "test_jobs:constant", "--data", file, "--out", tmp_path / "s")
+    assert "40 solutions" in run_verb(
+        "score", "--scorer", "test_jobs:constant", "--data", file, "--out", tmp_path / "s"
+    )
     bad, _ = StepRecords(str(file), str(file)).quarantined
     assert bad.row == 4 and bad.reason.startswith("all labels null")
 
@@ -617,9 +611,9 @@ def test_wrong_files_and_names_are_told(tmp_path, rows, args, message):
     file.write_text("\n".join(map(json.dumps, rows)))
     args = [a.replace("{file}", str(file)).replace("{folder}", str(tmp_path)) for a in args]
     with pytest.raises(ValueError, match=message):
-        run("score", *args, "--out", tmp_path / "s.jsonl")
+        run_verb("score", *args, "--out", tmp_path / "s.jsonl")
     with pytest.raises(ValueError, match="did you mean prmbench"):
-        run("bench", "prm_bench", "--data", file, "--scorer", "none")
+        run_verb("bench", "prm_bench", "--data", file, "--scorer", "none")
 
 
 # ---- trees ------------------------------------------------------------------------------------------------------

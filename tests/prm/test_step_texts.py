@@ -4,6 +4,7 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verbs import run_verb
 
 from mmrl.annotate.judge import paragraphs
 from mmrl.prm.step_texts import (
@@ -410,26 +411,20 @@ def test_a_vocabulary_without_the_separator_is_refused():
 
 
 def test_responses_become_solutions_and_back(tmp_path):
-    from typer.testing import CliRunner
-
-    from mmrl.cli import app
     from mmrl.prm.formats import read_format
 
     source = tmp_path / "responses.jsonl"
     rows = [{"id": "a", "question": "How many?", "response": WORKED["tags"][0], "answer": "2"},
             {"id": "b", "question": "How many?", "response": "no step here"}]  # fmt: skip
     source.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    told = CliRunner().invoke(
-        app, ["convert", str(source), str(tmp_path / "records.jsonl"), "--format", "{name: responses, steps: tags}", "--max-bad", "0.5"]
-    )  # fmt: skip
-    assert told.exit_code == 0 and "1 rows, 1 set aside" in told.output
+    records, again_file = tmp_path / "records.jsonl", tmp_path / "back.jsonl"
+    form = "{name: responses, steps: tags}"
+    told = run_verb("convert", source, records, "--format", form, "--max-bad", "0.5")
+    assert "1 rows, 1 set aside" in told
     (record,), _ = read_format(tmp_path / "records.jsonl", "records", unlabelled=True)
     assert [(s.text, s.kind) for s in record.steps] == WORKED["tags"][1] and record.answer == "2"
-    back = CliRunner().invoke(
-        app, ["convert", str(tmp_path / "records.jsonl"), str(tmp_path / "back.jsonl"), "--format", "records", "--to", "{name: responses, steps: tags}"]
-    )  # fmt: skip
-    assert back.exit_code == 0, back.output
-    again = json.loads((tmp_path / "back.jsonl").read_text())
+    run_verb("convert", records, again_file, "--format", "records", "--to", form)
+    again = json.loads(again_file.read_text())
     assert again["response"] == WORKED["tags"][0] and again["question"] == "How many?"
     merged, _ = read_format(source, {"name": "responses", "max_steps": 1}, unlabelled=True)
     assert [len(r.steps) for r in merged] == [1, 1]

@@ -4,12 +4,13 @@ import math
 import pytest
 import torch
 from known_tree import KnownTree, complete_tree, is_best
+from verbs import stored_rollouts
 
 from mmrl.credit import compose
 from mmrl.registry import names
 from mmrl.rewards.answers import ExactAnswer
 from mmrl.rewards.scoring import RewardError
-from mmrl.rollout import Prompt, Rollout
+from mmrl.rollout import Prompt
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
 from mmrl.search.measures import measure
@@ -198,10 +199,6 @@ def test_paths_without_steps_never_win(tmp_path):
 # ---- the trees it keeps ---------------------------------------------------------------------------------------------
 
 
-def stored(folder):
-    return [Rollout.load(f) for f in sorted(folder.glob("0*"))]
-
-
 def flat(rollouts):
     """prompt -> (path of texts, outcome, value, visits) of its steps."""
     out = {}
@@ -221,7 +218,7 @@ def test_every_method_leaves_its_tree(tmp_path, method):
     settings = {"n": 4} | ({"widths": [4, 2, 1]} if method == "pats" else {})
     settings = {k: v for k, v in settings.items() if k in {"pats": ("widths",), "step_co": ()}.get(method, ("n",))}
     run(tmp_path, method=method, settings=settings, rollouts=RolloutFolder(tmp_path / "trees", {"a": 1}))
-    found = flat(stored(tmp_path / "trees"))
+    found = flat(stored_rollouts(tmp_path / "trees"))
     for row in lines(tmp_path):
         tree = {path: (outcome, value) for path, outcome, value, _ in found[row["id"]]}
         for c in row["candidates"]:
@@ -242,7 +239,7 @@ def test_a_tree_search_by_hand_in_its_rollout(tmp_path):
     settings = {"c": 1.0, "n": 2, "iterations": 4}
     run(tmp_path, [Prompt("p", {"question": "?"}, {"answer": "1"})], KnownTree(tree), is_best(tree), method="mcts",
         settings=settings, rollouts=folder)  # fmt: skip
-    (rollout,) = stored(tmp_path / "trees")
+    (rollout,) = stored_rollouts(tmp_path / "trees")
     rows = {path[-1]: rest for path, *rest in flat([rollout])["p"]}
     assert rows == {
         "a ": [None, pytest.approx(0.55), 2], "a1": [0, pytest.approx(0.2), 1], "a2": [0, pytest.approx(0.1), 0],
@@ -258,7 +255,7 @@ def test_a_tree_search_by_hand_in_its_rollout(tmp_path):
 
 def test_without_a_scorer_a_tree_tells_outcomes(tmp_path):
     run(tmp_path, scorer=None, rollouts=RolloutFolder(tmp_path / "trees", {}))
-    for rollout in stored(tmp_path / "trees"):
+    for rollout in stored_rollouts(tmp_path / "trees"):
         tree = rollout.tree
         assert bool(tree.value.isnan().all() and tree.step_reward.isnan().all())
         torch.testing.assert_close(tree.tags["q_sum"] / tree.tags["visits"], backup(tree))
@@ -276,7 +273,7 @@ def test_a_search_that_was_cut_keeps_the_same_trees(tmp_path):
     results = tmp_path / "cut" / "results.jsonl"
     results.write_text(results.read_text()[:-40])  # prompt 3 has a tree and no row any more
     go("cut", prompts_per_batch=3)
-    assert flat(stored(tmp_path / "cut/trees")) == flat(stored(tmp_path / "whole/trees"))
+    assert flat(stored_rollouts(tmp_path / "cut/trees")) == flat(stored_rollouts(tmp_path / "whole/trees"))
     with pytest.raises(ValueError, match="holds rollouts of another recipe: seed: 0 -> 1"):
         RolloutFolder(tmp_path / "cut/trees", {"seed": 1})
     with pytest.raises(ValueError, match="6 prompts whose trees are not in .*other, the first: '0'"):

@@ -10,6 +10,7 @@ import torch
 from processes import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import recipe, save_tiny_dit, write_recipe
+from verbs import run_verb
 from vision_tiny import vision_recipe
 
 from mmrl.config import ConfigError, load_config, parse_config, trainer_config
@@ -241,15 +242,11 @@ def test_the_verb_refuses(tiny_model, tmp_path):
 
 
 def test_the_command_line(tiny_model, tmp_path):
-    from typer.testing import CliRunner
-
-    from mmrl.cli import app
-
     file = str(write_recipe(tmp_path / "r.yaml", latent(tiny_model, tmp_path / "r")))
-    done = CliRunner().invoke(app, ["rollouts", file, "--out", str(tmp_path / "disk"), "run.iterations=2"])
-    assert done.exit_code == 0 and "2 rollouts, 8 prompts, 32 leaves, mean reward" in done.output
-    refused = CliRunner().invoke(app, ["doctor", file, f"rollouts={tmp_path / 'disk'}"])
-    assert "rollouts=null" in str(refused.exception)
+    done = run_verb("rollouts", file, "--out", tmp_path / "disk", "run.iterations=2")
+    assert "2 rollouts, 8 prompts, 32 leaves, mean reward" in done
+    with pytest.raises(ValueError, match="rollouts=null"):
+        run_verb("doctor", file, f"rollouts={tmp_path / 'disk'}")
 
 
 # ---- refused --------------------------------------------------------------------------------------------------------

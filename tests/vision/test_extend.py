@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from families import FAMILIES, family_folder, picture
+from families import FAMILIES, family_folder
 
 from mmrl.growth import ROOT, GrowingTree, rollout_of
 from mmrl.prm.data import solution_forest
@@ -12,14 +12,6 @@ from mmrl.rollout import Prompt, State
 from vision.loading import vision_tower
 from vision.policy import VisionPolicy
 from vision.prompts import PromptError
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(2):
-        picture(i).save(folder / f"{i}.png")
-    return folder
 
 
 def build(family="qwen2_5_vl", newline=1.5, **options):

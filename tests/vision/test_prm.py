@@ -30,14 +30,6 @@ FIVE = ("qwen2_5_vl", "idefics3", "gemma3", "internvl", "text")
 WHOLE = ["2 + 3 = 5", "the red one - is left\nof it", "+", "so 5"]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(4):
-        picture(i).save(folder / f"{i}.png")
-    return folder
-
-
 def make_prm(family="qwen2_5_vl", form="linear", **options):
     head, format = FORMS[form]
     prm = VisionPrm.build(model=str(family_folder(family)), head=head, format=format, **options)

@@ -9,10 +9,9 @@ import pytest
 import torch
 import yaml
 from families import family_folder, picture
-from typer.testing import CliRunner
+from verbs import run_verb
 from vision_tiny import vision_recipe
 
-from mmrl.cli import app
 from mmrl.config import load_config, parse_config
 from mmrl.prm.formats import read_format
 from mmrl.prm.records_io import read_records
@@ -56,15 +55,6 @@ def reader_of_puzzles(folder, seed=0, family="qwen2_5_vl"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "tokenizer_for", lambda name: tokenizer)
         return str(families.make(family, folder, seed=seed))
-
-
-def run(*args):
-    """What a verb prints; its exception is raised as it is."""
-    done = CliRunner().invoke(app, [str(a) for a in args])
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 def recipe(folder, **tree):
@@ -121,7 +111,7 @@ def test_scores_on_the_command_line_are_those_of_the_trained_model(trained, tmp_
     metrics, model = trained
     out = tmp_path / "scores.jsonl"
     args = ("score", "--scorer", model, "--data", DATA / "puzzlevqa_eval.jsonl", "--format", "puzzlevqa_steps")
-    assert "24 solutions, 0 unscored, 0 set aside" in run(*args, "--out", out)
+    assert "24 solutions, 0 unscored, 0 set aside" in run_verb(*args, "--out", out)
     records, _ = read_format(DATA / "puzzlevqa_eval.jsonl", "puzzlevqa_steps")
     rows = lines(out)
     assert [r["id"] for r in rows] == [r.id for r in records]
@@ -143,7 +133,9 @@ def test_puzzles_as_a_public_benchmark_with_pictures(trained, tmp_path):
     rows = [export(r) | {"data_source": "puzzles"} for r in records]
     (tmp_path / "vpb.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "report.json"
-    told = run("bench", "visualprocessbench", "--data", tmp_path / "vpb.jsonl", "--scorer", trained[1], "--out", out)
+    told = run_verb(
+        "bench", "visualprocessbench", "--data", tmp_path / "vpb.jsonl", "--scorer", trained[1], "--out", out
+    )
     report = json.loads(out.read_text())
     assert report["items"] == 24 and report["quarantined"] == [] and "visualprocessbench" in told
     last = [m["eval/auc"] for m in trained[0] if "eval/auc" in m][-1]
@@ -153,7 +145,7 @@ def test_puzzles_as_a_public_benchmark_with_pictures(trained, tmp_path):
 
 def test_prmbench_without_pictures(trained, tmp_path):
     out = tmp_path / "report.json"
-    told = run("bench", "prmbench", "--data", DATA / "prmbench.jsonl", "--scorer", trained[1], "--out", out)
+    told = run_verb("bench", "prmbench", "--data", DATA / "prmbench.jsonl", "--scorer", trained[1], "--out", out)
     report = json.loads(out.read_text())
     assert report["items"] == 31 and report["metrics"]["validity"] == 1 and "prmscore" in told
     assert report["settings"]["aggregate"] == "min" and 0 <= report["steps"]["auc"] <= 1
@@ -165,7 +157,7 @@ def test_solutions_too_long_to_read_count_against_the_scorer(trained, tmp_path, 
     short = functools.partial(load_scorer, options={"max_length": 600})
     monkeypatch.setattr("mmrl.jobs.load_scorer", short)
     out = tmp_path / "report.json"
-    run("bench", "prmbench", "--data", DATA / "prmbench.jsonl", "--scorer", trained[1], "--out", out)
+    run_verb("bench", "prmbench", "--data", DATA / "prmbench.jsonl", "--scorer", trained[1], "--out", out)
     assert 0 < json.loads(out.read_text())["metrics"]["validity"] < 1
     pair = {"id": 1, "prompt": "how?", "chosen": "so " * 2000, "rejected": "no", "subset": "donotanswer"}
     for change, message in (
@@ -174,7 +166,7 @@ def test_solutions_too_long_to_read_count_against_the_scorer(trained, tmp_path, 
     ):
         (tmp_path / "pairs.jsonl").write_text(json.dumps(pair | change))
         with pytest.raises(ValueError, match=message):
-            run("bench", "rewardbench", "--data", tmp_path / "pairs.jsonl", "--scorer", trained[1])
+            run_verb("bench", "rewardbench", "--data", tmp_path / "pairs.jsonl", "--scorer", trained[1])
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
@@ -198,7 +190,7 @@ def puzzle_rows(folder):
 def scored(folder, rows, scorer):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     args = ("--scorer", scorer, "--data", folder / "rows.jsonl", "--format", "puzzlevqa_steps")
-    told = run("score", *args, "--out", folder / "out.jsonl")
+    told = run_verb("score", *args, "--out", folder / "out.jsonl")
     return told, lines(folder / "out.jsonl")
 
 
@@ -281,15 +273,15 @@ def test_annotation_by_a_vision_policy_cut_and_resumed(tmp_path, shapes, prm, mo
     monkeypatch.setattr(VisionPolicy, "extend", counted)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    run("annotate", recipe(tmp_path / "whole", method=method, **shapes))
+    run_verb("annotate", recipe(tmp_path / "whole", method=method, **shapes))
     total, calls = sum(paid), len(paid)
     paid.clear()
     limit[0] = calls // 2
     file = recipe(tmp_path / "cut", method=method, **shapes)
     with pytest.raises(InterruptedError):
-        run("annotate", file)
+        run_verb("annotate", file)
     limit[0] = 10**9
-    run("annotate", file)
+    run_verb("annotate", file)
     assert sum(paid) == total
     whole, cut = (tmp_path / n / "out" for n in ("whole", "cut"))
     assert (whole / "records.jsonl").read_bytes() == (cut / "records.jsonl").read_bytes()
@@ -300,7 +292,7 @@ def test_annotation_by_a_vision_policy_cut_and_resumed(tmp_path, shapes, prm, mo
 
 def test_a_random_model_is_no_judge(tmp_path, shapes):
     with pytest.raises(ValueError, match="no solution was labelled or kept; .*no label could be made"):
-        run("annotate", recipe(tmp_path, method={"name": "judge", "solutions": 2}, **shapes))
+        run_verb("annotate", recipe(tmp_path, method={"name": "judge", "solutions": 2}, **shapes))
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["cost"]["judge"]["unscored"] == report["cost"]["judge"]["completions"] > 0
 
@@ -312,7 +304,7 @@ def test_a_random_model_is_no_judge(tmp_path, shapes):
 )
 def test_search_with_a_vision_policy_and_a_vision_scorer(tmp_path, shapes, prm, method):
     file = recipe(tmp_path, method=method, scorer=str(prm), aggregates=["min", "last"], **shapes)
-    told = run("search", file)
+    told = run_verb("search", file)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["prompts"] == 4 and report["unusable_prompts"] == 0 and "best_of_n/last" in told
     assert set(report["over_majority"]) == set(report["accuracy"])

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import family_folder
-from typer.testing import CliRunner
+from verbs import run_verb
 
-from mmrl.cli import app
 from mmrl.config import load_config
 from mmrl.rollout import Rollout
 from mmrl.trainers import trainer_of
@@ -36,14 +35,6 @@ def policy(**more):
     return [f"policy.{k}={v}" for k, v in options.items()]
 
 
-def run(verb, *args):
-    done = CliRunner().invoke(app, [verb, *map(str, args)], catch_exceptions=True)
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
 def documented():
     """The commands of "Train on what was searched": words after `mmrl`, by the method or loss that they name."""
     section = (DOCS / "search.md").read_text().partition("## Train on what was searched")[2].partition("\n## ")[0]
@@ -56,7 +47,7 @@ def documented():
 def trees(cache, tmp_path_factory):
     """The trees of the documented search, of four questions and fewer iterations."""
     folder = tmp_path_factory.mktemp("mcts")
-    run(
+    run_verb(
         *documented()["mcts"], *TASK, *policy(), "method={name: mcts, n: 3, iterations: 8}", "prompts=4", "batch=2",
         "cpu=true", "scorer=vision_tiny:step_digits", f"verifier={DIGITS}", f"output={folder / 'search'}",
         f"rollouts={folder / 'trees'}",
@@ -67,7 +58,7 @@ def trees(cache, tmp_path_factory):
 def train(recipe, output, *more):
     """Metrics of a command of the documentation, by its name, or of a recipe: one iteration on a random model."""
     command = documented().get(recipe) or ["train", str(CONFIGS / recipe)]
-    run(*command, *SHORT, *TASK, *policy(), f"rewards=[{DIGITS}]", f"run.output={output}", *more)
+    run_verb(*command, *SHORT, *TASK, *policy(), f"rewards=[{DIGITS}]", f"run.output={output}", *more)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {k: v for row in rows for k, v in row.items()}
 
@@ -132,7 +123,7 @@ def test_a_value_model_and_imitation(trees, tmp_path):
     """step_reward learns the values of the search, imitation the best of what it found."""
     scorer = f"{{name: vision_prm, model: {family_folder('qwen2_5_vl')}, head: likelihood}}"
     held_out = shutil.copytree(trees, tmp_path / "held_out")
-    run(
+    run_verb(
         "train", CONFIGS / "shapes_svpo_value.yaml", *SHORT, f"scorer={scorer}", f"rollouts={trees}",
         f"task={{name: tree_values, eval: {held_out}, by: value}}", f"run.output={tmp_path / 'value'}",
     )  # fmt: skip
@@ -179,7 +170,7 @@ def test_another_recipe_is_refused(trees, tmp_path, change, told):
 def test_an_annotation_trains_as_well(cache, tmp_path, method):
     """Completions of prefixes with their counts: a value model, pairs by value, and GRPO on what was sampled."""
     trees = tmp_path / "trees"
-    run(
+    run_verb(
         "annotate", CONFIGS / "shapes_annotate.yaml", *TASK, *policy(), f"method={method}", "prompts=4", "batch=2",
         "cpu=true", "verifier={name: 'vision_tiny:odd', timeout_s: 0}", f"output={tmp_path / 'annotated'}",
         f"rollouts={trees}", "inject=null",
@@ -200,7 +191,7 @@ def test_an_annotation_trains_as_well(cache, tmp_path, method):
 def test_a_search_at_a_temperature_of_its_own(cache, tmp_path):
     """Log-probs are those of the temperature that was used, and training has to be at it."""
     trees = tmp_path / "trees"
-    run(
+    run_verb(
         *documented()["mcts"], *TASK, *policy(), "method={name: beam, n: 4, width: 2, temperature: 0.7}", "prompts=2",
         "cpu=true", "scorer=vision_tiny:step_digits", f"verifier={DIGITS}", f"output={tmp_path / 'search'}",
         f"rollouts={trees}",

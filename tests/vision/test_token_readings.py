@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import family_folder, picture
+from families import family_folder
 from vision_tiny import vision_recipe
 
 from mmrl.config import parse_config
@@ -27,14 +27,6 @@ from vision.policy import VisionPolicy
 TREE = BranchPlan({0: 2, 1: 2, 2: 2})
 VALUES = ("value", "root_value", "tags.visits", "tags.q_sum")
 FAMILIES = ("qwen2_5_vl", "llava", "gemma3", "text")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(3):
-        picture(i).save(folder / f"{i}.png")
-    return folder
 
 
 @functools.cache

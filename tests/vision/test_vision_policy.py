@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from families import FAMILIES, family_folder, picture
+from families import FAMILIES, family_folder
 from processes import Command, run_ranks
 from safetensors.torch import load_file
 from tiny import write_recipe
@@ -21,14 +21,6 @@ from vision.loading import vision_tower
 from vision.policy import VisionPolicy, text_states
 
 TREE = BranchPlan({0: 2, 1: 2, 2: 2})
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(4):
-        picture(i).save(folder / f"{i}.png")
-    return folder
 
 
 def build(family="qwen2_5_vl", **options):
