@@ -198,7 +198,7 @@ class DiffusionPolicy:
     def complete(
         self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
     ) -> list[list[Sample]]:
-        """Pictures from latents of a rollout, along the rest of its own course; see `mmrl.rollout.Completer`.
+        """Pictures from latents of a rollout, along the rest of its own course; see `mmrl.capabilities.Completer`.
 
         A rollout of another policy is completed where both denoise the same latents by the same schedule.
 
@@ -238,7 +238,7 @@ class DiffusionPolicy:
     @torch.no_grad()
     def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
         """Mean squared difference, over a latent's elements, of where the ODE would lead in each step with its prompt
-        and with the empty one; see `mmrl.rollout.SightReader`.
+        and with the empty one; see `mmrl.capabilities.SightReader`.
 
         Raises:
             ValueError: a sight without meaning for denoising.
@@ -262,7 +262,7 @@ class DiffusionPolicy:
 
     def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
         """Pictures by the initial weights and the ODE, each from a latent of its own; see
-        `mmrl.rollout.InitialSampler`."""
+        `mmrl.capabilities.InitialSampler`."""
         repeated = [p for p in prompts for _ in range(n)]
         names = [(seed, "initial", p.id, k) for p in prompts for k in range(n)]
         with self._reference.applied(self.model, self._bare) as model:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mmrl.rollout import Actions, Continuation, Prompt, Rollout, State, StepWriter
+from mmrl.capabilities import StepWriter
+from mmrl.rollout import Actions, Continuation, Prompt, Rollout, State
 from mmrl.tree import FINISHED, INTERNAL, UNFINISHED, StepTree
 
 ROOT = 0

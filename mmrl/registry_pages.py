@@ -48,7 +48,7 @@ _READINGS = """# Readings
 A reading fills fields of a rollout between its rewards and what learns from it: values, tags, numbers per action. A
 recipe names them in the order in which they run. One that reads what nothing writes is refused before a model is
 loaded, and the message names the readings that would write it; so is a reading whose policy or task cannot do what it
-needs (a protocol of `mmrl.rollout`).
+needs (a protocol of `mmrl.capabilities`).
 
 ```yaml
 # PAV: progress under a prover. Without `policy` the policy itself completes: VinePPO's values, for gae and vsrm

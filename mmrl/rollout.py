@@ -325,38 +325,6 @@ class Continuation:
         return sum(map(len, self.logps))
 
 
-@runtime_checkable
-class Extender(Protocol):
-    """A policy that can go on from any state; annotation and search need nothing else."""
-
-    def extend(
-        self,
-        states: Sequence[State],
-        n: int,
-        *,
-        seed: int,
-        steps: int | None = None,
-        temperature: float | None = None,
-    ) -> list[list[Continuation]]:
-        """n continuations of each state (none of them done), to the end or of at most `steps` steps.
-
-        What a state draws depends on (seed, prompt id, its text) alone. temperature: the policy's own by default, 0
-        is greedy.
-        """
-
-
-@runtime_checkable
-class StepWriter(Protocol):
-    """A policy that can make given steps its own actions; stored searches are trained on through it."""
-
-    def write_steps(self, written: Rollout) -> Rollout:
-        """The same forest with everything that this policy's `log_probs` needs.
-
-        Steps with actions keep their tokens and log-probs; those with a text alone get the tokens that spell it, as if
-        sampled with log-prob 0.
-        """
-
-
 class Place(NamedTuple):
     """A state of a rollout: after step `step` of prompt `prompt`, or before the first step where it is -1."""
 
@@ -373,65 +341,6 @@ class Answer(NamedTuple):
 
 # What a second look at a rollout sees of its prompts: their media as they are, blanked out, or in a shuffled order.
 Sight = Literal["given", "blank", "shuffled"]
-
-
-@runtime_checkable
-class Completer(Protocol):
-    """A policy that can go on from any state of a rollout of its own kind, from the very actions that led there."""
-
-    def complete(
-        self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
-    ) -> list[list[Sample]]:
-        """Finished samples from each place, as many as `n`; one where nothing is drawn, none where it has ended.
-
-        What a place draws depends on its own seed alone. temperature: None = as in rollouts, 0 = nothing is drawn
-        (greedy tokens, the ODE).
-        """
-
-
-@runtime_checkable
-class AnswerReader(Protocol):
-    """A policy that can tell how likely it would give an answer right after any state of a rollout."""
-
-    def answer_logps(
-        self, rollout: Rollout, places: Sequence[Place], answers: Sequence[Answer], *, sight: Sight = "given"
-    ) -> Tensor:
-        """(S,) float64, mean log-prob per action of each place's answer behind its lead, by the present weights.
-
-        NaN where the state is an end. Steps that places share are run once.
-        """
-
-
-@runtime_checkable
-class SightReader(Protocol):
-    """A policy that can take the steps of a rollout again without seeing what it saw."""
-
-    def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
-        """(S,) float64, how far each step's distributions lie from those under `sight`; 0 where they are the same."""
-
-
-@runtime_checkable
-class Instructable(Protocol):
-    """A policy that can take the steps of a rollout again under a further instruction."""
-
-    def instructed_logps(self, rollout: Rollout, steps: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
-        """Actions (A,) of `steps`, and their log-probs (A,) under the reference when the prompt says so too."""
-
-
-@runtime_checkable
-class InitialSampler(Protocol):
-    """A policy that can sample with its initial weights, which `freeze_reference` has kept."""
-
-    def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
-        """n independent samples of each prompt as in training; they depend on (seed, prompt id) alone."""
-
-
-@runtime_checkable
-class AnswerGiver(Protocol):
-    """A task whose prompts have one right answer."""
-
-    def answer(self, prompt: Prompt) -> Answer:
-        """The right answer, and what a policy is expected to write right before it."""
 
 
 class Policy(Protocol):
@@ -481,21 +390,6 @@ class OutcomeReward(Protocol):
     def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]: ...
 
 
-@runtime_checkable
-class PromptChecker(Protocol):
-    """A reward that can tell before anything is sampled which prompts it will never score."""
-
-    def refusal(self, prompt: Prompt) -> str | None:
-        """Why no sample of this prompt can be scored, None where they can."""
-
-
-@runtime_checkable
-class GroupReward(OutcomeReward, Protocol):
-    """An outcome reward that compares the samples of a prompt with one another: it is never asked about one alone."""
-
-    compares_samples: bool
-
-
 class StepReward(Protocol):
     """Rollout -> (N,) one number per step, NaN where it has no opinion."""
 
@@ -522,22 +416,6 @@ class StepScorer(StepReward, Protocol):
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the model and the record of how it reads steps; `mmrl.prm.scoring.load_scorer` reads it."""
-
-
-@runtime_checkable
-class RootScorer(Protocol):
-    """A step reward that can also tell what the prompt alone is worth, before any step."""
-
-    def root_scores(self, rollout: Rollout) -> Tensor:
-        """(G,) one number per prompt, on the scale of its step scores."""
-
-
-@runtime_checkable
-class Attributor(Protocol):
-    """A step reward that can say how much each step moves its judgement of the whole solution."""
-
-    def attributions(self, rollout: Rollout) -> Tensor:
-        """(N,) signed numbers on chains: the part of each step in the logit of its solution's last step."""
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Literal
 
+from mmrl.capabilities import Extender, StepWriter
 from mmrl.registry import declares
 from video.encoding import VideoEncoder, Views
 from video.environment import Syntax, VideoEnvironment
@@ -23,6 +24,7 @@ from vision.step_rule import step_rule
         "logp", "texts", "state_key", "edge_key", "ok", "tags.truncated", "tags.observed", "actions.token",
     ),
     modality="conversation",
+    lacks=(Extender, StepWriter),  # a state or a step as text lacks what the environment showed
     recipe=TOKEN_DEFAULTS,
 )  # fmt: skip
 def video_agent(

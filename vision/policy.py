@@ -301,7 +301,7 @@ class VisionPolicy:
         steps: int | None = None,
         temperature: float | None = None,
     ) -> list[list[Continuation]]:
-        """n continuations of each state; see `mmrl.rollout.Extender`.
+        """n continuations of each state; see `mmrl.capabilities.Extender`.
 
         Raises:
             PromptError: a state whose prompt cannot be encoded; `admit` sorts those out.
@@ -352,7 +352,7 @@ class VisionPolicy:
         return torch.cat(out)
 
     def write_steps(self, written: Rollout) -> Rollout:
-        """See `mmrl.rollout.StepWriter`.
+        """See `mmrl.capabilities.StepWriter`.
 
         Of steps with a text alone, every one but a leaf ends with the line break that separates steps, and a leaf
         that is not tagged `open` with the end of the answer.
@@ -450,7 +450,7 @@ class VisionPolicy:
         self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
     ) -> list[list[Sample]]:
         """Texts (of conversations the turns, a line break between them) from states of a rollout, each state run once;
-        see `mmrl.rollout.Completer`. A completion has as much room as a rollout has left there.
+        see `mmrl.capabilities.Completer`. A completion has as much room as a rollout has left there.
 
         Steps of a policy with another tokenizer are read as text.
         """
@@ -488,7 +488,7 @@ class VisionPolicy:
     def answer_logps(
         self, rollout: Rollout, places: Sequence[Place], answers: Sequence[Answer], *, sight: Sight = "given"
     ) -> Tensor:
-        """Mean log-probs of answers behind states, at temperature 1; see `mmrl.rollout.AnswerReader`."""
+        """Mean log-probs of answers behind states, at temperature 1; see `mmrl.capabilities.AnswerReader`."""
         self._need_whole_weights("answer_probability")
         rollout = self._seen(rollout, sight)
         asked = AnswerTrees(self._trees, self._written, answers, self.settings.max_tokens)
@@ -502,7 +502,10 @@ class VisionPolicy:
 
     @torch.no_grad()
     def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
-        """Mean KL(p || q) over a step's tokens, q under `sight`, at temperature 1; see `mmrl.rollout.SightReader`."""
+        """Mean KL(p || q) over a step's tokens, q under `sight`, at temperature 1.
+
+        See `mmrl.capabilities.SightReader`.
+        """
         self._need_whole_weights("divergence")
         other = self._seen(rollout, sight)
         total = torch.zeros(len(rollout.tree), dtype=torch.float64)
@@ -518,7 +521,7 @@ class VisionPolicy:
 
     def instructed_logps(self, rollout: Rollout, steps: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
         """Actions and log-probs at temperature 1 with the instruction behind the question; see
-        `mmrl.rollout.Instructable`."""
+        `mmrl.capabilities.Instructable`."""
         told = [replace(p, inputs={**p.inputs, "question": _told(p, instruction)}) for p in rollout.prompts]
         rollout = replace(rollout, prompts=told)
         index, logps = [], []
@@ -530,7 +533,7 @@ class VisionPolicy:
         return torch.cat(index), torch.cat(logps)
 
     def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
-        """Texts by the initial weights, at the temperature of rollouts; see `mmrl.rollout.InitialSampler`.
+        """Texts by the initial weights, at the temperature of rollouts; see `mmrl.capabilities.InitialSampler`.
 
         They are always sampled by the transformers model: an engine has the weights in training.
         """

@@ -16,12 +16,13 @@ from mmrl.annotate.omega import Omega, omega_trees, traverse, tree_json
 from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
 from mmrl.annotate.store import CompletionStore, Estimator, prefix_key
 from mmrl.annotate.trees import solution_trees
+from mmrl.capabilities import Extender
 from mmrl.growth import GrowingTree, rollout_for
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord, record_of
 from mmrl.prm.records_io import check_record, record_to_json
 from mmrl.registry import find
-from mmrl.rollout import Extender, OutcomeReward, Prompt, State
+from mmrl.rollout import OutcomeReward, Prompt, State
 from mmrl.rollout_folder import RolloutFolder
 
 Item = Prompt | SolutionRecord

@@ -19,9 +19,10 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from mmrl.capabilities import Extender
 from mmrl.prm.records import Counts
 from mmrl.rewards.scoring import RewardError, wrong_count
-from mmrl.rollout import Continuation, Extender, OutcomeReward, Sample, State
+from mmrl.rollout import Continuation, OutcomeReward, Sample, State
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Protocol
 import torch
 from torch import Tensor
 
+from mmrl.capabilities import Extender
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section, declares, of_kind
 from mmrl.rewards.steps import step_views
-from mmrl.rollout import Extender, Prompt, Rollout, State
+from mmrl.rollout import Prompt, Rollout, State
 
 ASK = (
     "{question}\n\nA solution begins as follows; the last step is to be judged.\n\n{steps}\n\n"

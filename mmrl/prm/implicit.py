@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmrl.capabilities import StepWriter
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section, of_kind
-from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout, StepWriter
+from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout
 from mmrl.tree_ops import path_sum
 
 Against = Literal["reference", "behaviour"]

@@ -11,11 +11,12 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
+from mmrl.capabilities import Extender
 from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
 from mmrl.registry import ComponentError, build, find, names
-from mmrl.rollout import Extender, Prompt, Rollout, State, StepReward, StepScorer
+from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer
 
 RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmrl.capabilities import AnswerGiver, AnswerReader, require
 from mmrl.readings.base import ReadingContext, Values
-from mmrl.readings.needs import needed
 from mmrl.registry import ComponentError, register
 from mmrl.rewards.answers import right_answer
-from mmrl.rollout import Answer, AnswerGiver, AnswerReader, Place, Prompt, Rollout, Sight
+from mmrl.rollout import Answer, Place, Prompt, Rollout, Sight
 from mmrl.tree_ops import before
 
 
@@ -49,7 +49,7 @@ class AnswerProbability:
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The fields of a rollout."""
         tree, prompts = rollout.tree, len(rollout.prompts)
-        policy: AnswerReader = needed(context.policy, AnswerReader, "answer_probability")
+        policy: AnswerReader = require("reading 'answer_probability'", AnswerReader, context.policy, "policies")
         answers = [self._answer(p, context) for p in rollout.prompts]
         places = [Place(g) for g in range(prompts)]
         places += [Place(g, v) for v, g in enumerate(tree.group.tolist())]

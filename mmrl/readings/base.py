@@ -12,11 +12,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mmrl.registry import Row
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Answer, Policy, Prompt, Rollout, Sample
 
@@ -52,6 +53,13 @@ class Reading(Protocol):
     """
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values: ...
+
+
+def keeps_reference(row: Row, options: Mapping[str, Any]) -> bool:
+    """Whether the policy must keep its initial weights: the fact `reference`, or what that says of the options."""
+    fact = row.facts.get("reference", False)
+    defaults = {name: o.default for name, o in row.options.items()}
+    return bool(fact(defaults | dict(options)) if callable(fact) else fact)
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmrl.capabilities import InitialSampler, require
 from mmrl.readings.base import ReadingContext, Values
-from mmrl.readings.needs import needed
 from mmrl.registry import register
-from mmrl.rollout import InitialSampler, Rollout
+from mmrl.rollout import Rollout
 
 
 @register(
@@ -36,7 +36,7 @@ class Baseline:
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """tags.baseline (N, n) of a rollout."""
-        policy: InitialSampler = needed(context.policy, InitialSampler, "baseline")
+        policy: InitialSampler = require("reading 'baseline'", InitialSampler, context.policy, "policies")
         new = [p for p in rollout.prompts if p.id not in self._outcomes]
         if new:
             groups = policy.initial_samples(new, self._n, seed=self._seed)

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
+from mmrl.capabilities import Instructable, SightReader, require
 from mmrl.losses.preference import token_rewards
 from mmrl.readings.base import ReadingContext, Values
-from mmrl.readings.needs import needed
 from mmrl.registry import register
-from mmrl.rollout import Instructable, Rollout, SightReader
+from mmrl.rollout import Rollout
 
 
 @register("readings", "divergence", writes=("tags.divergence",), source="pDPO of video-SALMONN-o1", policy=SightReader)
@@ -18,7 +18,7 @@ def divergence(rollout: Rollout, context: ReadingContext, *, sight: Literal["bla
     """How much each step depends on what is seen: its divergence from the same policy with the media blanked out, or
     with the frames of its clip shuffled. Of texts the mean KL per token; of denoising steps, for which `blank` is the
     empty prompt, the mean squared difference of the latents that they lead to."""
-    policy: SightReader = needed(context.policy, SightReader, "divergence")
+    policy: SightReader = require("reading 'divergence'", SightReader, context.policy, "policies")
     return {"tags.divergence": policy.divergence(rollout, torch.arange(len(rollout.tree)), sight)}
 
 
@@ -40,7 +40,7 @@ def instructed(
 ) -> Values:
     """sigmoid(ln p(y | better) - ln p(y | worse)) - 1/2 of every action under the initial model, each instruction
     standing behind the question."""
-    policy: Instructable = needed(context.policy, Instructable, "instructed")
+    policy: Instructable = require("reading 'instructed'", Instructable, context.policy, "policies")
     steps = torch.arange(len(rollout.tree))
     index, high = policy.instructed_logps(rollout, steps, better)
     _, low = policy.instructed_logps(rollout, steps, worse)

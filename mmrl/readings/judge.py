@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from mmrl.annotate.direct import LabelAsk, parse_labels
 from mmrl.annotate.judge import BEST_GRADE, judge_prompt, parse_grade, parse_severities
+from mmrl.capabilities import Extender, policy_section, require
 from mmrl.credit.steps import VoteRule, judged_wrong
 from mmrl.prm.records import reference_solution
 from mmrl.prm.scoring import admitted
 from mmrl.readings.base import ReadingContext, Values
-from mmrl.readings.needs import needed
 from mmrl.registry import build_section, of_kind, register
-from mmrl.rollout import Extender, Prompt, Rollout, State
+from mmrl.rollout import Prompt, Rollout, State
 from mmrl.seeding import named_generator
 
 Verdicts = Sequence[float | None]  # of the steps of one solution, None = no opinion
@@ -32,7 +32,6 @@ Verdicts = Sequence[float | None]  # of the steps of one solution, None = no opi
     may_write=("tags.wrong", "tags.severity", "tags.aspect"),
     source="CAPO, TP-GRPO, MQM severities, ALaRM",
     policy=lambda options: Extender if options["policy"] is None else None,
-    sections={"policy": Extender},
     costs=("judge_readings", "judge_unread"),
 )
 class JudgeReading:
@@ -54,7 +53,7 @@ class JudgeReading:
     def __init__(
         self,
         ask: Literal["wrong", "severity", "aspect"] = "wrong",
-        policy: Annotated[Mapping[str, Any], of_kind("policies")] | None = None,
+        policy: Annotated[Mapping[str, Any], of_kind("policies"), policy_section(Extender)] | None = None,
         votes: Annotated[int, Field(ge=1)] = 1,
         rule: VoteRule = "majority",
         form: LabelAsk = "critique",
@@ -73,7 +72,7 @@ class JudgeReading:
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The tag that `ask` names."""
-        judge: Extender = needed(self._judge or context.policy, Extender, "judge")
+        judge: Extender = require("reading 'judge'", Extender, self._judge or context.policy, "policies")
         paths = _written_paths(rollout)
         asked = {leaf: p for leaf, path in paths.items() if (p := self._question(rollout, leaf, path)) is not None}
         taken = {p.id for p in admitted(judge, list(asked.values()))}

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmrl.capabilities import Completer, policy_section, require
 from mmrl.readings.base import ReadingContext, Values
-from mmrl.readings.needs import needed
 from mmrl.registry import build_section, of_kind, register
-from mmrl.rollout import Completer, Place, Rollout
+from mmrl.rollout import Place, Rollout
 from mmrl.seeding import named_generator
 from mmrl.tree import StepTree
 from mmrl.tree_ops import before
@@ -25,7 +25,6 @@ from mmrl.tree_ops import before
     writes=("value", "root_value", "tags.visits", "tags.q_sum"),
     source="VinePPO; a prover's values: Rewarding Progress (PAV)",
     policy=lambda options: Completer if options["policy"] is None else None,
-    sections={"policy": Completer},
     costs=("completions",),
 )
 class MonteCarlo:
@@ -45,7 +44,7 @@ class MonteCarlo:
         self,
         n: Annotated[int, Field(ge=1)] = 4,
         temperature: Annotated[float, Field(ge=0)] | None = None,
-        policy: Annotated[Mapping[str, Any], of_kind("policies")] | None = None,
+        policy: Annotated[Mapping[str, Any], of_kind("policies"), policy_section(Completer)] | None = None,
     ) -> None:
         self._n, self._temperature = n, temperature
         self._prover = None if policy is None else build_section("policies", "policy", policy)
@@ -54,7 +53,7 @@ class MonteCarlo:
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The fields of a rollout; random numbers depend on (seed, iteration, prompt id, place) alone."""
         tree, prompts = rollout.tree, rollout.prompts
-        policy: Completer = needed(self._prover or context.policy, Completer, "monte_carlo")
+        policy: Completer = require("reading 'monte_carlo'", Completer, self._prover or context.policy, "policies")
         places = [Place(g) for g in range(len(prompts))]
         places += [Place(int(tree.group[v]), int(v)) for v in (~tree.is_finished).nonzero().flatten()]
         inner = place_in_prompt(tree)

@@ -9,12 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmrl.capabilities import Attributor, RootScorer, require
 from mmrl.credit.transforms import need_chains
 from mmrl.prm.implicit import Against, ImplicitPrm, step_log_ratios
 from mmrl.prm.scoring import ScorerSpec, good_logits, load_scorer
 from mmrl.readings.base import ReadingContext, Values
 from mmrl.registry import register
-from mmrl.rollout import Attributor, Rollout, RootScorer, StepReward, StepScorer
+from mmrl.rollout import Rollout, StepReward, StepScorer
 from mmrl.tree import StepTree
 from mmrl.tree_ops import before, run_head
 
@@ -211,8 +212,8 @@ class AttributionReading:
     ) -> None:
         loaded = load_scorer(scorer)
         for name, protocol in (("gradient", Attributor), ("difference", RootScorer)):
-            if name in by and not isinstance(loaded, protocol):
-                raise ValueError(f"scorer {scorer!r} is no {protocol.__name__} (mmrl.rollout), which by: {name} needs")
+            if name in by:
+                require(f"by: {name}", protocol, loaded, "scorers")
         self.scorer: StepReward | None = loaded
         self.by = tuple(by)
 

@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mmrl.capabilities import GroupReward
 from mmrl.rewards.isolation import as_values
-from mmrl.rollout import GroupReward, OutcomeReward, Rollout, Sample
+from mmrl.rollout import OutcomeReward, Rollout, Sample
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from mmrl.capabilities import Extender
 from mmrl.growth import GrowingTree
-from mmrl.rollout import Continuation, Extender, Prompt, State
+from mmrl.rollout import Continuation, Prompt, State
 from mmrl.search.budget import Budget
 
 Scorer = Callable[[Sequence[State]], list[list[float]]]  # per state, one score per step of its path

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmrl.capabilities import Extender
 from mmrl.growth import rollout_for
 from mmrl.registry import find
 from mmrl.rewards.scoring import RewardError, score
-from mmrl.rollout import Extender, OutcomeReward, Prompt, Sample, check_prompts
+from mmrl.rollout import OutcomeReward, Prompt, Sample, check_prompts
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
 from mmrl.search.core import SearchResult, number

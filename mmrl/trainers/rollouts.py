@@ -17,27 +17,18 @@ from accelerate.utils import gather_object
 from rich.progress import track
 from torch import Tensor
 
+from mmrl.capabilities import AnswerGiver, PromptChecker, require_needs
 from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
-from mmrl.readings.needs import check_made, keeps_reference
+from mmrl.readings.base import keeps_reference
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
-from mmrl.rollout import (
-    AnswerGiver,
-    BranchPlan,
-    OutcomeReward,
-    Policy,
-    Prompt,
-    PromptChecker,
-    Rollout,
-    Sample,
-    check_prompts,
-)
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, check_prompts
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
@@ -83,7 +74,7 @@ class Rollouts:
         costs: list[str] = []
         for i, r in enumerate(config.readings):
             row = find("readings", r.name)
-            check_made(f"readings.{i}", row, r.options, self.policy, self.task)
+            require_needs(f"readings.{i}", row, r.options, self.policy, self.task)
             reference = reference or keeps_reference(row, r.options)
             costs += row.facts.get("costs", ())
         self._reading_costs = costs  # known to every rank, whatever its readings came to

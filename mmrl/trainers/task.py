@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from mmrl.capabilities import refuse_needs
 from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
 from mmrl.readings import Reading
-from mmrl.readings.needs import check_row
 from mmrl.recipe import PolicyConfig, RewardConfig
 from mmrl.registry import build, find
 from mmrl.rewards import Isolated
@@ -79,7 +79,7 @@ def producers(config: PolicyConfig) -> list[Stage]:
             who = f"{row.kind.singular} {row.name!r}"
             stages.append(Stage(where, who, row.reads(component.options), row.writes(component.options)))
             if kind == "readings":
-                check_row(where, row, component.options, policy, find("tasks", config.task.name))
+                refuse_needs(where, row, component.options, policy, find("tasks", config.task.name))
     return stages
 
 

@@ -392,7 +392,7 @@ def test_differences_of_an_additive_scorer_are_its_terms():
     got = reading(rollout, None)["tags.attribution"]
     want = [1 / 8, 2 / 8, 5 / 8, 1 / 2, 1 / 2, 1.0]  # nothing moves the second one: equal shares
     torch.testing.assert_close(got[:, 0], torch.tensor(want * 2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="is no Attributor"):
+    with pytest.raises(ValueError, match="by: gradient needs the protocol Attributor .*those that do: .*vision_prm"):
         AttributionReading("test_scorer_readings:Additive")
     with pytest.raises(ValueError, match="needs chains, but step 0 branches"):
         reading(chains_of([["1", "2"], ["1", "3"]]), None)

@@ -1,4 +1,4 @@
-"""Going on from any state: what a policy that writes offers to annotation and search (`mmrl.rollout.Extender`)."""
+"""Going on from any state: what a policy that writes offers to annotation and search (`mmrl.capabilities.Extender`)."""
 
 import functools
 

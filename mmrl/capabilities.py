@@ -1,0 +1,275 @@
+"""Capabilities: what a component can do beyond the least of its kind, as protocols with names.
+
+`Policy`, `OutcomeReward` and `StepReward` of `mmrl.rollout` and `Task` of `mmrl.trainers.task` are what every trainer
+needs. What only some recipes need is a protocol here. A component has a capability by defining its members; nothing is
+registered. Whoever needs one asks for it by name: `refuse_row` before anything is loaded, where the class is known
+from the registry, `require` once the component is there. Both errors name the components that have it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, get_type_hints, runtime_checkable
+
+from pydantic import AfterValidator
+from torch import Tensor
+
+from mmrl.registry import ComponentError, Row, find, names
+from mmrl.rollout import (
+    Answer,
+    Continuation,
+    OutcomeReward,
+    Place,
+    Prompt,
+    Rollout,
+    Sample,
+    Sight,
+    State,
+)
+
+# ---- asking ---------------------------------------------------------------------------------------------------------
+
+
+def require(who: str, protocol: Any, component: Any, kind: str = "") -> Any:
+    """The component, which has to follow a protocol.
+
+    Args:
+        who: asks for it, for the message. kind: of rows among which the message names those that follow it.
+    Raises:
+        ComponentError: it does not.
+    """
+    if not isinstance(component, protocol):
+        raise ComponentError(_refusal(who, protocol, type(component).__name__, kind))
+    return component
+
+
+def refuse_row(who: str, protocol: type, row: Row) -> None:
+    """Raises ComponentError when the component that a row makes is known not to follow a protocol.
+
+    A class is known from its row, a factory's product from its return annotation; for others `require` decides once
+    they are made, as it does for members that are no methods: instances bring those.
+    """
+    if follows(row, protocol) is False:
+        raise ComponentError(_refusal(who, protocol, f"{row.kind.singular} {row.name!r}", row.kind.name))
+
+
+def follows(row: Row, protocol: type) -> bool | None:
+    """Whether what a row makes has the methods of a protocol; None where its class is not known.
+
+    A row declares what its component refuses although its class has the methods: the fact `lacks`, protocols.
+    """
+    product = row.target
+    if inspect.isfunction(product) and row.kind.arguments is not None:
+        product = type(product)  # the function is the component
+    elif not inspect.isclass(product):
+        product = get_type_hints(product).get("return")
+    if not inspect.isclass(product):
+        return None
+    refused = row.facts.get("lacks", ())
+    return not any(issubclass(protocol, p) for p in refused) and methods(protocol) <= set(dir(product))
+
+
+def methods(protocol: type) -> set[str]:
+    """Names of the methods that a protocol asks for."""
+    parts = [cls for cls in protocol.__mro__ if cls not in (object, Protocol)]
+    members = {name for cls in parts for name, member in vars(cls).items() if inspect.isfunction(member)}
+    return {name for name in members if name == "__call__" or not name.startswith("_")}
+
+
+def having(kind: str, protocol: type) -> list[str]:
+    """Names of the rows of a kind whose components are known to follow a protocol."""
+    return [name for name in names(kind) if follows(find(kind, name), protocol)]
+
+
+def _refusal(who: str, protocol: type, component: str, kind: str) -> str:
+    meaning = (inspect.getdoc(protocol) or "").split("\n")[0].rstrip(".")
+    able = f"; those that do: {', '.join(having(kind, protocol)) or 'none'}" if kind else ""
+    return (
+        f"{who} needs the protocol {protocol.__name__} of {protocol.__module__} "
+        f"({meaning[0].lower()}{meaning[1:]}); {component} does not have it{able}"
+    )
+
+
+def policy_section(protocol: type) -> AfterValidator:
+    """For the type of an option that is a section like the recipe's `policy`; what it names has to follow a protocol.
+
+    `Annotated[Mapping[str, Any], of_kind("policies"), policy_section(Extender)]`
+    """
+
+    def check(section: Any) -> Any:
+        refuse_row("the policy here", protocol, find("policies", section["name"]))
+        return section
+
+    return AfterValidator(check)
+
+
+# ---- asking for what a row declares ---------------------------------------------------------------------------------
+
+# The facts `policy` and `task` of a row: a protocol, or a function that tells it from the row's options.
+Need = type | Callable[[Mapping[str, Any]], type | None] | None
+
+
+def refuse_needs(where: str, row: Row, options: Mapping[str, Any], policy: Row, task: Row) -> None:
+    """Refuse a row whose policy or task cannot do what it needs, before either is made.
+
+    Args:
+        where: its place in the recipe. policy, task: the rows that the recipe names.
+    Raises:
+        ComponentError: naming the protocol, and the registered components that follow it.
+    """
+    for role, component in (("policy", policy), ("task", task)):
+        if (protocol := _need(row, role, options)) is not None:
+            refuse_row(_asker(where, row), protocol, component)
+
+
+def require_needs(where: str, row: Row, options: Mapping[str, Any], policy: object, task: object) -> None:
+    """As `refuse_needs`, once both are there: also for what no annotation told."""
+    for role, kind, component in (("policy", "policies", policy), ("task", "tasks", task)):
+        if (protocol := _need(row, role, options)) is not None:
+            require(_asker(where, row), protocol, component, kind)
+
+
+def _asker(where: str, row: Row) -> str:
+    return f"{where}: {row.kind.singular} {row.name!r}"
+
+
+def _need(row: Row, role: str, options: Mapping[str, Any]) -> type | None:
+    need: Need = row.facts.get(role)
+    if need is None or isinstance(need, type):
+        return need
+    return need({name: o.default for name, o in row.options.items()} | dict(options))
+
+
+# ---- of policies ----------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Extender(Protocol):
+    """A policy that can go on from any state; annotation and search need nothing else."""
+
+    def extend(
+        self,
+        states: Sequence[State],
+        n: int,
+        *,
+        seed: int,
+        steps: int | None = None,
+        temperature: float | None = None,
+    ) -> list[list[Continuation]]:
+        """n continuations of each state (none of them done), to the end or of at most `steps` steps.
+
+        What a state draws depends on (seed, prompt id, its text) alone. temperature: the policy's own by default, 0
+        is greedy.
+        """
+
+
+@runtime_checkable
+class StepWriter(Protocol):
+    """A policy that can make given steps its own actions; stored searches are trained on through it."""
+
+    def write_steps(self, written: Rollout) -> Rollout:
+        """The same forest with everything that this policy's `log_probs` needs.
+
+        Steps with actions keep their tokens and log-probs; those with a text alone get the tokens that spell it, as if
+        sampled with log-prob 0.
+        """
+
+
+@runtime_checkable
+class Completer(Protocol):
+    """A policy that can go on from any state of a rollout of its own kind, from the very actions that led there."""
+
+    def complete(
+        self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
+    ) -> list[list[Sample]]:
+        """Finished samples from each place, as many as `n`; one where nothing is drawn, none where it has ended.
+
+        What a place draws depends on its own seed alone. temperature: None = as in rollouts, 0 = nothing is drawn
+        (greedy tokens, the ODE).
+        """
+
+
+@runtime_checkable
+class AnswerReader(Protocol):
+    """A policy that can tell how likely it would give an answer right after any state of a rollout."""
+
+    def answer_logps(
+        self, rollout: Rollout, places: Sequence[Place], answers: Sequence[Answer], *, sight: Sight = "given"
+    ) -> Tensor:
+        """(S,) float64, mean log-prob per action of each place's answer behind its lead, by the present weights.
+
+        NaN where the state is an end. Steps that places share are run once.
+        """
+
+
+@runtime_checkable
+class SightReader(Protocol):
+    """A policy that can take the steps of a rollout again without seeing what it saw."""
+
+    def divergence(self, rollout: Rollout, steps: Tensor, sight: Sight) -> Tensor:
+        """(S,) float64, how far each step's distributions lie from those under `sight`; 0 where they are the same."""
+
+
+@runtime_checkable
+class Instructable(Protocol):
+    """A policy that can take the steps of a rollout again under a further instruction."""
+
+    def instructed_logps(self, rollout: Rollout, steps: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
+        """Actions (A,) of `steps`, and their log-probs (A,) under the reference when the prompt says so too."""
+
+
+@runtime_checkable
+class InitialSampler(Protocol):
+    """A policy that can sample with its initial weights, which `freeze_reference` has kept."""
+
+    def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
+        """n independent samples of each prompt as in training; they depend on (seed, prompt id) alone."""
+
+
+# ---- of tasks -------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class AnswerGiver(Protocol):
+    """A task whose prompts have one right answer."""
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The right answer, and what a policy is expected to write right before it."""
+
+
+# ---- of rewards on outcomes -----------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class PromptChecker(Protocol):
+    """A reward that can tell before anything is sampled which prompts it will never score."""
+
+    def refusal(self, prompt: Prompt) -> str | None:
+        """Why no sample of this prompt can be scored, None where they can."""
+
+
+@runtime_checkable
+class GroupReward(OutcomeReward, Protocol):
+    """An outcome reward that compares the samples of a prompt with one another: it is never asked about one alone."""
+
+    compares_samples: bool
+
+
+# ---- of step rewards ------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class RootScorer(Protocol):
+    """A step reward that can also tell what the prompt alone is worth, before any step."""
+
+    def root_scores(self, rollout: Rollout) -> Tensor:
+        """(G,) one number per prompt, on the scale of its step scores."""
+
+
+@runtime_checkable
+class Attributor(Protocol):
+    """A step reward that can say how much each step moves its judgement of the whole solution."""
+
+    def attributions(self, rollout: Rollout) -> Tensor:
+        """(N,) signed numbers on chains: the part of each step in the logit of its solution's last step."""
