@@ -96,6 +96,7 @@ add_kind(Kind("aggregates", "aggregate", ("mmrl.prm.aggregate",), arguments=1))
 add_kind(Kind("formats", "record format", ("mmrl.prm.formats",), arguments=2))
 add_kind(Kind("exporters", "exporter", ("mmrl.prm.formats",), arguments=1))
 add_kind(Kind("benchmarks", "benchmark", ("mmrl.bench.run",)))
+add_kind(Kind("panels", "report panel", ("mmrl.report.panels",), arguments=2))
 add_kind(Kind("demos", "demo", ("mmrl.demo",)))
 add_kind(Kind("pairs", "pair builder", ("mmrl.preference.builders",), arguments=1))
 _GROWN = ("outcome", "step_reward", "value", "root_value", "tags.visits", "tags.q_sum")  # in the trees they store

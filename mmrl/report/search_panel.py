@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.report.artifacts import data_uri
+from mmrl.report.panels import as_svg, new_axes
 from mmrl.rollout import Prompt
 
 _NAMES = {
@@ -89,10 +89,7 @@ def _interval(x: Mapping[str, float], sign: str = "") -> str:
 
 def _curves(curves: Mapping[str, Any]) -> str:
     """Accuracy over the number of candidates, with 95 % bands."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_axes("Share of right answers over the number of candidates", "candidates", 3.8, 6.4)
     for name, points in curves["values"].items():
         mean = [p["mean"] for p in points]
         (line,) = axes.plot(curves["k"], mean, marker="o", markersize=3, linewidth=1.6, label=_name(name))
@@ -101,13 +98,5 @@ def _curves(curves: Mapping[str, Any]) -> str:
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(curves["k"], [str(k) for k in curves["k"]])
-    axes.set_title("Share of right answers over the number of candidates", fontsize=10, loc="left")
-    axes.set_xlabel("candidates", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=7, frameon=False, loc="outside right upper")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    return as_svg(figure)
