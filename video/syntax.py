@@ -23,7 +23,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, Literal
 
-from mmrl.rewards.answer_text import without_thinking
+from mmrl.rewards.answer_text import answer_in_tags, without_thinking
 from video.manipulations import LABEL, MANIPULATIONS, check
 from video.state import Problem, VideoAction
 
@@ -254,12 +254,12 @@ def _write_call(action: VideoAction, phrase: str) -> str:
 
 
 def _read_tool_calls(text: str) -> tuple[str | None, tuple[VideoAction, ...]]:
-    closed = text.rfind("</answer>")
-    opened = text.rfind("<answer>", 0, max(closed, 0))
-    if opened >= 0:
-        return text[opened + len("<answer>") : closed].strip(), ()
-    _check_calls(text.count(_OPEN))
-    found = [_tool_call(body) for body in _bodies(text)]
+    answer = answer_in_tags(text)
+    if answer is not None:
+        return answer.strip(), ()
+    bodies = list(_bodies(text))
+    _check_calls(len(bodies))
+    found = [_tool_call(body) for body in bodies]
     answers = [call.args["text"].strip() for call in found if isinstance(call, VideoAction) and call.name == "answer"]
     if answers:
         return answers[-1], ()
@@ -269,12 +269,15 @@ def _read_tool_calls(text: str) -> tuple[str | None, tuple[VideoAction, ...]]:
 
 
 def _bodies(text: str) -> Iterator[str]:
-    """What stands between each pair of tags; a tag that nothing closes is kept as a body that cannot be read."""
-    at = text.find(_OPEN)
-    while at >= 0:
-        end = text.find(_CLOSE, at)
-        yield text[at + len(_OPEN) : end] if end >= 0 else ""
-        at = text.find(_OPEN, end) if end >= 0 else -1
+    """What stands behind each opening tag, up to its closing one; a call that nothing closes cannot be read.
+
+    A tag that no call follows before the next one opens is a mention of it ("I could use <tool_call>").
+    """
+    parts = text.split(_OPEN)[1:]
+    for i, part in enumerate(parts):
+        body, closed, _ = part.partition(_CLOSE)
+        if closed or i == len(parts) - 1 or body.lstrip().startswith("{"):
+            yield body if closed else ""
 
 
 def _tool_call(body: str) -> VideoAction | Problem:

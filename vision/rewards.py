@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmrl.prm.step_texts import header_parts
 from mmrl.registry import declares
-from mmrl.rewards.answer_text import boxed, extract_answer, normalise
+from mmrl.rewards.answer_text import boxed, extract_answer, normalise, without_thinking
 from mmrl.rewards.answers import completion
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
@@ -46,9 +47,10 @@ def is_think_answer(text: str) -> bool:
 
 
 def is_boxed(text: str) -> bool:
-    r"""There is exactly one `\boxed{..}`, its braces balance and it is not empty."""
-    content = boxed(text)
-    return text.count("\\boxed{") == 1 and content is not None and bool(content.strip())
+    r"""There is exactly one `\boxed{..}` in the reply, its braces balance and it is not empty."""
+    reply = without_thinking(text)
+    content = boxed(reply)
+    return reply.count("\\boxed{") == 1 and content is not None and bool(content.strip())
 
 
 def is_line_trace(text: str) -> bool:
@@ -114,9 +116,6 @@ def cos_structure(samples: Sequence[Sample]) -> list[float | None]:
 
 # ---- StepGRPO (R1-VL) -----------------------------------------------------------------------------------------------
 
-_STEP = re.compile(r"^### Step (\d+):", re.MULTILINE)
-_PARTS = ("### Image Description:", "### Rationales:", "### Step 1:", "### The final answer is:")
-
 
 def key_step_share(text: str, key_steps: KeySteps) -> float:
     """Share of key steps found in `text`, in [0, 1]; 0 when there are none (R1-VL, soft key-step matching).
@@ -129,18 +128,19 @@ def key_step_share(text: str, key_steps: KeySteps) -> float:
 
 
 def step_bodies(text: str) -> list[str]:
-    """What stands under each `### Step k:`, up to the next `###`."""
-    starts = [m.end() for m in _STEP.finditer(text)]
-    return [text[i:].partition("\n###")[0].strip() for i in starts]
+    """What stands under each `### Step k:` of the reply, up to the next `###`."""
+    return [body for name, body in header_parts(without_thinking(text)) if name.startswith("Step ")]
 
 
 def is_valid_reasoning(text: str) -> bool:
-    """Complete (description, rationales, a first step, an answer) and logical (steps 1..n, then the answer)."""
-    steps = list(_STEP.finditer(text))
-    if not steps or any(part not in text for part in _PARTS):
-        return False
-    in_order = [int(m.group(1)) for m in steps] == list(range(1, len(steps) + 1))
-    return in_order and text.rfind(_PARTS[-1]) > steps[-1].start()
+    """Complete and logical: the reply is a description, rationales, steps 1..n and one answer, none of them empty.
+
+    Headers may all stand on one line. What stands before the first one does not count.
+    """
+    parts = header_parts(without_thinking(text))
+    steps = [f"Step {k}" for k in range(1, len(parts) - 2)]
+    in_order = ["Image Description", "Rationales", *steps, "The final answer is"]
+    return bool(steps) and [name for name, _ in parts] == in_order and all(body for _, body in parts)
 
 
 @declares(reads=("texts",))

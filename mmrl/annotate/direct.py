@@ -21,7 +21,7 @@ from mmrl.annotate.store import CompletionStore, Estimator
 from mmrl.annotate.trees import solution_trees
 from mmrl.capabilities import Extender
 from mmrl.growth import rollout_for
-from mmrl.prm.records import SolutionRecord, reference_solution
+from mmrl.prm.records import SolutionRecord, Step, reference_solution
 from mmrl.prm.records_io import check_record, record_to_json
 from mmrl.prm.scoring import ScorerSpec, admitted, score_records
 from mmrl.registry import register
@@ -78,7 +78,7 @@ def by_judge(
     def label(records: Sequence[SolutionRecord]) -> list[Labels | None]:
         asked = {r.id: p for r in records if (p := _question(r, ask)) is not None}
         taken = {p.id for p in admitted(extender, list(asked.values()))}
-        steps = {asked[r.id].id: len(r.steps) for r in records if r.id in asked}
+        steps = {asked[r.id].id: r.steps for r in records if r.id in asked}
 
         def parsed(samples: Sequence[Sample]) -> list[float | None]:
             said = [parse_labels(s.output, steps[s.prompt.id], ask) for s in samples]
@@ -88,7 +88,7 @@ def by_judge(
         Estimator(extender, parsed, store, seed=seed, batch=batch, max_unscored=1.0).estimate(
             list(states.values()), votes
         )
-        return [_voted(store, states[r.id], len(r.steps), votes, ask) if r.id in states else None for r in records]
+        return [_voted(store, states[r.id], r.steps, votes, ask) if r.id in states else None for r in records]
 
     return label
 
@@ -126,21 +126,21 @@ def outcome_labels() -> Labeller:
     return by_outcome
 
 
-def _voted(store: CompletionStore, state: State, steps: int, votes: int, ask: LabelAsk) -> Labels | None:
+def _voted(store: CompletionStore, state: State, steps: Sequence[Step], votes: int, ask: LabelAsk) -> Labels | None:
     parsed = [parse_labels("".join(c.written.steps), steps, ask) for c in store.completions(state)[:votes]]
     known = [p for p in parsed if p is not None]
     return vote(known) if known else None
 
 
-def parse_labels(text: str, steps: int, ask: LabelAsk) -> Labels | None:
+def parse_labels(text: str, steps: Sequence[Step], ask: LabelAsk) -> Labels | None:
     """Labels of the steps (1 right, 0 wrong, None without opinion) in a judge's reply; None when it cannot be read."""
     if ask == "critique":
-        critique = parse_critique(text, steps)
+        critique = parse_critique(text, len(steps), [step.kind for step in steps])
         return critique.labels if any(y is not None for y in critique.labels) else None
     if ask == "reference":
-        return read_spare(text, steps)
-    first = parse_first_error(text, steps)
-    return None if first is None else labels_up_to(first, steps)
+        return read_spare(text, len(steps))
+    first = parse_first_error(text, len(steps))
+    return None if first is None else labels_up_to(first, len(steps))
 
 
 def _question(record: SolutionRecord, ask: LabelAsk) -> Prompt | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from mmrl.annotate.labels import Labels, local_first_error
-from mmrl.rewards.answer_text import boxed, normalise
+from mmrl.prm.records import SECTIONS, Kind
+from mmrl.rewards.answer_text import boxed, normalise, unwrapped, without_thinking
+from mmrl.tags import between
 
 _FIRST_ERROR = """\
 Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.
@@ -100,10 +103,10 @@ _PROMPTS = {
     "severity": _SEVERITY,
     "aspect": _ASPECT,
 }
-_PLAIN_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
-_ANALYSIS = re.compile(r"<analysis_(\d{1,6})>(.*?)</analysis_\1>", re.DOTALL)
 _VERDICTS = dict.fromkeys(("yes", "correct", "right", "true"), True)
 _VERDICTS |= dict.fromkeys(("no", "incorrect", "wrong", "false"), False)
+_NUMBER = re.compile(r"(?:paragraph[ _]*)?([+-]?[0-9]{1,6})", re.IGNORECASE)
+_TITLE = re.compile(rf"^\[({'|'.join(SECTIONS)})\]", re.MULTILINE)
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -151,40 +154,78 @@ def judge_prompt(
 
 
 def parse_first_error(text: str, num_steps: int | None = None) -> int | None:
-    r"""The integer in the last `\boxed{..}` without inner braces (ProcessBench), None when there is none.
+    r"""The whole number in the last `\boxed{..}` of the reply (ProcessBench), None when there is none.
 
     With `num_steps`, an index outside -1..num_steps-1 is None too: no such step can be labelled.
     """
-    boxes = _PLAIN_BOX.findall(text)
-    try:
-        index = int(boxes[-1])
-    except (IndexError, ValueError):
+    index = _boxed_number(without_thinking(text))
+    if index is None or (num_steps is not None and not -1 <= index < num_steps):
         return None
-    return index if num_steps is None or -1 <= index < num_steps else None
+    return index
 
 
 def parse_verdict(text: str) -> bool | None:
-    r"""Whether the last `\boxed{..}` says yes / correct or no / incorrect; None when it says neither."""
-    inner = boxed(text)
-    return None if inner is None else _VERDICTS.get(normalise(inner))
+    r"""Whether the last `\boxed{..}` of the reply, or `<conclusion>..</conclusion>` where there is no box, says yes /
+    correct or no / incorrect; None when it says neither."""
+    return _verdict(without_thinking(text))
 
 
 def parse_severities(text: str, num_steps: int) -> tuple[int | None, ...] | None:
     """Per step the class of its errors, an index into `SEVERITIES`; None for a step without one single analysis that
     ends in a class, and None altogether when no step has one."""
     said: dict[int, list[int | None]] = {}
-    for index, analysis in _ANALYSIS.findall(text):
-        word = normalise(boxed(analysis) or "")
-        said.setdefault(int(index), []).append(SEVERITIES.index(word) if word in SEVERITIES else None)
+    analyses, _ = _analyses(without_thinking(text))
+    for analysis in analyses:
+        word = normalise(boxed(analysis.text) or "")
+        said.setdefault(analysis.number, []).append(SEVERITIES.index(word) if word in SEVERITIES else None)
     out = tuple(said[t][0] if len(said.get(t, [])) == 1 else None for t in range(num_steps))
     return out if any(y is not None for y in out) else None
 
 
 def parse_grade(text: str) -> int | None:
-    r"""The whole number from 0 to `BEST_GRADE` in the last `\boxed{..}` without inner braces, None without one."""
-    boxes = _PLAIN_BOX.findall(text)
-    number = boxes[-1].strip() if boxes else ""
-    return int(number) if re.fullmatch(r"[0-9]{1,2}", number) and int(number) <= BEST_GRADE else None
+    r"""The whole number from 0 to `BEST_GRADE` in the last `\boxed{..}` of the reply, None without one."""
+    number = _boxed_number(without_thinking(text))
+    return number if number is not None and 0 <= number <= BEST_GRADE else None
+
+
+def _boxed_number(reply: str) -> int | None:
+    plain = unwrapped(boxed(reply) or "").strip(" \t\n$*.")
+    number = _NUMBER.fullmatch(plain)
+    return int(number[1]) if number else None
+
+
+def _verdict(reply: str) -> bool | None:
+    inner = boxed(reply)
+    if inner is None:
+        inner = _conclusion(reply) or ""
+    return _VERDICTS.get(normalise(inner))
+
+
+def _conclusion(reply: str) -> str | None:
+    """What stands in the last `<conclusion>..</conclusion>`, None without one."""
+    spans = [span for _, span in between(reply, "<conclusion>", "</conclusion>")]
+    return reply[slice(*spans[-1])] if spans else None
+
+
+class _Analysis(NamedTuple):
+    number: int
+    section: str | None  # the title that it stands below
+    text: str
+
+
+def _analyses(reply: str) -> tuple[list[_Analysis], str]:
+    """What stands in `<analysis_i>..</analysis_i>`, in order, and the text around that."""
+    analyses: list[_Analysis] = []
+    around: list[str] = []
+    section, done = None, 0
+    mark = r"analysis_([0-9]{1,6})>"
+    for number, (start, end) in between(reply, f"<{mark}", f"</{mark}"):
+        around.append(reply[done : start - len(f"<analysis_{number}>")])
+        titles = _TITLE.findall(around[-1])
+        section = titles[-1] if titles else section
+        analyses.append(_Analysis(int(number), section, reply[start:end]))
+        done = end + len(f"</analysis_{number}>")
+    return analyses, "".join([*around, reply[done:]])
 
 
 @dataclass(frozen=True)
@@ -200,19 +241,56 @@ class Critique:
     ignored: int
 
 
-def parse_critique(text: str, num_steps: int) -> Critique:
+def parse_critique(text: str, num_steps: int, kinds: Sequence[Kind] = ()) -> Critique:
     """Analyses in `<analysis_i>` tags, matched to steps by index: judges skip and add some even when all is right.
 
     The verdict on the whole stands outside the tags. "Correct" vouches for steps without an analysis; a verdict that
     contradicts the analyses, or "incorrect" without a wrong step, leaves the first error unparsed. Two analyses of one
     step that differ cancel out.
+
+    Replies in the form of VL-PRM300K's judge are read too. It counts from 1, anew below each title of `SECTIONS`, and
+    gives one verdict, in `<conclusion>`. It stops at the first error: after "Incorrect" its last analysis is that of
+    the first wrong step.
+
+    Args:
+        kinds: of the steps, where known: number k of a section is the k-th step of its kind. Without them analyses
+            below titles have no place, and only "Correct" says something of the steps.
     """
+    analyses, around = _analyses(without_thinking(text))
+    overall = _verdict(around)
+    concluded = boxed(around) is None and _conclusion(around) is not None
+    restarts = concluded or any(a.section for a in analyses)
+    base = int(restarts and all(a.number > 0 for a in analyses))
+    places = [_place(a.number - base, a.section, kinds) for a in analyses]
+    own = [_verdict(a.text) for a in analyses]
+    if concluded and all(v is None for v in own):
+        own = _by_conclusion(places, overall)
     verdicts: dict[int, set[bool | None]] = {}
-    for index, analysis in _ANALYSIS.findall(text):
-        verdicts.setdefault(int(index), set()).add(parse_verdict(analysis))
-    overall = parse_verdict(_ANALYSIS.sub("", text))
+    for place, verdict in zip(places, own, strict=True):
+        if place is not None:
+            verdicts.setdefault(place, set()).add(verdict)
     labels = tuple(_single(verdicts.get(t, set())) for t in range(num_steps))
-    return Critique(labels, overall, _first_error(labels, overall), sum(t >= num_steps for t in verdicts))
+    if concluded and overall and not verdicts:
+        labels = (1.0,) * num_steps
+    ignored = sum(t >= num_steps for t in verdicts) + places.count(None)
+    return Critique(labels, overall, _first_error(labels, overall), ignored)
+
+
+def _place(index: int, section: str | None, kinds: Sequence[Kind]) -> int | None:
+    """The step that the analysis with this index of a section is about, None where that is unknown."""
+    if section is None:
+        return index
+    steps = [step for step, kind in enumerate(kinds) if kind == SECTIONS[section]]
+    return steps[index] if index < len(steps) else None
+
+
+def _by_conclusion(places: Sequence[int | None], overall: bool | None) -> list[bool | None]:
+    """Verdicts of analyses that say none themselves, by a judge that stops at the first error."""
+    known = [place for place in places if place is not None]
+    if overall is None or any(later <= earlier for earlier, later in pairwise(known)):
+        return [None] * len(places)  # not in the order of the steps: which one is the last?
+    before: list[bool | None] = [True] * (len(places) - 1)
+    return [*before, overall] if places else []
 
 
 def _single(verdicts: set[bool | None]) -> float | None:

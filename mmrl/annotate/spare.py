@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmrl.annotate.labels import Labels
+from mmrl.rewards.answer_text import without_thinking
 
 _OBJECT = re.compile(r"\{[^{}]*")  # up to the next brace: a reply that was cut off still gives its last item
 _STEP = re.compile(r"""["']?student_step["']?\s*[:=]\s*["']?(?:step\s*)?(\d{1,6})\b""", re.IGNORECASE)
@@ -23,7 +24,7 @@ def read_spare(text: str, num_steps: int) -> Labels | None:
     all wrong.
     """
     found: dict[int, bool] = {}
-    for item in _items(text):
+    for item in _items(without_thinking(text)):
         step, label = _step(item.get("student_step")), item.get("label")
         if step is not None and 1 <= step <= num_steps and isinstance(label, str):
             found[step] = found.get(step, True) and label.strip().upper() == "CORRECT"

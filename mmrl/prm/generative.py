@@ -14,6 +14,7 @@ from torch import Tensor
 from mmrl.capabilities import Extender
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section, declares, of_kind
+from mmrl.rewards.answer_text import reply_spans
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, State
 
@@ -22,6 +23,11 @@ ASK = (
     "Is the last step right, given what stands before it? End with \\boxed{{Yes}} or \\boxed{{No}}."
 )
 VERDICT = "\\boxed{"
+# the words between which an analysis chooses at its verdict: in a box, or as VL-PRM300K's judge in its conclusion
+CHOICES = (("Yes", "No"), ("yes", "no"), ("Correct", "Incorrect"), ("correct", "incorrect"))
+_VERDICT = re.compile(
+    r"(?:\\(?:boxed|fbox)\s*+\{|<conclusion>)[\s$*]*+(?:\\[a-z]++\s*+\{\s*+)?+(?P<word>\w*+)\s*+(?P<end>\}|</conclusion>)?"
+)
 
 
 class Chooser(Extender, Protocol):
@@ -125,15 +131,20 @@ class GenerativePrm:
             return self._verdicts([State(s.prompt, (VERDICT,)) for s in states])
         readings = self.policy.extend(states, self.samples, seed=self.seed)
         analyses = [(i, "".join(c.steps)) for i, said in enumerate(readings) for c in said]
-        found = [(i, text[: text.rindex(VERDICT) + len(VERDICT)]) for i, text in analyses if _has_verdict(text)]
+        read: dict[tuple[str, str], list[tuple[int, State]]] = {}
+        for i, text in analyses:
+            stated = stated_verdict(text)
+            if stated is not None:
+                start, choices = stated
+                read.setdefault(choices, []).append((i, State(states[i].prompt, (text[:start],))))
         total = torch.zeros(len(states), dtype=torch.float64)
-        if found:
-            p = self._verdicts([State(states[i].prompt, (text,)) for i, text in found])
+        for choices, found in read.items():
+            p = self._verdicts([state for _, state in found], choices)
             total.index_add_(0, torch.tensor([i for i, _ in found]), p)
         return total / self.samples
 
-    def _verdicts(self, states: Sequence[State]) -> Tensor:
-        logp = self.policy.choice_logps(states, ("Yes", "No")).double()
+    def _verdicts(self, states: Sequence[State], choices: tuple[str, str] = CHOICES[0]) -> Tensor:
+        logp = self.policy.choice_logps(states, choices).double()
         return logp.softmax(1)[:, 0]
 
     def _prompt(self, prompt: Prompt, steps: Sequence[str]) -> Prompt:
@@ -151,6 +162,11 @@ class GenerativePrm:
         return scores
 
 
-def _has_verdict(text: str) -> bool:
-    """Whether the text ends in a boxed Yes or No, exactly one."""
-    return len(re.findall(r"\\boxed\{(?:Yes|No)\}", text)) == 1 and text.count(VERDICT) == 1
+def stated_verdict(text: str) -> tuple[int, tuple[str, str]] | None:
+    """Where the verdict of an analysis begins, and the two words of `CHOICES` that stand to choice there; None unless
+    its reply, the text without the thinking, holds exactly one box or conclusion and that is a verdict."""
+    found = [mark for start, end in reply_spans(text) for mark in _VERDICT.finditer(text, start, end)]
+    if len(found) != 1 or found[0]["end"] is None:
+        return None
+    choices = next((pair for pair in CHOICES if found[0]["word"] in pair), None)
+    return None if choices is None else (found[0].start("word"), choices)

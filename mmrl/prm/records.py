@@ -9,6 +9,12 @@ from typing import Any, Literal
 from mmrl.rollout import Prompt
 
 Kind = Literal["perception", "reasoning", "answer", "reflection", "unknown"]
+# titles of a solution's sections (VL-PRM300K); steps and analyses of them are numbered from 1 in each
+SECTIONS: Mapping[str, Kind] = {
+    "Visual Elements": "perception",
+    "Perception": "perception",
+    "Reasoning": "reasoning",
+}
 
 
 @dataclass(frozen=True)

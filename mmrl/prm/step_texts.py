@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Literal
 
 from mmrl.prm.records import Kind
+from mmrl.tags import between
 
 Layout = Literal[
     "double_newline", "newline", "numbered", "tags", "sectioned_tags", "headers", "special_tokens", "paragraph_tags"
@@ -122,16 +123,28 @@ def read_numbered_tags(text: str, tag: str) -> dict[int, str]:
     return out
 
 
+def header_parts(text: str) -> list[tuple[str, str]]:
+    """(name, stripped text) of every part of a text in R1-VL's layout (`headers`), in order, whatever is missing.
+
+    A part ends at the next `###`. The heading of the steps, which says nothing itself, is left out.
+    """
+    parts: list[tuple[str, str]] = []
+    for header in _HEADER.finditer(text):
+        end = text.find("###", header.end())
+        if header["name"]:
+            parts.append((header["name"], text[header.end() : end if end >= 0 else None].strip()))
+    return parts
+
+
 # --- readers and writers, one pair per format ----------------------------------------------------------------------
 
 _LETS_THINK = "Let's think step by step."
+# headers stand on a line of their own or, where a model writes no line breaks, inside one
 _HEADER = re.compile(
-    r"^### (?:(?P<name>Image Description|Rationales|Step (?P<k>[0-9]{1,6})|The final answer is):"
-    rf"|{re.escape(_LETS_THINK)})",
-    re.MULTILINE,
+    r"(?<!#)### (?:(?P<name>Image Description|Rationales|Step (?P<k>[0-9]{1,6})|The final answer is):"
+    rf"|{re.escape(_LETS_THINK)})"
 )
 _NUMBER = re.compile(r"(?P<line>^)?(?<!\S)(?:Step (?P<k>[0-9]{1,6}):|(?P<answer>†Answer:))", re.MULTILINE)
-_COS_STEP = re.compile(r"<\|reasoning_step_start\|>(.*?)<\|reasoning_step_end\|>", re.DOTALL)
 
 
 def _trim(text: str, start: int, end: int, what: str) -> tuple[int, int]:
@@ -194,32 +207,33 @@ def _read_numbered(text: str) -> Iterator[ParsedStep]:
 
 
 def _read_tags(text: str) -> Iterator[ParsedStep]:
-    found = list(re.finditer(r"<(step|answer)>(.*?)</\1>", text, re.DOTALL))
-    kinds = [m[1] for m in found]
+    found = list(between(text, "<(step|answer)>", "</(step|answer)>"))
+    kinds = [name for name, _ in found]
     if "step" not in kinds or kinds.count("answer") != 1 or kinds[-1] != "answer":
         raise StepParseError(f"tags hold {kinds}; expected one or more <step> and then one <answer>, each closed")
-    for index, m in enumerate(found):
-        kind: Kind = "answer" if m[1] == "answer" else "reasoning"
-        yield _step(text, _trim(text, *m.span(2), f"<{m[1]}> {index}"), index, kind)
+    for index, (name, span) in enumerate(found):
+        kind: Kind = "answer" if name == "answer" else "reasoning"
+        yield _step(text, _trim(text, *span, f"<{name}> {index}"), index, kind)
 
 
 def _numbered_tags(text: str, tag: str, start: int, end: int) -> list[tuple[int, int, int]]:
-    """(number, start, end) of `<tag_k>..</tag_k>` in text[start:end]; the back reference keeps mixed pairs out."""
-    pattern = re.compile(rf"<{re.escape(tag)}_([0-9]{{1,6}})>(.*?)</{re.escape(tag)}_\1>", re.DOTALL)
-    return [(int(m[1]), *_trim(text, *m.span(2), f"<{tag}_{m[1]}>")) for m in pattern.finditer(text, start, end)]
+    """(number, start, end) of `<tag_k>..</tag_k>` in text[start:end], both with the same number."""
+    name = rf"{re.escape(tag)}_([0-9]{{1,6}})"
+    found = between(text, f"<{name}>", f"</{name}>", start, end)
+    return [(int(number), *_trim(text, *span, f"<{tag}_{number}>")) for number, span in found]
 
 
 def _read_sectioned(text: str) -> Iterator[ParsedStep]:
     visual, reasoning = text.find("[Visual Elements]"), text.find("[Reasoning]")
-    answer = re.search(r"<correct_answer>(.*?)</correct_answer>", text, re.DOTALL)
-    if answer is None or not 0 <= visual < reasoning < answer.start():
+    _, answer = next(between(text, "<correct_answer>", "</correct_answer>"), ("", (-1, -1)))
+    if not 0 <= visual < reasoning < answer[0]:
         raise StepParseError(
             "expected [Visual Elements], [Reasoning] and <correct_answer>, each present, in this order"
         )
     index = 0
     sections: tuple[tuple[str, Kind, int, int], ...] = (
         ("Visual Elements", "perception", visual, reasoning),
-        ("Reasoning", "reasoning", reasoning, answer.start()),
+        ("Reasoning", "reasoning", reasoning, answer[0]),
     )
     for section, kind, start, end in sections:
         found = sorted(_numbered_tags(text, "step", start, end))
@@ -229,7 +243,7 @@ def _read_sectioned(text: str) -> Iterator[ParsedStep]:
         for _, a, b in found:
             yield _step(text, (a, b), index, kind, section)
             index += 1
-    yield _step(text, _trim(text, *answer.span(1), "<correct_answer>"), index, "answer")
+    yield _step(text, _trim(text, *answer, "<correct_answer>"), index, "answer")
 
 
 def _read_headers(text: str) -> Iterator[ParsedStep]:
@@ -260,20 +274,19 @@ def _read_headers(text: str) -> Iterator[ParsedStep]:
         index += 1
 
 
+def _marks(part: str) -> tuple[str, str]:
+    return rf"<\|{part}_start\|>", rf"<\|{part}_end\|>"
+
+
 def _read_special(text: str) -> Iterator[ParsedStep]:
-    frame = re.search(
-        r"<\|reasoning_start\|>(.*?)<\|reasoning_end\|>\s*<\|answer_start\|>(.*?)<\|answer_end\|>", text, re.DOTALL
-    )
-    if frame is None:
+    _, chain = next(between(text, *_marks("reasoning")), ("", (-1, 0)))
+    _, answer = next(between(text, *_marks("answer"), chain[1]), ("", (0, 0)))
+    # only blanks stand between the two
+    if "".join(text[chain[1] : answer[0]].split()) != "<|reasoning_end|><|answer_start|>":
         raise StepParseError("expected <|reasoning_start|>..<|reasoning_end|> and <|answer_start|>..<|answer_end|>")
     index = 0
-    for k, outer in enumerate(_COS_STEP.finditer(text, *frame.span(1)), start=1):
-        parts = {
-            m[1]: m.span(2)
-            for m in re.compile(
-                r"<\|reasoning_step_(name|thought|reflection)_start\|>(.*?)<\|reasoning_step_\1_end\|>", re.DOTALL
-            ).finditer(text, *outer.span(1))
-        }
+    for k, (_, outer) in enumerate(between(text, *_marks("reasoning_step"), *chain), start=1):
+        parts = dict(between(text, *_marks("reasoning_step_(name|thought|reflection)"), *outer))
         if not {"name", "thought"} <= parts.keys():
             raise StepParseError(f"step {k} has the parts {sorted(parts)}; it needs a name and a thought")
         name = text[slice(*_trim(text, *parts["name"], f"the name of step {k}"))]
@@ -285,7 +298,7 @@ def _read_special(text: str) -> Iterator[ParsedStep]:
             index += 1
     if not index:
         raise StepParseError("no <|reasoning_step_start|> between <|reasoning_start|> and <|reasoning_end|>")
-    yield _step(text, _trim(text, *frame.span(2), "the answer"), index, "answer")
+    yield _step(text, _trim(text, *answer, "the answer"), index, "answer")
 
 
 def _read_paragraphs(text: str) -> Iterator[ParsedStep]:

@@ -14,7 +14,7 @@ from mmrl.annotate.direct import LabelAsk, parse_labels
 from mmrl.annotate.judge import BEST_GRADE, judge_prompt, parse_grade, parse_severities
 from mmrl.capabilities import Extender, policy_section, require
 from mmrl.credit.steps import VoteRule, judged_wrong
-from mmrl.prm.records import reference_solution
+from mmrl.prm.records import plain_steps, reference_solution
 from mmrl.prm.scoring import admitted
 from mmrl.readings.base import ReadingContext, Values
 from mmrl.registry import build_section, of_kind, register
@@ -83,7 +83,7 @@ class JudgeReading:
         unread = self.votes * (len(paths) - len(leaves))
         for leaf, own in zip(leaves, replies, strict=True):
             for reply in own:
-                verdicts = self._read("".join(reply.steps), leaf, paths[leaf])
+                verdicts = self._read("".join(reply.steps), leaf, paths[leaf], rollout.texts)
                 unread += not verdicts
                 for step, verdict in verdicts.items():
                     said[step].append(verdict)
@@ -106,7 +106,7 @@ class JudgeReading:
         )  # within its prompt, whoever is near
         return Prompt(f"{prompt.id}/judge/{place}", {**prompt.inputs, "question": text})
 
-    def _read(self, reply: str, leaf: int, path: Sequence[int]) -> dict[int, float]:
+    def _read(self, reply: str, leaf: int, path: Sequence[int], texts: Sequence[str]) -> dict[int, float]:
         """Step -> verdict of one reply; empty when it cannot be read."""
         if self.ask == "aspect":
             grade = parse_grade(reply)
@@ -115,7 +115,7 @@ class JudgeReading:
         if self.ask == "severity":
             verdicts = parse_severities(reply, len(path))
         else:
-            labels = parse_labels(reply, len(path), self.form)
+            labels = parse_labels(reply, plain_steps([texts[v] for v in path]), self.form)
             verdicts = None if labels is None else [None if y is None else 1.0 - y for y in labels]
         return {v: float(y) for v, y in zip(path, verdicts or [None] * len(path), strict=True) if y is not None}
 

@@ -7,42 +7,51 @@ import string
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-_THINKING = ("think", "thinking", "thought", "reasoning")
-_THINKING_TAG = re.compile(rf"<(/?)(?:{'|'.join(_THINKING)})>|\[(/?)THINK\]", re.IGNORECASE)
-_TAGS = (
-    ("<answer>", "</answer>"),
-    ("<correct_answer>", "</correct_answer>"),
-    ("<|answer_start|>", "<|answer_end|>"),
+# <think>, <seed:think>, [THINK], ◁think▷ (Kimi-VL), <|begin_of_thought|>: what is written before the reply
+_THINKING_TAG = re.compile(
+    r"<(?P<xml>/?)(?:seed:)?(?:think|thinking|thought|thoughts|reasoning)>|\[(?P<square>/?)THINK\]"
+    r"|◁(?P<triangle>/?)think▷|<\|(?P<token>begin|end)_of_thought\|>",
+    re.IGNORECASE,
 )
+_ANSWER_TAGS = ("<answer>", "</answer>")
+_TAGS = (_ANSWER_TAGS, ("<correct_answer>", "</correct_answer>"), ("<|answer_start|>", "<|answer_end|>"))
 _HEADER = "### The final answer is:"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 # "answer: 5", "the answer is 5", "the answer to the question is 5"; the last such words of a line count
 _ANSWER_WORD = re.compile(r"(?<![</|_])\banswer\b|答案", re.IGNORECASE)
-_ANSWER_TAIL = re.compile(r"(?:\s+(?:to|of|for)\b.*?\bis\b|\s+is\b|是|为)?\s*[:=：]?\s*(\S.*)$", re.IGNORECASE)
+_ANSWER_TAIL = re.compile(
+    r"(?:\s+(?:to|of|for)\b.*?\bis\b|\s+(?:is|(?:would|must|should) be)\b|是|为)?\s*[:=：]?\s*(\S.*)$", re.IGNORECASE
+)
 
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 
-def without_thinking(text: str) -> str:
-    """The reply: what stands outside of `<think> .. </think>` (also thinking, thought, reasoning and [THINK]).
+def reply_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of the parts of a completion that are its reply: what stands outside of the thinking.
 
-    A template may have opened the thinking, so everything before a closing mark that nothing opened is thinking; a
-    thinking that is not closed, since the completion was cut, goes to the end.
+    Thinking is `<think> .. </think>` (also thinking, thought, reasoning, [THINK], ◁think▷ and other marks in use). A
+    template may have opened it, so everything before a closing mark that nothing opened is thinking; one that is not
+    closed, since the completion was cut, goes to the end.
     """
-    kept: list[str] = []
+    spans: list[tuple[int, int]] = []
     start, opened = 0, False
     for tag in _THINKING_TAG.finditer(text):
-        closing = "/" in tag.groups("")
+        closing = tag.group("xml", "square", "triangle").count("/") > 0 or (tag["token"] or "").lower() == "end"
         if closing and not opened:
-            kept.clear()
+            spans.clear()
         elif not closing and not opened:
-            kept.append(text[start : tag.start()])
+            spans.append((start, tag.start()))
         opened = not closing
         if closing:
             start = tag.end()
     if not opened:
-        kept.append(text[start:])
-    return "".join(kept)
+        spans.append((start, len(text)))
+    return spans
+
+
+def without_thinking(text: str) -> str:
+    """The reply of a completion, see `reply_spans`: the one step that comes before anything is read out of it."""
+    return "".join(text[start:end] for start, end in reply_spans(text))
 
 
 def extract_answer(text: str) -> str | None:
@@ -59,9 +68,14 @@ def extract_answer(text: str) -> str | None:
     for find_form in (_tagged, _after_header, boxed, _last_line):
         answer = find_form(reply)
         if answer is not None and answer.strip():
-            inner = boxed(answer)
-            return (answer if inner is None else inner).strip()
+            return unboxed(answer)
     return None
+
+
+def unboxed(answer: str) -> str:
+    """An answer without the box that it may stand in."""
+    inner = boxed(answer)
+    return (answer if inner is None else inner).strip()
 
 
 def boxed(text: str) -> str | None:
@@ -77,13 +91,18 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def answer_in_tags(reply: str) -> str | None:
+    """What stands in the last closed `<answer>..</answer>` of a reply, None without one."""
+    return _inside(reply, *_ANSWER_TAGS)
+
+
 def _tagged(text: str) -> str | None:
-    for opening, closing in _TAGS:
-        end = text.rfind(closing)
-        start = text.rfind(opening, 0, max(end, 0))
-        if start >= 0:
-            return text[start + len(opening) : end]
-    return None
+    return next((answer for tags in _TAGS if (answer := _inside(text, *tags)) is not None), None)
+
+
+def _inside(text: str, opening: str, closing: str) -> str | None:
+    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
+    return text[start + len(opening) : text.index(closing, start)] if start >= 0 else None
 
 
 def _after_header(text: str) -> str | None:
@@ -96,7 +115,7 @@ def _last_line(text: str) -> str | None:
     for word in reversed(list(_ANSWER_WORD.finditer(line))):
         stated = _ANSWER_TAIL.match(line, word.end())
         if stated:
-            return stated.group(1).strip().removesuffix(".")
+            return stated.group(1).strip().removesuffix(".").removesuffix("。")
     return None
 
 
@@ -108,8 +127,10 @@ def final_line(text: str) -> str:
 # ---- normal form ----------------------------------------------------------------------------------------------------
 
 _SPACES = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\ ", "$", "\\(", "\\)", "\\[", "\\]", "**")
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20, 0x2212: 0x2D}
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|operatorname)\s*\{([^{}]*)\}")
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20, 0x2212: 0x2D}
+_WRAPPER_OR_BRACE = re.compile(
+    r"(\\(?:text(?:bf|it|rm|sf|tt|sc|normal)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname\*?)\s*+\{)|(?<!\\)[{}]"
+)
 _EMPTY_SET = re.compile(r"\\(?:varnothing|emptyset)(?![a-zA-Z])|∅|\\\{\s*\\\}")
 # "1,234", "1\,234" and "1{,}234" group the digits of one number; "1, 234" is a list
 _GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\\,|\\!|\{,\})\d{3})+)(?!\d)")
@@ -127,7 +148,7 @@ def normalise(answer: str) -> str:
     nothing (007, 5.0, .50), fractions of plain numbers (`\frac12` is 1/2, `1\frac12` is 1 1/2), the empty set.
     Units, percent signs and algebra are left alone.
     """
-    text = answer.translate(_FULL_WIDTH).replace("\\%", "%").replace("\\$", "")
+    text = answer.translate(FULL_WIDTH).replace("\\%", "%").replace("\\$", "")
     text = _EMPTY_SET.sub("∅", text)
     text = _GROUPED.sub(lambda m: m.group(1) + re.sub(r"\D", "", m.group(2)), text)
     for token in _SPACES:
@@ -148,10 +169,19 @@ def normalise(answer: str) -> str:
 
 
 def unwrapped(text: str) -> str:
-    r"""The text with the content of `\text{..}`, `\mathrm{..}` and their like in place of them."""
-    while (inner := _WRAPPER.sub(r"\1", text)) != text:
-        text = inner
-    return text
+    r"""The text with the content of `\text{..}`, `\mathrm{..}` and their like in place of them, however nested."""
+    opened: list[re.Match[str]] = []
+    dropped: list[tuple[int, int]] = []
+    for mark in _WRAPPER_OR_BRACE.finditer(text):
+        if mark[0] != "}":
+            opened.append(mark)
+        elif opened and (opening := opened.pop())[1]:
+            dropped += [opening.span(), mark.span()]
+    kept, done = [], 0
+    for start, end in sorted(dropped):
+        kept.append(text[done:start])
+        done = end
+    return "".join([*kept, text[done:]])
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -276,7 +306,7 @@ def _interval(text: str) -> str | None:
 _LETTER_ALONE = re.compile(r"\W*([A-Za-z])\W*")
 _LETTER_FIRST = re.compile(r"\s*\(?([A-Z])[.):]\s+")
 _LETTER_SAID = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s+is)?\s*[:=]?\s*(?:option\s+)?\(?([A-Z])\b(?!')", re.IGNORECASE
+    r"\b(?:answer|option|choice)\b(?:\s++is)?+\s*+[:=]?+\s*+(?:option\s++)?+\(?+([A-Z])\b(?!')", re.IGNORECASE
 )
 _LETTER_MARKED = re.compile(r"\(([A-Za-z])\)|(?<!\S)([A-Z])[.):](?!\S)")
 
@@ -290,7 +320,7 @@ def choice_letter(text: str, options: Sequence[str] | None = None) -> str | None
     Args:
         options: their texts, with or without the letter in front; None allows every letter and looks for no text.
     """
-    text = unwrapped(text.translate(_FULL_WIDTH))
+    text = unwrapped(text.translate(FULL_WIDTH))
     texts = None if options is None else [option_text(o) for o in options]
     letters_of_options = string.ascii_uppercase[: 26 if texts is None else len(texts)]
     for form in (_whole, _said, _marked, _contained):

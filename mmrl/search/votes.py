@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from mmrl.rewards.answer_text import choice_letter, extract_answer, normalise
+from mmrl.rewards.answer_text import choice_letter, extract_answer, final_line, normalise
 from mmrl.rollout import Prompt
 from mmrl.search.core import best
 
@@ -29,7 +29,7 @@ def canonical_answer(prompt: Prompt, text: str) -> str | None:
     """
     options = prompt.inputs.get("options")
     if options:
-        return choice_letter(extract_answer(text) or text.rstrip().rpartition("\n")[2], options)
+        return choice_letter(extract_answer(text) or final_line(text), options)
     stated = extract_answer(text)
     if stated is None:
         return None

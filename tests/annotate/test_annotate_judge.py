@@ -1,13 +1,17 @@
 import pytest
 
+from mmrl.annotate.direct import parse_labels
 from mmrl.annotate.judge import (
     judge_prompt,
     paragraphs,
     parse_critique,
     parse_first_error,
+    parse_grade,
+    parse_severities,
     parse_verdict,
 )
 from mmrl.annotate.spare import read_spare
+from mmrl.prm.records import Step
 
 
 def test_paragraphs_count_from_zero():
@@ -26,9 +30,12 @@ def test_prompts_hold_question_and_steps(ask):
 
 
 @pytest.mark.parametrize("text, want", [
-    ("so \\boxed{2}.", 2), ("\\boxed{0} no, \\boxed{ -1 }", -1), ("\\boxed{1} then \\boxed{\\text{2}}", 1),
+    ("so \\boxed{2}.", 2), ("\\boxed{0} no, \\boxed{ -1 }", -1), ("\\boxed{1} then \\boxed{\\text{2}}", 2),
     ("\\boxed{two}", None), ("\\boxed{}", None), ("no box, 3", None), ("\\boxed{1.0}", None), ("", None),
     ("\\boxed{" + "9" * 5000 + "}", None), ("\\boxed{1} but \\boxed{x}", None),
+    ("\\boxed {2}", 2), ("\\boxed{ 2 }", 2), ("\\fbox{2}", 2), ("\\boxed{\\text{ 2 }}", 2), ("$\\boxed{$2$}$", 2),
+    ("\\boxed{\\text{paragraph 2}}", 2), ("\\boxed{paragraph_2}", 2), ("<think>\\boxed{1}</think> \\boxed{2}", 2),
+    ("<think>\\boxed{1} and cut off", None), ("◁think▷\\boxed{1}◁/think▷ none: \\boxed{-1}", -1), ("\\boxed{2, 3}", None),
 ])  # fmt: skip
 def test_first_error(text, want):
     assert parse_first_error(text) == want
@@ -43,7 +50,9 @@ def test_first_error_must_exist():
 
 @pytest.mark.parametrize("text, want", [
     ("\\boxed{Yes}", True), ("\\boxed{\\text{No}}", False), ("\\boxed{Correct}.", True), ("\\boxed{incorrect}", False),
-    ("\\boxed{maybe}", None), ("correct", None),
+    ("\\boxed{maybe}", None), ("correct", None), ("<conclusion>\nCorrect\n</conclusion>", True),
+    ("<conclusion>Incorrect.</conclusion>", False), ("<conclusion>Correct", None), ("<conclusion>both</conclusion>", None),
+    ("<think>\\boxed{No}</think> <conclusion>Correct</conclusion>", True), ("\\boxed{ \\text{ No } }", False),
 ])  # fmt: skip
 def test_verdict(text, want):
     assert parse_verdict(text) is want
@@ -79,6 +88,70 @@ def test_critique_of_steps_that_do_not_exist():
     assert parse_critique(analysis(0, "correct") + analysis(7, "incorrect"), 1).ignored == 1
 
 
+P, R, U = "perception", "reasoning", "unknown"
+
+
+def sections(visual, reasoning, verdict):
+    """A reply of VL-PRM300K's judge: analyses that say nothing themselves, numbered from 1 in each section."""
+    parts = {"Visual Elements": visual, "Reasoning": reasoning}
+    said = [f"[{title}]\n" + "".join(f"<analysis_{k}>\nI see.\n</analysis_{k}>\n" for k in numbers)
+            for title, numbers in parts.items()]  # fmt: skip
+    return "\n".join(said) + f"\n<conclusion>\n{verdict}\n</conclusion>"
+
+
+@pytest.mark.parametrize("text, labels, first", [
+    (sections([1, 2], [1, 2], "Correct"), (1, 1, 1, 1), -1),
+    (sections([1], [1, 2], "Correct"), (1, None, 1, 1), -1),  # an analysis less than steps
+    (sections([1, 2], [1], "Incorrect"), (1, 1, 0, None), 2),
+    (sections([1], [], "Incorrect"), (0, None, None, None), 0),
+    (sections([1, 2], [1, 2], "Incorrect"), (1, 1, 1, 0), 3),
+    (sections([1, 2], [2], "Incorrect"), (1, 1, None, 0), None),  # nothing is said of a step before it
+    (sections([2, 1], [], "Incorrect"), (None, None, None, None), None),  # which one is the last?
+    (sections([1, 2], [1, 7], "Incorrect"), (1, 1, 1, None), None),  # there is no such step
+    (sections([1, 2], [1, 2], "Perhaps"), (None, None, None, None), None),
+    (sections([], [], "Correct"), (1, 1, 1, 1), -1),
+    (sections([], [], "Incorrect"), (None, None, None, None), None),
+    ("<think>" + sections([1], [], "Incorrect") + "</think>" + sections([1, 2], [1, 2], "Correct"), (1, 1, 1, 1), -1),
+    ("[Perception]\n" + analysis(1, "correct") + analysis(2, "correct") + "[Reasoning]\n" + analysis(1, "incorrect")
+     + "<conclusion>Incorrect</conclusion>", (1, 1, 0, None), 2),
+    ("[Visual Elements]\n" + analysis(1, "correct") + "[Reasoning]\n" + analysis(1, "correct"), (1, None, 1, None), None),
+])  # fmt: skip
+def test_critiques_that_count_anew_in_every_section(text, labels, first):
+    c = parse_critique(text, 4, [P, P, R, R])
+    assert (c.labels, c.first_error) == (labels, first)
+
+
+def test_a_title_inside_an_analysis_is_no_section():
+    text = "[Visual Elements]\n<analysis_1>\n[Reasoning]\nfine</analysis_1><analysis_2>no</analysis_2>"
+    assert parse_critique(text + "<conclusion>Incorrect</conclusion>", 3, [P, P, R]).labels == (1, 0, None)
+
+
+def test_sections_of_steps_of_unknown_kind_have_no_place():
+    c = parse_critique(sections([1, 2], [1], "Incorrect"), 4, [U] * 4)
+    assert (c.labels, c.overall, c.first_error, c.ignored) == ((None,) * 4, False, None, 3)
+    assert parse_critique(sections([1, 2], [1, 2], "Correct"), 4).labels == (1, 1, 1, 1)
+
+
+def test_a_conclusion_without_sections_counts_from_one():
+    text = "<analysis_1>a</analysis_1><analysis_2>b</analysis_2><conclusion>Incorrect</conclusion>"
+    assert parse_critique(text, 3).labels == (1, 0, None)
+    assert parse_critique(text.replace("_2", "_0").replace("_1", "_5"), 3).labels == (None, None, None)
+    assert parse_critique(text.replace("_1", "_0").replace("_2", "_1"), 3).labels == (1, 0, None)
+
+
+def test_labels_of_a_judge_reach_the_steps_of_their_section():
+    steps = [Step("a", P), Step("b", P), Step("c", R)]
+    assert parse_labels(sections([1, 2], [1], "Incorrect"), steps, "critique") == (1, 1, 0)
+    assert parse_labels(sections([1, 2], [1], "Perhaps"), steps, "critique") is None
+    assert parse_labels("<think>\\boxed{0}</think>\\boxed{2}", steps, "first_error") == (1, 1, 0)
+
+
+def test_severities_in_the_thinking_are_no_verdict():
+    text = "<think>" + analysis(0, "critical") + "</think>" + analysis(0, "minor")
+    assert parse_severities(text, 2) == (1, None)
+    assert parse_grade("<think>\\boxed{2}</think>\\boxed{\\text{7}}") == 7
+
+
 def spare(*items):
     return "[" + ", ".join(f'{{"student_step": {s}, "label": "{y}"}}' for s, y in items) + "]"
 
@@ -97,6 +170,11 @@ def test_spare_examples():
 ])  # fmt: skip
 def test_spare_is_read_leniently(text):
     assert read_spare(text, 2) == (1, 0)
+
+
+def test_spare_reads_the_reply_alone():
+    assert read_spare("<think>" + spare((1, "INCORRECT")) + "</think>" + spare((1, "CORRECT")), 1) == (1,)
+    assert read_spare("<think>" + spare((1, "INCORRECT")), 1) is None
 
 
 def test_spare_leaves_out_what_it_cannot_place():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmrl.prm.data import solution_forest
-from mmrl.prm.generative import VERDICT, GenerativePrm
+from mmrl.prm.generative import CHOICES, VERDICT, GenerativePrm, stated_verdict
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.scoring import load_scorer, score_records, score_solutions
 from mmrl.rollout import Continuation, Prompt, State
@@ -31,7 +31,10 @@ class Judge:
         return [p for p in prompts if "unfit" not in p.inputs["question"]]
 
     def choice_logps(self, states, choices):
-        assert tuple(choices) == ("Yes", "No") and all(s.text.endswith(VERDICT) for s in states)
+        if self.script:
+            assert tuple(choices) in CHOICES
+        else:
+            assert tuple(choices) == ("Yes", "No") and all(s.text.endswith(VERDICT) for s in states)
         self.asked += states
         steps = [s.prompt.inputs["question"].split("\n\nIs the last")[0].split("\n\n")[-1] for s in states]
         return torch.tensor([self.table.get(t, (0.5, 0.5)) for t in steps]).log()
@@ -76,13 +79,26 @@ def test_blank_steps_have_no_score():
 @pytest.mark.parametrize(
     "said, counted",
     [("fine, \\boxed{Yes}", True), ("\\boxed{No}.", True), ("nonsense", False), ("\\boxed{maybe}", False),
-     ("\\boxed{Yes} or \\boxed{No}", False), ("\\boxed{Yes} \\boxed{2}", False), ("", False), ("\\boxed{", False)],
+     ("\\boxed{Yes} or \\boxed{No}", False), ("\\boxed{Yes} \\boxed{2}", False), ("", False), ("\\boxed{", False),
+     ("\\boxed{ Yes }", True), ("\\boxed {\\text{No}}", True), ("\\boxed{yes}", True), ("\\boxed{Yes", False),
+     ("<think>\\boxed{No}</think>\\boxed{Yes}", True), ("<think>\\boxed{Yes} and cut off", False),
+     ("<conclusion>\nIncorrect\n</conclusion>", True), ("<conclusion>Correct</conclusion> \\boxed{Yes}", False)],
 )  # fmt: skip
 def test_an_analysis_without_one_verdict_counts_as_wrong(said, counted):
     """Never as missing, or a broken form would be rewarded (prm.md, C5)."""
     judge = Judge({"a": (0.8, 0.2)}, script=[said])
     assert one(judge, ["a"], samples=1) == [pytest.approx(0.8 if counted else 0.0)]
     assert len(judge.asked) == counted
+
+
+@pytest.mark.parametrize("said, before, choices", [
+    ("<think>\\boxed{No}</think>so \\boxed{ Yes }", "<think>\\boxed{No}</think>so \\boxed{ ", ("Yes", "No")),
+    ("\\boxed{\\text{no}}", "\\boxed{\\text{", ("yes", "no")),
+    ("a <conclusion>\nIncorrect\n</conclusion>", "a <conclusion>\n", ("Correct", "Incorrect")),
+])  # fmt: skip
+def test_a_verdict_is_read_where_it_stands_between_the_words_of_its_form(said, before, choices):
+    start, words = stated_verdict(said)
+    assert (said[:start], words) == (before, choices)
 
 
 def test_the_mean_of_probabilities_over_the_analyses():

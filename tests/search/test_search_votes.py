@@ -89,3 +89,11 @@ def test_canonical_answer_of_a_choice_is_its_letter():
     assert [canonical_answer(prompt, t) for t in ("\\boxed{b}", "The answer is (B)", "answer: dog", "A or B")] == [
         "B", "B", "B", None,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, options, want", [
+    ("<think>B</think>\nA", ["x", "y"], "A"), ("A\n<think>so it is\nB</think>", ["x", "y"], "A"), ("<think>hm\nB", ["x", "y"], None),
+    ("\\boxed{\\text{B}}", ["x", "y"], "B"), ("<think>\\boxed{1}</think>\\boxed{0.50}", None, "0.5"), ("<think>\\boxed{1}", None, None),
+])  # fmt: skip
+def test_a_vote_counts_the_reply_alone(text, options, want):
+    assert canonical_answer(Prompt("p", {"options": options} if options else {}), text) == want

@@ -206,6 +206,15 @@ def test_thinking_calls_nothing(thought, tag):
     assert parse_turn(said, "tool_call") == Turn((VideoAction("find_frame", {"frame": 57}),))
 
 
+def test_a_mention_of_the_tag_is_no_call():
+    said = "I could use <tool_call> here. " + call("find_frame", frame=57)
+    assert parse_turn(said, "tool_call") == Turn((VideoAction("find_frame", {"frame": 57}),))
+    two = "<tool_call>" * 20 + said
+    assert parse_turn(two, "tool_call") == parse_turn(said, "tool_call")
+    cut = '<tool_call>{"name": "find_frame", ' + call("find_frame", frame=57)
+    assert parse_turn(cut, "tool_call").problem.code == "parse_error"
+
+
 @pytest.mark.parametrize(
     "text, answer",
     [

@@ -15,6 +15,7 @@ from mmrl.credit.steps import ui_s1
 from mmrl.rollout import Prompt, Sample
 from mmrl.tree import StepTree
 from video.rewards.answers import (
+    VideoAnswer,
     answer_score,
     common_length,
     deep_eyes,
@@ -38,14 +39,42 @@ from video.rewards.manipulations import (
 )
 from video.rewards.plans import Skill, ordered_match, parse_plan, plan_score, similarity
 from video.rewards.recorded import ScreenAction, agreement, written_action
+from video.rewards.turns import count_calls, last_answer, turns_of
 from vision.rewards import iou
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, want", [
+    ("<answer>B</answer>", 1), ("<answer>\\boxed{B}</answer>", 1), ("<answer>\\boxed{\\text{B}}</answer>", 1),
+    ("<think><answer>A</answer></think><answer>B</answer>", 1), ("<think><answer>B</answer></think>", 0),
+    ("<answer>B</answer> as said </answer>", 1), ("<answer>A</answer> no, <answer>B</answer>", 1), ("<think><answer>B</answer>", 0),
+    ("◁think▷<answer>A</answer>◁/think▷<answer>B</answer>", 1), ("B", 0),
+])  # fmt: skip
+def test_the_answer_of_a_reply(text, want):
+    prompt = Prompt("p", {"question": "?", "options": ["red", "blue"]}, {"answer": "B"})
+    assert VideoAnswer()([Sample(prompt, text, 0)]) == [want]
+
+
+@pytest.mark.parametrize("syntax, call, answer", [
+    ("videocom", "FIND_FRAME(dog) = 5", "FINAL_ANSWER: B"),
+    ("tool_call", '<tool_call>{"name": "find_frame", "arguments": {"frame": 5}}</tool_call>', "<answer>B</answer>"),
+])  # fmt: skip
+def test_a_thinking_of_several_lines_neither_calls_nor_answers(syntax, call, answer):
+    text = f"<think>\n{call}\n{answer}\n</think>\n{call}\n{answer}"
+    turns = turns_of(Sample(Prompt("p", {}), text, 0), syntax)
+    assert count_calls(turns, syntax) == 1
+    assert last_answer(turns, syntax) == "B"
+    cut = turns_of(Sample(Prompt("p", {}), f"<think>\n{call}\n{answer}\n", 0), syntax)
+    assert (count_calls(cut, syntax), last_answer(cut, syntax)) == (0, None)
+
 
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text, want",
-    [("B", "B"), ("(B)", "B"), ("B. a cat", "B"), ("B) a", "B"), ("B: a", "B"), (" C ", "C"), ("Because it", None),
+    [("B", "B"), ("(B)", "B"), ("B. a cat", "B"), ("B) a", "B"), ("B: a", "B"), (" C ", "C"), ("\\text{B}", "B"), ("\\textbf{(B)} x", "B"), ("Ｂ", "B"), ("（Ｂ）", "B"), ("Because it", None),
      ("b", None), ("the B", None), ("", None), ("AB", None), ("(D) x", "D")],
 )  # fmt: skip
 def test_option_letter_is_strict(text, want):

@@ -70,6 +70,8 @@ def test_think_answer(text, want):
         ("boxed", "\\boxed{1} \\boxed{2}", 0.0),
         ("boxed", "\\boxed{ }", 0.0),
         ("boxed", "\\boxed{1", 0.0),
+        ("boxed", "<think>\\boxed{1}</think>\\boxed{2}", 1.0),
+        ("boxed", "<think>\\boxed{1}</think>so 2", 0.0),
         ("lines", "two red\nthree blue\nanswer 5", 1.0),
         ("lines", "two red\n\nAnswer: 5\n", 1.0),
         ("lines", "answer 5", 0.0),
@@ -144,6 +146,17 @@ def r1vl(
         (r1vl(1, 2, first="### Rationales: geometry\n"), 0.0),
         (r1vl(1, 2, first="### Image Description: a disc\n"), 0.0),
         ("no steps at all", 0.0),
+        (r1vl(1, 2).replace("\n", " "), 1.0),
+        (r1vl(1, 2).replace("### Step 1", "### Let's think step by step.\n### Step 1"), 1.0),
+        (r1vl(1, 2) + "\n### The final answer is: 10", 0.0),
+        (r1vl(1, 2).replace("\n", " ") + " ### The final answer is: 9", 0.0),
+        (r1vl(1, 2, last="### The final answer is: "), 0.0),
+        (r1vl(1, 2).replace("body of 2", ""), 0.0),
+        (r1vl(1, 2, first="### Rationales: geometry\n### Image Description: a disc\n"), 0.0),
+        (r1vl(1, 2) + "\n### Step 3: more", 0.0),
+        ("<think>" + r1vl(1, 2) + "</think>", 0.0),
+        ("<think>### Step 1: a draft</think>" + r1vl(1, 2), 1.0),
+        ("#" + r1vl(1, 2), 0.0),
     ],
 )
 def test_valid_reasoning(text, want):
@@ -155,6 +168,8 @@ def test_key_steps_are_looked_for_in_the_steps_alone():
     assert step_bodies(text) == ["body of 1", "Substitute\nr = 3"]
     assert one(StepRAR(), text, key_steps=["substitute", "disc"]) == 0.5
     assert one(KeyStepMatch(), text, key_steps=["substitute", "disc"]) == 1.0
+    assert step_bodies(text.replace("\n", " ")) == ["body of 1", "Substitute r = 3"]
+    assert step_bodies("<think>### Step 1: draft</think>" + text) == step_bodies(text)
     assert one(StepRAR(), text, key_steps=[]) == 0.0 and one(StepRAR(), text) is None
 
 

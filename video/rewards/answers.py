@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmrl.registry import Kind, add_kind, declares, find, register
-from mmrl.rewards.answer_text import normalise
+from mmrl.rewards.answer_text import FULL_WIDTH, normalise, unboxed, unwrapped
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.actions import Syntax
@@ -37,13 +37,13 @@ _POSITIVE = re.compile(r"\d+(?:\.\d+)?")
 
 def option_letter(text: str) -> str | None:
     """The capital letter with which `text` opens: "B", "(B)", "B. text"; None for "Because .." and the like."""
-    found = _LETTER.match(text)
+    found = _LETTER.match(unwrapped(text.translate(FULL_WIDTH)))
     return found.group(1) if found else None
 
 
 def number(text: str) -> float | None:
     """The number that `text` is, thousands commas allowed; None when it is more or less than one number."""
-    plain = text.strip()
+    plain = unwrapped(text).strip(" \t\n$")
     return float(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None
 
 
@@ -203,7 +203,7 @@ def graded(prompt: Prompt, answer: str | None) -> float | None:
         return None
     kind = reference.get("answer_type") or ("multiple choice" if prompt.inputs.get("options") else "text")
     try:
-        return answer_score(answer, str(reference["answer"]), str(kind))
+        return answer_score(None if answer is None else unboxed(answer), str(reference["answer"]), str(kind))
     except ValueError as error:
         raise ValueError(f"prompt {prompt.id!r}: {error}") from None
 

@@ -11,7 +11,7 @@ from mmrl.rollout import Sample
 from video.rewards.answers import video_reference
 from video.rewards.turns import last_answer, turns_of
 
-_SKILL = re.compile(r"(\w+)\s*\(([^()]*)\)")
+_SKILL = re.compile(r"\b(\w++)\s*+\(([^()]*+)\)")
 
 
 @dataclass(frozen=True)

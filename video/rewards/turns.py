@@ -6,12 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from mmrl.rewards.answer_text import answer_in_tags, without_thinking
 from mmrl.rollout import Sample
 from video.actions import Syntax, parse_turn
 
 AnswerSyntax = Literal["tags", "videocom", "tool_call"]
-
-_ANSWER = re.compile(r".*<answer>(.*?)</answer>", re.DOTALL)
 
 
 def turns_of(sample: Sample, syntax: AnswerSyntax = "tags") -> list[str]:
@@ -35,7 +34,8 @@ def turns_of(sample: Sample, syntax: AnswerSyntax = "tags") -> list[str]:
         )
     if syntax == "tags":
         return [output]
-    parts = output.splitlines() if syntax == "videocom" else re.split(r"(?<=</tool_call>)", output)
+    reply = without_thinking(output)  # before it is cut, since a thinking may go over several lines
+    parts = reply.splitlines() if syntax == "videocom" else re.split(r"(?<=</tool_call>)", reply)
     return [p for p in parts if p.strip()] or [""]
 
 
@@ -47,8 +47,8 @@ def last_answer(turns: Sequence[str], syntax: AnswerSyntax) -> str | None:
 def _answer(turn: str, syntax: AnswerSyntax) -> str | None:
     if syntax != "tags":
         return parse_turn(turn, syntax).answer
-    found = _ANSWER.match(turn)
-    return found.group(1).strip() if found else None
+    answer = answer_in_tags(without_thinking(turn))
+    return None if answer is None else answer.strip()
 
 
 def count_calls(turns: Sequence[str], syntax: Syntax) -> int:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.prm.records import Counts, Kind, SolutionRecord, Step, plain_steps
+from mmrl.prm.records import SECTIONS, Counts, Kind, SolutionRecord, Step, plain_steps
 from mmrl.registry import register
 from mmrl.rows import (
     Row,
@@ -24,7 +24,7 @@ from mmrl.rows import (
 )
 
 _QUESTION = re.compile(r"\A\s*### Question:\n(.*?)\n\n### Solution Process:\n(.*)\Z", re.DOTALL)
-_SECTION = re.compile(r"\A\[(Visual Elements|Perception|Reasoning)\]\s*")
+_SECTION = re.compile(rf"\A\[({'|'.join(SECTIONS)})\]\s*")
 _TAGGED = re.compile(r"\A\s*<step_(\d+)>(.*)</step_\1>\s*\Z", re.DOTALL)
 _VERDICT = {"+": 1.0, "-": 0.0}
 
@@ -130,13 +130,12 @@ def _counts(scored: Row, i: int) -> Counts:
 
 def _sectioned(turns: list[str]) -> tuple[Step, ...]:
     """Steps without section heads and <step_k> tags, which restart at 1 in every section."""
-    kinds: dict[str, Kind] = {"Visual Elements": "perception", "Perception": "perception", "Reasoning": "reasoning"}
     steps: list[Step] = []
     kind: Kind = "unknown"
     for turn in turns:
         head = _SECTION.match(turn)
         if head:
-            kind, turn = kinds[head[1]], turn[head.end() :]
+            kind, turn = SECTIONS[head[1]], turn[head.end() :]
         tagged = _TAGGED.match(turn)
         steps.append(Step(tagged[2].strip() if tagged else turn, kind))
     return tuple(steps)
@@ -153,6 +152,6 @@ def _first_incorrect(value: Any, n_visual: int) -> int:
         return -1
     if not isinstance(value, list | tuple) or len(value) != 2 or type(value[1]) is not int:
         raise RowError(f"bad first_incorrect_step: {str(value)[:40]!r} is no [section, step]")
-    if value[0] not in ("Visual Elements", "Perception", "Reasoning"):
+    if value[0] not in tuple(SECTIONS):
         raise RowError(f"bad first_incorrect_step: unknown section {value[0]!r}")
     return int(value[1]) + (n_visual if value[0] == "Reasoning" else 0)
