@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmrl.extras import how_to_install
+
 if TYPE_CHECKING:
     from mmrl.recipe import TrainingConfig
 
@@ -238,8 +240,9 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app(standalone_mode=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("MMRL_DEBUG"):
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        remedy = how_to_install(error) if isinstance(error, ImportError) else ""
+        if os.environ.get("MMRL_DEBUG") or (isinstance(error, ImportError) and not remedy):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {error}{remedy}", err=True)
         raise SystemExit(2) from None

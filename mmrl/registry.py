@@ -16,6 +16,7 @@ that two steps of a prompt must be comparable, `chains` that steps may fork at t
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import sys
@@ -30,12 +31,20 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 
+from mmrl.extras import how_to_install
+
+log = logging.getLogger(__name__)
+
 # Names of fields, or a function that tells them from the row's options.
 Fields = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
 
 
 class ComponentError(ValueError):
     """A name that nobody registered, a dotted path that leads nowhere, or an option that the component refuses."""
+
+
+class MissingPackage(ComponentError):
+    """A row needs a package that is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +256,7 @@ T = TypeVar("T")
 
 _DECLARED = "__mmrl_declares__"
 _MODULES = "mmrl.modules"  # entry points: kind = module that enters rows of it
+_MISSING: dict[str, MissingPackage] = {}  # kind -> why a module that enters rows of it could not be imported
 
 
 def register(
@@ -318,6 +328,8 @@ def find(kind: str, name: str) -> Row:
         return table[name]
     for entry in _installed().select(group=f"mmrl.{k.name}", name=name):
         return _load(k, entry)
+    if kind in _MISSING:
+        raise _MISSING[kind]
     known = names(kind)
     raise ComponentError(
         f"unknown {k.singular} {name!r}{hint(name, known)}; known: {', '.join(known) or 'none'}. One of your own goes "
@@ -332,8 +344,14 @@ def names(kind: str) -> list[str]:
 
 
 def rows(kind: str) -> list[Row]:
-    """Every row of a kind, by name; imports what the entry points name."""
-    return [find(kind, name) for name in names(kind)]
+    """Every row of a kind, by name; imports what the entry points name, and leaves out what is not installed."""
+    found = []
+    for name in names(kind):
+        try:
+            found.append(find(kind, name))
+        except MissingPackage as error:
+            log.info("left out: %s", error)
+    return found
 
 
 def writers(field_name: str, kind: str = "readings") -> list[str]:
@@ -426,7 +444,7 @@ def explain(error: ValidationError, section: str = "", model: Any = None) -> str
 def kinds() -> list[Kind]:
     """Every kind, those of installed packages included, by name."""
     for entry in _installed().select(group=_MODULES):
-        import_module(entry.value)
+        _import_modules(entry.name)
     return [KINDS[name] for name in sorted(KINDS)]
 
 
@@ -483,14 +501,21 @@ def _entered(kind: Kind) -> dict[str, Row]:
 def _import_modules(kind: str) -> None:
     """Import the modules that installed packages name for a kind."""
     for entry in _installed().select(group=_MODULES, name=kind):
-        import_module(entry.value)
+        try:
+            import_module(entry.value)
+        except ImportError as error:
+            if not (remedy := how_to_install(error)):
+                raise
+            _MISSING[kind] = MissingPackage(f"{entry.value} cannot be loaded: {error}{remedy}")
 
 
 def _load(kind: Kind, entry: EntryPoint) -> Row:
     try:
         return _row(kind, entry.name, entry.load())
     except (ImportError, AttributeError) as error:
-        raise ComponentError(f"mmrl.{kind.name}: {entry.name} = {entry.value} cannot be loaded: {error}") from error
+        told = f"{kind.singular} {entry.name!r} ({entry.value}) cannot be loaded: {error}"
+        remedy = how_to_install(error) if isinstance(error, ImportError) else ""
+        raise (MissingPackage if remedy else ComponentError)(told + remedy) from error
 
 
 def _at(path: str) -> Any:
