@@ -6,23 +6,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.adapters.base import Adapter, Cond, Level
+from diffusion.adapters.base import Adapter, Cond, LatentScorer, Level
 from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, candidates, plan_course, record
+from mmrl.capabilities import Found
 from mmrl.reference import Reference, unwrap
 from mmrl.registry import declares, find, of_kind
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample, Sight
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
-
-if TYPE_CHECKING:
-    from mmrl.search.samples import Found
 
 # (latents (N, *D), their noise level, conditions, prompt of each (N,)) -> (N,) scores, such as LatentReward.score
 Judge = Callable[[Tensor, Level, Cond, Tensor], Tensor]
@@ -60,7 +58,7 @@ class DiffusionPolicy:
         self._reference = Reference()
 
     @classmethod
-    @declares(writes=_fields_written, modality="latent", recipe=DENOISING_DEFAULTS)
+    @declares(writes=_fields_written, modality="latent", recipe=DENOISING_DEFAULTS, search_scorer=LatentScorer)
     def build(
         cls,
         model: str = "digits",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffusion.adapters.base import Cond, Level
+from diffusion.adapters.base import Cond, LatentScorer, Level
+from mmrl.capabilities import Found, require
 from mmrl.rollout import BranchPlan, Prompt
-from mmrl.search.samples import Found
 
 if TYPE_CHECKING:
     from diffusion.policy import DiffusionPolicy
@@ -25,17 +25,12 @@ def best_of_k(policy: DiffusionPolicy, prompts: Sequence[Prompt], scorer: Any, *
     latents, so nothing but what the caller verifies needs decoding.
 
     Args:
-        scorer: with `score` as `diffusion.policy.Judge`, such as `LatentReward`.
+        scorer: a `diffusion.policy.LatentScorer`, such as `LatentReward`.
 
     Raises:
         ValueError: another scorer, or noise at splits only, of which a search has none.
     """
-    judge = getattr(scorer, "score", None)
-    if judge is None:
-        raise ValueError(
-            f"scorer {type(scorer).__name__} does not score latents; a search over denoising steps needs "
-            "score(latents, level, conditions, owner), as a latent reward has it"
-        )
+    judge = require("a search over denoising steps", LatentScorer, scorer, "scorers").score
     if policy.sampling.noise == "split":
         raise ValueError("policy.noise='split' draws noise where a plan splits, which a search lacks; set it to all")
     scored = 0

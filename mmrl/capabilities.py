@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 from pydantic import AfterValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrl.registry import ComponentError, Row, find, names
 from mmrl.rollout import (
     Answer,
+    BranchPlan,
     Continuation,
+    Forecast,
     OutcomeReward,
     Place,
     Prompt,
@@ -141,6 +145,35 @@ def _need(row: Row, role: str, options: Mapping[str, Any]) -> type | None:
     return need({name: o.default for name, o in row.options.items()} | dict(options))
 
 
+# ---- of any component -----------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class HasModel(Protocol):
+    """A component with a network of its own, which moves to the device of the run."""
+
+    model: Any  # None while it has none
+
+
+def model_of(component: object) -> nn.Module | None:
+    """The network of a component, None of one without."""
+    model = component.model if isinstance(component, HasModel) else None
+    return model if isinstance(model, nn.Module) else None
+
+
+@runtime_checkable
+class Admitter(Protocol):
+    """A policy or scorer that cannot take every prompt."""
+
+    def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those it can take; the others (broken image, too long) are logged with their reason and left out."""
+
+
+def admitted(component: object, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a component can take: all, unless it is an `Admitter`."""
+    return component.admit(prompts) if isinstance(component, Admitter) else list(prompts)
+
+
 # ---- of policies ----------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +260,73 @@ class InitialSampler(Protocol):
         """n independent samples of each prompt as in training; they depend on (seed, prompt id) alone."""
 
 
+@runtime_checkable
+class OutputWriter(Protocol):
+    """A policy that can make a given output its own actions; imitation needs it."""
+
+    def write(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Rollout:
+        """A rollout of given outputs, one per prompt, as if sampled with log-prob 0."""
+
+
+@runtime_checkable
+class Chooser(Extender, Admitter, Protocol):
+    """A policy that can also say how likely given texts are to come next; a generative reward model asks it."""
+
+    def choice_logps(self, states: Sequence[State], choices: Sequence[str]) -> Tensor:
+        """(S, C) float32 log-prob of the first token of each choice directly after each state."""
+
+    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write its model in its ecosystem's own format."""
+
+
+@runtime_checkable
+class PromptEncoder(Protocol):
+    """A policy whose prompts are tokens; the cost of a search is told in them."""
+
+    def encode(self, prompt: Prompt) -> Any:
+        """The prompt as the model reads it; `ids` (T,) are its tokens."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a policy found, prompt by prompt.
+
+    samples: n independent ones per prompt. scores: the scorer's number for each; higher is better.
+    policy_calls: network rows, summed. scorer_calls: candidates scored on the way, without the `scores`.
+    rollout: what was grown, sample j of prompt p as its prompt p n + j, the candidates beside those that went on;
+        `Sample.step` are its leaves.
+    """
+
+    samples: list[list[Sample]]
+    scores: list[list[float]]
+    policy_calls: int
+    scorer_calls: int
+    rollout: Rollout | None = None
+
+
+@runtime_checkable
+class SampleSearcher(Protocol):
+    """A policy that searches along its own steps.
+
+    Its row can declare the fact `search_scorer`, the protocol that the scorers of its searches follow.
+    """
+
+    def search(self, prompts: Sequence[Prompt], scorer: Any, *, n: int, k: int, seed: int) -> Found:
+        """n samples per prompt; after each step that draws noise the best of k candidates by `scorer` goes on.
+
+        k = 1 is plain sampling. Depends on (seed, prompt id) alone.
+
+        Raises:
+            ValueError: a scorer or a sampling that does not fit.
+        """
+
+    def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
+        """One sample per prompt without exploration noise."""
+
+    def forecast(self, plan: BranchPlan) -> Forecast:
+        """Cost of one prompt under `plan`."""
+
+
 # ---- of tasks -------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +336,29 @@ class AnswerGiver(Protocol):
 
     def answer(self, prompt: Prompt) -> Answer:
         """The right answer, and what a policy is expected to write right before it."""
+
+
+@runtime_checkable
+class RewardNamer(Protocol):
+    """A task that names the rewards that fit it, for recipes that list none."""
+
+    rewards: Sequence[str]
+
+
+@runtime_checkable
+class SampleJudge(Protocol):
+    """A task that measures samples in ways that no reward uses, so that a hacked reward shows."""
+
+    def judges(self, samples: Sequence[Sample]) -> Mapping[str, float]:
+        """Numbers by name, such as an independent judge's share of good samples, and their diversity."""
+
+
+@runtime_checkable
+class StepClassifier(Protocol):
+    """A task that can tell the kind of a step from its text."""
+
+    def step_kind(self, text: str) -> str:
+        """One of `mmrl.prm.records.Kind`."""
 
 
 # ---- of rewards on outcomes -----------------------------------------------------------------------------------------

@@ -23,12 +23,24 @@ from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.annotate.run import LabelRule, annotate, merge_ranks
 from mmrl.annotate.select import unsure
 from mmrl.annotate.store import CompletionStore
+from mmrl.capabilities import (
+    Extender,
+    PromptEncoder,
+    RewardNamer,
+    SampleJudge,
+    SampleSearcher,
+    StepClassifier,
+    admitted,
+    model_of,
+    refuse_row,
+    require,
+)
 from mmrl.config import ConfigError, Section, parse_config
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
-from mmrl.prm.scoring import admitted, check_scorer, load_scorer, score_records, score_states
+from mmrl.prm.scoring import check_scorer, load_scorer, score_records, score_states, scorer_row
 from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
 from mmrl.registry import build, find
 from mmrl.report.search_panel import disagreements
@@ -55,8 +67,7 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
     _check_names(config)
     rule = LabelRule(config.label.name, config.label.after, config.label.options)
     given, bad = _solutions(config)
-    job = _Job(config)
-    job.writes()
+    job = _Job(config, Extender)
     chosen = {}
     if config.active is not None and given is not None:
         scorers = [job.scorer(s) for s in config.active.scorers]
@@ -143,7 +154,7 @@ def _annotate_on_all_ranks(config: AnnotateConfig, job: _Job, items: Any, method
 def _finish(config: AnnotateConfig, job: _Job, report: dict[str, Any]) -> dict[str, Any]:
     """Kinds of steps where the task knows them, the second look, planted errors, and the report of all that."""
     file, told = config.output / "records.jsonl", config.output / "report.json"
-    kind_of = getattr(job.task, "step_kind", None)
+    kind_of = job.task.step_kind if isinstance(job.task, StepClassifier) else None
     changes = kind_of is not None or config.refine is not None or config.inject is not None
     if changes and report["records"]:
         records, _ = read_records(file, unlabelled=True)
@@ -185,13 +196,12 @@ def run_rollouts(config: TrainingConfig, out: Path) -> dict[str, Any]:
     from mmrl.trainers.rollouts import Rollouts, store_rollouts
     from mmrl.tree import StepTree
 
-    factors = getattr(config, "plan", None)
-    if not isinstance(config, PolicyConfig) or factors is None:
+    if not isinstance(config, PolicyConfig):
         raise ConfigError(
             f"mmrl rollouts takes a recipe with a policy and a plan; trainer={config.trainer!r} has none"
         )
     made, model = Rollouts(config), _stamp(str(config.policy.options.get("model", "")))
-    store_rollouts(made, BranchPlan(factors), out, config.run.iterations, model=model)
+    store_rollouts(made, BranchPlan(config.plan), out, config.run.iterations, model=model)
     if not made.loop.is_main:
         return {}
     trees = [StepTree.load(f.parent) for f in sorted(out.glob("[!.]*/rollout.json"))]
@@ -224,15 +234,13 @@ def run_score(
 
 def run_search(config: SearchConfig) -> dict[str, Any]:
     """Search every prompt as the recipe says; writes results.jsonl and report.json below its output."""
+    if config.method.name == "best_of_k":
+        return _best_of_k(config)
     if config.scorer is not None:
         check_scorer(config.scorer)
-    if config.method.name != "best_of_k":
-        find("searches", config.method.name).check(config.method.options, "method")
-    job = _Job(config)
+    find("searches", config.method.name).check(config.method.options, "method")
+    job = _Job(config, Extender, "best_of_k is for policies that search along their own steps")
     job.alone("mmrl search")
-    if config.method.name == "best_of_k":
-        return _best_of_k(config, job)
-    job.writes()
     scorer = job.scorer(config.scorer) if config.scorer else None
     prompts = admitted(scorer, job.prompts) if scorer else job.prompts
 
@@ -245,7 +253,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         unread += sum(x != x for row in rows for x in row)
         return [[0.0 if x != x else x for x in row] for row in rows]  # too long, or a marker inside: ranks last
 
-    encode = getattr(job.policy, "encode", None)
+    encode = job.policy.encode if isinstance(job.policy, PromptEncoder) else None
     report = search(
         prompts, job.policy, scores if scorer else None, job.verifier, folder=config.output, method=config.method.name,
         settings=config.method.options, aggregations=config.aggregates, seed=config.seed,
@@ -268,20 +276,21 @@ class _Candidates(Section):
     k: tuple[PositiveInt, ...] = (4,)
 
 
-def _best_of_k(config: SearchConfig, job: _Job) -> dict[str, Any]:
+def _best_of_k(config: SearchConfig) -> dict[str, Any]:
     """`run_search` for a policy that searches along its own steps."""
-    if not hasattr(job.policy, "search"):
-        raise ConfigError(
-            f"method.name='best_of_k' is for policies that search along their own steps (denoising); "
-            f"policy.name={config.policy.name!r} writes: take best_of_n or greedy"
-        )
     if config.scorer is None or config.max_tokens is not None:
         raise ConfigError("method.name='best_of_k' needs a `scorer` that ranks candidates, and has no tokens to limit")
-    scorer = job.scorer(config.scorer)
     options = parse_config(config.method.options, "method", _Candidates).model_dump()
+    ranks = find("policies", config.policy.name).facts.get("search_scorer")
+    if ranks is not None:
+        refuse_row(f"a search of policy.name={config.policy.name!r}", ranks, scorer_row(config.scorer))
+    job = _Job(config, SampleSearcher, "best_of_n, greedy and others are for policies that write")
+    job.alone("mmrl search")
+    scorer = job.scorer(config.scorer)
     report = best_of_k(
         job.prompts, job.policy, scorer, job.verifier, folder=config.output, **options,
-        judges=getattr(job.task, "judges", None), seed=config.seed, prompts_per_batch=config.batch,
+        judges=job.task.judges if isinstance(job.task, SampleJudge) else None,
+        seed=config.seed, prompts_per_batch=config.batch,
         about={"policy": job.fingerprint, "scorer": _stamp(config.scorer)},
         rollouts=job.rollouts({"scorer": config.scorer}),
     )  # fmt: skip
@@ -315,7 +324,13 @@ def run_benchmark(
 class _Job:
     """The components of a recipe, on their device."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, protocol: type, others: str = "") -> None:
+        """
+        Args:
+            protocol: what the policy has to follow. others: told where it does not: methods for other policies.
+        """
+        asker = f"method.name={config.method.name!r}{f' ({others})' if others else ''}"
+        refuse_row(asker, protocol, find("policies", config.policy.name))
         import torch
         from accelerate import PartialState
 
@@ -325,9 +340,8 @@ class _Job:
         self.config, self._cpu, self.wait = config, config.cpu, state.wait_for_everyone
         self.rank, self.world = state.process_index, state.num_processes
         self.task: Task = build("tasks", "task", config.task.name, config.task.options)
-        self.policy: Any = on_device(
-            build("policies", "policy", config.policy.name, config.policy.options), config.cpu
-        )
+        policy = build("policies", "policy", config.policy.name, config.policy.options)
+        self.policy: Any = on_device(require(asker, protocol, policy, "policies"), config.cpu)
         self.reward = verifier = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
         self.verifier: OutcomeReward = build_reward(verifier, "verifier")
         self.seed, self.batch = config.seed, config.batch
@@ -371,14 +385,6 @@ class _Job:
         }  # fmt: skip
         return RolloutFolder(config.rollouts, record, write=self.rank == 0)
 
-    def writes(self) -> None:
-        """ConfigError when the policy cannot go on from a text."""
-        if not hasattr(self.policy, "extend"):
-            also = "; of the searches it takes method.name=best_of_k" if hasattr(self.policy, "search") else ""
-            raise ConfigError(
-                f"policy.name={self.config.policy.name!r} cannot go on from a prefix (no `extend`){also}"
-            )
-
     def alone(self, what: str) -> None:
         """ConfigError when several processes were started for what one does."""
         if self.world > 1:
@@ -389,24 +395,23 @@ class _Job:
         return on_device(load_scorer(scorer), self._cpu)
 
 
-def _first_reward(task: Any, name: str) -> str:
-    rewards = list(getattr(task, "rewards", ()))
-    if not rewards:
+def _first_reward(task: Task, name: str) -> str:
+    if not isinstance(task, RewardNamer) or not task.rewards:
         raise ConfigError(f"task.name={name!r} brings no reward to verify answers with; name one in `verifier:`")
-    return str(rewards[0])
+    return task.rewards[0]
 
 
 def parameters(component: Any) -> int:
     """Weights of a component's model, 0 without one."""
-    model: Any = getattr(component, "model", None)
-    return sum(p.numel() for p in model.parameters()) if hasattr(model, "parameters") else 0
+    model = model_of(component)
+    return 0 if model is None else sum(p.numel() for p in model.parameters())
 
 
 def on_device(component: Any, cpu: bool = False) -> Any:
     """The component with its model on the GPU, where there is one."""
     import torch
 
-    model = getattr(component, "model", None)
+    model = model_of(component)
     if model is not None and torch.cuda.is_available() and not cpu:
         model.to(torch.accelerator.current_accelerator())
     return component

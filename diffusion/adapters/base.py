@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,3 +58,11 @@ class Adapter(Protocol):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the model with save_pretrained."""
+
+
+@runtime_checkable
+class LatentScorer(Protocol):
+    """A scorer of latents at any noise level; it chooses between candidates of a denoising step."""
+
+    def score(self, x: Tensor, level: Level, cond: Cond, own: Tensor) -> Tensor:
+        """(N,) higher is better, of latents x (N, *D); cond: conditions by prompt, own: (N,) prompt of each."""

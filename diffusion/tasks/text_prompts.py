@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, check_share, lines, read_rows
-from mmrl.rollout import Prompt, Sample
+from mmrl.rollout import Prompt
 from mmrl.rows import rest, row_id, text
 
 
@@ -44,10 +44,6 @@ class TextPrompts:
             "the task text_prompts has no reward of its own; list one in the recipe, for example a function "
             "`samples -> one number per sample`: rewards: [{name: my_package.rewards:aesthetic}]"
         )
-
-    def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """None: what is good to look at beside the reward depends on the reward."""
-        return {}
 
 
 def load_prompts(

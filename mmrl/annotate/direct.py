@@ -19,11 +19,11 @@ from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
 from mmrl.annotate.spare import read_spare
 from mmrl.annotate.store import CompletionStore, Estimator
 from mmrl.annotate.trees import solution_trees
-from mmrl.capabilities import Extender
+from mmrl.capabilities import Extender, admitted
 from mmrl.growth import rollout_for
 from mmrl.prm.records import SolutionRecord, Step, reference_solution
 from mmrl.prm.records_io import check_record, record_to_json
-from mmrl.prm.scoring import ScorerSpec, admitted, score_records
+from mmrl.prm.scoring import ScorerSpec, score_records
 from mmrl.registry import register
 from mmrl.rollout import OutcomeReward, Prompt, Sample, State, StepReward
 from mmrl.rollout_folder import RolloutFolder

@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import Extender
+from mmrl.capabilities import Chooser, model_of, policy_section, require
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section, declares, of_kind
 from mmrl.rewards.answer_text import reply_spans
@@ -28,19 +28,6 @@ CHOICES = (("Yes", "No"), ("yes", "no"), ("Correct", "Incorrect"), ("correct", "
 _VERDICT = re.compile(
     r"(?:\\(?:boxed|fbox)\s*+\{|<conclusion>)[\s$*]*+(?:\\[a-z]++\s*+\{\s*+)?+(?P<word>\w*+)\s*+(?P<end>\}|</conclusion>)?"
 )
-
-
-class Chooser(Extender, Protocol):
-    """A policy that can also say which prompts it can take, and how likely given texts are to come next."""
-
-    def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those it can take; the others are logged with their reason."""
-
-    def choice_logps(self, states: Sequence[State], choices: Sequence[str]) -> Tensor:
-        """(S, C) float32 log-prob of the first token of each choice directly after each state."""
-
-    def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write its model in its ecosystem's own format."""
 
 
 class GenerativePrm:
@@ -66,13 +53,13 @@ class GenerativePrm:
     @property
     def model(self) -> Any:
         """The judge's model, None where it has none."""
-        return getattr(self.policy, "model", None)
+        return model_of(self.policy)
 
     @classmethod
     @declares(reads=("texts",))
     def build(
         cls,
-        policy: Annotated[Mapping[str, Any], of_kind("policies")] | None = None,
+        policy: Annotated[Mapping[str, Any], of_kind("policies"), policy_section(Chooser)] | None = None,
         samples: int | None = None,
         stop: bool | None = None,
         seed: int | None = None,
@@ -94,7 +81,8 @@ class GenerativePrm:
         assert policy is not None
         named = {"samples": samples, "stop": stop, "seed": seed}
         options |= {key: value for key, value in named.items() if value is not None}
-        return cls(build_section("policies", "scorer.policy", policy), **options, section=policy)
+        judge = require("generative_prm", Chooser, build_section("policies", "scorer.policy", policy), "policies")
+        return cls(judge, **options, section=policy)
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy in its ecosystem's format, and a record of how it is asked."""

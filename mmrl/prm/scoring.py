@@ -11,11 +11,11 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from mmrl.capabilities import Extender
+from mmrl.capabilities import admitted
 from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
-from mmrl.registry import ComponentError, build, find, names
+from mmrl.registry import ComponentError, Row, build, find, names
 from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer
 
 RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
@@ -33,9 +33,16 @@ def load_scorer(scorer: str | Path | Mapping[str, Any], options: Mapping[str, An
 
 def check_scorer(scorer: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
     """The same scorer, after checking that `load_scorer` knows its name and options; nothing is loaded."""
-    name, chosen = _resolved(scorer)
-    find("scorers", name).check(chosen, "scorer")
+    scorer_row(scorer)
     return scorer
+
+
+def scorer_row(scorer: str | Mapping[str, Any]) -> Row:
+    """The row that `load_scorer` would make, its options checked."""
+    name, chosen = _resolved(scorer)
+    row = find("scorers", name)
+    row.check(chosen, "scorer")
+    return row
 
 
 # An option that is a scorer: name, folder or section; checked when the recipe is read.
@@ -146,9 +153,3 @@ def good_logits(scorer: StepScorer, rollout: Rollout) -> Tensor:
             part = part[readable[part]]
             out[part] = good_logit(scorer.logits(rollout, part)).double().cpu()
     return out
-
-
-def admitted(component: StepReward | Extender, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts a scorer or a policy can take; one that reads no media takes all."""
-    admit = getattr(component, "admit", None)
-    return list(prompts) if admit is None else admit(prompts)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from mmrl.annotate.direct import LabelAsk, parse_labels
 from mmrl.annotate.judge import BEST_GRADE, judge_prompt, parse_grade, parse_severities
-from mmrl.capabilities import Extender, policy_section, require
+from mmrl.capabilities import Extender, admitted, model_of, policy_section, require
 from mmrl.credit.steps import VoteRule, judged_wrong
 from mmrl.prm.records import plain_steps, reference_solution
-from mmrl.prm.scoring import admitted
 from mmrl.readings.base import ReadingContext, Values
 from mmrl.registry import build_section, of_kind, register
 from mmrl.rollout import Prompt, Rollout, State
@@ -67,8 +66,7 @@ class JudgeReading:
     @property
     def model(self) -> nn.Module | None:
         """The judge's own, None when the policy in training judges."""
-        model = getattr(self._judge, "model", None)
-        return model if isinstance(model, nn.Module) else None
+        return model_of(self._judge)
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The tag that `ask` names."""

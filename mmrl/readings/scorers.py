@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmrl.capabilities import Attributor, RootScorer, require
+from mmrl.capabilities import Attributor, RootScorer, model_of, require
 from mmrl.credit.transforms import need_chains
 from mmrl.prm.implicit import Against, ImplicitPrm, step_log_ratios
 from mmrl.prm.scoring import ScorerSpec, good_logits, load_scorer
@@ -115,12 +115,6 @@ class ScoreReading:
             numbers = torch.where(numbers.isnan(), torch.nan, (numbers >= self.at_least).double())
         out[self.into] = numbers == 1 if self.into == "ok" else numbers
         return out
-
-
-def model_of(scorer: StepReward | None) -> nn.Module | None:
-    """The network of a trained scorer, None of any other step reward."""
-    model = scorer.model if isinstance(scorer, StepScorer) else getattr(scorer, "model", None)
-    return model if isinstance(model, nn.Module) else None
 
 
 def _held(tree: StepTree, value: Tensor, root: Tensor) -> Tensor:

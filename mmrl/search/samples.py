@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from mmrl.capabilities import Found, SampleSearcher
 from mmrl.rewards.scoring import score
-from mmrl.rollout import BranchPlan, Forecast, OutcomeReward, Prompt, Rollout, Sample, check_prompts
+from mmrl.rollout import BranchPlan, OutcomeReward, Prompt, Rollout, Sample, check_prompts
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search import curves
 from mmrl.search.core import best
@@ -30,42 +31,6 @@ RULES = (
     "reward less that of one sample with k = 1, prompt by prompt. Intervals: 95 % percentile bootstrap over prompts. "
     "cost: per prompt."
 )
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a policy found, prompt by prompt.
-
-    samples: n independent ones per prompt. scores: the scorer's number for each; higher is better.
-    policy_calls: network rows, summed. scorer_calls: candidates scored on the way, without the `scores`.
-    rollout: what was grown, sample j of prompt p as its prompt p n + j, the candidates beside those that went on;
-        `Sample.step` are its leaves.
-    """
-
-    samples: list[list[Sample]]
-    scores: list[list[float]]
-    policy_calls: int
-    scorer_calls: int
-    rollout: Rollout | None = None
-
-
-class SampleSearcher(Protocol):
-    """A policy that searches along its own steps."""
-
-    def search(self, prompts: Sequence[Prompt], scorer: Any, *, n: int, k: int, seed: int) -> Found:
-        """n samples per prompt; after each step that draws noise the best of k candidates by `scorer` goes on.
-
-        k = 1 is plain sampling. Depends on (seed, prompt id) alone.
-
-        Raises:
-            ValueError: a scorer or a sampling that does not fit.
-        """
-
-    def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
-        """One sample per prompt without exploration noise."""
-
-    def forecast(self, plan: BranchPlan) -> Forecast:
-        """Cost of one prompt under `plan`."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmrl.capabilities import OutputWriter
 from mmrl.config import ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.estimate import CreditConfig
@@ -70,8 +71,9 @@ class BranchGrpo:
         readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
+        needs = {"imitation (off with imitation.weight=0)": OutputWriter} if config.imitation.weight > 0 else {}
         self.rollouts = Rollouts(
-            config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers,
+            config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers, needs=needs,
             given=fields_given(config.plan, config.rollouts),
         )  # fmt: skip
         self.task, self.policy, self.loop = self.rollouts.task, self.rollouts.policy, self.rollouts.loop

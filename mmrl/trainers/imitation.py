@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmrl.capabilities import OutputWriter, require
 from mmrl.config import Section
 from mmrl.prm.records import reference_solution
 from mmrl.rollout import Policy, Prompt, Rollout
@@ -21,14 +21,6 @@ class ImitationConfig(Section):
 
     weight: float = Field(0.0, ge=0)  # of the negative log-likelihood per token; 0 = off
     solved_at: float = 1.0  # outcome from which an answer counts as right
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """A policy that can turn a given output into actions of its own."""
-
-    def write(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Rollout:
-        """A rollout of given outputs, one per prompt."""
 
 
 def unsolved(rollout: Rollout, solved_at: float) -> list[Prompt]:
@@ -43,12 +35,11 @@ def references(policy: Policy, prompts: Sequence[Prompt]) -> Rollout | None:
     """The written solutions of those prompts that have one, None when none has.
 
     Raises:
-        ValueError: the policy cannot write.
+        ComponentError: the policy cannot write.
     """
-    if not isinstance(policy, Writer):
-        raise ValueError("imitation needs a policy that writes; set imitation.weight=0 for this one")
+    writer: OutputWriter = require("imitation", OutputWriter, policy, "policies")
     known = [(p, text) for p in prompts if (text := reference_solution(p)) is not None]
-    return policy.write([p for p, _ in known], [t for _, t in known]) if known else None
+    return writer.write([p for p, _ in known], [t for _, t in known]) if known else None
 
 
 def best_leaves(tree: StepTree, above: float, per_prompt: int = 1) -> Tensor:

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from rich.progress import track
 from torch import Tensor
 
-from mmrl.capabilities import AnswerGiver, PromptChecker, require_needs
+from mmrl.capabilities import AnswerGiver, PromptChecker, SampleJudge, model_of, refuse_row, require, require_needs
 from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
@@ -48,6 +48,7 @@ class Rollouts:
         reference: keep the policy's initial weights, for losses that compare with them; readings may ask for it too.
         readers: what reads the fields of a rollout, checked against what writes them before anything is loaded.
         given: fields that are there before anything of the recipe has written, see `fields_given`.
+        needs: who asks -> the protocol that the policy has to follow.
     """
 
     def __init__(
@@ -60,13 +61,18 @@ class Rollouts:
         reference: bool = False,
         readers: Sequence[Stage] = (),
         given: Sequence[str] = (),
+        needs: Mapping[str, type] | None = None,
     ) -> None:
-        self.config = config
+        self.config, needs = config, needs or {}
+        for who, protocol in needs.items() if policy is None else ():
+            refuse_row(who, protocol, find("policies", config.policy.name))
         check_fields([*producers(config), *readers], given)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
         useless = self._useless_prompts()
         self.policy: Policy = policy or build("policies", "policy", config.policy.name, config.policy.options)
+        for who, protocol in needs.items():
+            require(who, protocol, self.policy, "policies")
         self.step_rewards = build_step_rewards(config)
         self.readings = build_readings(config)
         check_prompts(self.task.prompts)
@@ -83,7 +89,7 @@ class Rollouts:
         self.loop = Loop(config, self.policy.model)
         self.policy.model = self.loop.model
         for component, _ in [*self.step_rewards.values(), *self.readings.values()]:
-            if isinstance(model := getattr(component, "model", None), torch.nn.Module):
+            if (model := model_of(component)) is not None:
                 model.to(self.loop.accelerator.device)
         self.admission = Admission(self.policy.admit, config.run.max_unusable)
         self.admission.refuse(useless)
@@ -268,7 +274,8 @@ class Rollouts:
         metrics = {"eval/reward": float(scored.total.nanmean())}
         if len(scored.parts) > 1:
             metrics |= {f"eval/reward/{k}": float(v.nanmean()) for k, v in scored.parts.items()}
-        metrics |= {f"eval/{k}": v for k, v in self.task.judges(samples).items()}
+        if isinstance(self.task, SampleJudge):
+            metrics |= {f"eval/{k}": v for k, v in self.task.judges(samples).items()}
         if self.loop.is_main:
             save_samples(samples, scored.total.tolist(), self.loop.folder.root / "samples" / f"{iteration:06d}")
         return metrics

@@ -17,12 +17,13 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from mmrl.capabilities import OutputWriter
 from mmrl.prm.records import reference_solution
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.imitation import Writer, best_leaves, imitation_losses, references
+from mmrl.trainers.imitation import best_leaves, imitation_losses, references
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
 
@@ -56,7 +57,8 @@ class ImitationTrainer:
             ValueError: references are asked for but no prompt has one, or the policy cannot write them.
         """
         self.config = config
-        self.rollouts = Rollouts(config, policy, task, rewards)
+        needs = {"source: reference (not source: samples)": OutputWriter} if config.source == "reference" else {}
+        self.rollouts = Rollouts(config, policy, task, rewards, needs=needs)
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)
         self.prompts = list(self.rollouts.task.prompts)
@@ -69,8 +71,6 @@ class ImitationTrainer:
             self.policy.forecast(self.plan)  # a plan that does not fit is refused here
 
     def _keep_solved(self) -> None:
-        if not isinstance(self.policy, Writer):
-            raise ValueError("source: reference needs a policy that writes; take source: samples for this one")
         asked = len(self.prompts)
         self.prompts = [p for p in self.prompts if reference_solution(p) is not None]
         if not self.prompts:

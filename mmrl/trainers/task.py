@@ -1,18 +1,18 @@
-"""Task: prompts for training and evaluation, with the rewards that fit and the judges that no reward may use."""
+"""Task: prompts for training and evaluation, with the rewards that fit; rewards, readings and who fills what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-from mmrl.capabilities import refuse_needs
+from mmrl.capabilities import RewardNamer, refuse_needs
 from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
 from mmrl.readings import Reading
 from mmrl.recipe import PolicyConfig, RewardConfig
 from mmrl.registry import build, find
 from mmrl.rewards import Isolated
-from mmrl.rollout import OutcomeReward, Prompt, Sample, StepReward
+from mmrl.rollout import OutcomeReward, Prompt, StepReward
 
 
 class Task(Protocol):
@@ -20,10 +20,6 @@ class Task(Protocol):
 
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
-    rewards: Sequence[str]  # names used when the recipe lists none
-
-    def judges(self, samples: Sequence[Sample]) -> Mapping[str, float]:
-        """Numbers that show whether the reward is being hacked: an independent judge, diversity."""
 
 
 FOREIGN_TIMEOUT_S = 60.0  # of a batch, for rewards that are named by a dotted path
@@ -31,7 +27,10 @@ FOREIGN_TIMEOUT_S = 60.0  # of a batch, for rewards that are named by a dotted p
 
 def build_rewards(config: PolicyConfig, task: Task) -> dict[str, tuple[OutcomeReward, float]]:
     """name -> (reward, weight), from the recipe or the task's default. Dotted paths run in a killable process."""
-    chosen = config.rewards or [RewardConfig(name=name) for name in task.rewards]
+    named = task.rewards if isinstance(task, RewardNamer) else ()
+    chosen = config.rewards or [RewardConfig(name=name) for name in named]
+    if not chosen:
+        raise ConfigError(f"task.name={config.task.name!r} names no reward that fits it; list some in `rewards:`")
     out: dict[str, tuple[OutcomeReward, float]] = {}
     for i, r in enumerate(chosen):
         if r.name in out:

@@ -13,13 +13,14 @@ from diffusion.adapters.dit import DiTAdapter
 from diffusion.latent_reward import LatentReward
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Sampling
+from mmrl.capabilities import Found
 from mmrl.config import ConfigError, load_section, parse_config, trainer_config
 from mmrl.jobs import run_search
 from mmrl.registry import ComponentError
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.search.recipe import SearchConfig
-from mmrl.search.samples import Found, best_of_k
+from mmrl.search.samples import best_of_k
 from mmrl.trainers import trainer_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"
@@ -97,7 +98,9 @@ def test_a_saved_latent_reward_searches(policy, tiny_model, tmp_path):
 
 
 def test_what_cannot_be_searched(policy, tiny_model):
-    with pytest.raises(ValueError, match="does not score latents"):
+    with pytest.raises(
+        ValueError, match="needs the protocol LatentScorer .*function does not have it; those that do: latent_reward"
+    ):
         policy.search(PROMPTS, brightness, n=1, k=2, seed=0)
     split = DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), Sampling(steps=STEPS))
     with pytest.raises(ValueError, match="noise='split' draws noise where a plan splits"):
@@ -224,9 +227,19 @@ def test_a_search_from_a_recipe(tiny_model, tmp_path):
     ("sections", "match"),
     [
         ({"scorer": None}, "needs a `scorer`"),
+        (
+            {"scorer": "vision_prm"},
+            "'diffusion' needs the protocol LatentScorer .*'vision_prm' does not .*: latent_reward$",
+        ),
         ({"max_tokens": 9}, "no tokens to limit"),
-        ({"method": {"name": "best_of_n"}}, "of the searches it takes method.name=best_of_k"),
-        ({"policy": {"name": "toy_extender:ToyExtender"}}, "is for policies that search along their own steps"),
+        (
+            {"method": {"name": "best_of_n"}},
+            "best_of_k is for policies that search along their own steps.*needs the protocol Extender.*: vision",
+        ),
+        (
+            {"policy": {"name": "toy_extender:ToyExtender"}},
+            "best_of_n, greedy .* needs the protocol SampleSearcher .*: diffusion$",
+        ),
         ({"method": {"name": "best_of_k", "kk": 2}}, r"method: unknown key kk=2 \(did you mean k\?\)"),
     ],
 )

@@ -406,7 +406,6 @@ def test_prompt_files_that_cannot_be_used(tmp_path):
             TextPrompts(good, str(tmp_path / name))
     with pytest.raises(ValueError, match="text_prompts has no reward of its own; list one in the recipe"):
         _ = TextPrompts(good, good).rewards
-    assert TextPrompts(good, good).judges([]) == {}
 
 
 # ---- training ------------------------------------------------------------------------------------------------

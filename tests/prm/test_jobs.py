@@ -353,7 +353,7 @@ BAD_RECIPES = [
     ({"records": "none.jsonl", "format": "visual_prm"}, "format 'visual_prm' .*did you mean visualprm"),
     ({"task": {"name": "test_jobs:Bare"}, "verifier": None}, "task.name='test_jobs:Bare' brings no reward"),
     ({"verifier": {"name": "test_jobs:left", "timeout_s": 0}}, "has no attribute 'left'"),
-    ({"policy": {"name": "test_jobs:Chains"}}, "cannot go on from a prefix"),
+    ({"policy": {"name": "test_jobs:Chains"}}, "method.name='monte_carlo' needs the protocol Extender .*'test_jobs:Chains' does not have it; those that do: vision"),
     ({"metod": {}}, "unknown key metod={} .did you mean method"),
 ]  # fmt: skip
 

@@ -90,7 +90,9 @@ def test_only_prompts_with_a_reference_are_used(tmp_path, caplog):
 
 def test_a_policy_that_cannot_write_takes_samples(tiny_model, tmp_path):
     tree = latent_recipe(tiny_model, tmp_path / "r", source="reference")
-    with pytest.raises(ValueError, match="source: reference needs a policy that writes"):
+    with pytest.raises(
+        ValueError, match="source: reference .* needs the protocol OutputWriter .*those that do: video, vision"
+    ):
         ImitationTrainer(parse_config(tree, model=SftConfig))
 
 

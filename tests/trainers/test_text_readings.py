@@ -130,9 +130,6 @@ class Golden:
         ]
         self.eval_prompts = self.prompts[:1]
 
-    def judges(self, samples):
-        return {}
-
 
 RECIPES = {
     "stepsearch": (

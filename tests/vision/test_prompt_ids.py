@@ -112,9 +112,6 @@ class NoAnswers:
         self.prompts = [Prompt(f"q{i}", {"question": "hi"}, r) for i, r in enumerate(references)]
         self.eval_prompts = self.prompts[:1]
 
-    def judges(self, samples):
-        return {}
-
 
 @pytest.mark.parametrize("bad", [1, 3])
 def test_rows_that_no_reward_can_score_are_told_before_a_model_is_loaded(tmp_path, bad):

@@ -387,9 +387,6 @@ class Asked:
         self.prompts = [replace(p, reference={"answer": str(i)}) for i, p in enumerate(Words(folder, 0).prompts)]
         self.eval_prompts = self.prompts[:1]
 
-    def judges(self, samples):
-        return {}
-
 
 class Answering(Asked):
     """The same, with a word on it."""
