@@ -17,16 +17,16 @@ from mmrl.config import Component, Section
 class RewardConfig(Component):
     """One outcome reward. Its worker process is described in `mmrl.rewards.isolation`."""
 
-    weight: float = 1.0
-    # Of a batch in a killable process; 0 = in this process; null = 60 for a dotted path (a user's own code), 0 for a
-    # registered name.
+    weight: float = Field(1.0, allow_inf_nan=False)
+    # Of a batch in a killable process, waits for a free processor aside; 0 = in this process; null = 60 for a dotted
+    # path (a user's own code), 0 for a registered name.
     timeout_s: float | None = Field(None, ge=0, allow_inf_nan=False)
 
 
 class StepRewardConfig(Component):
     """One step reward."""
 
-    weight: float = 1.0
+    weight: float = Field(1.0, allow_inf_nan=False)
 
 
 class ReadingConfig(Component):

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 import time
 
 
@@ -12,6 +13,8 @@ def by_output(samples):
 
 
 def _one(output):
+    if not isinstance(output, str):
+        return len(output)
     if output == "loop":
         while True:
             pass
@@ -27,8 +30,8 @@ def _one(output):
         raise KeyError("answer")
     if output == "print":
         sys.stdout.write("to nobody\n")
-    if output == "torch":
-        return "torch" in sys.modules
+    if output in ("torch", "numpy"):
+        return output in sys.modules
     return object() if output == "object" else len(output)
 
 
@@ -45,6 +48,77 @@ def by_first_output(samples):
     if len(samples) > 2:
         raise MemoryError("batch too large")
     return [1.0] * len(samples)
+
+
+def stated(samples):
+    """The answer that the first sample holds."""
+    return samples[0].output
+
+
+def with_daemons(samples):
+    """Leaves two processes in sessions of their own behind, writes their pids, then ends as the output says."""
+    path, ending = samples[0].output
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    source, sink = os.pipe()
+    if not os.fork():
+        os.setsid()
+        daemon = os.fork()
+        if daemon:
+            os.write(sink, str(daemon).encode())
+            os._exit(0)
+        time.sleep(60)
+    with open(path, "w") as f:
+        f.write(f"{child.pid} {os.read(source, 99).decode()}")
+    if ending == "hang":
+        time.sleep(60)
+    if ending == "exit":
+        os._exit(3)
+    return [1.0] * len(samples)
+
+
+def computes(samples):
+    """Takes as many seconds of CPU 0 as each output says."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    for sample in samples:
+        end = time.process_time() + sample.output
+        while time.process_time() < end:
+            pass
+    return [1.0] * len(samples)
+
+
+class Leaks:
+    """Keeps as many MiB at every call as the first output says; returns the number of calls."""
+
+    def __init__(self) -> None:
+        self.kept: list[bytes] = []
+
+    def __call__(self, samples):
+        self.kept.append(os.urandom(samples[0].output << 20))
+        return [float(len(self.kept))] * len(samples)
+
+
+class Threaded:
+    """Has a thread from the beginning, so its process cannot be forked; otherwise the reward of that name here."""
+
+    def __init__(self, of: str = "by_output") -> None:
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+        self.reward = globals()[of]
+
+    def __call__(self, samples):
+        return self.reward(samples)
+
+
+class Ranks:
+    """The place of each sample in its prompt's group, which must be whole; exits on the output "bad"."""
+
+    compares_samples = True
+
+    def __call__(self, samples):
+        for prompt in {s.prompt.id for s in samples}:
+            assert sum(s.prompt.id == prompt for s in samples) == 3
+        if any(s.output == "bad" for s in samples):
+            os._exit(3)
+        return [float(s.step) for s in samples]
 
 
 def with_child(samples):
@@ -106,4 +180,4 @@ def doubler():
 
 
 def _double(batch):
-    return [2 * x for x in batch]
+    return [2 * x for x in batch], []

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from mmrl.byte_cache import ByteCache
+from mmrl.worker import Worker
 from video.clip import Frames, ReadLimits, Reason, VideoDecodeError, VideoInfo
-from video.worker import DecodeWorker, File
+from video.worker import ClipShelf, File, decode
 
 __all__ = ["Frames", "ReadLimits", "Reason", "VideoDecodeError", "VideoInfo", "VideoReader"]
 
@@ -37,7 +38,8 @@ class VideoReader:
 
     Args:
         cache_bytes: most bytes of decoded frames that are kept; 0 keeps none.
-        timeout_s: seconds > 0 for one file's table or one read. Then the process is killed; the next call starts one.
+        timeout_s: seconds > 0 for one file's table or one read, waits for a free processor aside. Then the process is
+            killed; the next call starts one.
         limits: what is refused.
         backend: `auto` is decord, and PyAV where decord fails or would give other frames than a player; `decord`
             refuses such files; `av`; or package.module:function, see `video.backends`.
@@ -112,7 +114,7 @@ class VideoReader:
 
     def _renew(self) -> None:
         self._lock = threading.Lock()
-        self._worker = DecodeWorker(self._options["timeout_s"])
+        self._worker = Worker(ClipShelf)
         self._cache = ByteCache(self._options["cache_bytes"])
         self._infos = ByteCache(_INFO_BYTES)
 
@@ -120,7 +122,7 @@ class VideoReader:
         info: VideoInfo | None = self._infos.get(file)
         if info is not None:
             return info
-        answer, (starts,) = self._worker.call(file, self._request("info"))
+        answer, (starts,) = decode(self._worker, file, self._request("info"), self._options["timeout_s"])
         why, lost = answer["why"], answer["lost"]
         if lost:
             log.warning("%s: %s; what is there is read by %s", file[0], lost, answer["backend"])
@@ -138,7 +140,8 @@ class VideoReader:
         missing = [i for i, pixels in frames.items() if pixels is None]
         if not missing:
             return frames
-        answer, fresh = self._worker.call(file, self._request("read", index=missing, size=size))
+        request = self._request("read", index=missing, size=size)
+        answer, fresh = decode(self._worker, file, request, self._options["timeout_s"])
         if answer["backend"] != info.backend:
             log.warning("%s: read by PyAV from now on, decord failed: %s", info.path, answer["why"])
             self._infos.put(file, replace(info, backend=answer["backend"]), info.starts.nbytes)

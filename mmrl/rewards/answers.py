@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmrl.registry import declares, find
 from mmrl.rewards.answer_text import choice_letter, compare, extract_answer, final_line, normalise
-from mmrl.rewards.isolation import Worker, WorkerError
+from mmrl.rewards.isolation import numbers_from
+from mmrl.worker import Target, Worker, WorkerError
 
 if TYPE_CHECKING:
     from mmrl.rollout import Prompt, Sample
 
 log = logging.getLogger(__name__)
-
-_CLOCK_PER_CPU = 20.0  # seconds on the clock that a verifier gets for each second of CPU time
-
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
@@ -109,8 +107,8 @@ class MathAnswer(AnswerReward):
     a batch are verified once, so a batch takes at most `verify_s` (plus a restart) per different wrong-looking answer.
 
     Args:
-        verify_s: seconds of CPU time > 0 for one pair, so that a verdict does not depend on what else the machine
-            does. A verifier that waits is killed after twenty times as many seconds.
+        verify_s: seconds > 0 for one pair, waits for a free processor aside, so that a verdict does not depend on
+            what else the machine does; see `Worker.call`.
         verifier: dotted path of a function, list of (reference, answer) -> list of truth values. It is tried on
             ("1", "2") when the process starts.
 
@@ -152,7 +150,7 @@ class MathAnswer(AnswerReward):
 
     def _verify(self, reference: str, answer: str) -> float | None:
         try:
-            (verdict,) = self._worker.call([(reference, answer)], _CLOCK_PER_CPU * self.verify_s, self.verify_s)
+            (verdict,), _ = self._worker.call([(reference, answer)], self.verify_s)
         except WorkerError as error:
             self.failures[error.kind] += 1
             self.last_error = str(error)
@@ -161,10 +159,10 @@ class MathAnswer(AnswerReward):
         return verdict
 
 
-def _load_verifier(path: str) -> Any:
+def _load_verifier(path: str) -> Target:
     verifier = find("rewards", path).target
     verifier([("1", "2")])  # imports and tables of grammars, which are not on the clock of the first answer
-    return verifier
+    return numbers_from(verifier)
 
 
 def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool]:

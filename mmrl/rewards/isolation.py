@@ -1,187 +1,43 @@
-"""Foreign code in a process that can be killed: a reward that hangs or dies costs its sample, not the run.
-
-The worker is a fresh interpreter, not a fork and not a re-import of the caller's script. It has the parent's sys.path
-and one OpenMP thread, gets pickles and answers in JSON. It imports torch only where its function or its batch does, so
-one that checks texts starts in a quarter of a second. It leaves with its parent: an idle one sees the closed socket, a
-busy one looks for its parent twice a second, and one that is stuck inside C code is ended by a kernel timer.
-"""
+"""Rewards in a process that can be killed: one that hangs or dies costs its sample, not the run."""
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import math
-import os
-import pickle
-import signal
-import socket
-import struct
-import subprocess
-import sys
-import threading
-import time
-import traceback
-import weakref
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmrl.registry import ComponentError, build
+from mmrl.registry import ComponentError, build, find
+from mmrl.worker import Target, Worker, WorkerError, WorkerStartError
 
 if TYPE_CHECKING:
     from mmrl.rollout import OutcomeReward, Sample
 
 log = logging.getLogger(__name__)
 
-Target = Callable[[Sequence[Any]], Sequence[Any]]
-
-START_S = 600.0  # importing torch takes seconds, loading a reward model minutes
-_MARGIN_S = 10.0  # a stuck worker whose parent is gone outlives its time limit by this much
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from mmrl.rewards.isolation import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
-)
+_PIECES = 8  # of a batch in which something crashed or raised
 
 
-class WorkerError(RuntimeError):
-    """A call gave no values. kind: `timeout` and `crash` cost the process; after `error`, an exception, it lives."""
-
-    def __init__(self, kind: str, message: str, trace: str = "") -> None:
-        super().__init__(message)
-        self.kind, self.trace = kind, trace
-
-
-class WorkerStartError(RuntimeError):
-    """The process could not be started, or its function could not be made there."""
-
-
-class Worker:
-    """A persistent process around one function of a batch; started when needed, killed when it does not answer.
-
-    Args:
-        factory: picklable; called once in the process, returns the function batch -> sequence of numbers or None.
-
-    Not for several threads at once. A worker that a fork inherited is left to its owner and a new one is started.
-
-    Raises:
-        ValueError: the factory cannot be pickled.
-    """
-
-    def __init__(self, factory: Callable[[], Target]) -> None:
-        try:
-            self._factory = _dumps(factory)
-        except Exception as error:
-            raise ValueError(
-                f"{factory} cannot be sent to a worker process ({error}); use an object at the top level of a module, "
-                "or its dotted path package.module:object"
-            ) from error
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-        self.starts = 0
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the running worker."""
-        return self._process.pid if self._process is not None else None
-
-    def start(self) -> None:
-        """Make sure that the process runs and holds the function.
-
-        Raises:
-            ComponentError: the function's name or options are wrong.
-            WorkerStartError: it could not be made, or not within ten minutes.
-        """
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
-            return
-        self.close()
-        ours, theirs = socket.socketpair()
-        path, me = json.dumps([str(p) for p in sys.path]), os.getpid()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, path, str(theirs.fileno()), str(me)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a reward prints must not mix with the output of the command
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is the parent's to handle; a kill reaches the reward's own children
-            )
-        self._socket, self._owner, self.starts = ours, me, self.starts + 1
-        self._end = weakref.finalize(self, _kill, self._process, ours, me)  # runs at exit too
-        try:
-            self._exchange(self._factory, START_S)
-        except WorkerError as error:
-            self.close()
-            kind, _, text = str(error).partition(": ")
-            if kind == "ComponentError":
-                raise ComponentError(text) from None
-            raise WorkerStartError(f"the reward worker did not start: {error}\n{error.trace}".rstrip()) from None
-
-    def call(self, batch: Sequence[Any], timeout_s: float, cpu_s: float | None = None) -> list[Any]:
-        """The function's answer for `batch`: floats, None, and the repr of whatever is no number.
-
-        Args:
-            timeout_s: seconds for the answer. Sending the batch, for which the process may import torch, is not
-                counted.
-            cpu_s: seconds of CPU time for it. Unlike those of the clock they do not depend on what else the machine
-                does; a function that waits uses none.
-
-        Raises:
-            WorkerError: the function raised or answered with no sequence (`error`), gave no answer within its time
-                (`timeout`), or ended its process (`crash`).
-            ComponentError, WorkerStartError: see `start`.
-        """
-        self.load(batch)
-        return self.answer(timeout_s, cpu_s)
-
-    def load(self, batch: Sequence[Any]) -> None:
-        """First half of `call`: send the batch."""
-        self.start()
-        self._exchange(_dumps(("batch", list(batch))), START_S)
-
-    def answer(self, timeout_s: float, cpu_s: float | None = None) -> list[Any]:
-        """Second half of `call`: the answer for the batch that was sent."""
-        return list(self._exchange(_dumps(("limits", (timeout_s, cpu_s))), timeout_s, cpu_s))
-
-    def close(self) -> int | None:
-        """Kill the process and what it started; returns its exit status. The next call starts a new one."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        self._end()
-        return process.returncode
-
-    def _exchange(self, request: bytes, timeout_s: float, cpu_s: float | None = None) -> Any:
-        deadline = time.monotonic() + timeout_s
-        try:
-            _send(self._socket, request, deadline)
-            answer = json.loads(_receive(self._socket, deadline))
-        except TimeoutError:
-            self.close()
-            raise WorkerError("timeout", f"no answer within {timeout_s:g} s") from None
-        except (EOFError, OSError):
-            status = self.close()
-            if cpu_s is not None and status == -signal.SIGPROF:
-                raise WorkerError("timeout", f"no answer within {cpu_s:g} s of CPU time") from None
-            raise WorkerError("crash", f"the worker process {_ending(status)}") from None
-        except BaseException:  # Ctrl-C: an answer is still on its way, the pipe is of no more use
-            self.close()
-            raise
-        if "error" in answer:
-            raise WorkerError("error", answer["error"], answer["trace"])
-        return answer["values"]
+class NotNumbersError(TypeError):
+    """A reward answered with no sequence of values."""
 
 
 class Isolated:
     """An outcome reward that runs in a worker process.
 
-    A batch has `timeout_s` seconds. When it takes longer, crashes its process or raises, it is halved and each half
-    tried again with the same limit, down to single samples: one that still fails is None, the others keep their
-    scores. One bad sample among n costs ceil(log2 n) + 1 failed tries (7 time-outs for 64). With many bad samples a
-    call begins no further try once it has spent 2 (ceil(log2 n) + 1) limits, restarts aside, where a lost process
-    counts as a full limit; what has no score by then is None as well.
+    A batch has `timeout_s` seconds. When it takes longer its samples are tried one by one, each with the same limit:
+    one that hangs costs two limits. When it crashes its process or raises, an eighth of it is tried at a time, and so
+    on: among 64 samples a bad one costs three failed tries. A sample that fails alone is None, the others keep their
+    scores. With many bad samples a call begins no further try once it has spent 2 (ceil(log2 n) + 1) limits, where a
+    function that must be built anew counts as one; what has no score by then is None as well.
+
+    The limit does not count the time in which the worker waits for a free processor, see `Worker.call`. Work that a
+    reward leaves to processes of its own is waited for on the clock.
+
+    A reward that compares the samples of a prompt (`GroupReward`) gets them together; they are tried prompt by prompt.
 
     Tensors arrive as CPU copies. A reward with a model on a GPU holds its own CUDA context here: to share the
     trainer's, run it in process.
@@ -207,6 +63,8 @@ class Isolated:
         *,
         section: str = "rewards",
     ) -> None:
+        from mmrl.capabilities import GroupReward
+
         if timeout_s <= 0:
             raise ValueError(f"{section}: timeout_s={timeout_s} must be above 0")
         self.name = reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
@@ -214,40 +72,49 @@ class Isolated:
         self.failures: Counter[str] = Counter()
         self.last_error: str | None = None
         self._worker = Worker(partial(_make_reward, reward, dict(options or {}), section))
-        self._worker.start()
+        try:
+            self._worker.start()
+        except WorkerStartError as error:
+            if isinstance(error.__cause__, WorkerError) and error.__cause__.type == "ComponentError":
+                raise ComponentError(str(error.__cause__).partition(": ")[2]) from None
+            raise
+        self._compares = isinstance(find("rewards", reward).target if isinstance(reward, str) else reward, GroupReward)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample, None where the reward failed.
 
         Raises:
-            RewardError: the reward returned another number of values than it got samples.
+            RewardError: the reward returned no list of values, or another number of them than it got samples.
             WorkerStartError: the process cannot be started again.
         """
         self.last_error = None
         values: list[float | None] = [None] * len(samples)
         failed: dict[int, str] = {}
-        parts = [(0, len(samples))] if samples else []
+        parts = [self._units(samples)] if samples else []
         limits_left: float = 2 * (1 + math.ceil(math.log2(max(len(samples), 1))))
         while parts:
-            start, stop = parts.pop()
+            units = parts.pop()
+            part = [i for unit in units for i in unit]
             if limits_left <= 0:
-                failed |= dict.fromkeys(range(start, stop), "skipped")
+                failed |= dict.fromkeys(part, "skipped")
                 continue
+            builds = self._worker.builds
             self._worker.start()
-            began = time.monotonic()
+            limits_left -= self._worker.builds - builds
             try:
-                self._worker.load(samples[start:stop])
-                began = time.monotonic()
-                values[start:stop] = self._answer(stop - start)
-                limits_left -= (time.monotonic() - began) / self.timeout_s
+                scores = self._scores([samples[i] for i in part])
             except WorkerError as error:
-                limits_left -= (time.monotonic() - began) / self.timeout_s if error.kind == "error" else 1
-                self._note(error, stop - start)
-                if stop - start == 1:
-                    failed[start] = error.kind
+                limits_left -= 1 if error.kind == "timeout" else self._worker.seconds / self.timeout_s
+                self._note(error, len(part))
+                if len(units) == 1:
+                    failed |= dict.fromkeys(part, error.kind)
                 else:
-                    middle = (start + stop) // 2
-                    parts += [(middle, stop), (start, middle)]
+                    size = 1 if error.kind == "timeout" else math.ceil(len(units) / _PIECES)
+                    parts += [units[at : at + size] for at in reversed(range(0, len(units), size))]
+                continue
+            limits_left -= self._worker.seconds / self.timeout_s
+            for i, score in zip(part, scores, strict=True):
+                values[i] = score
         self._report(samples, failed)
         return values
 
@@ -255,12 +122,26 @@ class Isolated:
         """End the process; it also ends by itself with this object and with the program."""
         self._worker.close()
 
-    def _answer(self, size: int) -> list[Any]:
-        values = self._worker.answer(self.timeout_s)
-        if len(values) != size:
-            from mmrl.rewards.scoring import RewardError, wrong_count
+    def _units(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Indices of the samples that are never tried apart."""
+        if not self._compares:
+            return [[i] for i in range(len(samples))]
+        by_prompt: dict[str, list[int]] = {}
+        for i, sample in enumerate(samples):
+            by_prompt.setdefault(sample.prompt.id, []).append(i)
+        return list(by_prompt.values())
 
-            raise RewardError(wrong_count(self.name, len(values), size))
+    def _scores(self, samples: Sequence[Sample]) -> list[Any]:
+        from mmrl.rewards.scoring import RewardError, wrong_count
+
+        try:
+            values, _ = self._worker.call(samples, self.timeout_s)
+        except WorkerError as error:
+            if error.type == NotNumbersError.__name__:
+                raise RewardError(f"reward {self.name!r}: {str(error).partition(': ')[2]}") from None
+            raise
+        if len(values) != len(samples):
+            raise RewardError(wrong_count(self.name, len(values), len(samples)))
         return values
 
     def _note(self, error: WorkerError, size: int) -> None:
@@ -282,146 +163,58 @@ class Isolated:
 # ---- in the worker process ------------------------------------------------------------------------------------------
 
 
-def serve(fd: int, parent: int) -> None:
-    """Main function of a worker: the first message makes the function, then come batches, each with its limits."""
-    connection = socket.socket(fileno=fd)
-    connection.set_inheritable(False)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    target: Any = None
-    batch: list[Any] = []
-
-    def make(request: bytes) -> list[Any]:
-        nonlocal target
-        target = pickle.loads(request)()
-        return []
-
-    def work(request: bytes) -> list[Any]:
-        nonlocal batch
-        kind, content = pickle.loads(request)
-        if kind == "batch":
-            batch = content
-            return []
-        limit, cpu_limit = content
-        signal.setitimer(signal.ITIMER_REAL, limit + _MARGIN_S)
-        signal.setitimer(signal.ITIMER_PROF, cpu_limit or 0)
-        try:
-            return [_number(v) for v in as_values(target(batch))]
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-
-    try:
-        _send(connection, _answer(make, _receive(connection)))
-        while True:
-            _send(connection, _answer(work, _receive(connection)))
-    except (EOFError, OSError):
-        os._exit(0)  # the parent closed; threads that the reward left behind must not keep the process
-
-
-def _answer(handle: Callable[[bytes], list[Any]], request: bytes) -> bytes:
-    try:
-        answer: dict[str, Any] = {"values": handle(request)}
-    except (Exception, SystemExit) as error:
-        answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-    return json.dumps(answer).encode()
+def numbers_from(function: Callable[[Any], Any]) -> Target:
+    """A worker's function: a batch -> floats, None, and the description of whatever is no number."""
+    return lambda batch: ([_number(value) for value in as_values(function(batch))], [])
 
 
 def as_values(answer: Any) -> list[Any]:
-    """The values of a reward's answer, which is a list, a tuple, an array or a tensor.
+    """The values of a reward's answer, which is a list, a tuple, or an array or tensor of one axis.
 
     Raises:
-        TypeError: anything else; a dict would be read by its keys, a text by its characters.
+        NotNumbersError: anything else; a dict would be read by its keys, a text by its characters.
     """
-    if isinstance(answer, (list, tuple)) or hasattr(answer, "tolist"):
+    is_array = hasattr(answer, "__array__")
+    if is_array and getattr(answer, "requires_grad", False):
+        answer = answer.detach()
+    if isinstance(answer, (list, tuple, array)) or (is_array and answer.ndim == 1):
         return list(answer)
-    raise TypeError(
-        f"it returned a {type(answer).__name__}, {str(answer)[:80]}; return a list, tuple, array or tensor with one "
-        "value per sample"
+    kind = f"{type(answer).__name__} of shape {tuple(answer.shape)}" if is_array else type(answer).__name__
+    raise NotNumbersError(
+        f"it returned a {kind}, {short(answer)}; return a list, tuple, array or tensor with one value per sample"
     )
 
 
-def _number(value: Any) -> float | str | None:
+def as_number(value: Any) -> float | None:
+    """A value as a float.
+
+    Raises:
+        TypeError: it is a text, an array with axes, or nothing that float() takes.
+    """
     if value is None:
         return None
+    if isinstance(value, (str, bytes, bytearray)) or getattr(value, "ndim", 0) > 0:
+        raise TypeError(short(value))
     try:
-        return repr(value)[:200] if isinstance(value, (str, bytes)) else float(value)
+        return float(value)
+    except Exception as error:
+        raise TypeError(short(value)) from error
+
+
+def short(value: Any) -> str:
+    """The first characters of a value; some have no text of their own, such as numbers of 5,000 digits."""
+    try:
+        return str(value)[:80]
     except Exception:
-        return repr(value)[:200]  # the caller names the sample
+        return f"a {type(value).__name__}"
 
 
-def _make_reward(reward: Any, options: Mapping[str, Any], section: str) -> Any:
-    return build("rewards", section, reward, options) if isinstance(reward, str) else reward
+def _number(value: Any) -> float | str | None:
+    try:
+        return as_number(value)
+    except TypeError as error:
+        return str(error)  # the caller names the sample
 
 
-def _leave_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-# ---- messages -------------------------------------------------------------------------------------------------------
-
-
-class _Pickler(pickle.Pickler):
-    """A slice of a batch would take its whole storage along, a GPU tensor its device: both travel as CPU copies."""
-
-    def reducer_override(self, value: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is None or type(value) is not torch.Tensor:
-            return NotImplemented
-        whole = value.untyped_storage().nbytes() == value.nbytes
-        if whole and value.device.type == "cpu" and not value.requires_grad:
-            return NotImplemented
-        return value.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-
-
-def _dumps(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
-
-
-def _send(connection: socket.socket, message: bytes, deadline: float | None = None) -> None:
-    connection.settimeout(_left(deadline))
-    connection.sendall(struct.pack("!Q", len(message)) + message)
-
-
-def _receive(connection: socket.socket, deadline: float | None = None) -> bytes:
-    (size,) = struct.unpack("!Q", _read(connection, 8, deadline))
-    return _read(connection, size, deadline)
-
-
-def _read(connection: socket.socket, size: int, deadline: float | None) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
-        connection.settimeout(_left(deadline))
-        part = connection.recv(min(size - len(parts), 1 << 20))
-        if not part:
-            raise EOFError
-        parts += part
-    return bytes(parts)
-
-
-def _left(deadline: float | None) -> float | None:
-    if deadline is None:
-        return None
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _kill(process: subprocess.Popen[bytes], connection: socket.socket, owner: int) -> None:
-    connection.close()
-    if os.getpid() != owner:  # a forked copy of the owner must not end the owner's worker
-        return
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _ending(status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with exit status {status}"
+def _make_reward(reward: Any, options: Mapping[str, Any], section: str) -> Target:
+    return numbers_from(build("rewards", section, reward, options) if isinstance(reward, str) else reward)

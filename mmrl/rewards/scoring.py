@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from mmrl.capabilities import GroupReward
-from mmrl.rewards.isolation import as_values
+from mmrl.rewards.isolation import NotNumbersError, as_number, as_values
 from mmrl.rollout import OutcomeReward, Rollout, Sample
 
 log = logging.getLogger(__name__)
+
+LARGEST = 1e15  # of a reward: credit squares it, in float32
 
 
 class RewardError(RuntimeError):
@@ -50,7 +52,7 @@ def score(
 
     Raises:
         RewardError: a reward returned another number of values than samples, a value that is no number or is
-            infinite; or more than `max_unscored` of the samples have no total.
+            beyond `LARGEST`; or more than `max_unscored` of the samples have no total.
     """
     parts: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
@@ -121,24 +123,29 @@ def wrong_count(name: str, got: int, samples: int) -> str:
     )
 
 
+def out_of_bounds(number: float) -> str:
+    """What is wrong with a reward beyond `LARGEST`, and the way out."""
+    size = "infinite" if math.isinf(number) else f"{number:g}, beyond {LARGEST:g}, and its credit would overflow"
+    return f"{size}; bound it"
+
+
 def _as_tensor(name: str, raw: Sequence[float | None], samples: Sequence[Sample]) -> Tensor:
     try:
         values = as_values(raw)
-    except TypeError as error:
+    except NotNumbersError as error:
         raise RewardError(f"reward {name!r}: {error}") from None
     if len(values) != len(samples):
         raise RewardError(wrong_count(name, len(values), len(samples)))
     out = []
     for i, v in enumerate(values):
         try:
-            if isinstance(v, (str, bytes)):
-                raise TypeError("a text")
-            number = math.nan if v is None else float(v)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            number = as_number(v)
+        except TypeError as error:
             raise RewardError(
-                f"reward {name!r}: sample {i} got {str(v)[:80]!r}, which is no number; return float or None"
+                f"reward {name!r}: sample {i} got {str(error)!r}, which is no number; return float or None"
             ) from error
-        if math.isinf(number):
-            raise RewardError(f"reward {name!r}: sample {i} (prompt {samples[i].prompt.id!r}) is infinite; bound it")
-        out.append(number)
+        if number is not None and abs(number) > LARGEST:
+            where = f"sample {i} (prompt {samples[i].prompt.id!r})"
+            raise RewardError(f"reward {name!r}: {where} is {out_of_bounds(number)}")
+        out.append(math.nan if number is None else number)
     return torch.tensor(out, dtype=torch.float64)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmrl.rewards.scoring import RewardError
+from mmrl.rewards.isolation import as_values
+from mmrl.rewards.scoring import LARGEST, RewardError, out_of_bounds
 from mmrl.rollout import Prompt, Rollout, StepReward
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
     its message kept in `failed`.
 
     Raises:
-        RewardError: every reward raised; or one returned another shape than (N,), no numbers, or an infinite one.
+        RewardError: every reward raised; or one returned another shape than (N,), no numbers, or one beyond `LARGEST`.
     """
     parts: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
@@ -104,14 +105,17 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
 
 def _checked(name: str, raw: object, steps: int) -> Tensor:
     try:
-        values = torch.as_tensor(raw, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+        numbers = raw if isinstance(raw, Tensor) else as_values(raw)
+        values = torch.as_tensor(numbers, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise RewardError(f"step reward {name!r} returned {type(raw).__name__}, no numbers ({error})") from error
     if values.shape != (steps,):
         raise RewardError(
             f"step reward {name!r} returned shape {tuple(values.shape)} for {steps} steps; return ({steps},), NaN "
             "where it has no opinion"
         )
-    if bool(values.isinf().any()):
-        raise RewardError(f"step reward {name!r}: step {int(values.isinf().nonzero()[0])} is infinite; bound it")
+    too_large = (values.abs() > LARGEST).nonzero().flatten().tolist()
+    if too_large:
+        number = values[too_large[0]].item()
+        raise RewardError(f"step reward {name!r}: step {too_large[0]} is {out_of_bounds(number)}")
     return values

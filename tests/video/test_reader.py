@@ -52,15 +52,15 @@ def av_reader():
 @pytest.fixture
 def asked(monkeypatch):
     """Requests that reach a worker from now on."""
-    from video.worker import DecodeWorker
+    from mmrl.worker import Worker
 
-    seen, call = [], DecodeWorker.call
+    seen, call = [], Worker.call
 
-    def noted(self, file, request):
+    def noted(self, request, seconds):
         seen.append(request)
-        return call(self, file, request)
+        return call(self, request, seconds)
 
-    monkeypatch.setattr(DecodeWorker, "call", noted)
+    monkeypatch.setattr(Worker, "call", noted)
     return seen
 
 
