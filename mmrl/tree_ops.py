@@ -50,10 +50,11 @@ def last_scored(tree: StepTree, x: Tensor) -> Tensor:
 
 def run_head(tree: StepTree, joined: Tensor) -> Tensor:
     """(N,) first step of the run that n belongs to, where `joined` (N,) bool says that n continues its parent."""
-    p = torch.where(joined & (tree.parent >= 0), tree.parent, torch.arange(len(tree)))
-    while bool((p != p[p]).any()):
-        p = p[p]
-    return p
+    head = torch.where(joined & (tree.parent >= 0), tree.parent, torch.arange(len(tree)))
+    # Pointer doubling: each pass jumps twice as far up, so a run of K steps needs log2(K) passes.
+    while bool((head != head[head]).any()):
+        head = head[head]
+    return head
 
 
 def returns(tree: StepTree, gamma: float = 1.0) -> Tensor:
@@ -64,11 +65,13 @@ def returns(tree: StepTree, gamma: float = 1.0) -> Tensor:
 
 def path_sum(tree: StepTree, x: Tensor) -> Tensor:
     """(N,) sum of `x` (N,) over the path from the first step to n, n included. Integer or float."""
-    p, total = tree.parent, x
-    while bool((p >= 0).any()):
-        above = p.clamp(min=0)
-        total = total + torch.where(p >= 0, total[above], torch.zeros_like(total))
-        p = torch.where(p >= 0, p[above], -1)
+    ancestor, total = tree.parent, x
+    # Pointer doubling: `total` covers the steps from n up to just below `ancestor`; adding the ancestor's own total
+    # doubles that stretch.
+    while bool((ancestor >= 0).any()):
+        above = ancestor.clamp(min=0)
+        total = total + torch.where(ancestor >= 0, total[above], torch.zeros_like(total))
+        ancestor = torch.where(ancestor >= 0, ancestor[above], -1)
     return total
 
 
@@ -105,6 +108,7 @@ def _sibling_softmax(tree: StepTree, score: Tensor) -> Tensor:
     """(N,) softmax of `score` over the active members of each sibling set; 0 on invalid nodes."""
     score = torch.where(tree.valid, score, -torch.inf)
     num = int(tree.sib.max()) + 1 if len(tree) else 0
+    # The largest score of each set is taken off first, so that exp cannot overflow.
     top = torch.full((num,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, tree.sib, score, "amax")
     weight = torch.where(tree.valid, torch.exp(score - top[tree.sib]), 0.0)
     total = torch.zeros(num, dtype=torch.float64).index_add_(0, tree.sib, weight)
@@ -117,6 +121,7 @@ def _path_prob(tree: StepTree, value: Tensor) -> Tensor:
     logp = tree.logp.nan_to_num(nan=0.0)
     for level in reversed(tree.levels[1:]):
         up, term = tree.parent[level], log_weight[level] + logp[level]
+        # A long path has a probability that no float holds; weights are relative to the best sibling's.
         top = torch.full_like(value, -torch.inf).scatter_reduce_(0, up, term, "amax")
         weight = torch.where(term > -torch.inf, torch.exp(term - top[up]), 0.0)
         total = torch.zeros_like(value).index_add_(0, up, weight)
@@ -139,13 +144,14 @@ def _need_logp(tree: StepTree, how: str) -> None:
 
 def path_pairs(tree: StepTree) -> tuple[Tensor, Tensor]:
     """(leaf, node), each (P,) int: every finished leaf with every step on its path, itself included."""
-    at = leaf = tree.is_finished.nonzero().flatten()
+    leaf = node = tree.is_finished.nonzero().flatten()
     leaves, nodes = [], []
-    while len(at):
+    # All leaves climb together, one step per pass; those that arrive at the prompt drop out.
+    while len(node):
         leaves.append(leaf)
-        nodes.append(at)
-        up = tree.parent[at]
-        leaf, at = leaf[up >= 0], up[up >= 0]
+        nodes.append(node)
+        up = tree.parent[node]
+        leaf, node = leaf[up >= 0], up[up >= 0]
     if not nodes:
         empty = torch.zeros(0, dtype=torch.long)
         return empty, empty
@@ -166,6 +172,7 @@ def discounted_leaf(tree: StepTree, gamma: float, agg: Literal["mean", "max"] = 
         discount = torch.full((len(tree),), gamma, dtype=torch.float64)
         return tree.accumulate(outcome, discount) / tree.m.clamp(min=1)
     if tree.is_chains:
+        # One leaf below each step: the maximum is that leaf, and accumulate needs fewer passes than the levels.
         return tree.accumulate(outcome, torch.full((len(tree),), gamma, dtype=torch.float64))
     best = torch.where(tree.is_finished, tree.outcome, -torch.inf)
     for level in reversed(tree.levels[1:]):
@@ -175,10 +182,11 @@ def discounted_leaf(tree: StepTree, gamma: float, agg: Literal["mean", "max"] = 
 
 def path_max(tree: StepTree, x: Tensor) -> Tensor:
     """(N, ...) maximum of `x` over the path from the first step to n, n included, by pointer doubling."""
-    p, top = tree.parent, x
-    while bool((p >= 0).any()):
-        above = p.clamp(min=0)
-        live = (p >= 0).reshape(-1, *[1] * (x.ndim - 1))
+    ancestor, top = tree.parent, x
+    while bool((ancestor >= 0).any()):
+        above = ancestor.clamp(min=0)
+        # (N, 1, ...), to choose whole rows of x
+        live = (ancestor >= 0).reshape(-1, *[1] * (x.ndim - 1))
         top = torch.where(live, torch.maximum(top, top[above]), top)
-        p = torch.where(p >= 0, p[above], -1)
+        ancestor = torch.where(ancestor >= 0, ancestor[above], -1)
     return top

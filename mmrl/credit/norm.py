@@ -86,6 +86,7 @@ def norm(
     if x.shape != sets.shape:
         raise ValueError(f"x {tuple(x.shape)} and sets {tuple(sets.shape)} must have one entry per step each")
     member = ~x.isnan() & (sets >= 0)
+    # Entries of no set are summed into set 0 with weight 0.
     sid, v = sets.clamp(min=0), torch.where(member, x.double(), 0.0)
     num = int(sets.max().clamp(min=0)) + 1 if sets.numel() else 0
     w = member.double() if weight is None else torch.where(member, weight.double(), 0.0)
@@ -98,7 +99,8 @@ def norm(
     constant = (size > 1) & (_is_flat(v, sid, counted, num) | (var.sqrt() < how.std_floor))
     if how.scale == "bernoulli":
         _check_unit(v, member)
-    centred = torch.where((constant | (size <= 1))[sid], 0.0, centred)  # before `batch` pools them
+    # Before the pool is taken: a set without spread must not widen the spread of the others.
+    centred = torch.where((constant | (size <= 1))[sid], 0.0, centred)
     pool = {"batch": centred, "global_std": v}.get(how.scale)
     if pool is not None:
         var = moments(pool, w, all_sum, how.ddof)[1]
@@ -119,6 +121,7 @@ def moments(x: Tensor, weight: Tensor, all_sum: AllSum | None = None, ddof: int 
     reduce = all_sum or _same
     count, total = reduce(torch.stack([weight.sum(), (weight * x).sum()])).unbind()
     mean = total / count.clamp(min=1)
+    # A second pass around the mean of all processes; a difference of sums of squares would cancel.
     squares = reduce((weight * (x - mean) ** 2).sum()[None])[0]
     return mean, squares / (count - ddof).clamp(min=1)
 

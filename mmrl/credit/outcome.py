@@ -160,6 +160,7 @@ def branch_depth(
     the share of valid nodes alone at their depth; above 0.2 (ragged depths) the estimator is a poor choice.
     """
     v = torch.where(tree.valid, backup(tree, value), torch.nan)
+    # One set per (prompt, depth).
     sets = tree.depth * tree.num_groups + tree.group
     if spread == "depth":
         z = norm(v, sets, how, all_sum=all_sum)
@@ -286,6 +287,7 @@ def rapo(
         raise ValueError(f"rapo.cap={cap} must be above 0: it bounds the factor that all advantages are multiplied by")
     a = episode(tree, how, all_sum=all_sum)
     counts = torch.tensor([float((a.size > 0).sum()), float(((a.size > 1) & ~a.constant).sum())], dtype=torch.float64)
+    # Counted over all processes, so that every one scales by the same factor.
     finished, spread = (all_sum(counts) if all_sum else counts).tolist()
     f = finished / max(spread, 1.0)
     f = f if cap is None else min(f, cap)
@@ -326,6 +328,7 @@ def ddpo(
     earlier = torch.tensor([r for outcomes in past for r in outcomes], dtype=torch.float64)
     counts = torch.tensor([len(outcomes) for outcomes in past], dtype=torch.long)
     prompt = torch.cat([torch.repeat_interleave(torch.arange(len(past)), counts), prompt_now])
+    # Outcomes that have left the buffer keep their place, with weight 0.
     in_buffer = _newest(prompt, buffer)
     of_prompt = norm(torch.cat([earlier, now]), prompt, Norm(eps=eps, ddof=0), weight=in_buffer.double())
 
@@ -341,6 +344,7 @@ def ddpo(
 
 def _newest(sets: Tensor, count: int) -> Tensor:
     """(N,) bool, the last `count` entries of each set."""
+    # Sorted by set, each entry knows how far it stands from the end of its set.
     order = torch.argsort(sets, stable=True)
     end = torch.bincount(sets).cumsum(0)[sets[order]]
     newest = torch.empty(len(sets), dtype=torch.bool)
@@ -350,6 +354,7 @@ def _newest(sets: Tensor, count: int) -> Tensor:
 
 def dense_sets(tree: StepTree, key: Tensor, member: Tensor) -> Tensor:
     """(N,) dense id of (group, key) for members, -1 elsewhere. Keys may be any int64 (hashes)."""
+    # Keys are hashes of 64 bits; numbering them first keeps the product below within range.
     dense = torch.unique(key, return_inverse=True)[1]
     pair = tree.group * (int(dense.max()) + 1 if len(tree) else 1) + dense
     return torch.where(member, torch.unique(pair, return_inverse=True)[1], -1)

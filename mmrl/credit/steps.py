@@ -228,14 +228,17 @@ def capo(
     wrong = (tree.valid & (tag(tree, "wrong", classes=2) == 1)).double()
     m = tree.m.double()
     centred = episode(tree, Norm(scale="none"))
-    r = w_out * lift(tree, centred.z)  # mean centred outcome below each node
+    # Every trajectory through a node gives its tokens another reward. Their mean and the sum of their squares follow
+    # from sums over the leaves below, so that no trajectory is written out. r: mean centred outcome below each node.
+    r = w_out * lift(tree, centred.z)
     r2 = w_out**2 * leaf_sum(tree, centred.z**2)
     x = r - w_proc * wrong
     zero = torch.zeros(tree.num_groups, dtype=torch.float64)
     n = zero.index_add(0, tree.group, w * m)
     mean = zero.index_add(0, tree.group, w * m * x) / n.clamp(min=1)
     c = w_proc * wrong + mean[tree.group]
-    squares = w * (r2 - 2 * c * r * m + m * c**2)  # sum over the leaves below of (w_out R - c)^2
+    # The sum over the leaves below of (w_out R - c)^2.
+    squares = w * (r2 - 2 * c * r * m + m * c**2)
     var = zero.index_add(0, tree.group, squares).clamp(min=0) / (n - ddof).clamp(min=1)
     largest = zero.scatter_reduce(0, tree.group, x.abs(), "amax").clamp(min=1)
     flat = var.sqrt() <= 1e-8 * largest
@@ -318,6 +321,7 @@ def tp_grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None
     than a short one, and cutting a step in two changes no token's advantage. Steps that were not judged get 0.
     """
     reward = torch.where(tree.valid, thought_reward(tree), torch.nan)
+    # A thought enters mean and std once, by its first step; its other steps have weight 0.
     first = thoughts(tree) == torch.arange(len(tree))
     z = norm(reward, tree.group, how, weight=first.double(), all_sum=all_sum)
     return Credit(z.z, info=z.info)

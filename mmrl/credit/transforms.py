@@ -255,6 +255,7 @@ def vsrm(
     """
     need_chains(tree, "vsrm", "its look-ahead is ambiguous there: use the progress transform, which lifts")
     d = torch.where(tree.valid, tree.value - before(tree, tree.value, tree.root_value), 0.0)
+    # On a chain every step has one child at most, so that looking ahead follows one pointer.
     child = torch.full((len(tree),), -1)
     inner = (tree.parent >= 0).nonzero().flatten()
     child[tree.parent[inner]] = inner
@@ -433,7 +434,7 @@ def _shared_in_thought(tree: StepTree, x: Tensor) -> Tensor:
     judged = (~tag(tree, "wrong", classes=2).isnan()).double()
     judged_above = path_sum(tree, judged) - judged
     length = path_sum(tree, judged) - judged_above[head]
-    # leaves whose thought ends here: the step itself, or those behind a child that begins another one
+    # Leaves whose thought ends here: the step itself, or those behind a child that begins another one.
     ending = torch.where(tree.is_finished, x, 0.0)
     begins = (~joined & (tree.parent >= 0)).nonzero().flatten()
     ending = ending.index_add(0, tree.parent[begins], leaf_sum(tree, x)[begins])
