@@ -23,6 +23,11 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def local_part(x: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """All weights of a sharded model by name, on the CPU of rank 0; empty on the other ranks. All ranks call it.
 

@@ -1,8 +1,9 @@
-"""Checkpoints: complete or absent, checked before they are loaded, and without a pickle of our own.
+"""Checkpoints: complete or absent, checked before they are loaded, and without a pickle.
 
-accelerate writes model, optimizer and random states, which it loads weights-only. What else a run must remember are
-numbers and tensors: `state.json` and, per rank, `tensors-RANK.safetensors`. `manifest.json` has size and hash of every
-file, so that a damaged checkpoint is told from a sound one.
+Tensors (weights, optimizer, averages) go through torch's distributed checkpoint into safetensors files, so whoever reads
+them may shard them otherwise: over another number of processes, or not at all. Numbers are in `state.json`; random states
+and the scaler of fp16 are accelerate's, which reads them weights-only. `manifest.json` has size and hash of every file,
+so that a damaged checkpoint is told from a sound one.
 """
 
 from __future__ import annotations
@@ -13,27 +14,29 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrl.config import ConfigError
 
 log = logging.getLogger(__name__)
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors"
+FILE_BYTES = 1 << 30  # a file of tensors is composed in memory before it is written
 _NAME = re.compile(r"\d{6,}")
 
 
 class Stateful(Protocol):
-    """What a checkpoint keeps of an object: a flat mapping of numbers, lists of numbers and tensors."""
+    """Something whose numbers a checkpoint keeps."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, lists of numbers and tensors by name."""
+        """Numbers and lists of numbers by name."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The same, read back."""
@@ -59,20 +62,29 @@ class Checkpoints:
         """
         final = self.folder / f"{iteration:06d}"
         part = self.folder / f".{iteration:06d}.part"
-        if is_main:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+        try:
+            if is_main:
+                for left_over in self.folder.glob(".*.part"):
+                    shutil.rmtree(left_over)
+                part.mkdir(parents=True)
+            wait()
+            write(part)
+            wait()
+            if is_main:
+                _seal(part)
+                shutil.rmtree(final, ignore_errors=True)
+                part.rename(final)
+                _flush(self.folder)
+                self._rotate(iteration, keep)
+        except OSError as error:
+            raise OSError(error.errno, f"the checkpoint {final} was not written: {error}") from error
         wait()
-        write(part)
-        wait()
-        if is_main:
-            _seal(part)
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
-            _flush(self.folder)
-            for old in self._found()[:-keep]:
-                shutil.rmtree(old)
-        wait()
+
+    def _rotate(self, iteration: int, keep: int) -> None:
+        """Keep the newest `keep` up to `iteration`. Later ones are damaged or foreign, so they replace none of them."""
+        own = [p for p in self._found() if int(p.name) <= iteration and (p / MANIFEST).is_file()]
+        for old in own[:-keep]:
+            shutil.rmtree(old)
 
     def newest(self) -> Path | None:
         """The newest sound checkpoint, None when there is none at all; damaged ones are told and passed over.
@@ -100,48 +112,73 @@ class Checkpoints:
         return sorted(folders, key=lambda p: int(p.name))
 
 
-def save_states(folder: Path, states: Mapping[str, Stateful], rank: int, world: int) -> None:
-    """Write the states of this rank; every rank must do so, since sharded tensors are written as local parts."""
-    numbers: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Tensor] = {}
-    sharded = False
-    for name, owner in states.items():
-        numbers[name] = {}
-        for key, value in owner.state_dict().items():
-            if isinstance(value, Tensor):
-                local = local_part(value)
-                sharded |= local is not value
-                tensors[f"{name}/{key}"] = local.detach().cpu().contiguous()
-            else:
-                numbers[name][key] = value
-    if rank == 0 or sharded:
-        save_file(tensors, folder / f"tensors-{rank:05d}.safetensors")
-    if rank == 0:
-        record = {"world": world, "sharded": sharded, "states": numbers}
-        (folder / STATE).write_text(json.dumps(record, indent=1) + "\n")
+def save_numbers(folder: Path, states: Mapping[str, Stateful]) -> None:
+    """Write `state.json`; the main process alone does."""
+    record = {name: owner.state_dict() for name, owner in states.items()}
+    (folder / STATE).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def load_states(folder: Path, states: Mapping[str, Stateful], rank: int, world: int) -> None:
-    """Read what `save_states` wrote.
+def load_numbers(folder: Path, states: Mapping[str, Stateful]) -> None:
+    """Read what `save_numbers` wrote.
 
     Raises:
-        ConfigError: the checkpoint lacks a state, or holds sharded tensors in the parts of another number of ranks.
+        ConfigError: the checkpoint lacks a state.
     """
-    if not (folder / STATE).is_file():
-        raise ConfigError(f"{folder} has no {STATE}, so an older version wrote it; use another run.output")
-    record = json.loads((folder / STATE).read_text())
-    sharded, before = record["sharded"], record["world"]
-    if sharded and before != world:
-        raise ConfigError(
-            f"{folder} holds averaged weights in the parts of {before} ranks and {world} were started; start {before}"
-        )
-    missing = sorted(set(states) - set(record["states"]))
-    if missing:
-        raise ConfigError(f"{folder} has no state of {', '.join(missing)}; it is of another recipe")
-    tensors = load_file(folder / f"tensors-{rank if sharded else 0:05d}.safetensors")
+    record = json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
+    _need(folder, states, record)
     for name, owner in states.items():
-        own = {k.partition("/")[2]: v for k, v in tensors.items() if k.partition("/")[0] == name}
-        owner.load_state_dict(record["states"][name] | own)
+        owner.load_state_dict(record[name])
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, whole or sharded, as parts of their own from every rank; all ranks must call it.
+
+    Raises:
+        OSError: a rank could not write its part.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    writer = HuggingFaceStorageWriter(
+        str(folder / TENSORS), fqn_to_index_mapping=_files(tensors), save_distributed=True
+    )
+    with _own_errors():
+        save({name: x.detach().contiguous() for name, x in tensors.items()}, storage_writer=writer)
+
+
+def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read what `save_tensors` wrote into `tensors`, in place, however they are sharded; all ranks must call it.
+
+    Raises:
+        ConfigError: the checkpoint has other tensors, or they have other shapes.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata, load
+
+    reader = HuggingFaceStorageReader(str(folder / TENSORS))
+    saved: dict[str, torch.Size] = {}
+    if (folder / TENSORS).is_dir():
+        for name, about in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(about, TensorStorageMetadata)  # safetensors files hold nothing else
+            saved[name] = about.size
+    _need(folder, tensors, saved)
+    for name, x in tensors.items():
+        if saved[name] != x.shape:
+            raise ConfigError(f"{folder}: {name} is {tuple(saved[name])}, this model has {tuple(x.shape)}")
+    with _own_errors():
+        load({name: x.detach() for name, x in tensors.items()}, storage_reader=reader)
+
+
+def adam_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of AdamW by parameter, made as its first step would make it where there was none."""
+    moments: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        state = optimizer.state[p]
+        if not state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        for key, value in state.items():
+            moments[f"{name}/{key}"] = value
+    return moments
 
 
 def damage(folder: Path) -> str | None:
@@ -161,18 +198,45 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def copy_into(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor, or this rank's part of a sharded one, as `save_states` wrote it."""
-    local = local_part(target)
-    with torch.no_grad():
-        local.copy_(value)
+def _need(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: something that this run keeps is not in the checkpoint.
+    """
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ConfigError(
+            f"{folder} does not hold {', '.join(missing[:3])}{more}; it is of another recipe or version, so use "
+            "another run.output"
+        )
 
 
-def local_part(x: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    from torch.distributed.tensor import DTensor
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file, from 1, that a tensor goes into: about FILE_BYTES each, the same on all ranks."""
+    files: dict[str, int] = {}
+    number, size = 1, 0
+    for name, x in tensors.items():
+        if size > FILE_BYTES:
+            number, size = number + 1, 0
+        size += x.numel() * x.element_size()
+        files[name] = number
+    return files
 
-    return x.to_local() if isinstance(x, DTensor) else x
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """torch's collective exception, which is no `Exception`, becomes the first error that a rank had."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with warnings.catch_warnings():
+        # one process alone is what most runs are
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            first, _ = next(iter(error.failures.values()))
+            raise first from None
 
 
 def _seal(folder: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrl.trainers.checkpoint import copy_into, local_part
+from mmrl.sharding import local_part
 
 
 class Ema:
@@ -42,11 +41,6 @@ class Ema:
         for p, v in zip(self.parameters, values, strict=True):
             p.copy_(v)
 
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+    def tensors(self) -> dict[str, Tensor]:
+        """For the checkpoint, by the place of the parameter."""
         return {str(i): s for i, s in enumerate(self.shadow)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        for i, s in enumerate(self.shadow):
-            copy_into(s, state[str(i)])

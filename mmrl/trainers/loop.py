@@ -9,21 +9,30 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from mmrl.config import ConfigError
 from mmrl.recipe import OptimConfig, TrainingConfig
 from mmrl.sharding import full_state, is_sharded, keep_float32
-from mmrl.trainers.checkpoint import Stateful, load_states, save_states
+from mmrl.trainers.checkpoint import (
+    Stateful,
+    adam_moments,
+    load_numbers,
+    load_tensors,
+    save_numbers,
+    save_tensors,
+)
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.run_folder import RunFolder
 
@@ -94,19 +103,35 @@ class Loop:
             raise ConfigError("the policy has no trainable parameter")
         o = config.optim
         optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._numbers: dict[str, Stateful] = {}
+        self._tensors: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        self.model, self.optimizer = self.prepare("model", model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # sharding replaces them
         self.sharded = is_sharded(self.model)
         self.ema = Ema(self.parameters, o.ema) if o.ema else None
         self.state = LoopState()
-        self._states: dict[str, Stateful] = {"loop": self.state}
+        self.remember("loop", self.state)
         if self.ema:
-            self.remember("ema", self.ema)
+            self.remember_tensors("ema", self.ema.tensors)
         self._stop = False
 
+    def prepare(
+        self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Both as accelerate prepares them for the processes at hand; every checkpoint holds them, under `name`."""
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        bare = self.accelerator.unwrap_model(model)
+        self.remember_tensors(name, bare.state_dict)
+        self.remember_tensors(f"{name}_optimizer", partial(adam_moments, bare, optimizer))
+        return model, optimizer
+
     def remember(self, name: str, owner: Stateful) -> None:
-        """Keep an object's numbers and tensors in every checkpoint, under `name`."""
-        self._states[name] = owner
+        """Keep an object's numbers in every checkpoint, under `name`."""
+        self._numbers[name] = owner
+
+    def remember_tensors(self, name: str, tensors: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep what `tensors` returns in every checkpoint, under `name`; a resumed run reads it in place."""
+        self._tensors[name] = tensors
 
     # ---- processes --------------------------------------------------------------------------------------------
 
@@ -297,8 +322,7 @@ class Loop:
             broadcast_object_list(chosen)
         found = chosen[0]
         if found:
-            self.accelerator.load_state(found)
-            load_states(Path(found), self._states, self.accelerator.process_index, self.accelerator.num_processes)
+            self._read_checkpoint(Path(found))
         if self.is_main:
             # the evaluation before the first iteration is repeated, so its row is written again
             self.folder.truncate_metrics(self.state.iteration or -1)
@@ -328,8 +352,24 @@ class Loop:
         )
 
     def _write_checkpoint(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
-        save_states(folder, self._states, self.accelerator.process_index, self.accelerator.num_processes)
+        if self.is_main:
+            save_numbers(folder, self._numbers)
+        save_tensors(folder, self._kept_tensors())
+        a = self.accelerator
+        save_accelerator_state(str(folder), [], [], [], [], a.process_index, a.step, a.scaler)
+
+    def _read_checkpoint(self, folder: Path) -> None:
+        load_numbers(folder, self._numbers)
+        load_tensors(folder, self._kept_tensors())
+        load_accelerator_state(str(folder), [], [], [], [], self.accelerator.process_index, self.accelerator.scaler)
+
+    def _kept_tensors(self) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        for owner, tensors in self._tensors.items():
+            for name, value in tensors().items():
+                if isinstance(value, Tensor):
+                    kept[f"{owner}/{name}"] = value
+        return kept
 
     def _stop_asked(self) -> bool:
         return self.all_max(float(self._stop))[0] > 0

@@ -50,7 +50,7 @@ class OnlineScorer:
         if not parameters:
             raise ConfigError("online.scorer has no trainable parameter; leave `online` out to keep it frozen")
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
-        scorer.model, self.optimizer = loop.accelerator.prepare(scorer.model, optimizer)
+        scorer.model, self.optimizer = loop.prepare("online", scorer.model, optimizer)
         self._loss = step_loss(config.loss)
 
     @classmethod

@@ -85,7 +85,7 @@ class SampleLossTrainer:
         self.policy.forecast(self.plan)  # a plan that does not fit is refused here
         self.old = Ema(self.loop.parameters, config.old_decay) if config.old_decay else None
         if self.old:
-            self.loop.remember("old_policy", self.old)
+            self.loop.remember_tensors("old_policy", self.old.tensors)
 
     def train(self) -> dict[str, float]:
         """Run to the end; returns the last metrics."""

@@ -15,7 +15,10 @@ from tiny import recipe
 
 from mmrl.config import ConfigError, parse_config
 from mmrl.trainers.branch_grpo import BranchGrpo
-from mmrl.trainers.checkpoint import damage
+from mmrl.trainers.checkpoint import damage, load_tensors
+
+
+TENSORS = "tensors/shard-00001-model-00001-of-00001.safetensors"
 
 
 def train(model, folder, iterations=3, resume=False, **run):
@@ -58,8 +61,7 @@ def removed(file):
 
 
 @pytest.mark.parametrize("spoil", [truncated, emptied, garbage, removed])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json",
-                                  "tensors-00000.safetensors", "manifest.json"])  # fmt: skip
+@pytest.mark.parametrize("name", [TENSORS, "random_states_0.pkl", "state.json", "manifest.json"])
 def test_damage_is_seen(whole, tmp_path, name, spoil):
     import shutil
 
@@ -73,12 +75,12 @@ def test_damage_is_seen(whole, tmp_path, name, spoil):
 @pytest.mark.parametrize("spoil", [truncated, garbage])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny_model, tmp_path, whole, spoil, caplog):
     train(tiny_model, tmp_path, iterations=2)
-    spoil(tmp_path / "checkpoints" / "000002" / "model.safetensors")
+    spoil(tmp_path / "checkpoints" / "000002" / TENSORS)
     (tmp_path / "checkpoints" / "9notes").mkdir()
     (tmp_path / "checkpoints" / "999999.txt").write_text("mine")
     with caplog.at_level(logging.WARNING):
         train(tiny_model, tmp_path, resume=True)
-    assert "000002 is damaged (model.safetensors has" in caplog.text
+    assert f"000002 is damaged ({TENSORS} has" in caplog.text
     for name, w in weights(whole).items():
         assert torch.equal(weights(tmp_path)[name], w)
     assert rows(tmp_path) == rows(whole)
@@ -86,8 +88,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny_model, tm
 
 def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(tiny_model, tmp_path):
     train(tiny_model, tmp_path, iterations=1, keep_checkpoints=1)
-    emptied(tmp_path / "checkpoints" / "000001" / "optimizer.bin")
-    with pytest.raises(ConfigError, match=r"every checkpoint is damaged: .*optimizer.bin has 0 bytes instead of"):
+    emptied(tmp_path / "checkpoints" / "000001" / "state.json")
+    with pytest.raises(ConfigError, match=r"every checkpoint is damaged: .*state.json has 0 bytes instead of"):
         train(tiny_model, tmp_path, resume=True)
 
 
@@ -96,7 +98,7 @@ class Evil:
         return os.mkdir, (os.environ["MMRL_EVIL"],)
 
 
-@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin"])
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "tensors/.metadata", TENSORS])
 def test_resume_executes_nothing_from_the_run_folder(tiny_model, tmp_path, monkeypatch, name):
     """Even where an attacker has mended the manifest."""
     from mmrl.trainers.checkpoint import _seal
@@ -143,11 +145,17 @@ def test_a_damaged_recipe_is_told(tiny_model, tmp_path, content, message):
 
 
 @pytest.mark.multiproc
-def test_the_average_of_sharded_weights_comes_back_on_every_rank(tmp_path):
+def test_the_average_of_sharded_weights_comes_back_on_every_rank_and_on_one(tmp_path):
     """Five rows on two ranks; as one process would average them: half of the start, half of the start plus two."""
     run_ranks(2, Path(__file__).with_name("sharded_ema.py"), tmp_path)
-    want = (torch.arange(10.0).reshape(5, 2) + 1).tolist()
+    want = torch.arange(10.0).reshape(5, 2) + 1
     for rank in range(2):
         read = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert read["sharded"] == want and read["plain"] == [1.0, 1.0, 1.0]
-        assert "in the parts of 2 ranks and 3 were started" in read["refused"]
+        assert read == {"sharded": want.tolist(), "plain": [1.0, 1.0, 1.0]}
+    whole = {"0": torch.zeros(5, 2), "1": torch.zeros(3)}
+    load_tensors(tmp_path, whole)
+    assert torch.equal(whole["0"], want) and whole["1"].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(ConfigError, match=r"0 is \(5, 2\), this model has \(5, 3\)"):
+        load_tensors(tmp_path, whole | {"0": torch.zeros(5, 3)})
+    with pytest.raises(ConfigError, match="does not hold 2; it is of another recipe"):
+        load_tensors(tmp_path, whole | {"2": torch.zeros(1)})
