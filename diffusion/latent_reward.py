@@ -158,7 +158,7 @@ class LatentReward:
         self.space, self.max_batch, self.leaves_only = space, max_batch, leaves_only
 
     @classmethod
-    @declares(reads=("actions.latent",), fits="latents")
+    @declares(reads=("actions.latent",), fits="latents", shardable=False)
     def build(
         cls,
         model: str = "digits",

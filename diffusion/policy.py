@@ -58,7 +58,13 @@ class DiffusionPolicy:
         self._reference = Reference()
 
     @classmethod
-    @declares(writes=_fields_written, modality="latent", recipe=DENOISING_DEFAULTS, search_scorer=LatentScorer)
+    @declares(
+        writes=_fields_written,
+        modality="latent",
+        shardable=False,
+        recipe=DENOISING_DEFAULTS,
+        search_scorer=LatentScorer,
+    )
     def build(
         cls,
         model: str = "digits",
@@ -391,13 +397,7 @@ class DiffusionPolicy:
         return list(self._decode(x))
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The model in diffusers' (or, with LoRA, PEFT's) format.
-
-        Raises:
-            ValueError: a state dict of sharded weights, which diffusers' save_pretrained does not take.
-        """
-        if state_dict is not None:
-            raise ValueError("a sharded diffusion model cannot be saved; start without FSDP (unset ACCELERATE_CONFIG)")
+        """The model in diffusers' (or, with LoRA, PEFT's) format. Its weights are never sharded: see `build`."""
         self.adapter.save(self._bare, Path(folder))
 
     def _decode(self, x: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def main() -> None:
     # Spinning OpenMP threads of several processes fight for the cores: several times slower on two of them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("accelerate", "httpx", "urllib3", "filelock"):
+    for noisy in ("accelerate", "httpx", "urllib3", "filelock", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app(standalone_mode=True)

@@ -5,12 +5,56 @@ Every function here that gathers is a collective: all ranks must call it, in the
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mmrl.config import ConfigError
+from mmrl.registry import find
+
+WAY_OUT = "start plain processes (tools/launch.sh without ACCELERATE_CONFIG)"
+
+
+def check_launcher(kind: str, section: str, name: str) -> None:
+    """Refuse what `accelerate launch` was told to do where it could not be right; called before a model is loaded.
+
+    Args:
+        kind, section, name: the row of what is trained, and where the recipe names it.
+
+    Raises:
+        ConfigError: DeepSpeed, Megatron-LM or FSDP 1; or weights in parts, for a row that declares `shardable=False`.
+    """
+    for variable, strategy in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
+        if _is_set(variable):
+            raise ConfigError(
+                f"{strategy} takes a step at every backward, while here a step has several and their number varies; "
+                f"shard by FSDP2 instead (ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml), or {WAY_OUT}"
+            )
+    if not sharding_asked():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "FSDP 1 is not supported; set fsdp_version: 2 in the file of ACCELERATE_CONFIG, as in "
+            "configs/accelerate/fsdp2.yaml"
+        )
+    if not find(kind, name).facts.get("shardable", True):
+        raise ConfigError(f"{section}.name={name!r} cannot be trained with sharded weights; {WAY_OUT}")
+
+
+def sharding_asked() -> bool:
+    """Whether `accelerate launch` was told to shard; it does not where processes run on a CPU, or there is one."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -28,6 +72,11 @@ def local_part(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def tied_names(model: nn.Module) -> set[str]:
+    """The further names of parameters that have several."""
+    return {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+
+
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """All weights of a sharded model by name, on the CPU of rank 0; empty on the other ranks. All ranks call it.
 
@@ -35,7 +84,7 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    again = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    again = tied_names(model)
     state: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )

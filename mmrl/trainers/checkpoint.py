@@ -1,9 +1,9 @@
 """Checkpoints: complete or absent, checked before they are loaded, and without a pickle.
 
-Tensors (weights, optimizer, averages) go through torch's distributed checkpoint into safetensors files, so whoever reads
-them may shard them otherwise: over another number of processes, or not at all. Numbers are in `state.json`; random states
-and the scaler of fp16 are accelerate's, which reads them weights-only. `manifest.json` has size and hash of every file,
-so that a damaged checkpoint is told from a sound one.
+Tensors (weights, optimizer, averages) go through torch's distributed checkpoint into safetensors files, so whoever
+reads them may shard them otherwise: over another number of processes, or not at all. Numbers are in `state.json`;
+random states and the scaler of fp16 are accelerate's, which reads them weights-only. `manifest.json` has size and hash
+of every file, so that a damaged checkpoint is told from a sound one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.config import ConfigError
+from mmrl.sharding import tied_names
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Checkpoints:
         wait()
 
     def _rotate(self, iteration: int, keep: int) -> None:
-        """Keep the newest `keep` up to `iteration`. Later ones are damaged or foreign, so they replace none of them."""
+        """Keep the newest `keep` up to `iteration`: later ones are damaged or foreign, and stand for none of them."""
         own = [p for p in self._found() if int(p.name) <= iteration and (p / MANIFEST).is_file()]
         for old in own[:-keep]:
             shutil.rmtree(old)
@@ -165,6 +166,12 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             raise ConfigError(f"{folder}: {name} is {tuple(saved[name])}, this model has {tuple(x.shape)}")
     with _own_errors():
         load({name: x.detach() for name, x in tensors.items()}, storage_reader=reader)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, tied ones once: files of tensors refuse shared memory."""
+    again = tied_names(model)
+    return {name: w for name, w in model.state_dict().items() if isinstance(w, Tensor) and name not in again}
 
 
 def adam_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mmrl.config import ConfigError
 from mmrl.recipe import OptimConfig, TrainingConfig
-from mmrl.sharding import full_state, is_sharded, keep_float32
+from mmrl.sharding import full_state, is_sharded, keep_float32, sharding_asked
 from mmrl.trainers.checkpoint import (
     Stateful,
     adam_moments,
@@ -32,6 +32,7 @@ from mmrl.trainers.checkpoint import (
     load_tensors,
     save_numbers,
     save_tensors,
+    weights,
 )
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.run_folder import RunFolder
@@ -97,6 +98,8 @@ class Loop:
         self._check_world()
         if self.accelerator.is_fsdp2:
             keep_float32(self.accelerator.state.fsdp_plugin)
+        elif sharding_asked():
+            log.warning("FSDP was asked for and is not in force: every process has all weights (%s)", self.world)
         set_seed(run.seed)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -104,7 +107,7 @@ class Loop:
         o = config.optim
         optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         self._numbers: dict[str, Stateful] = {}
-        self._tensors: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        self._tensors: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
         self.model, self.optimizer = self.prepare("model", model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # sharding replaces them
         self.sharded = is_sharded(self.model)
@@ -121,7 +124,7 @@ class Loop:
         """Both as accelerate prepares them for the processes at hand; every checkpoint holds them, under `name`."""
         model, optimizer = self.accelerator.prepare(model, optimizer)
         bare = self.accelerator.unwrap_model(model)
-        self.remember_tensors(name, bare.state_dict)
+        self.remember_tensors(name, partial(weights, bare))
         self.remember_tensors(f"{name}_optimizer", partial(adam_moments, bare, optimizer))
         return model, optimizer
 
@@ -129,7 +132,7 @@ class Loop:
         """Keep an object's numbers in every checkpoint, under `name`."""
         self._numbers[name] = owner
 
-    def remember_tensors(self, name: str, tensors: Callable[[], Mapping[str, Any]]) -> None:
+    def remember_tensors(self, name: str, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Keep what `tensors` returns in every checkpoint, under `name`; a resumed run reads it in place."""
         self._tensors[name] = tensors
 
@@ -364,12 +367,7 @@ class Loop:
         load_accelerator_state(str(folder), [], [], [], [], self.accelerator.process_index, self.accelerator.scaler)
 
     def _kept_tensors(self) -> dict[str, Tensor]:
-        kept: dict[str, Tensor] = {}
-        for owner, tensors in self._tensors.items():
-            for name, value in tensors().items():
-                if isinstance(value, Tensor):
-                    kept[f"{owner}/{name}"] = value
-        return kept
+        return {f"{owner}/{name}": x for owner, tensors in self._tensors.items() for name, x in tensors().items()}
 
     def _stop_asked(self) -> bool:
         return self.all_max(float(self._stop))[0] > 0

@@ -30,6 +30,7 @@ from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, check_prompts
 from mmrl.rollout_folder import RolloutFolder
+from mmrl.sharding import check_launcher
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.stored import StoredRollouts
@@ -66,6 +67,7 @@ class Rollouts:
         self.config, needs = config, needs or {}
         for who, protocol in needs.items() if policy is None else ():
             refuse_row(who, protocol, find("policies", config.policy.name))
+        check_launcher("policies", "policy", config.policy.name)
         check_fields([*producers(config), *readers], given)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)

@@ -24,6 +24,7 @@ from mmrl.prm.scoring import probabilities
 from mmrl.recipe import TrainingConfig
 from mmrl.registry import build, register
 from mmrl.rollout import Prompt, StepScorer, check_prompts
+from mmrl.sharding import check_launcher
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 
@@ -65,6 +66,7 @@ class StepRewardTrainer:
         self, config: RewardModelConfig, scorer: StepScorer | None = None, task: LabelledTask | None = None
     ) -> None:
         self.config = config
+        check_launcher("scorers", "scorer", config.scorer.name)
         self._loss: StepLoss = step_loss(config.loss.name, **config.loss.options)
         read = {} if config.rollouts is None else {"train": str(config.rollouts)}
         self.task: LabelledTask = task or build("tasks", "task", config.task.name, config.task.options | read)

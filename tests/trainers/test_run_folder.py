@@ -17,7 +17,6 @@ from mmrl.config import ConfigError, parse_config
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.checkpoint import damage, load_tensors
 
-
 TENSORS = "tensors/shard-00001-model-00001-of-00001.safetensors"
 
 
@@ -98,7 +97,9 @@ class Evil:
         return os.mkdir, (os.environ["MMRL_EVIL"],)
 
 
-@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "tensors/.metadata", TENSORS])
+@pytest.mark.parametrize(
+    "name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "tensors/.metadata", TENSORS]
+)
 def test_resume_executes_nothing_from_the_run_folder(tiny_model, tmp_path, monkeypatch, name):
     """Even where an attacker has mended the manifest."""
     from mmrl.trainers.checkpoint import _seal

@@ -5,6 +5,7 @@ above that line is the real trainer. The engine is a twin of the model that live
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from accelerate.state import AcceleratorState
 from families import family_folder
 from processes import run_ranks
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 from vision_tiny import vision_recipe
 
-from mmrl.config import load_config, parse_config
+from mmrl.cli import app
+from mmrl.config import ConfigError, load_config, parse_config
 from mmrl.rollout import ActionLogProbs, Actions, Prompt, Rollout
 from mmrl.sharding import full_state, is_sharded, keep_float32, whole
+from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.policy_update import current_logp
 from mmrl.tree import UNFINISHED, StepTree
 from vision.loading import load_model, load_processor, save
@@ -145,7 +149,6 @@ def test_saving_a_given_state_takes_it_in_place_of_the_models_own(tmp_path, pref
 
 
 def test_what_cannot_run_sharded_is_refused(monkeypatch):
-    from diffusion.policy import DiffusionPolicy
     from vision.policy import VisionPolicy
 
     policy = VisionPolicy.build(model=str(family_folder("text")), mode="prefix_packed", lora_rank=2)
@@ -155,8 +158,40 @@ def test_what_cannot_run_sharded_is_refused(monkeypatch):
         policy._body.job([], lambda mode: None, sharded=True)
     with pytest.raises(RuntimeError, match="LoRA"), policy._reference.applied(policy.model, policy.model.hf):
         pass
-    with pytest.raises(ValueError, match="sharded diffusion model"):
-        DiffusionPolicy.save(None, Path("unused"), {})
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    "recipe, variables, message",
+    [
+        ("diffusion/digits_branch", FSDP2, "policy.name='diffusion' cannot be trained with sharded weights; start plain"),
+        ("diffusion/digits_latent_reward", FSDP2, "scorer.name='latent_reward' cannot be trained with sharded weights"),
+        ("vision/shapes_steps", {"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not supported; set fsdp_version: 2"),
+        ("vision/shapes_steps", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed takes a step .* shard by FSDP2 instead"),
+        ("vision/shapes_prm", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed takes a step .* or start plain processes"),
+        ("vision/shapes_step_dpo", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM takes a step at every backward"),
+    ],
+)  # fmt: skip
+def test_what_could_not_be_right_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, recipe, variables, message
+):
+    monkeypatch.setenv("MMRL_CACHE", str(tmp_path / "cache"))
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    done = CliRunner().invoke(app, ["train", str(CONFIGS / f"{recipe}.yaml"), f"run.output={tmp_path / 'run'}"])
+    assert isinstance(done.exception, ConfigError) and re.search(message, str(done.exception))
+    assert not list(tmp_path.iterdir())
+
+
+def test_sharding_that_is_not_in_force_is_told(tmp_path, monkeypatch, caplog, clean):
+    (tmp_path / "pictures").mkdir()
+    for variable, value in FSDP2.items():
+        monkeypatch.setenv(variable, value)
+    tree = vision_recipe(family_folder("qwen2_5_vl"), tmp_path / "pictures", tmp_path / "run", run={"iterations": 1})
+    BranchGrpo(parse_config(tree))
+    assert "FSDP was asked for and is not in force" in caplog.text
 
 
 def test_a_gathered_adapter_is_saved_as_peft_saves_it(tmp_path, monkeypatch):
@@ -237,7 +272,6 @@ def shard(network, blocks):
 
 
 def work(file):
-    from mmrl.trainers.branch_grpo import BranchGrpo
     from vision.engine_sync import SyncedEngine
     from vision.policy import VisionPolicy
 

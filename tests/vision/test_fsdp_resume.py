@@ -92,4 +92,4 @@ def test_a_sharded_run_goes_on_as_if_it_had_not_stopped(tmp_path, recipe):
         got = kept(tmp_path / run)
         assert got.keys() == want.keys()
         for name, x in got.items():
-            torch.testing.assert_close(x, want[name], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{run} {n}: {m}")
+            torch.testing.assert_close(x, want[name], atol=1e-4, rtol=0, msg=lambda m, r=run, n=name: f"{r} {n}: {m}")
