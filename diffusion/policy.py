@@ -15,6 +15,7 @@ from diffusion.adapters.base import Adapter, Cond, LatentScorer, Level
 from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode, transition
 from diffusion.schedule import Course, Sampling, candidates, plan_course, record
+from mmrl.byte_cache import ByteCache
 from mmrl.capabilities import Found
 from mmrl.reference import Reference, unwrap
 from mmrl.registry import declares, find, of_kind
@@ -38,6 +39,10 @@ def _fields_written(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("logp", "tags.std", "actions.latent", *(("forks",) if options["candidates"] > 1 else ()))
 
 
+# of prompts embedded in an iteration: 200 of SDXL
+EMBEDDED_BYTES = 2**28
+
+
 class DiffusionPolicy:
     """Steps are denoising transitions, one action each.
 
@@ -56,6 +61,9 @@ class DiffusionPolicy:
         self.adapter, self.sampling, self.max_batch = adapter, sampling, max_batch
         self.model: nn.Module = adapter.model
         self._reference = Reference()
+        # Nothing stays for the next iteration: last bits can depend on which prompts were embedded together, and a
+        # resumed run embeds those of its own iterations alone.
+        self._embedded = ByteCache(0, EMBEDDED_BYTES, name="embedded prompts")
 
     @classmethod
     @declares(
@@ -142,6 +150,30 @@ class DiffusionPolicy:
         model = self.model if torch.is_grad_enabled() else self._bare
         return self._predict_level(model, level, _cond(rollout), x, own)
 
+    def begin_iteration(self) -> None:
+        """Forget the last iteration's embedded prompts; see `mmrl.capabilities.EncodingCache`."""
+        self._embedded.begin_iteration()
+
+    def _embed(self, prompts: Sequence[Prompt]) -> Cond:
+        """Conditions of prompts, a row each; every distinct prompt is embedded once an iteration."""
+        keys = [(p.id, str(dict(p.inputs))) for p in prompts]
+        rows: dict[Any, dict[str, Tensor]] = {}
+        missing: dict[Any, Prompt] = {}
+        for key, prompt in zip(keys, prompts, strict=True):
+            cached = self._embedded.get(key)
+            if cached is None:
+                missing[key] = prompt
+            else:
+                rows[key] = cached
+        if missing:
+            fresh = self.adapter.encode(list(missing.values()))
+            for i, key in enumerate(missing):
+                # a copy: a row of the batch would keep all of it
+                rows[key] = {name: x[i].clone() for name, x in fresh.items()}
+                size = sum(x.numel() * x.element_size() for x in rows[key].values())
+                self._embedded.put(key, rows[key], size)
+        return {name: torch.stack([rows[key][name] for key in keys]) for name in rows[keys[0]]}
+
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
         self._reference.freeze(self.model, self._bare)
@@ -172,7 +204,7 @@ class DiffusionPolicy:
 
         judge: of `Sampling.candidates` the one with its highest score goes on, not a random one: a search.
         """
-        course, cond = self.course(plan, iteration), self.adapter.encode(prompts)
+        course, cond = self.course(plan, iteration), self._embed(prompts)
         generators = [named_generator(seed, iteration, p.id) for p in prompts]
         init = torch.stack([self.adapter.init(g) for g in generators]).to(self._device)
 
@@ -226,7 +258,7 @@ class DiffusionPolicy:
         out: list[list[Sample]] = [[] for _ in places]
         if not starts:
             return out
-        cond = self.adapter.encode(rollout.prompts)
+        cond = self._embed(rollout.prompts)
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
             return self._predict(self._bare, course, cond, x, i, own)
@@ -369,6 +401,8 @@ class DiffusionPolicy:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One ODE sample per prompt, from initial noise that depends on (seed, prompt id) alone."""
+        if not prompts:  # of a process that has none of the evaluation's
+            return []
         pictures = self._pictures(self._bare, prompts, [named_generator(seed, "evaluation", p.id) for p in prompts])
         return [Sample(p, picture, i) for i, (p, picture) in enumerate(zip(prompts, pictures, strict=True))]
 
@@ -376,7 +410,7 @@ class DiffusionPolicy:
         """One ODE sample per prompt by `model`, each from a latent by its own generator."""
         levels = self.adapter.schedule(self.sampling.steps)
         course = Course(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
-        cond = self.adapter.encode(prompts)
+        cond = self._embed(prompts)
         init = torch.stack([self.adapter.init(g) for g in generators])
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:

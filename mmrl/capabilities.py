@@ -174,6 +174,22 @@ def admitted(component: object, prompts: Sequence[Prompt]) -> list[Prompt]:
     return component.admit(prompts) if isinstance(component, Admitter) else list(prompts)
 
 
+@runtime_checkable
+class EncodingCache(Protocol):
+    """A policy, scorer or reading that keeps what it makes of prompts: pictures as pixels or features, decoded films,
+    embedded texts."""
+
+    def begin_iteration(self) -> None:
+        """What was encoded before may be forgotten; what is encoded or used from now on stays until the next call."""
+
+
+def begin_iteration(*components: object) -> None:
+    """Begin an iteration of every component that is an `EncodingCache`; others keep nothing."""
+    for component in components:
+        if isinstance(component, EncodingCache):
+            component.begin_iteration()
+
+
 # ---- of policies ----------------------------------------------------------------------------------------------------
 
 

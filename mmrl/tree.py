@@ -22,7 +22,7 @@ INTERNAL, FINISHED, UNFINISHED = 0, 1, 2
 _NODE_FLOATS = ("outcome", "step_reward", "value", "logp")
 _NODE_KEYS = ("state_key", "edge_key")
 _NODE_FIELDS = ("parent", "group", "status", *_NODE_FLOATS, *_NODE_KEYS, "tok_start", "tok_end")
-_STRUCTURE = ("depth", "level_order", "level_ptr", "num_children", "is_chains", "sib", "span")
+_STRUCTURE = ("depth", "level_order", "level_ptr", "num_children", "is_chains", "sib", "span", "parents")
 
 
 class StepTree:
@@ -173,6 +173,11 @@ class StepTree:
     def depth(self) -> Tensor:
         """(N,) int, 0 for first steps."""
         return _depth(self.parent)
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """`parent` as Python numbers, for what walks up the tree step by step."""
+        return tuple(self.parent.tolist())
 
     @cached_property
     def level_order(self) -> Tensor:

@@ -45,6 +45,33 @@ class TinyTask:
         return {"judge": float(x.max()), "diversity": float(x.std(0).mean())}
 
 
+class LoggingTask(TinyTask):
+    """Writes a line into `log` for each time its judges are asked."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__()
+        self._log = Path(log)
+
+    def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
+        with self._log.open("a") as file:
+            file.write(f"judges {len(samples)} samples\n")
+        return super().judges(samples)
+
+
+class Logging:
+    """`brightness` that writes the prompt of every sample it is asked about into `log`; no number for class 3."""
+
+    def __init__(self, log: str) -> None:
+        self._log = Path(log)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        with self._log.open("a") as file:
+            file.write("".join(f"{s.prompt.id}\n" for s in samples))
+        return [
+            None if s.prompt.id == "class-3/eval" else v for s, v in zip(samples, brightness(samples), strict=True)
+        ]
+
+
 def brightness(samples: Sequence[Sample]) -> list[float | None]:
     return [float(s.output.mean()) for s in samples]
 

@@ -77,7 +77,7 @@ class VideoEncoder(PromptEncoder):
         self._temporal = vision.temporal_patch_size
         self._norm = Norm(tuple(pictures.image_mean), tuple(pictures.image_std))
         ids = (config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id)
-        self._observed = ByteCache(OBSERVED_BYTES)
+        self._observed = ByteCache(OBSERVED_BYTES, name="looks into clips")
         self._closing, between = self.turns()
         self._between = between.removeprefix(str(self.tokenizer.eos_token))
         self._open, self._close, self._image, self._video = self.tokenizer.convert_ids_to_tokens(ids)
@@ -86,6 +86,11 @@ class VideoEncoder(PromptEncoder):
     def factor(self) -> int:
         """Side of one token in pixels."""
         return int(self._patch * self._merge)
+
+    def begin_iteration(self) -> None:
+        """As the base does; of looks into clips as well."""
+        super().begin_iteration()
+        self._observed.begin_iteration()
 
     def key(self, prompt: Prompt) -> tuple[str, ...]:
         """What decides a prompt's tokens."""

@@ -23,7 +23,8 @@ from vision.settings import Settings
 
 log = logging.getLogger(__name__)
 
-FEATURE_BYTES = 2**30  # of pictures kept as a frozen encoder made them
+# of pictures as a frozen encoder made them, kept from earlier iterations
+FEATURE_BYTES = 2**30
 
 
 class Backbone:
@@ -47,11 +48,17 @@ class Backbone:
         self.style = style_of(bare(hf))
         self.modes = _allowed(settings.mode, self.style.plain, settings.gradient_checkpointing, bare(hf))
         trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))
-        self.features = None if trained_images else ByteCache(FEATURE_BYTES)
+        self.features = None if trained_images else ByteCache(FEATURE_BYTES, name="features of pictures")
         self.blank = self.encode.blank() if trained_images else None
         if self.blank is not None:
             freeze_idle(hf, self.blank, image_parameters(bare(hf)))
         self._told: set[str] = set()
+
+    def begin_iteration(self) -> None:
+        """Let go of the last iteration's prompts and pictures; see `mmrl.capabilities.EncodingCache`."""
+        self.encode.begin_iteration()
+        if self.features is not None:
+            self.features.begin_iteration()
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that can be encoded; each other one is logged with its reason, once."""
@@ -120,8 +127,7 @@ def micro_batches(
     """
     parts: list[list[int]] = []
     used = 0
-    for g in tree.group[steps].unique().tolist():
-        own = steps[tree.group[steps] == g].tolist()
+    for g, own in by_prompt(tree, steps):
         nodes, parent = closure(tree, own)
         lengths = [prompt_sizes[g], *(sizes[v] for v in nodes)]
         total = sum(lengths)
@@ -139,9 +145,20 @@ def micro_batches(
     return [torch.tensor(sorted(p)) for p in parts]
 
 
+def by_prompt(tree: StepTree, steps: Tensor) -> list[tuple[int, list[int]]]:
+    """(prompt, its steps in their order) for every prompt that has one of `steps`, ascending."""
+    groups: dict[int, list[int]] = {}
+    for g, step in zip(tree.group[steps].tolist(), steps.tolist(), strict=True):
+        groups.setdefault(g, []).append(step)
+    return sorted(groups.items())
+
+
 def closure(tree: StepTree, steps: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Steps and their ancestors ascending, and their parents where 0 is the prompt and node i is place i + 1."""
-    above = tree.parent.tolist()
+    """Steps and their ancestors ascending, and their parents where 0 is the prompt and node i is place i + 1.
+
+    Takes as long as there are such steps, however large the forest.
+    """
+    above = tree.parents
     nodes: set[int] = set()
     for s in steps:
         v = s

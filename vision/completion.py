@@ -133,7 +133,7 @@ class Completions:
     @staticmethod
     def _path(rollout: Rollout, place: Place) -> list[int]:
         """The steps up to a place, the first one first."""
-        return ancestors(rollout.tree.parent.tolist(), place.step)[::-1] if place.step >= 0 else []
+        return ancestors(rollout.tree.parents, place.step)[::-1] if place.step >= 0 else []
 
     def _written(self, rollout: Rollout, place: Place) -> Tensor:
         """Ids of all steps up to a place."""

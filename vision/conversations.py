@@ -21,6 +21,10 @@ class Conversations:
     def __init__(self, environment: Environment, tokenizer: Any) -> None:
         self._replay, self._tokenizer = Replay(environment), tokenizer
 
+    def begin_iteration(self) -> None:
+        """Let go of what the last iteration's conversations were answered; see `mmrl.capabilities.EncodingCache`."""
+        self._replay.begin_iteration()
+
     def answers(
         self,
         prompts: Sequence[Prompt],
@@ -94,7 +98,7 @@ class Conversations:
         return tuple((rollout.texts[u], int(spans[u])) for u in (self._path(rollout, v) if v >= 0 else []))
 
     def _path(self, rollout: Rollout, v: int) -> list[int]:
-        return ancestors(rollout.tree.parent.tolist(), v)[::-1]
+        return ancestors(rollout.tree.parents, v)[::-1]
 
     def _after(self, rollout: Rollout, path: Sequence[int], v: int) -> Moment:
         """After the steps of `path`, in the conversation that step `v` belongs to."""

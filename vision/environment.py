@@ -12,6 +12,8 @@ from mmrl.rollout import Prompt
 from vision.growth import PromptTokens
 from vision.prompts import size_in_bytes
 
+OBSERVED_BYTES = 2**29  # of observations of earlier iterations
+
 
 class Environment(Protocol):
     """Answers steps ("turns") of a conversation. It must be deterministic: an update replays what a rollout saw.
@@ -53,11 +55,16 @@ class Moment:
 class Replay:
     """An environment with a memory: what was answered after the same turns is not worked out twice.
 
-    Kept up to `max_bytes` of observations, the newest. What is forgotten is replayed from the prompt.
+    An iteration's observations are kept until the next one begins, up to 8 times `OBSERVED_BYTES`; of earlier ones
+    `OBSERVED_BYTES`, the newest. What is forgotten is replayed from the prompt.
     """
 
-    def __init__(self, environment: Environment, max_bytes: int = 2**29) -> None:
-        self.environment, self._kept = environment, ByteCache(max_bytes)
+    def __init__(self, environment: Environment) -> None:
+        self.environment, self._kept = environment, ByteCache(OBSERVED_BYTES, name="observations")
+
+    def begin_iteration(self) -> None:
+        """Let go of the last iteration's observations; see `mmrl.capabilities.EncodingCache`."""
+        self._kept.begin_iteration()
 
     def after(self, prompt: Prompt, start: int, turns: tuple[tuple[str, int], ...]) -> Moment:
         """Where the conversation stands after `turns`, each the text and its number of tokens; `start` tokens were

@@ -51,22 +51,34 @@ class Features:
         """Memory held."""
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep))
 
+    def to(self, device: torch.device | str) -> Features:
+        """The same on a device."""
+        return Features(self.tokens.to(device), tuple(t.to(device) for t in self.deep))
+
     def sum(self) -> Tensor:
         """() float32, depends on everything that was encoded."""
         return torch.stack([t.float().sum() for t in (self.tokens, *self.deep)]).sum()
 
 
 def encode_images(hf: Any, images: Iterable[Pixels], cache: ByteCache | None = None) -> dict[str, Features]:
-    """Features by key; each distinct key is encoded once, those in `cache` not at all. A cache is for frozen encoders
-    alone."""
+    """Features by key; each distinct key is encoded once, those in `cache` not at all.
+
+    A cache is for frozen encoders alone. What it has lies in host memory: an iteration's pictures can be more than a
+    device has room for beside the model.
+    """
     distinct = {p.key: p for p in images}
-    out = {k: f for k in distinct if cache is not None and (f := cache.get(k)) is not None}
+    device = bare(hf).device
+    out: dict[str, Features] = {}
+    for key in distinct:
+        cached: Features | None = None if cache is None else cache.get(key)
+        if cached is not None:
+            out[key] = cached.to(device)
     todo = [p for k, p in distinct.items() if k not in out]
     for part in _stackable(todo):
         for pixels, features in zip(part, _encode(bare(hf), part), strict=True):
             out[pixels.key] = features
             if cache is not None:
-                cache.put(pixels.key, features, features.nbytes)
+                cache.put(pixels.key, features.to("cpu"), features.nbytes)
     return out
 
 

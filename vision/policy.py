@@ -157,6 +157,12 @@ class VisionPolicy:
         bound = plan.forecast(self.decoding.max_steps)
         return Forecast(bound.leaves, bound.steps, bound.steps, bound.steps, bound.leaves * self.decoding.max_steps)
 
+    def begin_iteration(self) -> None:
+        """Let go of what the last iteration encoded; see `mmrl.capabilities.EncodingCache`."""
+        self._body.begin_iteration()
+        if self._talks is not None:
+            self._talks.begin_iteration()
+
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that can be encoded; each other one is logged with its reason, once."""
         return self._body.admit(prompts)

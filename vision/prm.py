@@ -20,7 +20,7 @@ from mmrl.reference import unwrap
 from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout
 from mmrl.sharding import is_sharded
-from vision.backbone import Backbone, closure, micro_batches, trainable_model
+from vision.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
 from vision.growth import PromptTokens
 from vision.loading import banned_ids, eos_ids, load_processor, save
 from vision.network import Network, StepHead, bare, read_job
@@ -150,6 +150,10 @@ class VisionPrm:
     def __call__(self, rollout: Rollout) -> Tensor:
         """(N,) float64 probability that each step is good; NaN for blank steps and those that cannot be read."""
         return probabilities(self, rollout)
+
+    def begin_iteration(self) -> None:
+        """Let go of the last iteration's prompts and pictures; see `mmrl.capabilities.EncodingCache`."""
+        self._body.begin_iteration()
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that can be encoded; each other one is logged with its reason, once."""
@@ -341,10 +345,9 @@ class VisionPrm:
         tree, between, after = rollout.tree, list(self._slots.between), len(self._slots.closing)
         out = _Asked([], [], [], torch.empty(0), torch.empty(0))
         owner: list[int] = []
-        order: list[int] = []
-        for g in tree.group[steps].unique().tolist():
-            at = (tree.group[steps] == g).nonzero().flatten()
-            nodes, parent = closure(tree, steps[at].tolist())
+        slots = 0
+        for g, own in by_prompt(tree, steps):
+            nodes, parent = closure(tree, own)
             prompt = self._body.encode(rollout.prompts[g])
             ids, written = [prompt.ids], [False]  # blank steps take no place, so the first step may have ancestors
             for v, above in zip(nodes, parent[1:], strict=True):
@@ -356,15 +359,16 @@ class VisionPrm:
             one = TokenTree(prompt, parent, ids)
             place = {v: i + 1 for i, v in enumerate(nodes)}
             spans = []
-            for v in steps[at].tolist():
+            for v in own:
                 end = int(one.packed.start[place[v]]) + len(ids[place[v]])
                 spans.append((end - len(self._step_ids(rollout.texts[v]) or ()), end))
             out.trees.append(one)
             out.slots.append(torch.tensor([end for _, end in spans]) + self._slots.read)
             out.tokens.append(torch.cat([torch.arange(a, b - after) for a, b in spans]))
-            owner += [len(order) + i for i, (a, b) in enumerate(spans) for _ in range(a, b - after)]
-            order += at.tolist()
-        return replace(out, owner=torch.tensor(owner), order=torch.tensor(order))
+            for slot, (a, b) in enumerate(spans, slots):
+                owner += [slot] * (b - after - a)
+            slots += len(own)
+        return replace(out, owner=torch.tensor(owner), order=torch.argsort(tree.group[steps], stable=True))
 
 
 @dataclass(frozen=True)

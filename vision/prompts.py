@@ -23,12 +23,16 @@ _CUT = "\ue001"  # a private character that no template touches
 _TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
+ENCODED_BYTES = 2**30  # of prompts of earlier iterations; one with a picture of a megapixel takes 25 MB
+
+
 class PromptError(ValueError):
     """A prompt that the model cannot take; the message says why and what would mend it."""
 
 
 class PromptEncoder:
-    """Encodes prompts, each once: results are kept up to `max_bytes` of pixels, the oldest go first.
+    """Encodes prompts, each once an iteration: what an iteration uses is kept until the next one begins, and up to
+    `ENCODED_BYTES` of what came before.
 
     Args:
         hf: the model; read for its configuration and its rotary rule.
@@ -40,7 +44,7 @@ class PromptEncoder:
 
     def __init__(
         self, hf: Any, processor: Any, settings: Settings, *, limits: Limits | None = None,
-        keep_images: bool = False, max_bytes: int = 2**30, opening: str | None = None,
+        keep_images: bool = False, opening: str | None = None,
     ) -> None:  # fmt: skip
         self._model, self.processor, self.settings = bare(hf), processor, settings
         self.tokenizer = tokenizer_of(processor)
@@ -48,7 +52,7 @@ class PromptEncoder:
         self.image_token = image_token_id(self._model.config)
         self.video_token = getattr(self._model.config, "video_token_id", None)
         self._reserved = self._reserved_texts()
-        self._kept = ByteCache(max_bytes)
+        self._kept = ByteCache(ENCODED_BYTES, name="encoded prompts")
 
     def __call__(self, prompt: Prompt) -> PromptTokens:
         """The prompt's tokens.
@@ -62,6 +66,10 @@ class PromptEncoder:
             known = self._encode(prompt)
             self._kept.put(key, known, size_in_bytes(known))
         return known
+
+    def begin_iteration(self) -> None:
+        """Let go of the last iteration's prompts; those encoded or asked for from now on stay until the next call."""
+        self._kept.begin_iteration()
 
     def key(self, prompt: Prompt) -> tuple[str, ...]:
         """What decides a prompt's tokens."""
@@ -268,6 +276,6 @@ def _plain(message: dict[str, Any]) -> dict[str, Any] | None:
 def size_in_bytes(tokens: PromptTokens) -> int:
     """Memory that encoded tokens hold, pictures included."""
     pixels = tokens.pixels.tensors.values() if tokens.pixels else ()
-    return sum(t.numel() * t.element_size() for t in (tokens.ids, *pixels)) + sum(
-        3 * i.width * i.height for i in tokens.images
-    )
+    tensors = (tokens.ids, tokens.types, tokens.positions, *pixels)
+    pictures = sum(3 * i.width * i.height for i in tokens.images)
+    return sum(t.numel() * t.element_size() for t in tensors) + len(tokens.text) + pictures

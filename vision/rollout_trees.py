@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmrl.rollout import Place, Rollout
-from vision.backbone import closure, micro_batches
+from vision.backbone import by_prompt, closure, micro_batches
 from vision.conversations import Conversations
 from vision.growth import PromptTokens
 from vision.passes import TokenTree
@@ -54,8 +54,7 @@ class RolloutTrees:
         """
         tree = rollout.tree
         trees, wanted, index = [], [], []
-        for g in tree.group[steps].unique().tolist():
-            own = steps[tree.group[steps] == g].tolist()
+        for g, own in by_prompt(tree, steps):
             prompt = self._encode(rollout.prompts[g]) if reworded else self.checked_prompt(rollout, g)
             laid = self.lay_out(rollout, prompt, own, blank=blank)
             wanted.append(torch.cat([laid.tokens(laid.node[v]) for v in own]))

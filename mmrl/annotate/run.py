@@ -16,7 +16,7 @@ from mmrl.annotate.omega import Omega, omega_trees, traverse, tree_json
 from mmrl.annotate.output import LineFile, progress_bar, summary, write_report
 from mmrl.annotate.store import CompletionStore, Estimator, prefix_key
 from mmrl.annotate.trees import solution_trees
-from mmrl.capabilities import Extender
+from mmrl.capabilities import Extender, begin_iteration
 from mmrl.growth import GrowingTree, rollout_for
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord, record_of
@@ -135,6 +135,7 @@ def annotate(
         files = {n: LineFile(folder / f"{n}{tag}.jsonl") for n in _file_names(method)}
         for i in range(0, len(good), batch):
             part = good[i : i + batch]
+            begin_iteration(extender)
             rows, solutions, trees = _work(estimator, part, method, rule, separator)
             _write(files, rows, rule, bad)
             if rollouts is not None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import Chooser, model_of, policy_section, require
+from mmrl.capabilities import Chooser, begin_iteration, model_of, policy_section, require
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section, declares, of_kind
 from mmrl.rewards.answer_text import reply_spans
@@ -108,6 +108,10 @@ class GenerativePrm:
         if asked:
             out[list(asked)] = self._scores([State(p) for p in asked.values()])
         return self._stopped(out, rollout) if self.stop else out
+
+    def begin_iteration(self) -> None:
+        """The policy's; see `mmrl.capabilities.EncodingCache`."""
+        begin_iteration(self.policy)
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The policy's."""

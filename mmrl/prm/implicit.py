@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmrl.capabilities import StepWriter
+from mmrl.capabilities import StepWriter, begin_iteration
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section, of_kind
 from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout
@@ -98,6 +98,10 @@ class ImplicitPrm:
     def root_scores(self, rollout: Rollout) -> Tensor:
         """(G,) zeros: nothing has been done yet, so there is no log-ratio."""
         return torch.zeros(len(rollout.prompts), dtype=torch.float64)
+
+    def begin_iteration(self) -> None:
+        """The policy's; see `mmrl.capabilities.EncodingCache`."""
+        begin_iteration(self.policy)
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The policy's."""

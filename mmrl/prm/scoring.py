@@ -11,12 +11,15 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from mmrl.capabilities import admitted
+from mmrl.capabilities import admitted, begin_iteration
 from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
 from mmrl.registry import ComponentError, Row, build, find, names
-from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer
+from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer, check_prompts
+
+# a scorer keeps what it made of the pictures of so many questions until it has scored them
+QUESTIONS_AT_ONCE = 64
 
 RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
 
@@ -105,21 +108,23 @@ def score_solutions(
 def score_records(scorer: StepReward, records: Sequence[SolutionRecord]) -> list[list[float] | None]:
     """One list per record in its order; None where the scorer cannot take the question (it logs why).
 
-    Records of one question and its images are scored together.
+    Records of one question and its images are scored together, `QUESTIONS_AT_ONCE` of these in a call.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, r in enumerate(records):
         groups.setdefault((r.question, r.images, r.options), []).append(i)
     heads = [records[own[0]].prompt for own in groups.values()]
-    good = {p.id for p in admitted(scorer, heads)}
-    kept = [own for p, own in zip(heads, groups.values(), strict=True) if p.id in good]
-    prompts = [p for p in heads if p.id in good]
+    check_prompts(heads)
+    owned = {p.id: own for p, own in zip(heads, groups.values(), strict=True)}
     out: list[list[float] | None] = [None] * len(records)
-    for own, scores in zip(
-        kept, score_solutions(scorer, prompts, [[records[i].texts for i in own] for own in kept]), strict=True
-    ):
-        for i, s in zip(own, scores, strict=True):
-            out[i] = s
+    for first in range(0, len(heads), QUESTIONS_AT_ONCE):
+        begin_iteration(scorer)
+        prompts = admitted(scorer, heads[first : first + QUESTIONS_AT_ONCE])
+        kept = [owned[p.id] for p in prompts]
+        rows = score_solutions(scorer, prompts, [[records[i].texts for i in own] for own in kept])
+        for own, scores in zip(kept, rows, strict=True):
+            for i, s in zip(own, scores, strict=True):
+                out[i] = s
     return out
 
 

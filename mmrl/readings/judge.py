@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmrl.annotate.direct import LabelAsk, parse_labels
 from mmrl.annotate.judge import BEST_GRADE, judge_prompt, parse_grade, parse_severities
-from mmrl.capabilities import Extender, admitted, model_of, policy_section, require
+from mmrl.capabilities import Extender, admitted, begin_iteration, model_of, policy_section, require
 from mmrl.credit.steps import VoteRule, judged_wrong
 from mmrl.prm.records import plain_steps, reference_solution
 from mmrl.readings.base import ReadingContext, Values
@@ -67,6 +67,10 @@ class JudgeReading:
     def model(self) -> nn.Module | None:
         """The judge's own, None when the policy in training judges."""
         return model_of(self._judge)
+
+    def begin_iteration(self) -> None:
+        """The judge's own; see `mmrl.capabilities.EncodingCache`."""
+        begin_iteration(self._judge)
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The tag that `ask` names."""

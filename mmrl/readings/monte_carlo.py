@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmrl.capabilities import Completer, policy_section, require
+from mmrl.capabilities import Completer, begin_iteration, policy_section, require
 from mmrl.readings.base import ReadingContext, Values
 from mmrl.registry import build_section, of_kind, register
 from mmrl.rollout import Place, Rollout
@@ -49,6 +49,10 @@ class MonteCarlo:
         self._n, self._temperature = n, temperature
         self._prover = None if policy is None else build_section("policies", "policy", policy)
         self.model: nn.Module | None = None if self._prover is None else self._prover.model.requires_grad_(False)
+
+    def begin_iteration(self) -> None:
+        """The prover's own; see `mmrl.capabilities.EncodingCache`."""
+        begin_iteration(self._prover)
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The fields of a rollout; random numbers depend on (seed, iteration, prompt id, place) alone."""

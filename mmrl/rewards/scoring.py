@@ -82,7 +82,7 @@ def _values(name: str, reward: OutcomeReward, samples: Sequence[Sample]) -> tupl
     by_prompt: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         by_prompt.setdefault(sample.prompt.id, []).append(i)
-    parts = [list(range(len(samples)))]
+    parts = [list(range(len(samples)))] if samples else []
     trouble: str | None = None
     lost = 0
     while parts:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmrl.capabilities import Extender
+from mmrl.capabilities import Extender, begin_iteration
 from mmrl.growth import rollout_for
 from mmrl.registry import find
 from mmrl.rewards.scoring import RewardError, score
@@ -81,6 +81,7 @@ def search(
     with (folder / "results.jsonl").open("a") as file, bar(len(prompts), len(rows), progress) as advance:
         for i in range(0, len(todo), prompts_per_batch):
             batch = todo[i : i + prompts_per_batch]
+            begin_iteration(extender, scorer)
             results = run(problem, batch)
             new = _rows(results, batch, verifier, canonical, whole_trees=rollouts is not None)
             _check_unscored([*rows.values(), *new], max_unscored)

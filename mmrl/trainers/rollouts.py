@@ -13,22 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.progress import track
 from torch import Tensor
 
-from mmrl.capabilities import AnswerGiver, PromptChecker, SampleJudge, model_of, refuse_row, require, require_needs
+from mmrl.capabilities import (
+    AnswerGiver,
+    PromptChecker,
+    SampleJudge,
+    begin_iteration,
+    model_of,
+    refuse_row,
+    require,
+    require_needs,
+)
 from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
 from mmrl.readings.base import keeps_reference
+from mmrl.readings.scorers import ScorerReading
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import ScoredSteps, score_steps
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, check_prompts
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, StepReward, check_prompts
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.sharding import check_launcher
 from mmrl.trainers.data import Admission, prompt_batch
@@ -117,12 +127,20 @@ class Rollouts:
         return reasons
 
     def clear(self) -> None:
-        """Begin an iteration: forget the last one's scores, costs and times."""
+        """Begin an iteration: forget the last one's scores, costs, times and encoded prompts."""
+        self._forget_encoded()
         self.scores: list[Scored] = []  # of every rollout of the iteration
         self.step_scores: list[ScoredSteps] = []
         self.records: list[dict[str, ReadingRecord]] = []
         self.cost: Counter[str] = Counter(dict.fromkeys(self._reading_costs, 0))
         self.seconds: dict[str, float] = {}
+
+    def _forget_encoded(self) -> None:
+        """Let go of the encoded prompts that policy, scorers and readings have kept so far."""
+        readings = [reading for reading, _ in self.readings.values()]
+        scorers: list[StepReward | None] = [scorer for scorer, _ in self.step_rewards.values()]
+        scorers += [reading.scorer for reading in readings if isinstance(reading, ScorerReading)]
+        begin_iteration(self.policy, *scorers, *readings)
 
     # ---- sampling ---------------------------------------------------------------------------------------------
 
@@ -266,20 +284,35 @@ class Rollouts:
     # ---- evaluation -------------------------------------------------------------------------------------------
 
     def evaluate(self, iteration: int) -> dict[str, float]:
-        """Reward, judges and diversity on the evaluation prompts, side by side; samples go to the run folder."""
-        prompts = list(self.task.eval_prompts)
+        """Reward, judges and diversity on the evaluation prompts, side by side; samples go to the run folder.
+
+        Every sample is scored once, by the rank that made it, and the judges see them all once, on the main process.
+        """
+        self._forget_encoded()
+        prompts, world = list(self.task.eval_prompts), self.loop.accelerator.num_processes
         own = self.policy.generate(self.admission.good(self.mine(prompts)), seed=EVAL_SEED)
-        samples = gather_object(own) if self.loop.accelerator.num_processes > 1 else own
+        scored = score(own, self.rewards, max_unscored=1.0)
+        # per sample its total and, in the order of `rewards`, what each reward gave
+        numbers = torch.stack([scored.total, *scored.parts.values()], 1).tolist()
+        rows = list(zip(own, numbers, strict=True))
+        if world > 1:
+            rows = gather_object(rows)
         place = {p.id: i for i, p in enumerate(prompts)}
-        samples.sort(key=lambda s: place[s.prompt.id])  # the order of one process, whatever the number of ranks
-        scored = score(samples, self.rewards, max_unscored=1.0)
-        metrics = {"eval/reward": float(scored.total.nanmean())}
-        if len(scored.parts) > 1:
-            metrics |= {f"eval/reward/{k}": float(v.nanmean()) for k, v in scored.parts.items()}
-        if isinstance(self.task, SampleJudge):
-            metrics |= {f"eval/{k}": v for k, v in self.task.judges(samples).items()}
+        rows.sort(key=lambda row: place[row[0].prompt.id])  # the order of one process, whatever the number of ranks
+        samples = [sample for sample, _ in rows]
+        columns = torch.tensor([n for _, n in rows], dtype=torch.float64).reshape(len(rows), 1 + len(self.rewards))
+        total, *parts = columns.T.contiguous()
+        metrics = {"eval/reward": float(total.nanmean())}
+        if len(parts) > 1:
+            metrics |= {f"eval/reward/{k}": float(v.nanmean()) for k, v in zip(self.rewards, parts, strict=True)}
+        verdicts: list[Mapping[str, float]] = [{}]
+        if self.loop.is_main and isinstance(self.task, SampleJudge):
+            verdicts = [self.task.judges(samples)]
+        if world > 1:
+            broadcast_object_list(verdicts)
+        metrics |= {f"eval/{k}": v for k, v in verdicts[0].items()}
         if self.loop.is_main:
-            save_samples(samples, scored.total.tolist(), self.loop.folder.root / "samples" / f"{iteration:06d}")
+            save_samples(samples, total.tolist(), self.loop.folder.root / "samples" / f"{iteration:06d}")
         return metrics
 
     # ---- records ----------------------------------------------------------------------------------------------

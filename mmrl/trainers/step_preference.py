@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmrl.capabilities import begin_iteration
 from mmrl.config import Component
 from mmrl.fields import Stage
 from mmrl.losses.preference import (
@@ -159,6 +160,7 @@ class StepPreferenceTrainer:
     def iterate(self, iteration: int) -> dict[str, float]:
         """Rollouts, pairs, update."""
         self.rollouts.clear()
+        begin_iteration(self.guide)
         batch = self.batch(self.sample(iteration))
         metrics: dict[str, float] = {}
         for update in range(self.config.optim.updates_per_rollout):

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmrl.capabilities import begin_iteration
 from mmrl.config import Component
 from mmrl.losses.reward import RewardLossConfig, StepLoss, last_labels, smooth, step_loss
 from mmrl.prm.data import Labelled, LabelledTask, solution_forest
@@ -104,6 +105,7 @@ class StepRewardTrainer:
         """One optimizer step on this iteration's questions with all their solutions."""
         run, acc = self.config.run, self.loop.accelerator
         start = time.perf_counter()
+        begin_iteration(self.scorer)
         prompts = prompt_batch(self.task.prompts, run.prompts_per_iteration, iteration, run.seed)
         mine = self._admission.fill(
             prompts[acc.process_index :: acc.num_processes],
@@ -177,6 +179,7 @@ class StepRewardTrainer:
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Measures on the evaluation questions; every process computes them all, they are few."""
+        begin_iteration(self.scorer)
         data = self.task.labelled(self._admission.good(self.task.eval_prompts))
         scores = probabilities(self.scorer, data.rollout)[data.node]
         rows = [(p, p[~scores[p].isnan()]) for p in data.paths]

@@ -444,6 +444,32 @@ def test_two_processes_equal_one(tiny_model, tmp_path):
 
 
 @pytest.mark.multiproc
+def test_every_sample_of_an_evaluation_is_scored_once(tiny_model, tmp_path):
+    """By two rewards, of which the first leaves one sample unscored, and once by the task's judges."""
+    for ranks in (1, 2):
+        log = str(tmp_path / f"asked{ranks}")
+        sections = {
+            "task": {"name": "tiny:LoggingTask", "log": log},
+            "rewards": [{"name": "tiny:Logging", "log": log, "timeout_s": 0, "weight": 2.0},
+                        {"name": "tiny:brightness", "timeout_s": 0}],
+            "run": {"iterations": 2},
+        }  # fmt: skip
+        if ranks == 1:
+            run(tiny_model, tmp_path / "one", **sections)
+        else:
+            run_ranks(2, "train", write_ranks_recipe(tiny_model, tmp_path, "two", **sections))
+        lines = (tmp_path / f"asked{ranks}").read_text().splitlines()
+        assert lines.count("judges 10 samples") == 2  # before the first iteration and after the last
+        assert sorted(x for x in lines if "/eval" in x) == sorted(f"class-{i}/eval" for i in (*range(10), *range(10)))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        evaluated = [k for k in a if k.startswith("eval/")]
+        assert evaluated == [k for k in b if k.startswith("eval/")]
+        assert [a[k] for k in evaluated] == pytest.approx([b[k] for k in evaluated], rel=1e-3, abs=1e-4)
+    shown = [(tmp_path / run / "samples" / "000000" / "samples.json").read_text() for run in ("one", "two")]
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.multiproc
 def test_a_rank_without_spread_keeps_in_step(tiny_model, tmp_path):
     """Prompts alternate over ranks; with two prompts of which one is constant, one rank has nothing to train."""
     sections = {
