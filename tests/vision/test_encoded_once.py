@@ -48,13 +48,13 @@ EVERYTHING = {
 
 
 class Pictures:
-    """`questions` for each iteration and as many for evaluation, each with a picture of its own."""
+    """Training and evaluation questions, as many of each by default, all with a picture of their own."""
 
     rewards = ("vision_tiny:odd",)
 
-    def __init__(self, folder: str, questions: int, size: int = 64) -> None:
+    def __init__(self, folder: str, questions: int, size: int = 64, evaluated: int | None = None) -> None:
         prompts = []
-        for i in range(2 * questions):
+        for i in range(questions + (questions if evaluated is None else evaluated)):
             file = Path(folder) / f"{i}.png"
             picture(i, size).save(file)
             prompts.append(Prompt(f"q{i}", {"question": "count", "images": [str(file)]}))
@@ -230,13 +230,23 @@ def test_64_pictures_of_a_megapixel_are_encoded_64_times_an_iteration(tmp_path, 
         loss={"kl": 0.1, "kl_form": "k3"}, rewards=[{"name": "vision_tiny:odd", "timeout_s": 0}],
         run={"iterations": 1, "prompts_per_iteration": 64},
     )  # fmt: skip
-    tree["task"] = {"name": "test_encoded_once:Pictures", "folder": str(tmp_path), "questions": 64, "size": 1024}
+    tree["task"] = {
+        "name": "test_encoded_once:Pictures", "folder": str(tmp_path), "questions": 64, "size": 1024, "evaluated": 2,
+    }  # fmt: skip
     trainer = trainer_of(parse_config(tree))
-    for name, encoded, features in by_phase(trainer, prompts, towers):
-        assert len(encoded) == len(features) == 64, name
-        assert set(encoded.values()) == set(features.values()) == {1}, name
-    [size] = {t.pixels.tensors["pixel_values"].numel() for t, _ in trainer.policy.encode._kept._held.values()}
-    assert size * 4 * 64 > 2**30
+    kept = trainer.policy.encode._kept
+    sizes = []
+    reward_leaves = trainer.rollouts.reward_leaves
+
+    def measured(*arguments):
+        sizes.append(kept.held)
+        return reward_leaves(*arguments)
+
+    trainer.rollouts.reward_leaves = measured
+    [_, (_, encoded, features), _] = by_phase(trainer, prompts, towers)
+    assert len(encoded) == len(features) == 64 and set(encoded.values()) == set(features.values()) == {1}
+    # more than is kept between iterations, and within the bound of one
+    assert kept.limit < sizes[0] < kept.iteration_limit
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
