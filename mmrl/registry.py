@@ -57,6 +57,8 @@ class Kind:
         called with its options alone, once, when the recipe is read (a class or a factory), or it is a constant.
     keywords: keyword arguments that the framework passes; no options either.
     reads, writes: of every row that says nothing else.
+    adapt: dotted path of a function that takes a row's object and gives what is called, where rows may come in several
+        forms.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Kind:
     keywords: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    adapt: str = ""
 
 
 KINDS: dict[str, Kind] = {}
@@ -94,7 +97,7 @@ add_kind(
 )
 add_kind(Kind("policies", "policy"))
 add_kind(Kind("tasks", "task"))
-add_kind(Kind("rewards", "reward", arguments=1, writes=("outcome",)))
+add_kind(Kind("rewards", "reward", arguments=1, writes=("outcome",), adapt="mmrl.rewards.completions:as_reward"))
 add_kind(Kind("scorers", "step reward", arguments=1, writes=("step_reward",)))
 add_kind(Kind("readings", "reading", ("mmrl.readings",), arguments=2))
 add_kind(Kind("transforms", "transform", ("mmrl.credit.transforms",), arguments=1))
@@ -533,7 +536,8 @@ def _at(path: str) -> Any:
 
 
 def _row(kind: Kind, name: str, target: Any) -> Row:
-    return Row(kind, name, target, getattr(target, _DECLARED, Declaration()))
+    called = _at(kind.adapt)(target) if kind.adapt else target
+    return Row(kind, name, called, getattr(target, _DECLARED, Declaration()))
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Isolated:
         *,
         section: str = "rewards",
     ) -> None:
-        from mmrl.capabilities import GroupReward
+        from mmrl.capabilities import GroupReward, PromptChecker
 
         if timeout_s <= 0:
             raise ValueError(f"{section}: timeout_s={timeout_s} must be above 0")
@@ -78,7 +78,10 @@ class Isolated:
             if isinstance(error.__cause__, WorkerError) and error.__cause__.type == "ComponentError":
                 raise ComponentError(str(error.__cause__).partition(": ")[2]) from None
             raise
-        self._compares = isinstance(find("rewards", reward).target if isinstance(reward, str) else reward, GroupReward)
+        target = find("rewards", reward).target if isinstance(reward, str) else reward
+        self._compares = isinstance(target, GroupReward)
+        if isinstance(target, PromptChecker) and not isinstance(target, type):
+            self.refusal = target.refusal
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample, None where the reward failed.
