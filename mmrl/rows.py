@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmrl.embedded import media_paths
 from mmrl.jsonl import RowError
 
 Row = Mapping[str, Any]
 
-_MARK = "<image>"
+# A picture's place in a text, as in the data of LLaVA and others.
+IMAGE_MARK = "<image>"
+# Columns in which public data sets keep the answer.
+LIKE_ANSWERS = ("solution", "answers", "final_answer", "gold", "gold_answer", "ground_truth", "label", "target", "gt")
 
 
 def text(row: Row, key: str) -> str:
@@ -35,15 +39,9 @@ def rows(row: Row, key: str, kind: type | tuple[type, ...] = (str,)) -> list[Any
 
 
 def images(row: Row, *keys: str) -> tuple[str, ...]:
-    """Picture paths of the first of the columns that is there: a path or a list of them."""
-    value: Any = next((row[k] for k in keys if row.get(k) is not None), [])
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
-        raise RowError(
-            f"bad image path: {keys[0]!r} holds {str(value)[:60]!r}; pictures stored in the table must be written to "
-            "files first"
-        )
-    return tuple(paths)
+    """Picture paths of the first of the columns that is not empty; embedded pictures become files."""
+    column = next((k for k in keys if row.get(k)), keys[0])
+    return media_paths(row.get(column), column)
 
 
 def row_id(row: Row, name: str, key: str = "id") -> str:
@@ -71,10 +69,10 @@ def without_image_marks(question: str) -> str:
     while last != first:
         last = first
         bare = first.strip()
-        if bare.startswith(_MARK):
-            first = bare.removeprefix(_MARK).lstrip()
-        elif bare.endswith(_MARK):
-            first = bare.removesuffix(_MARK).rstrip()
+        if bare.startswith(IMAGE_MARK):
+            first = bare.removeprefix(IMAGE_MARK).lstrip()
+        elif bare.endswith(IMAGE_MARK):
+            first = bare.removesuffix(IMAGE_MARK).rstrip()
     return first
 
 

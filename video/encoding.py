@@ -25,7 +25,7 @@ from video.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
 from video.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
 from vision.growth import Pixels, PromptTokens
 from vision.network import bare
-from vision.prompts import PromptEncoder, PromptError, size_in_bytes
+from vision.prompts import PromptEncoder, PromptError, Turn, size_in_bytes, turns_of
 from vision.settings import Settings
 
 SMALLEST_DECODED = 64  # side in pixels: below, decord's own scaling fails at times
@@ -95,7 +95,7 @@ class VideoEncoder(PromptEncoder):
     def key(self, prompt: Prompt) -> tuple[str, ...]:
         """What decides a prompt's tokens."""
         order = [prompt.id] if prompt.inputs.get("shuffled") else []
-        return (*super().key(prompt), *map(str, prompt.inputs.get("videos") or []), *order)
+        return (*super().key(prompt), *order)
 
     def shuffled(self, prompt: Prompt) -> Prompt:
         """The prompt with the frames of its clip in the random order fixed by its id."""
@@ -130,7 +130,10 @@ class VideoEncoder(PromptEncoder):
             marks, pixels = self._film(info, self._first_view(info))
         except VideoDecodeError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
-        tokens = self.tokens(self._render(0, marks + question), pixels)
+        turns = turns_of(prompt, question, 0)
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")  # the film stands before all words
+        turns[first] = Turn("user", (marks + "".join(turns[first].texts),))
+        tokens = self.tokens(self._render(turns), pixels)
         self._check_length(prompt.id, tokens.types, "the clip's first view")
         return tokens
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mmrl.jsonl import RowError, broken_text
+from mmrl.questions import Turn, check_text, with_options
 from mmrl.rollout import Prompt
+from mmrl.rows import IMAGE_MARK
 from video.rewards.answers import answer_score, answer_type_of, number, option_letter
 from video.segments import segment_count
-from vision.tasks.jsonl import check_text, with_options
 
 if TYPE_CHECKING:
     from video.clip import VideoInfo
@@ -58,6 +59,7 @@ class BoxLabel:
 class VideoSample:
     """A question, its media (a video or pictures), and what is known: any of the rest may be missing.
 
+    history: turns before the question, as in `mmrl.questions.Question`; a film stands in front of them.
     segments: [start, end] seconds that hold the answer; segment_ids: the same by 1-based number.
     frames: 0-based ranges, both ends included. turns: a written solution, one text per turn; `turn_boxes` says whether
     boxes in it are pixels of the frame as the model sees it ("seen") or of the annotated size ("pixels").
@@ -69,6 +71,7 @@ class VideoSample:
     question: str
     video: str | None = None
     images: tuple[str, ...] = ()
+    history: tuple[Turn, ...] = ()
     options: tuple[str, ...] = ()
     answer: str | None = None
     answer_type: str | None = None
@@ -99,7 +102,11 @@ def check_sample(sample: VideoSample) -> VideoSample:
     """
     if not sample.question.strip():
         raise RowError("no text in 'question'")
-    check_text("\n".join([sample.question, *sample.options]))
+    texts = [*(turn["content"] for turn in sample.history), sample.question]
+    marks = sum(text.count(IMAGE_MARK) for text in texts)
+    if marks and marks != len(sample.images):
+        raise RowError(f"{marks} {IMAGE_MARK} in the text for {len(sample.images)} pictures")
+    check_text("\n".join([*(text.replace(IMAGE_MARK, "") for text in texts), *sample.options]))
     paths = [*sample.images, *([] if sample.video is None else [sample.video])]
     if not paths or (sample.video is not None and sample.images):
         raise RowError(f"media: 'video' is {sample.video!r} and 'images' {list(sample.images)}; give one of the two")
@@ -117,15 +124,6 @@ def check_sample(sample: VideoSample) -> VideoSample:
         if sample.images and label.time is not None:
             raise RowError(f"bad box: boxes[{i}] is at {label.time} s of a picture; give frame 0, 1, .. of 'images'")
     return sample
-
-
-def plain_options(options: Sequence[str]) -> tuple[str, ...]:
-    """Options without letters, when they carry A, B, C .. in order ("A. red", "(B) blue"); else as they are."""
-    found = [re.match(r"\s*\(?([A-Z])[.):]\s*(\S.*)", o, re.DOTALL) for o in options]
-    letters = [m.group(1) for m in found if m]
-    if letters != [chr(ord("A") + i) for i in range(len(options))]:
-        return tuple(options)
-    return tuple(m.group(2).strip() for m in found if m)
 
 
 # ---- the media have been looked at ----------------------------------------------------------------------------------
@@ -208,6 +206,8 @@ def to_prompt(sample: VideoSample) -> Prompt:
     inputs |= {"images": list(sample.images)} if sample.video is None else {"videos": [sample.video]}
     if sample.options:
         inputs["options"] = list(sample.options)
+    if sample.history:
+        inputs["history"] = [dict(turn) for turn in sample.history]
     known = {"answer": sample.answer, "answer_type": kind} | {n: _plain(getattr(sample, n)) for n in _REFERENCE}
     reference = dict(sample.meta) | {k: v for k, v in known.items() if v is not None and v != []}
     if sample.boxes:

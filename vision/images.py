@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from mmrl.embedded import is_embedded
+
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 # raster formats only: PIL would hand e.g. PostScript to an external program
@@ -36,6 +38,8 @@ class Limits:
 def resolve(path: str | Path, root: str | Path) -> Path:
     """The absolute path of a file below `root`, links resolved; a relative `path` starts at `root`.
 
+    A picture that was taken out of a row lies in the cache and may be used under any root.
+
     Raises:
         ImageError: no such file, not a regular file, or it lies outside `root`.
     """
@@ -45,7 +49,7 @@ def resolve(path: str | Path, root: str | Path) -> Path:
         is_file = full.is_file()
     except (OSError, ValueError, RuntimeError) as error:
         raise ImageError(f"{str(path)!r} is no usable path ({error}); name a file below {root}") from error
-    if not full.is_relative_to(base):
+    if not full.is_relative_to(base) and not is_embedded(path):
         raise ImageError(
             f"{path} leads to {full}, outside of the media root {base}; move the file below it or widen media_root"
         )

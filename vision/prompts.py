@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mmrl.byte_cache import ByteCache
 from mmrl.jsonl import broken_text
 from mmrl.rollout import Prompt
+from mmrl.rows import IMAGE_MARK
 from vision.growth import Pixels, PromptTokens
 from vision.images import Limits, image_key, load_image
 from vision.loading import banned_ids, eos_ids, image_token_id, is_vision, tokenizer_of
@@ -28,6 +30,31 @@ ENCODED_BYTES = 2**30  # of prompts of earlier iterations; one with a picture of
 
 class PromptError(ValueError):
     """A prompt that the model cannot take; the message says why and what would mend it."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a prompt. parts: texts, and None where a picture is shown."""
+
+    role: str
+    parts: tuple[str | None, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """The parts without pictures."""
+        return [part for part in self.parts if part is not None]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all pictures stand in front."""
+        return None not in self.parts[len(self.parts) - len(self.texts) :]
+
+    def then(self, text: str) -> Turn:
+        """The turn with more text at its end."""
+        if not text:
+            return self
+        *before, last = self.parts
+        return Turn(self.role, (*self.parts, text) if last is None else (*before, last + text))
 
 
 class PromptEncoder:
@@ -73,7 +100,9 @@ class PromptEncoder:
 
     def key(self, prompt: Prompt) -> tuple[str, ...]:
         """What decides a prompt's tokens."""
-        return (str(prompt.inputs.get("question", "")), *map(str, prompt.inputs.get("images") or []))
+        inputs = prompt.inputs
+        shown = (inputs.get("images") or [], inputs.get("videos") or [], inputs.get("history") or [])
+        return (str(inputs.get("question", "")), *(str(part) for part in shown))
 
     def shuffled(self, prompt: Prompt) -> Prompt:
         """The prompt with its frames in another order.
@@ -87,7 +116,7 @@ class PromptEncoder:
         """A grey picture's pixels, None for a text model."""
         if self.image_token is None:
             return None
-        return self._tokens([Image.new("RGB", (64, 64), (127, 127, 127))], "?", "blank").pixels
+        return self._tokens([Image.new("RGB", (64, 64), (127, 127, 127))], [Turn("user", (None, "?"))], "blank").pixels
 
     def rope(self, ids: Tensor, types: Tensor, shown: Sequence[Pixels]) -> Tensor:
         """(3, L) rotary positions of one row by the model's own rule; films are spaced by their seconds.
@@ -140,23 +169,33 @@ class PromptEncoder:
             pictures = [load_image(p, self.limits) if self.limits else load_image(p) for p in paths]
         except ValueError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
-        return self._tokens(pictures, question, prompt.id)
+        try:
+            turns = turns_of(prompt, question, len(pictures))
+            if not all(turn.is_plain for turn in turns) or len(turns) > 1:
+                self._check_places(turns)
+        except PromptError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+        return self._tokens(pictures, turns, prompt.id)
 
     def _question(self, prompt: Prompt) -> str:
         question = str(prompt.inputs.get("question", ""))
-        fault = broken_text(question)
+        said = [question, *(str(turn["content"]) for turn in prompt.inputs.get("history") or [])]
+        whole = "\n".join(said)
+        fault = broken_text(whole)
         if fault:
             raise PromptError(f"prompt {prompt.id!r}: its text {fault}")
+        if prompt.inputs.get("images"):
+            whole = whole.replace(IMAGE_MARK, "")
         for text in self._reserved:
-            if text in question:
+            if text in whole:
                 raise PromptError(
                     f"prompt {prompt.id!r}: its text contains the model's placeholder {text!r}; remove it, media are "
                     "given apart from the question and placed before it"
                 )
         return question
 
-    def _tokens(self, pictures: Sequence[Image.Image], question: str, name: str) -> PromptTokens:
-        text = self._render(len(pictures), question)
+    def _tokens(self, pictures: Sequence[Image.Image], turns: Sequence[Turn], name: str) -> PromptTokens:
+        text = self._render(turns)
         made: Any = {}
         if pictures:
             # the text has its special tokens, so the processor's tokenizer must not add them once more
@@ -196,16 +235,23 @@ class PromptEncoder:
         Raises:
             PromptError: the processor has no chat template.
         """
-        turns = [{"role": r, "content": self._content(0, _CUT)} for r in ("user", "assistant", "user")]
+        turns = [Turn(role, (_CUT,)) for role in ("user", "assistant", "user")]
         _, closing, between, _ = self._template(turns, False).split(_CUT)
         return closing, between
 
-    def _content(self, images: int, text: str) -> Any:
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        """The turn as chat templates take it: a text for text models, parts for others."""
         if not is_vision(self._model.config):
-            return text
-        return [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
+            return {"role": turn.role, "content": "".join(turn.texts)}
+        parts: list[dict[str, Any]] = []
+        for part in turn.parts:
+            parts.append({"type": "image"} if part is None else {"type": "text", "text": part})
+        return {"role": turn.role, "content": parts}
 
-    def _template(self, messages: Sequence[dict[str, Any]], answer: bool) -> str:
+    def _template(self, turns: Sequence[Turn], answer: bool) -> str:
+        return self._filled([self._message(turn) for turn in turns], answer)
+
+    def _filled(self, messages: Sequence[dict[str, Any]], answer: bool) -> str:
         owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
         if not getattr(owner, "chat_template", None):
             raise PromptError("the processor has no chat template; save one with it")
@@ -214,9 +260,9 @@ class PromptEncoder:
         except Exception as error:  # templates raise what they like
             plain = [_plain(m) for m in messages]
             if None not in plain and plain != list(messages):
-                return self._template([m for m in plain if m is not None], answer)
+                return self._filled([m for m in plain if m is not None], answer)
             roles = ", ".join(str(m["role"]) for m in messages)
-            pictures = sum(isinstance(m["content"], list) and len(m["content"]) > 1 for m in messages)
+            pictures = None in plain
             ways = ["give the model's folder another chat_template.jinja"]
             if self.settings.system:
                 ways.insert(0, "leave policy.system out")
@@ -226,9 +272,9 @@ class PromptEncoder:
                 f"the chat template refuses turns of {roles} ({type(error).__name__}: {error}); " + ", or ".join(ways)
             ) from error
 
-    def _render(self, images: int, question: str) -> str:
+    def _render(self, turns: Sequence[Turn]) -> str:
         """The whole prompt as text, special tokens included: what `tokenise` makes ids of."""
-        return self._opened(self._turn(images, question))
+        return self._opened(self._rendered(turns))
 
     def _opened(self, text: str) -> str:
         """The text behind the mark that begins a document, where the tokenizer has one: exactly one."""
@@ -237,25 +283,84 @@ class PromptEncoder:
             return text
         return str(mark) + text
 
-    def _turn(self, images: int, question: str) -> str:
-        question = f"{question}\n{self.settings.instruction}" if self.settings.instruction else question
-        question += self.opening or ""
+    def _rendered(self, turns: Sequence[Turn]) -> str:
+        """The turns behind the system text, by the chat template; a row's own system turn replaces the settings'."""
+        *before, last = turns
+        after = f"\n{self.settings.instruction}" if self.settings.instruction else ""
+        last = last.then(after + (self.opening or ""))
+        system = self.settings.system
+        if before and before[0].role == "system":
+            system, before = "".join(before[0].texts), before[1:]
         if not self.tokenizer.chat_template and not getattr(self.processor, "chat_template", None):
-            if images:
-                raise PromptError("the processor has no chat template, so images cannot be placed; save one with it")
-            end = "\n" if self.opening is None else ""
-            return f"{self.settings.system}\n{question}{end}" if self.settings.system else f"{question}{end}"
-        told = self.settings.system
-        system = [{"role": "system", "content": self._content(0, told)}] if told else []
+            if before or None in last.parts:
+                what = "earlier turns cannot be shown" if before else "images cannot be placed"
+                raise PromptError(f"the processor has no chat template, so {what}; save one with it")
+            text, end = "".join(last.texts), "\n" if self.opening is None else ""
+            return f"{system}\n{text}{end}" if system else f"{text}{end}"
+        head = [Turn("system", (system,))] if system else []
         if self.opening is None:
-            return self._template([*system, {"role": "user", "content": self._content(images, question)}], True)
-        user = {"role": "user", "content": self._content(images, question + _CUT)}
-        return self._template([*system, user], False).split(_CUT)[0]
+            return self._template([*head, *before, last], True)
+        return self._template([*head, *before, last.then(_CUT)], False).split(_CUT)[0]
+
+    def _check_places(self, turns: Sequence[Turn]) -> None:
+        """Look whether the chat template puts pictures where the turns have them.
+
+        Raises:
+            PromptError: it does not.
+        """
+        # (gaps between texts with pictures shown, without) as the template fills them, and pictures that belong there
+        shown, plain, due = self._gaps(turns, True), self._gaps(turns, False), [0]
+        for part in (part for turn in turns for part in turn.parts):
+            if part is None:
+                due[-1] += 1
+            else:
+                due.append(0)
+        if [a != b for a, b in zip(shown, plain, strict=True)] != [n > 0 for n in due]:
+            raise PromptError(
+                "the chat template puts pictures elsewhere than where the row has them, between words; take another "
+                "template, or rows with pictures in front"
+            )
+
+    def _gaps(self, turns: Sequence[Turn], pictures: bool) -> list[str]:
+        """What the template writes around the texts of the turns, with their pictures or without them."""
+        marked = []
+        for turn in turns:
+            parts = tuple(None if part is None else _CUT for part in turn.parts if pictures or part is not None)
+            marked.append(Turn(turn.role, parts))
+        return self._template(marked, True).split(_CUT)
 
     def _reserved_texts(self) -> list[str]:
         added = self.tokenizer.get_added_vocab()
         banned = set(banned_ids(self._model.config, self.tokenizer, keep=eos_ids(self._model, self.tokenizer)))
         return [text for text, i in added.items() if i in banned]
+
+
+def turns_of(prompt: Prompt, question: str, pictures: int) -> list[Turn]:
+    """The prompt's history and its question; a mark `<image>` is a picture, and those without a mark stand in front.
+
+    Raises:
+        PromptError: marks and pictures differ in number.
+    """
+    turns = [Turn(t["role"], _parts(t["content"], pictures)) for t in prompt.inputs.get("history") or []]
+    left = pictures - sum(turn.parts.count(None) for turn in turns)
+    parts = _parts(question, pictures)
+    if None not in parts:
+        parts = (None,) * left + parts
+    if parts.count(None) != left:
+        marks = pictures - left + parts.count(None)
+        raise PromptError(f"{marks} {IMAGE_MARK} in the text for {pictures} pictures")
+    return [*turns, Turn("user", parts)]
+
+
+def _parts(text: str, pictures: int) -> tuple[str | None, ...]:
+    """The text cut at its marks, if there are pictures."""
+    if not pictures:
+        return (text,)
+    parts: list[str | None] = []
+    for i, piece in enumerate(text.split(IMAGE_MARK)):
+        parts += [None] if i else []
+        parts += [piece] if piece else []
+    return tuple(parts)
 
 
 def tokenise(tokenizer: Any, text: str) -> Tensor:

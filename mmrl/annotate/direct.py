@@ -150,7 +150,9 @@ def _question(record: SolutionRecord, ask: LabelAsk) -> Prompt | None:
     except ValueError as error:
         log.warning("record %r is not judged: %s", record.id, error)
         return None
-    return Prompt(f"{record.id}/judge", {"question": text, "images": list(record.images)})
+    inputs = {**record.prompt.inputs, "question": text}
+    inputs.pop("options", None)
+    return Prompt(f"{record.id}/judge", inputs)
 
 
 def annotate_directly(

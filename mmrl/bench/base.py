@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mmrl.jsonl import Quarantined, RowError, read_rows
 from mmrl.prm.aggregate import aggregate as find_aggregate
 from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.records_io import check_record, with_images
+from mmrl.prm.records_io import check_record, with_media
 
 Score = Callable[[Sequence[SolutionRecord]], Sequence[Sequence[float]]]
 Steps = Sequence[float] | None  # scores of one solution, None where the scorer gave none
@@ -123,7 +123,7 @@ def _read_file(
             for r in item.records:
                 check_record(r, unlabelled=True)
         return [
-            replace(i, records=tuple(with_images(r, file.parent, media_root, seen) for r in i.records)) for i in items
+            replace(i, records=tuple(with_media(r, file.parent, media_root, seen) for r in i.records)) for i in items
         ]
 
     return read_rows(file, make, max_bad=max_bad, key=lambda i: i.records[0].id)

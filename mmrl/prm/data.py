@@ -157,9 +157,9 @@ class StepRecords:
         return records
 
     def _group(self, records: Sequence[SolutionRecord]) -> list[Prompt]:
-        groups: dict[tuple[object, ...], list[SolutionRecord]] = {}
+        groups: dict[str, list[SolutionRecord]] = {}
         for r in records:
-            groups.setdefault((r.question, r.images, r.options), []).append(r)
+            groups.setdefault(r.asked, []).append(r)
         prompts = [own[0].prompt for own in groups.values()]
         self._records |= {p.id: own for p, own in zip(prompts, groups.values(), strict=True)}
         return prompts

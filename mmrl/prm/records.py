@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,7 +47,8 @@ class SolutionRecord:
     scope: "local", each step judged on its own, or "prefix", wrong from the first error on.
     first_error: 0-based, -1 = no error, None = unknown. final_correct: whether the answer is right.
     mc: Monte-Carlo counts per step, kept beside the labels made of them.
-    images: paths. meta: anything else that came with it, JSON values.
+    images, videos: paths. history: turns before the question, as in `mmrl.questions.Question`. meta: anything else
+    that came with it, JSON values.
     """
 
     id: str
@@ -64,6 +66,8 @@ class SolutionRecord:
     judge: Sequence[Mapping[str, Any]] = ()
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[str, ...] = ()
+    history: tuple[Mapping[str, str], ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -74,9 +78,18 @@ class SolutionRecord:
     def prompt(self) -> Prompt:
         """The question as policies and scorers take it, reference = the answer and `meta`."""
         inputs: dict[str, Any] = {"question": self.question, "images": list(self.images)}
+        if self.videos:
+            inputs["videos"] = list(self.videos)
+        if self.history:
+            inputs["history"] = [dict(turn) for turn in self.history]
         if self.options:
             inputs["options"] = list(self.options)
         return Prompt(self.id, inputs, dict(self.meta) | {"answer": self.answer})
+
+    @property
+    def asked(self) -> str:
+        """Equal for solutions of the same question on the same media."""
+        return json.dumps(self.prompt.inputs)
 
 
 def record_of(prompt: Prompt, texts: Sequence[str]) -> SolutionRecord:
@@ -95,6 +108,8 @@ def record_of(prompt: Prompt, texts: Sequence[str]) -> SolutionRecord:
         inputs["question"],
         plain_steps(texts),
         images=tuple(inputs.get("images") or ()),
+        videos=tuple(inputs.get("videos") or ()),
+        history=tuple(inputs.get("history") or ()),
         options=tuple(inputs.get("options") or ()),
         answer=None if answer is None else str(answer),
         meta=known,

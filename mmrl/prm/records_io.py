@@ -1,6 +1,7 @@
 """Solution records on disk: JSON lines, one solution per line, checked when read.
 
-    {"id": str, "question": str, "steps": [{"text": str, "kind": str}], "images": [path], "options": [str],
+    {"id": str, "question": str, "steps": [{"text": str, "kind": str}], "images": [path], "videos": [path],
+     "history": [{"role": "system" | "user" | "assistant", "content": str}], "options": [str],
      "answer": str|null, "labels": [float|null]|null, "label_kind": "hard"|"soft", "scope": "local"|"prefix",
      "first_error": int|null, "final_correct": bool|null, "mc": [{"value", "correct", "total"}]|null,
      "judge": [object], "source": str, "meta": object}
@@ -18,8 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from mmrl.embedded import is_embedded, media_paths
 from mmrl.jsonl import Quarantined, RowError, read_rows
 from mmrl.prm.records import Counts, Kind, SolutionRecord, Step
+from mmrl.rows import images
 
 _KINDS = get_args(Kind)
 _KEYS = frozenset(SolutionRecord.__dataclass_fields__)
@@ -49,7 +52,7 @@ def read_records(
     def make(row: Mapping[str, Any], name: str) -> list[SolutionRecord]:
         record = record_from_json(row, unlabelled=unlabelled)
         check_markers(record, markers)
-        return [with_images(record, Path(path).parent, media_root, sizes)]
+        return [with_media(record, Path(path).parent, media_root, sizes)]
 
     return read_rows(path, make, max_bad=max_bad, key=lambda r: r.id)
 
@@ -67,7 +70,8 @@ def write_records(path: str | Path, records: Iterable[SolutionRecord], media_roo
         for record in records:
             row = record_to_json(check_record(record, unlabelled=True))
             if media_root is not None:
-                row["images"] = [_relative(p, Path(media_root)) for p in row["images"]]
+                for kind in ("images", "videos"):
+                    row[kind] = [_relative(p, Path(media_root)) for p in row[kind]]
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
     os.replace(part, path)
@@ -82,6 +86,8 @@ def record_to_json(record: SolutionRecord) -> dict[str, Any]:
         "question": record.question,
         "steps": [{"text": s.text, "kind": s.kind} for s in record.steps],
         "images": list(record.images),
+        "videos": list(record.videos),
+        "history": [dict(turn) for turn in record.history],
         "options": list(record.options),
         "answer": record.answer,
         "labels": None if record.labels is None else list(record.labels),
@@ -114,7 +120,9 @@ def record_from_json(row: Mapping[str, Any], *, unlabelled: bool = False) -> Sol
         id=str(_typed(row, "id", (str, int), "")),
         question=_typed(row, "question", str, ""),
         steps=tuple(_step(s, i) for i, s in enumerate(steps or ())),
-        images=tuple(_typed(row, "images", list, [])),
+        images=images(row, "images"),
+        videos=media_paths(row.get("videos"), "videos", "video"),
+        history=tuple(_turn(turn, i) for i, turn in enumerate(_typed(row, "history", list, []))),
         options=tuple(str(o) for o in options),
         answer=None if answer is None else str(answer),
         labels=None if labels is None else tuple(_label(v, i) for i, v in enumerate(labels)),
@@ -187,37 +195,36 @@ def check_markers(record: SolutionRecord, markers: Sequence[str]) -> None:
                 raise RowError(f"marker in the text: {marker!r} in {where}; remove it or use another marker")
 
 
-def with_images(
+def with_media(
     record: SolutionRecord, folder: Path, media_root: str | Path | None, seen: dict[Path, None]
 ) -> SolutionRecord:
-    """The record with absolute picture paths; `seen` holds pictures already looked into.
+    """The record with absolute paths; `seen` holds pictures already looked into. Films only have to be there.
 
     Raises:
-        RowError: a picture is missing, outside of `media_root`, or not readable as one.
+        RowError: a picture or film is missing, outside of `media_root`, or a picture is not readable as one.
     """
     paths = []
     for name in record.images:
-        if not isinstance(name, str) or not name:
-            raise RowError(f"bad image path: {str(name)[:80]!r} is no path")
-        path = _locate(name, folder, media_root)
+        path = _locate(name, folder, media_root, "image")
         if path not in seen:
             _check_picture(path)
             seen[path] = None
         paths.append(str(path))
-    return replace(record, images=tuple(paths))
+    films = tuple(str(_locate(name, folder, media_root, "video")) for name in record.videos)
+    return replace(record, images=tuple(paths), videos=films)
 
 
-def _locate(name: str, folder: Path, media_root: str | Path | None) -> Path:
+def _locate(name: str, folder: Path, media_root: str | Path | None, kind: str) -> Path:
     try:
         base = Path(folder if media_root is None else media_root).resolve()
         path = (base / name).resolve()
         is_file = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise RowError(f"bad image path: {name[:80]!r} ({error})") from error
-    if media_root is not None and not path.is_relative_to(base):
-        raise RowError(f"image outside the media root: {name} leads to {path}, not below {base}")
+        raise RowError(f"bad {kind} path: {name[:80]!r} ({error})") from error
+    if media_root is not None and not path.is_relative_to(base) and not is_embedded(name):
+        raise RowError(f"{kind} outside the media root: {name} leads to {path}, not below {base}")
     if not is_file:
-        raise RowError(f"image missing: {path} is no file; check the path and media_root (now {base})")
+        raise RowError(f"{kind} missing: {path} is no file; check the path and media_root (now {base})")
     return path
 
 
@@ -243,6 +250,12 @@ def _typed(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], defa
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise RowError(f"bad {key}: {str(value)[:80]!r} is {type(value).__name__}")
     return value
+
+
+def _turn(value: Any, i: int) -> Mapping[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(value.get(k), str) for k in ("role", "content")):
+        raise RowError(f"bad history: turn {i} is no object with the texts 'role' and 'content'")
+    return {"role": value["role"], "content": value["content"]}
 
 
 def _step(value: Any, i: int) -> Step:

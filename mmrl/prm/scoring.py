@@ -108,11 +108,11 @@ def score_solutions(
 def score_records(scorer: StepReward, records: Sequence[SolutionRecord]) -> list[list[float] | None]:
     """One list per record in its order; None where the scorer cannot take the question (it logs why).
 
-    Records of one question and its images are scored together, `QUESTIONS_AT_ONCE` of these in a call.
+    Records of one question on the same media are scored together, `QUESTIONS_AT_ONCE` of these in a call.
     """
-    groups: dict[tuple[object, ...], list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for i, r in enumerate(records):
-        groups.setdefault((r.question, r.images, r.options), []).append(i)
+        groups.setdefault(r.asked, []).append(i)
     heads = [records[own[0]].prompt for own in groups.values()]
     check_prompts(heads)
     owned = {p.id: own for p, own in zip(heads, groups.values(), strict=True)}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mmrl.registry import declares, find
 from mmrl.rewards.answer_text import choice_letter, compare, extract_answer, final_line, normalise
 from mmrl.rewards.isolation import numbers_from
+from mmrl.rows import LIKE_ANSWERS
 from mmrl.worker import Target, Worker, WorkerError
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
-
-
-# Columns in which public data sets keep the answer.
-_LIKE_ANSWERS = ("solution", "answers", "final_answer", "gold", "gold_answer", "ground_truth", "label", "target", "gt")
 
 
 class NoAnswerError(ValueError):
@@ -210,7 +207,7 @@ def right_answer(prompt: Prompt) -> str:
     reference = prompt.reference
     answer = reference.get("answer") if isinstance(reference, Mapping) else reference
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        columns = [k for k in _LIKE_ANSWERS if isinstance(reference, Mapping) and reference.get(k) is not None]
+        columns = [k for k in LIKE_ANSWERS if isinstance(reference, Mapping) and reference.get(k) is not None]
         way = (
             f"name its column, such as task.answer: {columns[0]}" if columns else 'give a text or a number as "answer"'
         )

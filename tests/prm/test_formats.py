@@ -274,7 +274,7 @@ def test_visualprocessbench_comes_back():
     row["response"]["process_correctness"] = [1, 0]
     with pytest.raises(RowError, match="2 labels for 3 steps"):
         read("visualprocessbench", row)
-    with pytest.raises(RowError, match="pictures stored in the table"):
+    with pytest.raises(RowError, match="bad image path: column 'image' holds bytes as text"):
         read("visualprocessbench", {**row, "response": json.loads(as_text["response"]), "image": {"bytes": "x"}})
 
 

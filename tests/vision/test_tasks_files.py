@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmrl.questions import with_options
 from mmrl.registry import ComponentError, build
 from mmrl.rewards.answers import ExactAnswer, MultipleChoice
 from mmrl.rollout import Prompt, Sample, check_prompts
 from vision.images import load_image
-from vision.tasks.jsonl import JsonlTask, with_options
+from vision.tasks.jsonl import JsonlTask
 from vision.tasks.puzzles import PuzzleTask, split_position
 
 PUZZLES = Path(__file__).parents[1] / "data" / "puzzles"
@@ -68,11 +69,11 @@ def test_rows_become_prompts(tmp_path, media):
     ({"question": "a", "images": ["none.png"]}, "does not exist"),
     ({"question": "a", "images": ["text.png"]}, "known format"),
     ({"question": "a", "images": ["../outside.png"]}, "outside of the media root"),
-    ({"question": "a", "images": {"path": "a.png"}}, "neither a path nor a list"),
+    ({"question": "a", "images": {"height": 3}}, "neither a path nor a list"),
     ({"question": "a", "images": [""]}, "neither a path nor a list"),
     ({"question": "<image><image>a", "images": ["a.png"]}, "2 <image> in the text for 1 pictures"),
     ({"question": "<image> a"}, "1 <image> in the text for 0 pictures"),
-    ({"question": "Is <image> red?", "images": ["a.png"]}, "<image> inside the text"),
+    ({"question": "Is <image> red or <image>?", "images": ["a.png"]}, "2 <image> in the text for 1 pictures"),
     ({"question": "<image>", "images": ["a.png"]}, "nothing but <image>"),
     ({"question": "a <|image_pad|>", "images": ["a.png"]}, "placeholder '<|image_pad|>'"),
     ({"question": "a", "options": ["x", "<|im_end|>"]}, "placeholder '<|im_end|>'"),

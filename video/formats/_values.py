@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmrl.embedded import is_embedded
 from mmrl.jsonl import RowError
 from mmrl.registry import Kind, add_kind
 from video.records import Box
@@ -105,12 +106,13 @@ def media_file(name: str, root: Path, what: str) -> str:
         if what == "video" and not Path(name).suffix:
             name = next((name + s for s in _SUFFIXES if (base / (name + s)).is_file()), name)
         path = (base / name).resolve()
-        if not path.is_relative_to(base) and name.startswith("/"):
+        inside = is_embedded(name) or path.is_relative_to(base)
+        if not inside and name.startswith("/"):
             path = (base / name.lstrip("/")).resolve()
         is_file = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:
         raise RowError(f"bad path: {what} {name[:80]!r} ({error})") from error
-    if not path.is_relative_to(base):
+    if not is_embedded(name) and not path.is_relative_to(base):
         raise RowError(f"outside the media root: {what} {name!r} leads to {path}, not below {base}")
     if not is_file:
         raise RowError(f"{what} missing: {path} is no file; check the path and media_root (now {base})")

@@ -1,11 +1,13 @@
 """The record as a row of JSON lines, one question per line:
 
     {"id": str, "question": str, "video": path | "images": [path], "options": [str], "answer": str|null,
-     "answer_type": str|null, "segments": [[s, e]], "segment_ids": [int], "frames": [[a, b]],
+     "history": [{"role", "content"}], "answer_type": str|null, "segments": [[s, e]], "segment_ids": [int],
+     "frames": [[a, b]],
      "boxes": [{"frame": int | "time": s, "box": [x1, y1, x2, y2], "unit": "unit"|"pixels"}], "turns": [str],
      "turn_boxes": "seen"|"pixels", "frame_count": int, "duration": s, "size": [height, width], "meta": object}
 
-Only `question` and `video` or `images` are needed; what the fields mean is at `video.records.VideoSample`. Keys beside
+Only `question` and `video` or `images` are needed; what the fields mean is at `video.records.VideoSample`. Question,
+media and options may have all shapes of `mmrl.questions.read_question`, such as `messages` and `videos`. Keys beside
 these are kept in `meta`.
 """
 
@@ -15,10 +17,11 @@ from dataclasses import fields
 from typing import Any
 
 from mmrl.jsonl import RowError
+from mmrl.questions import Columns, read_question
 from mmrl.registry import register
-from mmrl.rows import optional_text, rest, row_id, text
+from mmrl.rows import rest, row_id
 from video.formats._values import Row, box, pair, pairs, real, typed, whole
-from video.records import BoxLabel, VideoSample, plain_options
+from video.records import BoxLabel, VideoSample
 
 _KEYS = [f.name for f in fields(VideoSample)]
 
@@ -27,13 +30,17 @@ _KEYS = [f.name for f in fields(VideoSample)]
 def canonical(row: Row, name: str) -> list[VideoSample]:
     """The sample of a row; `name` is its id where it has none."""
     count, seconds, size = (row.get(k) for k in ("frame_count", "duration", "size"))
+    question = read_question(row, Columns(), films=True)
+    if len(question.videos) > 1:
+        raise RowError(f"media: {len(question.videos)} films in one row; a policy here looks at one")
     sample = VideoSample(
         id=row_id(row, name),
-        question=text(row, "question"),
-        video=typed(row, "video", str, None),
-        images=tuple(typed(row, "images", list, [])),
-        options=plain_options([str(o) for o in typed(row, "options", list, [])]),
-        answer=optional_text(row, "answer"),
+        question=question.text,
+        video=question.videos[0] if question.videos else None,
+        images=question.images,
+        history=question.history,
+        options=question.options,
+        answer=None if question.answer is None else str(question.answer),
         answer_type=typed(row, "answer_type", str, None),
         segments=pairs(row, "segments", real),
         segment_ids=tuple(whole(v, "segment_ids") for v in typed(row, "segment_ids", list, [])),
@@ -44,7 +51,7 @@ def canonical(row: Row, name: str) -> list[VideoSample]:
         frame_count=None if count is None else whole(count, "frame_count"),
         duration=None if seconds is None else real(seconds, "duration"),
         size=None if size is None else pair(size, "size", whole),
-        meta=typed(row, "meta", dict, {}) | rest(row, *_KEYS),
+        meta=typed(row, "meta", dict, {}) | rest(question.others, *_KEYS),
     )
     return [sample]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mmrl.jsonl import RowError
+from mmrl.questions import plain_options
 from mmrl.registry import register
 from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, typed, without_marks
-from video.records import VideoSample, plain_options
+from video.records import VideoSample
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 

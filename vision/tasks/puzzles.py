@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrl.jsonl import Quarantined, RowError
+from mmrl.questions import Columns
 from mmrl.rewards.answers import right_answer
 from mmrl.rollout import Answer, Prompt, Sample
-from vision.tasks.jsonl import Columns, Quarantined, RowError, answered, load_prompts, row_prompt
+from vision.tasks.jsonl import answered, load_prompts, row_prompt
 
 _COLUMNS = Columns(images="image")
 

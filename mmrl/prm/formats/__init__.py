@@ -10,7 +10,8 @@ from typing import Any
 from mmrl.jsonl import Quarantined, RowError, check_share, read_rows
 from mmrl.prm.formats import benches, chat, responses, rollouts, text, trees  # noqa: F401 - enter their rows
 from mmrl.prm.records import SolutionRecord
-from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_images
+from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_media
+from mmrl.questions import check_unread
 from mmrl.registry import build_section, check_section, register
 
 
@@ -49,11 +50,14 @@ def read_format(
     reader = build_section("formats", "format", format)
     pictures: dict[Path, None] = {}
 
+    way = "this format reads others; rename or remove it"
+
     def make(row: Mapping[str, Any], at: str) -> list[SolutionRecord]:
         records = reader(row, at)
         for record in records:
             check_markers(check_record(record, unlabelled=unlabelled), markers)
-        return [with_images(r, Path(path).parent, media_root, pictures) for r in records]
+            check_unread(record.meta, "this format knows none; take format: records with `videos`, or remove it", way)
+        return [with_media(r, Path(path).parent, media_root, pictures) for r in records]
 
     return read_rows(path, make, max_bad=max_bad, key=lambda r: r.id)
 
@@ -78,6 +82,8 @@ def convert(
     lines = []
     for number, record in enumerate(records, start=1):
         try:
+            if export is not record_to_json and (record.videos or record.history):
+                raise RowError("films and earlier turns: this format holds none")
             lines.append(json.dumps(export(record), ensure_ascii=False, allow_nan=False) + "\n")
         except RowError as error:
             bad.append(Quarantined(str(path), number, f"{error} ({record.id})"))
