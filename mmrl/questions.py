@@ -307,9 +307,8 @@ def _placed(talk: _Talk, images: int) -> list[Turn]:
         RowError: there are marks, but not one per picture.
     """
     turns = [dict(turn) for turn in talk.turns]
-    marks = sum(turn["content"].count(IMAGE_MARK) for turn in turns)
-    if marks not in (0, images):
-        raise RowError(f"{marks} {IMAGE_MARK} in the text for {images} pictures")
+    texts = [turn["content"] for turn in turns]
+    marks = check_marks(texts, images)
     if images and not marks:
         first = next(turn for turn in turns if turn["role"] == "user")
         first["content"] = IMAGE_MARK * images + first["content"]
@@ -385,6 +384,18 @@ def _check_json(others: Mapping[str, Any]) -> None:
             json.dumps(value)
         except TypeError as error:
             raise RowError(f"column {column!r} is no JSON value ({error}); write it as text, or remove it") from error
+
+
+def check_marks(texts: Sequence[str], images: int) -> int:
+    """How many places of pictures the turns' texts mark; RowError unless all pictures have one.
+
+    Those of the last text may be left out together: they stand in front of it.
+    """
+    *before, last = (text.count(IMAGE_MARK) for text in texts)
+    marks = sum(before) + last
+    if marks != images and (last or sum(before) > images):
+        raise RowError(f"{marks} {IMAGE_MARK} in the text for {images} pictures")
+    return marks
 
 
 def check_text(text: str) -> None:

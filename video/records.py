@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mmrl.jsonl import RowError, broken_text
-from mmrl.questions import Turn, check_text, with_options
+from mmrl.questions import Turn, check_marks, check_text, with_options
 from mmrl.rollout import Prompt
 from mmrl.rows import IMAGE_MARK
 from video.rewards.answers import answer_score, answer_type_of, number, option_letter
@@ -103,9 +103,7 @@ def check_sample(sample: VideoSample) -> VideoSample:
     if not sample.question.strip():
         raise RowError("no text in 'question'")
     texts = [*(turn["content"] for turn in sample.history), sample.question]
-    marks = sum(text.count(IMAGE_MARK) for text in texts)
-    if marks and marks != len(sample.images):
-        raise RowError(f"{marks} {IMAGE_MARK} in the text for {len(sample.images)} pictures")
+    check_marks(texts, len(sample.images))
     check_text("\n".join([*(text.replace(IMAGE_MARK, "") for text in texts), *sample.options]))
     paths = [*sample.images, *([] if sample.video is None else [sample.video])]
     if not paths or (sample.video is not None and sample.images):
