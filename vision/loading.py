@@ -52,8 +52,9 @@ def load_processor(folder: str | Path) -> Any:
     """What turns text and pictures into model inputs; the bare tokenizer where the model reads text only.
 
     Processors that also read films want a video processor, which needs torchvision. Here every processor is put
-    together from tokenizer and image processor (PIL backend) alone, so that pixels are the same on every machine.
-    Saved again, it names the library's own class, so that other programs load the folder.
+    together from tokenizer and image processor (PIL backend) alone. Pixels are then those of Pillow, whatever else a
+    machine has; run folders record its version, since its resizing has changed before (from 12 to 13). Saved again, a
+    processor names the library's own class, so that other programs load the folder.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without config.json.

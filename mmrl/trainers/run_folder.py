@@ -7,7 +7,7 @@ import logging
 import secrets
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ log = logging.getLogger(__name__)
 # What may differ between a run and its continuation: nothing that changes the numbers.
 _FREE = {"output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
          "processes", "cpu", "trackers", "report", "max_unscored"}  # fmt: skip
+
+
+# What decides numbers: pixels are pillow's, frames av's and decord's.
+_PACKAGES = (
+    "torch", "accelerate", "transformers", "diffusers", "peft", "tokenizers", "numpy", "pillow", "av", "decord",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -75,8 +81,27 @@ class RunFolder:
                     f"{self.root} was made by another recipe: {'; '.join(changed)}. Use a new run.output"
                 )
         self.root.mkdir(parents=True, exist_ok=True)
+        now, record = environment(), self.root / "environment.json"
+        if record.exists():
+            self._compare(record, now["packages"])
         _replace(known, config.dump())
-        _replace(self.root / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        _replace(record, json.dumps(now, indent=1) + "\n")
+
+    def _compare(self, record: Path, packages: dict[str, str | None]) -> None:
+        """Say which versions have changed since the run began or was last resumed."""
+        try:
+            before = dict(json.loads(record.read_text())["packages"])
+        except (OSError, ValueError, KeyError, TypeError):
+            log.warning("%s is damaged, so nobody can tell whether versions have changed", record)
+            return
+        names = sorted(before.keys() & packages.keys())
+        changed = [f"{n} {before[n]} -> {packages[n]}" for n in names if before[n] != packages[n]]
+        if changed:
+            log.warning(
+                "%s goes on with other versions (%s): the rest may differ from an uninterrupted run, by its pixels "
+                "where pillow, av or decord changed",
+                self.root, ", ".join(changed),
+            )  # fmt: skip
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""
@@ -135,16 +160,23 @@ def _read(config: Path) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions and revision, for whoever wants to repeat the run."""
-    packages = ("torch", "accelerate", "transformers", "diffusers", "peft")
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
     return {
         "python": sys.version.split()[0],
-        "packages": {p: version(p) for p in packages},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "git": git.stdout.strip() or None,
         "argv": sys.argv,
     }
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package, None without it: each modality brings its own."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from tiny import recipe
 
 from mmrl.config import ConfigError, parse_config
+from mmrl.trainers import run_folder
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.checkpoint import damage, load_tensors
+from mmrl.trainers.run_folder import RunFolder
 
 TENSORS = "tensors/shard-00001-model-00001-of-00001.safetensors"
 
@@ -160,3 +163,31 @@ def test_the_average_of_sharded_weights_comes_back_on_every_rank_and_on_one(tmp_
         load_tensors(tmp_path, whole | {"0": torch.zeros(5, 3)})
     with pytest.raises(ConfigError, match="does not hold 2; it is of another recipe"):
         load_tensors(tmp_path, whole | {"2": torch.zeros(1)})
+
+
+def test_other_versions_are_told_when_a_run_is_resumed(tmp_path, caplog):
+    config = parse_config(recipe(tmp_path / "model", tmp_path / "run", run={"resume": True}))
+    folder = RunFolder(tmp_path / "run")
+    folder.open(config)
+    folder.open(config)
+    assert "other versions" not in caplog.text
+    record = json.loads((folder.root / "environment.json").read_text())
+    here = record["packages"]["pillow"]
+    (folder.root / "environment.json").write_text(json.dumps({**record, "packages": {"pillow": "12.2.0"}}))
+    folder.open(config)
+    assert f"goes on with other versions (pillow 12.2.0 -> {here})" in caplog.text
+    (folder.root / "environment.json").write_text("{")
+    folder.open(config)
+    assert "environment.json is damaged" in caplog.text
+    assert json.loads((folder.root / "environment.json").read_text())["packages"]["pillow"] == here
+
+
+def test_packages_of_other_modalities_need_not_be_there(monkeypatch):
+    def version(name):
+        if name in ("diffusers", "av", "decord"):
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(run_folder, "version", version)
+    packages = run_folder.environment()["packages"]
+    assert (packages["diffusers"], packages["decord"], packages["torch"]) == (None, None, "1.0")
