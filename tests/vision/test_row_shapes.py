@@ -4,8 +4,10 @@ docs/data.md shows the table; the test that compares them prints it.
 """
 
 import base64
+import datetime
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,11 +17,14 @@ from PIL import Image
 from pyarrow import parquet
 
 from mmrl.prm.formats import convert, read_format
+from mmrl.prm.records import SolutionRecord, plain_steps
+from mmrl.prm.scoring import score_records
 from mmrl.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, plain_options
 from mmrl.rewards.answers import MultipleChoice
-from mmrl.rollout import Sample
+from mmrl.rollout import Prompt, Sample
 from video.tasks.video_jsonl import VideoJsonlTask
 from vision.loading import load_model, load_processor
+from vision.prm import VisionPrm
 from vision.prompts import PromptEncoder, PromptError
 from vision.settings import Settings
 from vision.tasks.jsonl import JsonlTask
@@ -264,8 +269,6 @@ def test_a_template_that_moves_pictures_is_an_error_of_the_prompt(tmp_path, medi
 
 
 def test_films_and_history_are_part_of_what_decides_the_tokens(tmp_path, media, encode):
-    from mmrl.rollout import Prompt
-
     plain = Prompt("a", {"question": "Which?"})
     assert len(encode(plain).ids)
     with pytest.raises(PromptError, match="shows 1 films"):
@@ -312,6 +315,17 @@ def test_a_solution_about_a_film_is_scored_by_nobody_without_it(tmp_path, media)
     missing = write(tmp_path, row | {"videos": ["none.mp4"]})
     with pytest.raises(ValueError, match="video missing"):
         read_format(missing, "records", media_root=media, unlabelled=True)
+
+
+def test_a_scorer_of_pictures_leaves_a_film_unscored(caplog):
+    """The same question without the film is scored beside it, so nothing that was kept may answer for both."""
+    scorer = VisionPrm.build(model=str(family_folder("qwen2_5_vl")))
+    plain = SolutionRecord("plain", "Which?", plain_steps(["Red.", "So red."]))
+    film = replace(plain, id="film", videos=("a.mp4",))
+    told = replace(plain, id="told", history=({"role": "system", "content": "Be brief."},))
+    scores = score_records(scorer, [plain, film, told])
+    assert scores[1] is None and "shows 1 films" in caplog.text
+    assert len(scores[0]) == len(scores[2]) == 2 and scores[0] != scores[2]
 
 
 # ---- details --------------------------------------------------------------------------------------------------------
@@ -369,8 +383,6 @@ def test_an_embedded_picture_is_stored_once_and_stays_readable(tmp_path, media):
 
 
 def test_values_of_tables_that_no_run_folder_can_hold_are_told(tmp_path, media):
-    import datetime
-
     rows = [{"question": "Which?", "made": datetime.date(2025, 1, 2)}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match="column 'made' is no JSON value"):
