@@ -130,8 +130,20 @@ def read_question(row: Row, columns: Columns, *, films: bool = False) -> Questio
         answer = talk.written
     elif talk.written is not None:
         others["completion" if others.get("solution") else "solution"] = talk.written
-    _check_json(others)
+    check_json(others)
     return Question(last["content"], shown, every_film, tuple(history), options, answer, others)
+
+
+def last_question(value: Any, column: str) -> str:
+    """The text of a column that holds one, or a conversation of one turn.
+
+    Raises:
+        RowError: it holds neither, or media or more turns, which would be left out.
+    """
+    talk = _Talk(column, value)
+    if len(talk.turns) > 1 or talk.written is not None or talk.images or talk.videos or not talk.turns[0]["content"]:
+        raise RowError(f"column {column!r} holds more than one text; only a prompt is shown here")
+    return talk.turns[0]["content"].strip()
 
 
 def told_columns(prompts: Sequence[Prompt], columns: Columns) -> list[str]:
@@ -377,7 +389,7 @@ def _holds_bytes(value: Any) -> bool:
     return isinstance(entry, bytes) or (isinstance(entry, dict) and isinstance(entry.get("bytes"), bytes))
 
 
-def _check_json(others: Mapping[str, Any]) -> None:
+def check_json(others: Mapping[str, Any]) -> None:
     """RowError for a value of a table that no run folder can hold."""
     for column, value in others.items():
         try:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, check_share, lines, read_rows
+from mmrl.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, check_json, last_question
 from mmrl.rollout import Prompt
 from mmrl.rows import rest, row_id, text
+
+log = logging.getLogger(__name__)
 
 
 class TextPrompts:
     """Prompts of two files: plain text (`.txt`, one prompt a line), or JSON lines, `.json` or parquet with a column.
 
-    A row becomes `inputs = {prompt}` and `reference` = every other column. `id` is the row's id, else `file:row`.
-    Set aside (`quarantined`) are rows without text and ids seen before. The task has no reward of its own.
+    A row becomes `inputs = {prompt}` and `reference` = every other column. `id` is the row's id, else `file:row`. A
+    prompt may be TRL's list of one turn. Set aside (`quarantined`) are rows without text, with turns or media in the
+    prompt, with columns that no run folder can hold, and ids seen before. Pictures in other columns are for rewards
+    and told, since no policy here shows them. The task has no reward of its own.
 
     Args:
         train, eval: files, UTF-8.
@@ -59,9 +65,17 @@ def load_prompts(
         return _plain(path, max_bad, limit)
 
     def make(row: Mapping[str, Any], name: str) -> list[Prompt]:
-        return [Prompt(row_id(row, name), {"prompt": text(row, column).strip()}, rest(row, "id", column))]
+        value = row.get(column)
+        prompt = last_question(value, column) if isinstance(value, list) else text(row, column).strip()
+        others = rest(row, "id", column)
+        check_json(others)
+        return [Prompt(row_id(row, name), {"prompt": prompt}, others)]
 
-    return read_rows(path, make, max_bad=max_bad, key=lambda p: p.id, limit=limit)
+    prompts, bad = read_rows(path, make, max_bad=max_bad, key=lambda p: p.id, limit=limit)
+    media = sorted({k for p in prompts for k in (*IMAGE_COLUMNS, *VIDEO_COLUMNS) if p.reference.get(k)})
+    if media:
+        log.warning("%s: columns %s look like media; rewards see them, but no policy of texts shows them", path, media)
+    return prompts, bad
 
 
 def _plain(path: Path, max_bad: float, limit: int | None) -> tuple[list[Prompt], list[Quarantined]]:

@@ -16,6 +16,7 @@ from families import family_folder
 from PIL import Image
 from pyarrow import parquet
 
+from diffusion.tasks.text_prompts import TextPrompts
 from mmrl.prm.formats import convert, read_format
 from mmrl.prm.records import SolutionRecord, plain_steps
 from mmrl.prm.scoring import score_records
@@ -387,3 +388,23 @@ def test_values_of_tables_that_no_run_folder_can_hold_are_told(tmp_path, media):
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match="column 'made' is no JSON value"):
         JsonlTask(str(tmp_path / "rows.parquet"), str(tmp_path / "rows.parquet"), str(media))
+
+
+@pytest.mark.parametrize("columns, outcome", [
+    ({"prompt": "a red dog"}, "a red dog"),
+    ({"prompt": [{"role": "user", "content": "a red dog"}]}, "a red dog"),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "a red dog"}]}]}, "a red dog"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]}, None),
+    ({"prompt": [*ASK, {"role": "assistant", "content": "red"}, *ASK]}, None),
+    ({"prompt": "a red dog", "jpg": BYTES}, None),
+    ({"prompt": "a red dog", "image": "a.png"}, "a red dog"),
+    ({"prompt": None}, None),
+])  # fmt: skip
+def test_what_becomes_of_a_prompt_for_pictures(tmp_path, columns, outcome, caplog):
+    file = write(tmp_path, columns)
+    prompt = loaded(lambda: TextPrompts(file, file))
+    if outcome is None:
+        assert isinstance(prompt, str) and "rows are bad" in prompt
+        return
+    assert prompt.inputs == {"prompt": outcome}
+    assert ("['image'] look like media" in caplog.text) == ("image" in columns)
