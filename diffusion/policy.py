@@ -53,8 +53,6 @@ class DiffusionPolicy:
             the rollout's order and chunks, so both passes see the same batches and the first ratio is exactly 1.
     """
 
-    options_of = Sampling  # what `build` takes besides its own arguments
-
     def __init__(self, adapter: Adapter, sampling: Sampling, max_batch: int = 256) -> None:
         if max_batch < 1:
             raise ValueError(f"policy.max_batch={max_batch}: at least 1")
@@ -72,6 +70,7 @@ class DiffusionPolicy:
         shardable=False,
         recipe=DENOISING_DEFAULTS,
         search_scorer=LatentScorer,
+        options_of=Sampling,
     )
     def build(
         cls,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -12,10 +13,25 @@ from torch import nn
 from mmrl.sharding import is_sharded
 
 
+@runtime_checkable
+class Adapted(Protocol):
+    """A model with adapters, as PEFT wraps it."""
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Without the adapters inside the block."""
+
+    def get_base_model(self) -> Any:
+        """The model without the wrapper; its adapters stay in force."""
+
+
+def bare(model: Any) -> Any:
+    """The model without PEFT's wrapper; its adapters stay in force."""
+    return model.get_base_model() if isinstance(model, Adapted) else model
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Without the DDP wrapper, whose forward synchronises: ranks make unequal numbers of rollout calls."""
-    inner = getattr(model, "module", model)
-    return inner if isinstance(inner, nn.Module) else model
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 class Reference:
@@ -29,7 +45,7 @@ class Reference:
 
         It is made before FSDP shards the weights, so every rank has a whole copy, which it runs without the others.
         """
-        if not hasattr(adapters, "disable_adapter"):
+        if not isinstance(adapters, Adapted):
             self._copy = copy.deepcopy(unwrap(model)).requires_grad_(False)
 
     @contextmanager
@@ -39,12 +55,11 @@ class Reference:
         Raises:
             RuntimeError: neither a copy nor adapters to switch off, or the adapters' weights are sharded.
         """
-        off = getattr(adapters, "disable_adapter", None)
-        if self._copy is None and off is None:
+        if self._copy is None and not isinstance(adapters, Adapted):
             raise RuntimeError("call freeze_reference() before training starts; the KL needs the initial weights")
         if self._copy is None and is_sharded(model):  # one more collective than the ranks with nothing to train make
             raise RuntimeError("the KL of a LoRA model cannot run sharded; set loss.kl=0 or unset ACCELERATE_CONFIG")
         if self._copy is not None:  # it was copied before the model moved to its device
             self._copy.to(next(model.parameters()).device)
-        with off() if off is not None else nullcontext(), torch.no_grad():
+        with adapters.disable_adapter() if isinstance(adapters, Adapted) else nullcontext(), torch.no_grad():
             yield self._copy if self._copy is not None else unwrap(model)

@@ -537,7 +537,12 @@ def _at(path: str) -> Any:
 
 def _row(kind: Kind, name: str, target: Any) -> Row:
     called = _at(kind.adapt)(target) if kind.adapt else target
-    return Row(kind, name, called, getattr(target, _DECLARED, Declaration()))
+    return Row(kind, name, called, _declaration(target))
+
+
+def _declaration(target: Any) -> Declaration:
+    declared: Declaration = getattr(target, _DECLARED, Declaration())
+    return declared
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -609,8 +614,8 @@ def _choice(names_: Sequence[str] | Mapping[str, Any]) -> Any:
 
 
 def _open_options(target: Any) -> dict[str, Option]:
-    """A factory that takes **options says in `target.options_of` whose fields they are (a dataclass)."""
-    owner = getattr(target, "options_of", None) or getattr(getattr(target, "__self__", None), "options_of", None)
+    """A factory that takes **options declares whose fields they are: the fact `options_of`, a dataclass."""
+    owner = _declaration(target).facts.get("options_of")
     if owner is None:
         return {}
     hints = get_type_hints(owner, include_extras=True)

@@ -139,7 +139,7 @@ def _credit_page() -> str:
     fields = Norm._fields[1:]
     out = [_CREDIT, "| preset | " + " | ".join(fields) + " |\n|---|" + "---|" * len(fields)]
     for name, preset in NORM_PRESETS.items():
-        cells = [str(preset.get(f, getattr(Norm(), f))) for f in fields]
+        cells = [str(preset.get(f, Norm()._asdict()[f])) for f in fields]
         out.append(f"| {name} | " + " | ".join(cells) + " |")
     out.append("\n## Estimators\n")
     out += [entry(row) for row in rows("estimators")]
@@ -160,7 +160,7 @@ def _is_shared(name: str, row: Row) -> bool:
     shared = {*Norm._fields, "preset"} if "preset" in row.options else set()
     if name not in shared:
         return False
-    usual = getattr(Norm(), name, None)
+    usual = Norm()._asdict().get(name)
     return name != "scale" and row.options[name].default == usual
 
 

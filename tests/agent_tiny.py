@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmrl.reference import bare
+from mmrl.registry import declares
 from mmrl.rollout import Prompt, Sample
 from video.encoding import VideoEncoder, Views
 from video.environment import Episode, VideoEnvironment
 from video.reader import VideoReader
 from vision.backbone import trainable_model
 from vision.loading import load_processor, tokenizer_of
-from vision.network import bare
 from vision.policy import VisionPolicy
 from vision.settings import Settings
 from vision.step_rule import step_rule
@@ -40,6 +41,7 @@ class Scripted(VideoEnvironment):
         return super().picture(state, self.said(text))
 
 
+@declares(options_of=Settings)
 def agent(model: str, train_vision: bool = False, scripted: bool = True, **settings: Any) -> VisionPolicy:
     told = {"max_new_tokens": 6, "max_steps": 4, "max_prompt_tokens": 2000, "temperature": 0.9} | settings
     chosen = Settings(**told)
@@ -55,9 +57,6 @@ def agent(model: str, train_vision: bool = False, scripted: bool = True, **setti
     ends = [i for i in range(0, len(policy.tokenizer), 3) if i not in policy.decoding.banned]
     policy.decoding = replace(policy.decoding, eos=tuple(sorted({*policy.decoding.eos, *ends})))
     return policy
-
-
-agent.options_of = Settings  # type: ignore[attr-defined]
 
 
 class Questions:

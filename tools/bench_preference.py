@@ -39,6 +39,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from diffusion.baselines import CleanReward
 from mmrl.config import load_config
 from mmrl.demo import recipe_path
 from mmrl.recipe import TrainingConfig
@@ -167,7 +168,7 @@ def attach(trainer: Any, meter: Meter) -> None:
         rollouts.rewards[name] = (counted(reward, meter, "scored"), weight)
     for reward, _ in rollouts.step_rewards.values():
         within(rollouts, "reward_leaves", meter.logging)
-        kind = "clean" if hasattr(reward, "_policy") else "latent_reward"
+        kind = "clean" if isinstance(reward, CleanReward) else "latent_reward"
         reward.model.register_forward_hook(lambda m, args, out, kind=kind: meter.add(kind, len(args[0])))
         if kind == "clean":
             count(reward._policy.adapter, "decode", meter, "decoded")

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from mmrl.capabilities import Extender, StepWriter
+from mmrl.reference import bare
 from mmrl.registry import declares
 from video.encoding import VideoEncoder, Views
 from video.environment import Syntax, VideoEnvironment
@@ -13,7 +14,6 @@ from video.reader import VideoReader
 from vision.backbone import trainable_model
 from vision.engine_sync import vllm_engine
 from vision.loading import load_processor, tokenizer_of
-from vision.network import bare
 from vision.policy import VisionPolicy
 from vision.settings import TOKEN_DEFAULTS, Settings
 from vision.step_rule import step_rule
@@ -26,6 +26,7 @@ from vision.step_rule import step_rule
     modality="conversation",
     lacks=(Extender, StepWriter),  # a state or a step as text lacks what the environment showed
     recipe=TOKEN_DEFAULTS,
+    options_of=Settings,
 )  # fmt: skip
 def video_agent(
     model: str = "clips",
@@ -87,6 +88,3 @@ def video_agent(
             lora_rank=lora_rank, dtype=dtype, films=True,
         )  # fmt: skip
     return VisionPolicy(hf, processor, rule, chosen, other, environment, encoder)
-
-
-video_agent.options_of = Settings  # type: ignore[attr-defined]  # what **settings are

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from mmrl.byte_cache import ByteCache
+from mmrl.reference import bare
 from mmrl.rollout import Prompt
 from mmrl.seeding import named_generator
 from video.actions import Look, pixel_box
@@ -24,7 +25,6 @@ from video.patches import Norm, patchify, resize
 from video.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
 from video.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
 from vision.growth import Pixels, PromptTokens
-from vision.network import bare
 from vision.prompts import PromptEncoder, PromptError, Turn, size_in_bytes, turns_of
 from vision.settings import Settings
 

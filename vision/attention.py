@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision.foreign import attribute
 from vision.packing import Packed, tree_mask
 
 FLEX = "mmrl_flex"  # for the update on a GPU; needs layout `packed`, sampling takes sdpa
@@ -39,7 +40,7 @@ class AttentionStyle:
 def style_of(model: Any) -> AttentionStyle:
     """From a loaded transformers model; `attn_implementation` was fixed when it was loaded."""
     text = model.config.get_text_config()
-    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    layers = set(attribute(text, "layer_types") or ["full_attention"])
     unknown = layers - {"full_attention", "sliding_attention"}
     if unknown:
         raise ValueError(f"layers of kind {sorted(unknown)} cannot be packed; use policy.mode: rows")
@@ -123,7 +124,7 @@ def attend_by(hf: Any, implementation: str) -> None:
         from transformers.integrations.flex_attention import flex_attention_forward
 
         AttentionInterface.register(FLEX, flex_attention_forward)
-    vision = getattr(hf.config, "vision_config", None) is not None
+    vision = attribute(hf.config, "vision_config") is not None
     hf.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"} if vision else implementation)
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mmrl.byte_cache import ByteCache
+from mmrl.reference import bare
 from mmrl.rollout import Prompt
 from mmrl.tree import StepTree
 from vision.attention import FLEX, attend_by, style_of
 from vision.loading import load_model, tokenizer_of
 from vision.lora import add_lora, image_parameters
-from vision.network import Network, bare, freeze_idle
+from vision.network import Network, freeze_idle
 from vision.packing import Mode, choose_mode, rows_of, split
 from vision.passes import Job, TokenTree
 from vision.prompts import PromptEncoder, PromptError

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mmrl.byte_cache import ByteCache
+from mmrl.reference import bare
 from mmrl.rollout import BranchPlan
 from vision.growth import Decoding, Node, PromptTokens
-from vision.network import bare, encode_images, encoder_outputs, masked_scores
+from vision.network import encode_images, encoder_outputs, masked_scores
 from vision.passes import left_pad, pad_positions
 from vision.step_rule import StepRule, UnsureRule
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmrl.reference import Adapted, bare
 from mmrl.rollout import BranchPlan
 from mmrl.sharding import is_sharded, whole
 from vision.growth import Decoding, Node, PromptTokens
-from vision.network import bare
 from vision.step_rule import StepRule
 from vision.turns import Answer
 from vision.turns_engine import Talk, grow_turns
@@ -84,7 +84,8 @@ class SyncedEngine:
             return
         if self._shared and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError("several processes cannot feed one vLLM server; leave policy.engine_url empty")
-        if hasattr(hf, "disable_adapter"):
+        has_adapters = isinstance(hf, Adapted)
+        if has_adapters:
             with tempfile.TemporaryDirectory() as folder:
                 hf.save_pretrained(folder, state_dict=_adapter(hf) if is_sharded(hf) else None)
                 self.engine.sync_lora(Path(folder))

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmrl.embedded import is_embedded
+from vision.foreign import attribute
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
@@ -141,7 +142,7 @@ def _check_frames(name: str, image: Image.Image) -> None:
     if image.format == "MPO":
         return
     try:
-        frames = getattr(image, "n_frames", 1)
+        frames = attribute(image, "n_frames", default=1)
     except Exception as error:
         raise _broken(name, error) from error
     if frames != 1:

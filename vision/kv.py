@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision.foreign import attribute
+
 Layers = list[tuple[Tensor, Tensor]]  # of one row: per layer keys and values, (heads, L, d) each
 
 
 def check_cache(past: Any) -> None:
     """Raises ValueError for a cache that forgets."""
-    if any(getattr(layer, "is_sliding", False) for layer in past.layers):
+    if any(attribute(layer, "is_sliding") for layer in past.layers):
         raise ValueError(
             "this model's cache is a sliding window, which cannot be kept between turns; use policy.engine: vllm"
         )

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmrl.reference import bare
+from vision.foreign import attribute
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Text of tokens that stand for pictures, films or sound, or frame them: <image>, <|vision_start|>, <IMG_CONTEXT>,
@@ -22,7 +25,7 @@ _PLACEHOLDER = re.compile(r"[<\[].*(image|img|video|vision|audio|row_\d+_col_\d+
 
 def is_vision(config: Any) -> bool:
     """Whether a model with this configuration reads pictures."""
-    return getattr(config, "vision_config", None) is not None
+    return attribute(config, "vision_config") is not None
 
 
 def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = "sdpa") -> Any:
@@ -93,7 +96,7 @@ def image_only(processor_class: Any) -> Any:
     def to_dict(self: Any) -> dict[str, Any]:
         shared = ("size", "patch_size", "temporal_patch_size", "merge_size")
         pictures = self.image_processor.to_dict()
-        video = getattr(self, "video_settings", None) or {key: pictures[key] for key in shared if key in pictures}
+        video = self.video_settings or {key: pictures[key] for key in shared if key in pictures}
         return super(kind, self).to_dict() | {"video_processor": video}
 
     def from_args_and_dict(cls: Any, /, args: Any, settings: dict[str, Any], **options: Any) -> Any:
@@ -108,8 +111,9 @@ def image_only(processor_class: Any) -> Any:
             raise ValueError(f"this {kind.__name__} reads pictures only; give the frames of a video as pictures")
         return super(kind, self).__call__(images=images, text=text, **options)
 
-    body = {
+    body: dict[str, Any] = {
         "__module__": __name__,
+        "video_settings": None,
         "__call__": call,
         "get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]),
         "from_args_and_dict": classmethod(from_args_and_dict),
@@ -135,7 +139,7 @@ def _smolvlm_init(
         "video_token": "<video>",
     }
     for name, default in names.items():
-        setattr(self, name, getattr(tokenizer, name, default))
+        setattr(self, name, attribute(tokenizer, name, default=default))
     self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
     self.image_seq_len = image_seq_len
     ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -150,14 +154,14 @@ def _plain_chat_template(self: Any, *args: Any, **options: Any) -> Any:
 
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer inside a processor; a tokenizer is returned as it is."""
-    return getattr(processor, "tokenizer", processor)
+    return attribute(processor, "tokenizer", default=processor)
 
 
 def vision_tower(model: Any) -> nn.Module | None:
     """The module that runs on pixels, also inside a PEFT model; None where the model reads text only."""
     if not is_vision(model.config):
         return None
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = bare(model)
     tower = inner.get_encoder(modality="image")
     if tower is inner or not isinstance(tower, nn.Module):
         raise ValueError(f"{type(inner).__name__} has no vision tower under a known name; its parts are "
@@ -169,8 +173,8 @@ def image_token_id(config: Any) -> int | None:
     """Id of the token that the model replaces by picture features; None where it reads text only."""
     if not is_vision(config):
         return None
-    token = getattr(config, "image_token_id", None)
-    return getattr(config, "image_token_index", None) if token is None else token
+    token: int | None = attribute(config, "image_token_id", "image_token_index")
+    return token
 
 
 def eos_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -179,7 +183,7 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
     Raises:
         ValueError: neither names one, so that no completion would end.
     """
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = attribute(attribute(model, "generation_config"), "eos_token_id")
     ids = {int(i) for i in (*_as_list(named), tokenizer.eos_token_id) if i is not None}
     if not ids:
         raise ValueError("no end-of-sequence token: set eos_token_id in the model's generation_config.json")
@@ -199,11 +203,11 @@ def banned_ids(config: Any, tokenizer: Any, *, keep: Collection[int] = ()) -> li
         if re.fullmatch(r"(image|video|audio|vision_\w+|boi|eoi|boa|eoa)_token_(id|index)", key)
     }
     in_text = {index for text, index in tokenizer.get_added_vocab().items() if _PLACEHOLDER.fullmatch(text)}
-    padding = {tokenizer.pad_token_id, getattr(config, "pad_token_id", None)}
+    padding = {tokenizer.pad_token_id, attribute(config, "pad_token_id")}
     text_config = config.get_text_config()
     ends = {tokenizer.eos_token_id, *keep}
     for part in (config, text_config):
-        ends |= set(_as_list(getattr(part, "eos_token_id", None)))
+        ends |= set(_as_list(attribute(part, "eos_token_id")))
     size = max(text_config.vocab_size, len(tokenizer))
     return sorted(int(i) for i in (named | in_text | padding) - ends if i is not None and 0 <= i < size)
 
@@ -268,7 +272,7 @@ def _processor_class(folder: str | Path, config: Any) -> Any:
     name = settings.get("processor_class")
     if name is None and type(config) in transformers.PROCESSOR_MAPPING:
         return transformers.PROCESSOR_MAPPING[type(config)]
-    kind = getattr(transformers, name, None) if name else None
+    kind = attribute(transformers, name) if name else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.ProcessorMixin)):
         raise ValueError(
             f"{folder}: transformers {transformers.__version__} has no processor class {name!r} for a "

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from mmrl.reference import bare
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def image_parameters(hf: Any) -> list[nn.Parameter]:
     """Parameters outside the language model and its output layer: image encoder and projector."""
-    inner = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+    inner = bare(hf)
     language = {id(p) for part in (inner.get_decoder(), inner.get_output_embeddings()) for p in part.parameters()}
     return [p for p in inner.parameters() if id(p) not in language]
 

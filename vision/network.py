@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mmrl.byte_cache import ByteCache
 from mmrl.preference.scores import token_kl
+from mmrl.reference import bare
+from vision.foreign import attribute
 from vision.growth import Pixels
 from vision.passes import Job, Pass
 
@@ -24,16 +26,11 @@ class Network(nn.Module):
     def __init__(self, hf: nn.Module) -> None:
         super().__init__()
         self.hf = hf
-        self._no_split_modules = getattr(hf, "_no_split_modules", None)  # what FSDP wraps
+        self._no_split_modules = attribute(hf, "_no_split_modules")  # what FSDP wraps
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Apply `run` to the model."""
         return run(self.hf, *args, **kwargs)
-
-
-def bare(hf: Any) -> Any:
-    """The transformers model without PEFT's wrapper; its adapters stay in force."""
-    return hf.get_base_model() if hasattr(hf, "get_base_model") else hf
 
 
 # ---- images ----------------------------------------------------------------------------------------------------
@@ -114,7 +111,7 @@ def _encode(model: Any, part: Sequence[Pixels]) -> list[Features]:
     tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
     encoded = model.get_image_features(**tensors, return_dict=True)
     pooled = encoded.pooler_output
-    deep = getattr(encoded, "deepstack_features", None) or []
+    deep = attribute(encoded, "deepstack_features") or []
     if isinstance(pooled, Tensor) and pooled.ndim == 3:  # (tiles, n, h), tiles of all images in order
         tiles = [p.tensors["pixel_values"].shape[dim] for p in part]
         return [Features(f) for f in pooled.split(tiles)]

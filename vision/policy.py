@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmrl.reference import Reference, unwrap
+from mmrl.reference import Reference, bare, unwrap
 from mmrl.registry import check_section, declares, of_kind
 from mmrl.rollout import (
     ActionLogProbs,
@@ -40,7 +40,7 @@ from vision.engine_sync import SyncedEngine, vllm_engine
 from vision.environment import Environment
 from vision.growth import Decoding, Node, PromptTokens
 from vision.loading import banned_ids, eos_ids, load_processor, save, tokenizer_of
-from vision.network import Network, bare, kl_job, run_job
+from vision.network import Network, kl_job, run_job
 from vision.packing import ancestors
 from vision.passes import Job, TokenTree, build_job
 from vision.prompts import PromptEncoder
@@ -68,8 +68,6 @@ class VisionPolicy:
         ValueError: a mode the model cannot take.
     """
 
-    options_of = Settings  # what `build` takes besides its own arguments
-
     def __init__(
         self, hf: Any, processor: Any, rule: StepRule, settings: Settings, engine: SyncedEngine | None = None,
         environment: Environment | None = None, encode: PromptEncoder | None = None,
@@ -94,6 +92,7 @@ class VisionPolicy:
         writes=("logp", "texts", "state_key", "edge_key", "tags.truncated", "actions.token"),
         modality="text",
         recipe=TOKEN_DEFAULTS,
+        options_of=Settings,
     )
     def build(
         cls,

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from mmrl.losses.reward import good_logit
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.prm.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
-from mmrl.reference import unwrap
+from mmrl.reference import Adapted, bare, unwrap
 from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout
 from mmrl.sharding import is_sharded
 from vision.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
 from vision.growth import PromptTokens
 from vision.loading import banned_ids, eos_ids, load_processor, save
-from vision.network import Network, StepHead, bare, read_job
+from vision.network import Network, StepHead, read_job
 from vision.passes import TokenTree, build_reading
 from vision.settings import Settings
 
@@ -289,7 +289,7 @@ class VisionPrm:
         save(network.hf, self._body.processor, folder, weights)
         if head is not None:
             save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, Path(folder) / "head.safetensors")
-        base = bare(network.hf).config.name_or_path if hasattr(network.hf, "disable_adapter") else None
+        base = bare(network.hf).config.name_or_path if isinstance(network.hf, Adapted) else None
         record = {
             "scorer": "vision_prm", "head": self.head, "format": self.format.to_json(), "base": base,
             "instruction": self.settings.instruction, "system": self.settings.system,

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mmrl.byte_cache import ByteCache
 from mmrl.jsonl import broken_text
+from mmrl.reference import bare
 from mmrl.rollout import Prompt
 from mmrl.rows import IMAGE_MARK
+from vision.foreign import attribute
 from vision.growth import Pixels, PromptTokens
 from vision.images import Limits, image_key, load_image
 from vision.loading import banned_ids, eos_ids, image_token_id, is_vision, tokenizer_of
-from vision.network import bare
 from vision.settings import Settings
 
 _CUT = "\ue001"  # a private character that no template touches
@@ -77,7 +78,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer_of(processor)
         self.limits, self.keep_images, self.opening = limits, keep_images, opening
         self.image_token = image_token_id(self._model.config)
-        self.video_token = getattr(self._model.config, "video_token_id", None)
+        self.video_token = attribute(self._model.config, "video_token_id")
         self._reserved = self._reserved_texts()
         self._kept = ByteCache(ENCODED_BYTES, name="encoded prompts")
 
@@ -218,7 +219,7 @@ class PromptEncoder:
         self, ids: Tensor, types: Tensor, pixels: Pixels | None, text: str, pictures: Sequence[Image.Image]
     ) -> PromptTokens:
         positions = torch.arange(len(ids))
-        if hasattr(getattr(self._model, "model", None), "get_rope_index"):
+        if attribute(attribute(self._model, "model"), "get_rope_index") is not None:
             positions = self.rope(ids, types, [pixels] if pixels else [])
         kept = tuple(pictures) if self.keep_images else ()
         return PromptTokens(ids, types, positions, int(positions.max()) + 1, text, kept, pixels)
@@ -252,8 +253,8 @@ class PromptEncoder:
         return self._filled([self._message(turn) for turn in turns], answer)
 
     def _filled(self, messages: Sequence[dict[str, Any]], answer: bool) -> str:
-        owner = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
-        if not getattr(owner, "chat_template", None):
+        owner = self.processor if attribute(self.processor, "chat_template") else self.tokenizer
+        if not attribute(owner, "chat_template"):
             raise PromptError("the processor has no chat template; save one with it")
         try:
             return str(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
@@ -291,7 +292,7 @@ class PromptEncoder:
         system = self.settings.system
         if before and before[0].role == "system":
             system, before = "".join(before[0].texts), before[1:]
-        if not self.tokenizer.chat_template and not getattr(self.processor, "chat_template", None):
+        if not self.tokenizer.chat_template and not attribute(self.processor, "chat_template"):
             if before or None in last.parts:
                 what = "earlier turns cannot be shown" if before else "images cannot be placed"
                 raise PromptError(f"the processor has no chat template, so {what}; save one with it")

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from mmrl.byte_cache import ByteCache
+from mmrl.reference import bare
 from mmrl.rollout import BranchPlan
 from vision.decode import draw, noise_table, prefill
 from vision.growth import Decoding, Node, PromptTokens
 from vision.kv import Layers, check_cache, cut, join
-from vision.network import bare, encode_images, encoder_outputs
+from vision.network import encode_images, encoder_outputs
 from vision.passes import left_pad, pad_positions
 
 # (all nodes, the index of one that just ended) -> the observation after it, None = the conversation is over

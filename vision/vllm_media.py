@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vision.foreign import attribute
 from vision.growth import PromptTokens
 
 _POSITIONS = "given_positions"  # a field beside those the model knows, which it ignores
@@ -139,7 +140,7 @@ def _item(medium: Medium) -> Any:
 
 def take_positions(model: Any) -> None:
     """Let this vLLM model place media by the positions that requests bring; others are placed by its own rule."""
-    own = getattr(model, "get_mrope_input_positions", None)
+    own = attribute(model, "get_mrope_input_positions")
     if own is None:
         return
 

@@ -42,7 +42,7 @@ class UNetAdapter:
             pipeline.scheduler.config, clip_sample=False, thresholding=False
         )
         self.prediction = _prediction(pipeline)
-        self.xl = hasattr(pipeline, "text_encoder_2")
+        self.xl = "text_encoder_2" in pipeline.components
         for frozen in (pipeline.vae, *(encoder for _, encoder in self._text_models())):
             frozen.eval().requires_grad_(False)
         c = pipeline.unet.config
@@ -116,7 +116,7 @@ class UNetAdapter:
         for tokenizer, encoder in self._text_models():
             room = {"truncation": True, "padding": "max_length", "max_length": tokenizer.model_max_length}
             ids = tokenizer(list(texts), return_tensors="pt", **room)
-            mask = ids.get("attention_mask") if getattr(encoder.config, "use_attention_mask", False) else None
+            mask = ids.get("attention_mask") if encoder.config.to_dict().get("use_attention_mask", False) else None
             mask = None if mask is None else mask.to(device)
             out.append(encoder.to(device)(ids["input_ids"].to(device), attention_mask=mask, output_hidden_states=True))
         if self.xl:
@@ -204,13 +204,13 @@ def _prediction(pipeline: Any) -> Prediction:
     kind = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}.get(
         scheduler.config.get("prediction_type", "epsilon")
     )
-    if kind is None or not hasattr(scheduler, "alphas_cumprod"):
+    if kind is None or "alphas_cumprod" not in vars(scheduler):
         raise ValueError(
             f"policy.model: {type(scheduler).__name__} with prediction_type "
             f"{scheduler.config.get('prediction_type')!r} is no schedule of epsilon, v_prediction or sample models "
             "with alphas_cumprod; use a folder whose scheduler/ is such a one"
         )
-    if getattr(c, "latents_mean", None) is not None:
+    if c.get("latents_mean") is not None:
         raise ValueError("policy.model: a VAE with latents_mean is not supported; its latents are scaled per channel")
     return cast(Prediction, kind)
 

@@ -99,8 +99,9 @@ def inner_places(rollout):
 @torch.no_grad()
 def logits_of(policy, prompt, ids, pixels=True):
     """(P + n, V) logits of one unpacked row."""
+    from mmrl.reference import bare
     from vision.attention import style_of
-    from vision.network import _outputs, bare
+    from vision.network import _outputs
     from vision.passes import TokenTree, build_reading
 
     given = policy.encode(prompt)
