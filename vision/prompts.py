@@ -361,7 +361,8 @@ def _parts(text: str, pictures: int) -> tuple[str | None, ...]:
     for i, piece in enumerate(text.split(IMAGE_MARK)):
         parts += [None] if i else []
         parts += [piece] if piece else []
-    return tuple(parts)
+    # templates look at the first part of a turn, and `_check_places` renders turns without their pictures
+    return tuple(parts) if any(parts) else (*parts, "")
 
 
 def tokenise(tokenizer: Any, text: str) -> Tensor:

@@ -159,6 +159,16 @@ class Parity(TemporalContrast):
         return [float(len(s.output) % 2) for s in samples]
 
 
+def test_a_film_stands_before_the_first_turn(clip):
+    encode = agent(str(family_folder("qwen2_5_vl")), scripted=False).encode
+    (plain,) = prompts(clip)[:1]
+    history = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a clip"}]
+    told = encode(replace(plain, inputs={**plain.inputs, "history": history}))
+    assert int((told.types == 2).sum()) == int((encode(plain).types == 2).sum()) > 0
+    film, words = told.text.index("<|video_pad|>"), told.text.index("What is it?")
+    assert film < words < told.text.index("a clip") < told.text.index(plain.inputs["question"])
+
+
 def test_text_after_a_film_goes_on_behind_its_largest_position(clip):
     """As Qwen2.5-VL was released: the second row in time lies 12 s x tokens per second later, the text behind that."""
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False)

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from families import FAMILIES, family_folder, picture
+from families import FAMILIES, VLM_FAMILIES, family_folder, picture
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from vision_tiny import vision_recipe
@@ -55,6 +55,19 @@ def test_a_prompt_begins_with_one_mark(tmp_path, image, family, in_template):
         # an engine that does its own processing tokenises the text: the same ids, placeholders aside
         again = tokenise(policy.tokenizer, tokens.text).tolist()
         assert again.count(number) == 1 and (images or again == tokens.ids.tolist())
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+def test_pictures_between_words_and_in_earlier_turns(image, family):
+    encode = VisionPolicy.build(model=str(family_folder(family)), max_new_tokens=4).encode
+    history = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "seen"}]
+    in_front = encode(Prompt("p", {"question": "hi", "images": [image] * 2}))
+    placed = encode(Prompt("p", {"question": "a <image> b", "images": [image] * 2, "history": history}))
+    shown = (placed.types > 0).nonzero().flatten().tolist()
+    runs = [i for i, at in enumerate(shown) if i == 0 or at > shown[i - 1] + 1]
+    words = encode.tokenizer.decode(placed.ids[shown[runs[-1] - 1] + 1 : shown[runs[-1]]])
+    assert len(shown) == int((in_front.types > 0).sum()) and "seen" in words and "a " in words
+    assert "b" in encode.tokenizer.decode(placed.ids[shown[-1] + 1 :])
 
 
 def test_policy_and_reward_model_read_the_same_ids(tmp_path, image):
