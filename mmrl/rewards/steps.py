@@ -35,7 +35,7 @@ class StepView:
 class ScoredSteps:
     """parts: each reward's own (N,) float64. seconds: wall time per reward. unscored: steps per reward with NaN.
 
-    failed: message of each reward that raised; all its steps are unscored.
+    failed: message of each reward that raised on every prompt; all its steps are unscored.
     """
 
     parts: Mapping[str, Tensor]
@@ -71,8 +71,8 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
     """Call every step reward (name -> (function, weight)) and write their weighted sum into `tree.step_reward`.
 
     NaN means "no opinion": it counts as nothing in a step's sum, and a step about which no reward has an opinion
-    gets NaN. A reward that raises, SystemExit included, has no opinion in this call; its traceback is logged and
-    its message kept in `failed`.
+    gets NaN. A reward that raises, SystemExit included, is asked again prompt by prompt, and has no opinion on those
+    on which it still raises, such as films that a scorer cannot see. One that raises on all is in `failed`.
 
     Raises:
         RewardError: every reward raised; or one returned another shape than (N,), no numbers, or one beyond `LARGEST`.
@@ -84,16 +84,10 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
     total, scored = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.bool)
     for name, (reward, weight) in rewards.items():
         start = time.perf_counter()
-        try:
-            raw: object = reward(rollout)
-        except RewardError:
-            raise
-        except (Exception, SystemExit) as error:
-            failed[name] = f"{type(error).__name__}: {error}"
-            log.error("step reward %r raised on %d steps:\n%s", name, steps, traceback.format_exc())
-            raw = torch.full((steps,), torch.nan)
+        parts[name], message = _asked(name, reward, rollout)
         seconds[name] = time.perf_counter() - start
-        parts[name] = _checked(name, raw, steps)
+        if message:
+            failed[name] = message
         total += weight * parts[name].nan_to_num(nan=0.0)
         scored |= ~parts[name].isnan()
     if rewards and len(failed) == len(rewards):
@@ -101,6 +95,32 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
     step_reward = total.where(scored, torch.nan)
     record = ScoredSteps(parts, seconds, {k: int(p.isnan().sum()) for k, p in parts.items()}, failed)
     return rollout.with_tree(rollout.tree.replace(step_reward=step_reward)), record
+
+
+def _asked(name: str, reward: StepReward, rollout: Rollout) -> tuple[Tensor, str]:
+    """(N,) numbers of one reward, NaN on prompts on which it raises, and its last error where it raises on all."""
+    try:
+        return _checked(name, reward(rollout), len(rollout.tree)), ""
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
+        message = f"{type(error).__name__}: {error}"
+        log.error("step reward %r raised on %d steps:\n%s", name, len(rollout.tree), traceback.format_exc())
+    out = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
+    if len(rollout.prompts) == 1:
+        return out, message
+    raised = 0
+    for g, prompt in enumerate(rollout.prompts):
+        steps = (rollout.tree.group == g).nonzero().flatten()
+        try:
+            out[steps] = _checked(name, reward(rollout.select([g])), len(steps))
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:
+            raised += 1
+            message = f"{type(error).__name__}: {error}"
+            log.warning("step reward %r leaves prompt %r unscored: %s", name, prompt.id, message)
+    return out, message if raised == len(rollout.prompts) else ""
 
 
 def _checked(name: str, raw: object, steps: int) -> Tensor:

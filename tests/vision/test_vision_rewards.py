@@ -345,6 +345,17 @@ def test_a_raising_step_reward_is_counted_and_the_others_stand(error, caplog):
         score_steps(tree_rollout(list("abcde")), {"bad": (bad, 1.0)})
 
 
+def test_a_prompt_on_which_a_step_reward_raises_leaves_its_neighbours_alone():
+    def picky(rollout):
+        if any(prompt.id == "p1" for prompt in rollout.prompts):
+            raise ValueError("a film that nobody here sees")
+        return torch.arange(float(len(rollout.tree)))
+
+    rollout, record = score_steps(tree_rollout(list("abcde")), {"picky": (picky, 1.0)})
+    assert rollout.tree.step_reward[:4].tolist() == [0.0, 1.0, 2.0, 3.0] and rollout.tree.step_reward[4].isnan()
+    assert record.unscored == {"picky": 1} and not record.failed
+
+
 @pytest.mark.parametrize(
     "raw, message",
     [
