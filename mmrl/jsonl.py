@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +17,7 @@ log = logging.getLogger(__name__)
 # a text, which may go on to the end, or a mark outside of one
 _JSON_MARK = re.compile(r'"(?:[^"\\]|\\.|\\\Z)*+(?:"|\Z)|[\[\]{},]', re.DOTALL)
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_LONGEST_REASON = 1000  # characters
 T = TypeVar("T")
 Make = Callable[[Mapping[str, Any], str], Iterable[T]]
 
@@ -38,9 +41,8 @@ def read_rows(
     max_bad: float,
     key: Callable[[T], str] | None = None,
     limit: int | None = None,
-    errors: type[Exception] | tuple[type[Exception], ...] = RowError,
 ) -> tuple[list[T], list[Quarantined]]:
-    """What `make(row, "file:row")` returns for every row, and the rows for which it raised one of `errors`.
+    """What `make(row, "file:row")` returns for every row, and the rows for which it raised a RowError.
 
     Files: JSON lines; `.json` with one array of objects; `.parquet` where pyarrow is installed.
     key: name that must be unique among the results; limit: stop after this many results, None for all.
@@ -59,18 +61,36 @@ def read_rows(
         if limit is not None and len(found) >= limit:
             break
         try:
-            made = list(make(as_object(row), f"{path.name}:{number}"))
+            with as_row_errors():
+                made = list(make(as_object(row), f"{path.name}:{number}"))
+            if not made:
+                raise RowError("no content: nothing could be made of it")
             if key is not None:
                 _add_keys(seen, [key(m) for m in made])
             found += made
             good_rows += 1
-        except errors as error:
-            bad.append(Quarantined(str(path), number, str(error)))
+        except RowError as error:
+            bad.append(set_aside(path, number, error))
     check_share(path, bad, good_rows, max_bad)
     if not found:
         first = "; ".join(f"line {b.row}: {b.reason}" for b in bad[:3])
         raise ValueError(f"{path} has no usable row; {first or 'it is empty'}")
     return found if limit is None else found[:limit], bad
+
+
+@contextmanager
+def as_row_errors() -> Iterator[None]:
+    """Numbers, nesting and texts beyond what Python can handle are faults of the row."""
+    try:
+        yield
+    except (ArithmeticError, RecursionError, UnicodeError) as error:
+        raise RowError(f"beyond what can be read: {type(error).__name__}: {error}") from error
+
+
+def set_aside(path: Path, row: int, reason: object) -> Quarantined:
+    """The entry for a row that cannot be used; what a reason quotes of the row is cut."""
+    text = str(reason)
+    return Quarantined(str(path), row, text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..")
 
 
 def check_share(path: Path, bad: list[Quarantined], good_rows: int, max_bad: float) -> None:
@@ -112,7 +132,7 @@ def _json_entries(path: Path) -> Iterator[tuple[int, Any]]:
     """Values of the array in a file; where one of them cannot be read, their texts, to be told one by one."""
     try:
         text = path.read_text("utf-8-sig")
-        whole = json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+        whole = _loads(text)
         if _HALF_CHARACTER.search(text):
             raise ValueError("perhaps half of a character, as a cut emoji")
     except (ValueError, RecursionError):
@@ -156,15 +176,27 @@ def as_object(row: Any) -> dict[str, Any]:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line; RowError for bad JSON or UTF-8, NaN, a key given twice, half a surrogate pair."""
+    """The JSON object of a line; RowError for bad JSON or UTF-8, NaN, numbers beyond a float's range,
+    a key given twice, half a surrogate pair."""
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse, object_pairs_hook=_object)
+        row = _loads(line.decode("utf-8-sig"))
+        fault = broken_text(json.dumps(row, ensure_ascii=False)) if b"\\u" in line else None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, NaN, too deep
         raise RowError(f"no JSON: {error}") from error
-    fault = broken_text(json.dumps(row, ensure_ascii=False)) if b"\\u" in line else None
     if fault:
         raise RowError(f"broken text: a text {fault}")
     return as_object(row)
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, parse_float=_finite, parse_constant=_refuse, object_pairs_hook=_object)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
 
 
 def broken_text(text: str) -> str | None:
@@ -187,10 +219,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _add_keys(seen: set[str], keys: list[str]) -> None:
-    twice = [k for i, k in enumerate(keys) if k in seen or k in keys[:i]]
-    if twice:
-        raise RowError(f"id used twice: id {twice[0]!r} occurs before")
-    seen.update(keys)
+    new: set[str] = set()
+    for key in keys:
+        if key in seen or key in new:
+            raise RowError(f"id used twice: id {key!r} occurs before")
+        new.add(key)
+    seen |= new
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ _PLACEHOLDER = re.compile(
     r"|</?img>|<IMG_CONTEXT>|<image>|<video>|<image_soft_token>|<(?:start|end)_of_image>"
 )
 _FILM_MARK = "<video>"
+_LEADING_MARKS = re.compile(rf"\A(?:{IMAGE_MARK}\s*+)*+")
 # Columns in which public data sets name pictures and films.
 IMAGE_COLUMNS = (
     "images", "image", "image_path", "image_paths", "image_url", "image_urls", "img", "img_path", "picture",
@@ -299,6 +300,8 @@ class _Talk:
 
 def _history(value: Any) -> list[Mapping[str, Any]]:
     """The turns of a column of turns, or of pairs of question and answer."""
+    if value and not isinstance(value, list):
+        raise RowError(f"column 'history' is no list of turns: {str(value)[:60]!r}")
     turns: list[Mapping[str, Any]] = []
     for entry in value or ():
         if isinstance(entry, list) and len(entry) == 2:
@@ -333,11 +336,7 @@ def _placed(talk: _Talk, images: int) -> list[Turn]:
 
 
 def _without_leading_marks(text: str) -> str:
-    start = 0
-    while text.startswith(IMAGE_MARK, start):
-        start += len(IMAGE_MARK)
-        start += len(text[start:]) - len(text[start:].lstrip())
-    return text[start:]
+    return _LEADING_MARKS.sub("", text, count=1)
 
 
 def _without_film_marks(text: str) -> str:

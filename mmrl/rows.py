@@ -14,6 +14,8 @@ Row = Mapping[str, Any]
 IMAGE_MARK = "<image>"
 # Columns in which public data sets keep the answer.
 LIKE_ANSWERS = ("solution", "answers", "final_answer", "gold", "gold_answer", "ground_truth", "label", "target", "gt")
+_LARGEST = 2**53
+_MOST_STEPS = 100_000
 
 
 def text(row: Row, key: str) -> str:
@@ -25,9 +27,16 @@ def text(row: Row, key: str) -> str:
 
 
 def optional_text(row: Row, *keys: str) -> str | None:
-    """The first of the columns that is there, as text."""
-    value = next((row[k] for k in keys if row.get(k) is not None), None)
-    return None if value is None else str(value)
+    """The first of the columns that is there, as text: a text, a number or a truth value."""
+    key = next((k for k in keys if row.get(k) is not None), None)
+    return None if key is None else plain_text(row[key], key)
+
+
+def plain_text(value: Any, what: str) -> str:
+    """A text, or a number or truth value as one; RowError for lists and objects."""
+    if not isinstance(value, str | int | float):
+        raise RowError(f"bad {what}: {str(value)[:80]!r} is neither a text nor a number")
+    return str(value)
 
 
 def rows(row: Row, key: str, kind: type | tuple[type, ...] = (str,)) -> list[Any]:
@@ -46,8 +55,7 @@ def images(row: Row, *keys: str) -> tuple[str, ...]:
 
 def row_id(row: Row, name: str, key: str = "id") -> str:
     """The row's own id, else `file:row`."""
-    value = row.get(key)
-    return name if value is None or value == "" else str(value)
+    return optional_text(row, key) or name
 
 
 def rest(row: Row, *used: str) -> dict[str, Any]:
@@ -55,25 +63,51 @@ def rest(row: Row, *used: str) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in used}
 
 
+def is_number(value: Any) -> bool:
+    """A number up to 2^53, from where on whole numbers of JSON are not exact in every reader; booleans are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
 def number(value: Any, what: str) -> float:
-    """A finite number; booleans are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise RowError(f"bad {what}: {str(value)[:40]!r} is no number")
+    """A number; see `is_number`."""
+    if not is_number(value):
+        raise RowError(f"bad {what}: {str(value)[:40]!r} is no number, or too large a one")
     return float(value)
+
+
+def integer(value: Any, what: str) -> int:
+    """A whole number; see `is_number`."""
+    if type(value) is not int or not is_number(value):
+        raise RowError(f"bad {what}: {str(value)[:40]!r} is no whole number, or too large a one")
+    return value
+
+
+def without_marks(question: str, *marks: str) -> str:
+    """The question without marks of media and blanks at its ends."""
+    start, end = 0, len(question)
+    while start < end:
+        before = start, end
+        if question[start].isspace():
+            start += 1
+        if end > start and question[end - 1].isspace():
+            end -= 1
+        for mark in marks:
+            start += len(mark) * question.startswith(mark, start, end)
+            end -= len(mark) * question.endswith(mark, start, end)
+        if before == (start, end):
+            break
+    return question[start:end]
 
 
 def without_image_marks(question: str) -> str:
     """The question without `<image>` at its ends, since pictures are given by their column."""
-    first, last = question, None
-    # by hand: a pattern that ends in blanks takes quadratic time on a text full of them
-    while last != first:
-        last = first
-        bare = first.strip()
-        if bare.startswith(IMAGE_MARK):
-            first = bare.removeprefix(IMAGE_MARK).lstrip()
-        elif bare.endswith(IMAGE_MARK):
-            first = bare.removesuffix(IMAGE_MARK).rstrip()
-    return first
+    return without_marks(question, IMAGE_MARK) if IMAGE_MARK in question else question
+
+
+def check_total(steps: int) -> None:
+    """RowError when the solutions of one row, which share their beginnings there, would hold very many steps."""
+    if steps > _MOST_STEPS:
+        raise RowError(f"too many steps: the solutions of one row have more than {_MOST_STEPS} in all")
 
 
 def same_length(labels: Sequence[Any], steps: Sequence[Any]) -> None:

@@ -225,8 +225,17 @@ def test_multiple_choice():
 @pytest.mark.parametrize("reward", [ExactAnswer, MultipleChoice, MathAnswer])
 def test_a_row_without_answer_is_unscored_alone_and_an_output_that_is_no_text_is_an_error(reward):
     judge = reward()
-    answers = [{"label": 1}, {"answer": None}, "B"]
-    assert judge([sample("answer B", a, options=ANIMALS) for a in answers]) == [None, None, 1.0]
+    answers = [{"label": 1}, {"answer": None}, "B", " ", "", float("inf"), float("nan")]
+    assert judge([sample("answer B", a, options=ANIMALS) for a in answers]) == [
+        None,
+        None,
+        1.0,
+        None,
+        None,
+        None,
+        None,
+    ]
+    assert judge([sample("answer B", {"answer": None}), sample("answer B", "B")]) == [None, 1.0]
     assert "prompt 'p0': the reference {'answer': None} holds no answer" in judge.last_error
     with pytest.raises(ValueError, match="prompt 'p0': this reward reads texts, the output is a list"):
         reward()([sample([5])])

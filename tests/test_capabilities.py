@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("mmrl", "vision", "video", "diffusion", "tools")
 # (file, function): why an object that is no component is asked there for an attribute that it may lack
 ALLOWED = {
+    ("mmrl/pictures.py", "check_frames"): "pictures of PIL: formats of one frame do not say so",
     ("mmrl/registry.py", "_origin"): "name of a function, a class or any other constant, for a message",
     ("mmrl/registry.py", "_declaration"): "what a decorator noted on a function or class",
     ("mmrl/rewards/isolation.py", "Isolated.__init__"): "name of a function or an object, for a message",

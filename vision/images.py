@@ -1,4 +1,4 @@
-"""Pictures from disk to RGB behind limits, and how large the model families make them (sizes, tiles, tokens).
+"""Pictures from disk to RGB, and how large the model families make them (sizes, tiles, tokens).
 
 Size arithmetic is pure and follows each family's public processor, so that token counts are known before any model is
 loaded. Sizes are (height, width) where a processor says so and (width, height) for boxes; every function names it.
@@ -14,60 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmrl.embedded import is_embedded
-from vision.foreign import attribute
+from mmrl.pictures import ImageError, Limits, broken, check_frames, check_size, open_picture
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-
-# raster formats only: PIL would hand e.g. PostScript to an external program
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used: the message names the file, the cause and what to do."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is refused before decoding. The aspect ratio is long side / short side, as in Qwen's processor."""
-
-    max_pixels: int = 64_000_000
-    max_bytes: int = 64 * 2**20
-    max_aspect: float = 200.0
-
-
-def resolve(path: str | Path, root: str | Path) -> Path:
-    """The absolute path of a file below `root`, links resolved; a relative `path` starts at `root`.
-
-    A picture that was taken out of a row lies in the cache and may be used under any root.
-
-    Raises:
-        ImageError: no such file, not a regular file, or it lies outside `root`.
-    """
-    try:
-        base = Path(root).resolve()
-        full = (base / path).resolve()
-        is_file = full.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ImageError(f"{str(path)!r} is no usable path ({error}); name a file below {root}") from error
-    if not full.is_relative_to(base) and not is_embedded(path):
-        raise ImageError(
-            f"{path} leads to {full}, outside of the media root {base}; move the file below it or widen media_root"
-        )
-    if not is_file:
-        what = "is not a regular file" if full.exists() else "does not exist"
-        raise ImageError(f"{full} {what}; check the row's image path and media_root (now {base})")
-    return full
-
-
-def check_image(path: str | Path, limits: Limits | None = None) -> tuple[int, int]:
-    """(width, height) as stored, from the header alone: nothing is decoded and EXIF orientation is not applied.
-
-    Raises:
-        ImageError: no picture, several frames, or beyond `limits`.
-    """
-    with _open(Path(path), limits or Limits()) as image:
-        return image.size
 
 
 def load_image(source: str | Path | Image.Image, limits: Limits | None = None) -> Image.Image:
@@ -81,10 +30,10 @@ def load_image(source: str | Path | Image.Image, limits: Limits | None = None) -
     """
     limits = limits or Limits()
     if isinstance(source, Image.Image):
-        _check_size("the given picture", source.size, limits)
-        _check_frames("the given picture", source)
+        check_size("the given picture", source.size, limits)
+        check_frames("the given picture", source)
         return _decode("the given picture", source)
-    with _open(Path(source), limits) as image:
+    with open_picture(Path(source), limits) as image:
         return _decode(str(source), image)
 
 
@@ -94,61 +43,6 @@ def image_key(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode}:{width}x{height}:".encode() + image.tobytes()).hexdigest()
 
 
-def _open(path: Path, limits: Limits) -> Image.Image:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
-    if size == 0:
-        raise ImageError(f"{path} is empty (0 bytes); fetch it again or drop the row")
-    if size > limits.max_bytes:
-        raise ImageError(f"{path} has {size} bytes, more than {limits.max_bytes}; compress it or raise max_bytes")
-    try:
-        image = Image.open(path, formats=_FORMATS)
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(
-            f"{path} is no picture of a known format ({', '.join(_FORMATS)}); convert it or drop the row"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {error}; scale it down before use") from error
-    except Exception as error:  # header parsers raise struct.error, SyntaxError, KeyError and others
-        raise _broken(str(path), error) from error
-    try:
-        _check_size(str(path), image.size, limits)
-        _check_frames(str(path), image)
-    except ImageError:
-        image.close()
-        raise
-    return image
-
-
-def _check_size(name: str, size: tuple[int, int], limits: Limits) -> None:
-    width, height = size
-    if min(size) < 1:
-        raise ImageError(f"{name} is {width}x{height} pixels, it has no content; drop the row")
-    if width * height > limits.max_pixels:
-        raise ImageError(
-            f"{name} is {width}x{height}, {width * height} pixels, more than {limits.max_pixels}; "
-            "scale it down or raise max_pixels"
-        )
-    if max(size) > limits.max_aspect * min(size):
-        raise ImageError(
-            f"{name} is {width}x{height}, longer than {limits.max_aspect:g}:1; crop it or raise max_aspect"
-        )
-
-
-def _check_frames(name: str, image: Image.Image) -> None:
-    # the further pictures of a multi-picture JPEG are previews or depth maps of the first
-    if image.format == "MPO":
-        return
-    try:
-        frames = attribute(image, "n_frames", default=1)
-    except Exception as error:
-        raise _broken(name, error) from error
-    if frames != 1:
-        raise ImageError(f"{name} has {frames} frames or pages; save the one to use as a picture of its own")
-
-
 def _decode(name: str, image: Image.Image) -> Image.Image:
     try:
         image.load()
@@ -156,11 +50,7 @@ def _decode(name: str, image: Image.Image) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-        raise _broken(name, error) from error
-
-
-def _broken(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name} is truncated or damaged ({error}); fetch it again or drop the row")
+        raise broken(name, error) from error
 
 
 def _to_rgb(name: str, image: Image.Image) -> Image.Image:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mmrl.byte_cache import ByteCache
 from mmrl.jsonl import broken_text
+from mmrl.pictures import Limits
 from mmrl.reference import bare
 from mmrl.rollout import Prompt
 from mmrl.rows import IMAGE_MARK
 from vision.foreign import attribute
 from vision.growth import Pixels, PromptTokens
-from vision.images import Limits, image_key, load_image
+from vision.images import image_key, load_image
 from vision.loading import banned_ids, eos_ids, image_token_id, is_vision, tokenizer_of
 from vision.settings import Settings
 

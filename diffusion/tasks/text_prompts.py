@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrl.jsonl import Quarantined, check_share, lines, read_rows
+from mmrl.jsonl import Quarantined, check_share, lines, read_rows, set_aside
 from mmrl.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, check_json, last_question
 from mmrl.rollout import Prompt
 from mmrl.rows import rest, row_id, text
@@ -38,6 +38,18 @@ class TextPrompts:
         self.prompts, bad_train = load_prompts(train, prompt, max_bad=max_bad, limit=limit)
         self.eval_prompts, bad_eval = load_prompts(eval, prompt, max_bad=max_bad, limit=limit)
         self.quarantined = bad_train + bad_eval
+
+    @property
+    def rewards(self) -> Sequence[str]:
+        """Asked for when a recipe lists none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the task text_prompts has no reward of its own; list one in the recipe, for example a function "
+            "`samples -> one number per sample`: rewards: [{name: my_package.rewards:aesthetic}]"
+        )
 
 
 def load_prompts(
@@ -78,7 +90,7 @@ def _plain(path: Path, max_bad: float, limit: int | None) -> tuple[list[Prompt],
         try:
             found.append(Prompt(f"{path.name}:{number}", {"prompt": line.decode("utf-8-sig").strip()}, {}))
         except UnicodeDecodeError as error:
-            bad.append(Quarantined(str(path), number, f"no UTF-8: {error}"))
+            bad.append(set_aside(path, number, f"no UTF-8: {error}"))
     check_share(path, bad, len(found), max_bad)
     if not found:
         raise ValueError(f"{path} has no usable row; one prompt per line is expected")

@@ -167,7 +167,11 @@ def parse_first_error(text: str, num_steps: int | None = None) -> int | None:
 def parse_verdict(text: str) -> bool | None:
     r"""Whether the last `\boxed{..}` of the reply, or `<conclusion>..</conclusion>` where there is no box, says yes /
     correct or no / incorrect; None when it says neither."""
-    return _verdict(without_thinking(text))
+    reply = without_thinking(text)
+    inner = boxed(reply)
+    if inner is None:
+        inner = _conclusion(reply) or ""
+    return _VERDICTS.get(normalise(inner))
 
 
 def parse_severities(text: str, num_steps: int) -> tuple[int | None, ...] | None:
@@ -192,13 +196,6 @@ def _boxed_number(reply: str) -> int | None:
     plain = unwrapped(boxed(reply) or "").strip(" \t\n$*.")
     number = _NUMBER.fullmatch(plain)
     return int(number[1]) if number else None
-
-
-def _verdict(reply: str) -> bool | None:
-    inner = boxed(reply)
-    if inner is None:
-        inner = _conclusion(reply) or ""
-    return _VERDICTS.get(normalise(inner))
 
 
 def _conclusion(reply: str) -> str | None:
@@ -257,12 +254,12 @@ def parse_critique(text: str, num_steps: int, kinds: Sequence[Kind] = ()) -> Cri
             below titles have no place, and only "Correct" says something of the steps.
     """
     analyses, around = _analyses(without_thinking(text))
-    overall = _verdict(around)
+    overall = parse_verdict(around)
     concluded = boxed(around) is None and _conclusion(around) is not None
     restarts = concluded or any(a.section for a in analyses)
     base = int(restarts and all(a.number > 0 for a in analyses))
     places = [_place(a.number - base, a.section, kinds) for a in analyses]
-    own = [_verdict(a.text) for a in analyses]
+    own = [parse_verdict(a.text) for a in analyses]
     if concluded and all(v is None for v in own):
         own = _by_conclusion(places, overall)
     verdicts: dict[int, set[bool | None]] = {}

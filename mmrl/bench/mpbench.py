@@ -20,7 +20,7 @@ from mmrl.prm.metrics import f1, first_error, macro_f1, mcc
 from mmrl.prm.records import SolutionRecord, plain_steps
 from mmrl.registry import register
 from mmrl.rewards.answer_text import normalise
-from mmrl.rows import Row, first_zero, images, row_id, rows, same_length, text
+from mmrl.rows import Row, check_total, first_zero, images, row_id, rows, same_length, text
 from mmrl.search.votes import best_of_n, weighted
 
 
@@ -53,6 +53,7 @@ def _aggregation(row: Row, own: str, group: str) -> Item:
 
 def _search(row: Row, own: str, group: str) -> Item:
     candidates, prefix = _candidates(row), rows(row, "prefix")
+    check_total(len(candidates) * (len(prefix) + 1))
     records = tuple(_record(row, f"{own}/{i}", [*prefix, text(c, "step")]) for i, c in enumerate(candidates))
     return Item(records, group, [c["correct"] for c in candidates])
 

@@ -12,7 +12,6 @@ Only `id`, `question` and `steps` are needed; `kind` is "unknown" when missing a
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mmrl.embedded import is_embedded, media_paths
-from mmrl.jsonl import Quarantined, RowError, read_rows
+from mmrl.jsonl import Quarantined, RowError, broken_text, read_rows
+from mmrl.pictures import ImageError, check_image
 from mmrl.prm.records import Counts, Kind, SolutionRecord, Step
-from mmrl.rows import images
+from mmrl.rows import images, integer, is_number, optional_text, plain_text
 
 _KINDS = get_args(Kind)
 _KEYS = frozenset(SolutionRecord.__dataclass_fields__)
@@ -115,23 +115,25 @@ def record_from_json(row: Mapping[str, Any], *, unlabelled: bool = False) -> Sol
     options = _typed(row, "options", list, [])
     labels = _typed(row, "labels", list, None)
     mc = _typed(row, "mc", list, None)
-    answer = row.get("answer")
+    judge = _typed(row, "judge", list, [])
+    if not all(isinstance(j, Mapping) for j in judge):
+        raise RowError(f"bad judge: {str(judge)[:80]!r} is no list of objects")
     record = SolutionRecord(
-        id=str(_typed(row, "id", (str, int), "")),
+        id=optional_text(row, "id") or "",
         question=_typed(row, "question", str, ""),
         steps=tuple(_step(s, i) for i, s in enumerate(steps or ())),
         images=images(row, "images"),
         videos=media_paths(row.get("videos"), "videos", "video"),
         history=tuple(_turn(turn, i) for i, turn in enumerate(_typed(row, "history", list, []))),
-        options=tuple(str(o) for o in options),
-        answer=None if answer is None else str(answer),
+        options=tuple(plain_text(o, f"options[{i}]") for i, o in enumerate(options)),
+        answer=optional_text(row, "answer"),
         labels=None if labels is None else tuple(_label(v, i) for i, v in enumerate(labels)),
         label_kind=row.get("label_kind", "hard"),
         scope=row.get("scope", "local"),
         first_error=_typed(row, "first_error", int, None),
         final_correct=_typed(row, "final_correct", bool, None),
         mc=None if mc is None else tuple(_counts(c, i) for i, c in enumerate(mc)),
-        judge=tuple(_typed(row, "judge", list, [])),
+        judge=tuple(judge),
         source=_typed(row, "source", str, ""),
         meta=_typed(row, "meta", dict, {}),
     )
@@ -142,9 +144,9 @@ def check_record(record: SolutionRecord, *, unlabelled: bool = False) -> Solutio
     """The record itself when it is sound.
 
     Raises:
-        RowError: no id, question or step, an empty step, another number of labels or counts than steps, a label
-            outside [0, 1], no label at all (unless `unlabelled`), hard labels between 0 and 1, a first error beyond
-            the steps, more correct completions than completions.
+        RowError: no id, question or step, an empty step, half of a character in a text, another number of labels or
+            counts than steps, a label outside [0, 1], no label at all (unless `unlabelled`), hard labels between 0
+            and 1, a first error beyond the steps, more correct completions than completions.
     """
     n = len(record.steps)
     if not record.id:
@@ -156,6 +158,9 @@ def check_record(record: SolutionRecord, *, unlabelled: bool = False) -> Solutio
     for i, s in enumerate(record.steps):
         if not s.text.strip():
             raise RowError(f"empty step: step {i} of {n} has no text")
+    for text in (record.id, record.question, record.answer or "", *record.options, *record.texts):
+        if fault := broken_text(text):
+            raise RowError(f"broken text: a text {fault}")
     _check_labels(record, unlabelled)
     if record.scope not in ("local", "prefix"):
         raise RowError(f"bad scope: {record.scope!r} is neither 'local' nor 'prefix'")
@@ -201,13 +206,17 @@ def with_media(
     """The record with absolute paths; `seen` holds pictures already looked into. Films only have to be there.
 
     Raises:
-        RowError: a picture or film is missing, outside of `media_root`, or a picture is not readable as one.
+        RowError: a picture or film is missing or outside of `media_root`, or policies refuse the picture
+            (`mmrl.pictures`).
     """
     paths = []
     for name in record.images:
         path = _locate(name, folder, media_root, "image")
         if path not in seen:
-            _check_picture(path)
+            try:
+                check_image(path, verify=True)
+            except ImageError as error:
+                raise RowError(f"bad image: {error}") from error
             seen[path] = None
         paths.append(str(path))
     films = tuple(str(_locate(name, folder, media_root, "video")) for name in record.videos)
@@ -226,16 +235,6 @@ def _locate(name: str, folder: Path, media_root: str | Path | None, kind: str) -
     if not is_file:
         raise RowError(f"{kind} missing: {path} is no file; check the path and media_root (now {base})")
     return path
-
-
-def _check_picture(path: Path) -> None:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RowError(f"image broken: {path} cannot be read as a picture ({error})") from error
 
 
 def _relative(name: str, root: Path) -> str:
@@ -272,15 +271,15 @@ def _step(value: Any, i: int) -> Step:
 def _label(value: Any, i: int) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, int | float) or not math.isfinite(value):  # True and False are labels too
+    if not isinstance(value, bool) and not is_number(value):  # True and False are labels too
         raise RowError(f"bad label: step {i} has {str(value)[:40]!r}, no number")
     return float(value)
 
 
 def _counts(value: Any, i: int) -> Counts:
-    if not isinstance(value, Mapping) or any(type(value.get(k)) is not int for k in ("correct", "total")):
+    if not isinstance(value, Mapping):
         raise RowError(f"bad counts: step {i} of 'mc' needs whole numbers 'correct' and 'total'")
-    return Counts(value["correct"], value["total"])
+    return Counts(*(integer(value.get(k), f"counts: step {i}, {k!r}") for k in ("correct", "total")))
 
 
 def _counts_row(c: Counts) -> dict[str, Any]:

@@ -7,6 +7,7 @@ worker process, because computer algebra can loop for ever inside C code on an e
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -199,14 +200,16 @@ def reference_answer(sample: Sample) -> str:
 
 
 def right_answer(prompt: Prompt) -> str:
-    """`reference["answer"]`, or the reference itself when it is a text or a number.
+    """`reference["answer"]`, or the reference itself when it is a text that is not blank or a finite number.
 
     Raises:
         NoAnswerError: there is none; the message names the prompt.
     """
     reference = prompt.reference
     answer = reference.get("answer") if isinstance(reference, Mapping) else reference
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+    blank = isinstance(answer, str) and not answer.strip()
+    endless = isinstance(answer, float) and not math.isfinite(answer)
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or blank or endless:
         columns = [k for k in LIKE_ANSWERS if isinstance(reference, Mapping) and reference.get(k) is not None]
         way = (
             f"name its column, such as task.answer: {columns[0]}" if columns else 'give a text or a number as "answer"'

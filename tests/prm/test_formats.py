@@ -9,6 +9,7 @@ from verbs import run_verb
 from mmrl.jsonl import RowError
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import Counts, SolutionRecord, Step
+from mmrl.prm.records_io import check_record
 from mmrl.registry import build, find, rows
 
 DATA = Path(__file__).parents[1] / "data" / "prm"
@@ -317,14 +318,25 @@ def test_a_row_of_another_format_is_an_error_of_that_row(name, row):
     ("prmbench", "prmbench"), ("puzzlevqa_steps", "puzzlevqa_steps"), ("prm800k", "prm800k"),
     ("math_aps_tree", "math_aps_tree"), ("math_aps_flat", "math_aps_flat"),
 ])  # fmt: skip
-def test_a_sample_with_any_column_missing_or_odd_never_crashes(name, file):
+def test_a_sample_with_any_column_missing_or_odd_is_sound_or_refused(name, file):
     row = json.loads((DATA / f"{file}.jsonl").read_text("utf-8").splitlines()[0])
+    whole = read(name, copy.deepcopy(row))
+    used, refused = {}, {}
     for key in row:
-        for value in (None, 3, "x", [], {}, [None]):
+        for i, value in enumerate((None, 3, "x", [], {}, [None])):
             try:
-                read(name, copy.deepcopy({**row, key: value}))
-            except RowError:
-                continue
+                records = read(name, copy.deepcopy({**row, key: value}))
+                used[key, i] = [check_record(r, unlabelled=True) for r in records]
+            except RowError as error:
+                refused[key, i] = str(error)
+    assert len(used) + len(refused) == 6 * len(row)
+    assert all(used.values()) and all(refused.values())
+    # a column that no value of is refused is read by nobody, and changes nothing but what is kept of it
+    read_columns = {key for key, _ in refused}
+    assert read_columns
+    for (key, _), records in used.items():
+        if key not in read_columns:
+            assert [r.texts for r in records] == [r.texts for r in whole]
 
 
 def test_solutions_are_converted_from_one_format_to_another(tmp_path):

@@ -553,7 +553,7 @@ def cut_png(folder):
 BAD_ROWS = [
     ({"labels": [1.0]}, "labels and steps differ: 1 labels for 3 steps"),
     ({"images": ["none.png"]}, "image missing: .*none.png is no file"),
-    ({"images": ["cut.png"]}, "image broken: .*cut.png cannot be read"),
+    ({"images": ["cut.png"]}, "bad image: .*cut.png is no picture"),
     ({"steps": [], "labels": [], "first_error": None}, "no step"),
     ({"steps": ["a", " ", "b"]}, "empty step: step 1 of 3"),
     ({"question": " "}, "no question"),

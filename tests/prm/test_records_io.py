@@ -99,7 +99,7 @@ def test_bad_rows_are_set_aside_with_file_row_and_reason(media):
     assert [b.row for b in bad] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14]
     assert {Path(b.file).name for b in bad} == {"r.jsonl"}
     assert count_reasons(bad) == {
-        "labels and steps differ": 2, "image broken": 2, "marker in the text": 2, "image missing": 1, "no step": 1,
+        "labels and steps differ": 2, "bad image": 2, "marker in the text": 2, "image missing": 1, "no step": 1,
         "all labels null": 1, "id used twice": 1, "no JSON": 1,
         "bad image path": 1,
     }  # fmt: skip

@@ -8,12 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmrl.jsonl import Quarantined, RowError, as_object, check_share, read_rows, split_entries
+from mmrl.jsonl import (
+    Quarantined,
+    RowError,
+    as_object,
+    as_row_errors,
+    check_share,
+    read_rows,
+    set_aside,
+    split_entries,
+)
+from mmrl.pictures import check_image
 from mmrl.registry import find
 from video.formats import canonical, video_r1, videochat_r1, videocom  # noqa: F401 - enter their rows
-from video.formats._values import as_row_errors, media_file
+from video.formats._values import media_file
 from video.records import VideoSample, as_share, check_sample
-from vision.images import ImageError, check_image
 
 Finish = Callable[[VideoSample], VideoSample]
 
@@ -44,13 +53,12 @@ def read_format(
     sizes: dict[str, tuple[int, int]] = {}
 
     def make(row: Mapping[str, Any], at: str) -> list[VideoSample]:
-        with as_row_errors():
-            found = [with_media(check_sample(s), root, sizes) for s in format.target(row, at)]
-            return found if finish is None else [finish(s) for s in found]
+        found = [with_media(check_sample(s), root, sizes) for s in format.target(row, at)]
+        return found if finish is None else [finish(s) for s in found]
 
     if "keyed" in format.facts:
         return _read_keyed(Path(path), format.facts["keyed"], make, max_bad, limit)
-    return read_rows(path, make, max_bad=max_bad, key=lambda s: s.id, limit=limit, errors=(RowError, ImageError))
+    return read_rows(path, make, max_bad=max_bad, key=lambda s: s.id, limit=limit)
 
 
 def with_media(sample: VideoSample, root: Path, sizes: dict[str, tuple[int, int]]) -> VideoSample:
@@ -59,7 +67,7 @@ def with_media(sample: VideoSample, root: Path, sizes: dict[str, tuple[int, int]
     `sizes` remembers pictures that were looked into.
 
     Raises:
-        RowError, ImageError: a file is missing, outside of `root`, or no picture.
+        RowError: a file is missing, outside of `root`, or no picture.
     """
     if sample.video is not None:
         return replace(sample, video=media_file(sample.video, root, "video"))
@@ -98,10 +106,11 @@ def _read_keyed(
             if name in names:
                 raise RowError("entry used twice: the same key has an entry before")
             names.add(name)
-            found += make(as_object(row) | {key: name}, f"{path.name}:{number}")
+            with as_row_errors():
+                found += make(as_object(row) | {key: name}, f"{path.name}:{number}")
             good += 1
-        except (RowError, ImageError) as error:
-            bad.append(Quarantined(str(path), number, f"{error} (entry {name[:80]!r})"))
+        except RowError as error:
+            bad.append(set_aside(path, number, f"{error} (entry {name[:80]!r})"))
     check_share(path, bad, good, max_bad)
     if not found:
         raise ValueError(f"{path} has no usable entry; {bad[0].reason if bad else 'it is empty'}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmrl.embedded import is_embedded
 from mmrl.jsonl import RowError
 from mmrl.registry import Kind, add_kind
+from mmrl.rows import is_number, without_marks
 from video.records import Box
 
 # (row, where it stands) -> samples
@@ -18,19 +18,7 @@ add_kind(Kind("video_formats", "video format", arguments=2))
 
 Row = Mapping[str, Any]
 Number = TypeVar("Number", int, float)
-_MARKS = ("<video>", "<image>")
-_LEADING_MARKS = re.compile(r"(?:\s*+<(?:video|image)>)*+\s*+")
-_LARGEST = 2**53  # from here on JSON numbers are not whole in every reader
 _SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
-
-
-@contextmanager
-def as_row_errors() -> Iterator[None]:
-    """Numbers, nesting and texts beyond what Python can handle are faults of the row."""
-    try:
-        yield
-    except (ArithmeticError, RecursionError, UnicodeError) as error:
-        raise RowError(f"beyond what can be read: {type(error).__name__}: {error}") from error
 
 
 def typed(row: Row, key: str, kind: type, default: Any) -> Any:
@@ -43,34 +31,24 @@ def typed(row: Row, key: str, kind: type, default: Any) -> Any:
     return value
 
 
-def without_marks(question: str) -> str:
+def without_media_marks(question: str) -> str:
     """The question without `<video>` and `<image>` at its ends, since media are given by their own field."""
-    start, end = _LEADING_MARKS.match(question).end(), len(question)  # type: ignore[union-attr]  # matches nothing too
-    while start < end:
-        mark = next((m for m in _MARKS if question.endswith(m, start, end)), None)
-        if mark is None and not question[end - 1].isspace():
-            break
-        end -= len(mark) if mark else 1
-    return question[start:end]
+    return without_marks(question, "<video>", "<image>")
 
 
 def whole(value: Any, what: str) -> int:
     """A whole number; 57.0 and "57" are some too."""
     number = float(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value) else value
-    if not _is_number(number) or number % 1:
+    if not is_number(number) or number % 1:
         raise RowError(f"bad {what}: {str(value)[:60]!r} is no whole number, or too large a one")
     return int(number)
 
 
 def real(value: Any, what: str) -> float:
     """A finite number."""
-    if not _is_number(value):
+    if not is_number(value):
         raise RowError(f"bad {what}: {str(value)[:60]!r} is no number, or too large a one")
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def pair(value: Any, what: str, kind: Callable[[Any, str], Number]) -> tuple[Number, Number]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, RowError, read_rows
+from mmrl.pictures import check_image
 from mmrl.rollout import Prompt
 from mmrl.rows import optional_text, rest, rows, text
-from video.formats._values import Row, as_row_errors, box, media_file, pair, real, typed
+from video.formats._values import Row, box, media_file, pair, real, typed
 from video.records import Box
-from vision.images import ImageError, check_image
 
 Point = tuple[float, float]
 _NO_ARGUMENT = ("coordinate", "coordinate2", "bbox", "candidate_bbox", "thought", "annotation")
@@ -64,10 +64,9 @@ def read_trajectories(
     root = Path(path).parent if media_root is None else Path(media_root)
 
     def make(row: Row, name: str) -> list[Trajectory]:
-        with as_row_errors():
-            return [trajectory(row, name, root)]
+        return [trajectory(row, name, root)]
 
-    return read_rows(path, make, max_bad=max_bad, key=lambda t: t.id, limit=limit, errors=(RowError, ImageError))
+    return read_rows(path, make, max_bad=max_bad, key=lambda t: t.id, limit=limit)
 
 
 def trajectory(row: Row, name: str, root: Path) -> Trajectory:

@@ -6,7 +6,7 @@ from mmrl.jsonl import RowError
 from mmrl.questions import plain_options
 from mmrl.registry import register
 from mmrl.rows import optional_text, rest, row_id, text
-from video.formats._values import Row, typed, without_marks
+from video.formats._values import Row, typed, without_media_marks
 from video.records import VideoSample
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
@@ -27,7 +27,7 @@ def video_r1(row: Row, name: str) -> list[VideoSample]:
     used = ("problem_id", "problem", "data_type", "problem_type", "options", "path", "solution", "process")
     sample = VideoSample(
         id=row_id(row, name, "problem_id"),
-        question=without_marks(text(row, "problem")),
+        question=without_media_marks(text(row, "problem")),
         video=path if kind == "video" else None,
         images=(path,) if kind == "image" else (),
         options=plain_options([str(o) for o in typed(row, "options", list, [])]),

@@ -9,7 +9,7 @@ from typing import Any
 from mmrl.jsonl import RowError
 from mmrl.registry import register
 from mmrl.rows import rest, row_id, rows, text
-from video.formats._values import Row, box, pairs, typed, whole, without_marks
+from video.formats._values import Row, box, pairs, typed, whole, without_media_marks
 from video.records import BoxLabel, VideoSample
 
 _FINAL = re.compile(r"FINAL_ANSWER\s*:\s*(.+)", re.DOTALL)
@@ -29,7 +29,7 @@ def videocom(row: Row, name: str) -> list[VideoSample]:
     if len(turns) < 2 or roles != ["human", "assistant"] * (len(turns) // 2):
         raise RowError(f"bad conversations: turns of {roles} are not human, assistant, human, assistant ..")
     said = [text(t, "value") for t in turns]
-    question, options = split_options(without_marks(said[0]))
+    question, options = split_options(without_media_marks(said[0]))
     final = _FINAL.search(said[-1])
     if final is None:
         raise RowError("no answer: the last text of 'conversations' holds no FINAL_ANSWER")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrl.jsonl import Quarantined, RowError, read_rows
+from mmrl.jsonl import Quarantined, read_rows
+from mmrl.pictures import check_image, resolve
 from mmrl.questions import Columns, check_answer, read_question, told_columns
 from mmrl.rewards.answers import right_answer
 from mmrl.rollout import Answer, Prompt, Sample
 from mmrl.rows import row_id
-from vision.images import ImageError, check_image, resolve
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +85,12 @@ def answered(samples: Sequence[Sample]) -> float:
 def load_prompts(
     file: str | Path, make: Callable[[Mapping[str, Any], str], Prompt], *, max_bad: float, limit: int | None = None
 ) -> tuple[list[Prompt], list[Quarantined]]:
-    """Prompts of a JSON-lines file and the rows set aside. `make(row, "file:row")` raises RowError or ImageError.
+    """Prompts of a JSON-lines file and the rows set aside. `make(row, "file:row")` raises RowError.
 
     Raises:
         ValueError: the file is missing, has no usable row, or its share of bad rows is above `max_bad`.
     """
-    errors = (RowError, ImageError)
-    return read_rows(file, lambda *row: [make(*row)], max_bad=max_bad, key=lambda p: p.id, limit=limit, errors=errors)
+    return read_rows(file, lambda *row: [make(*row)], max_bad=max_bad, key=lambda p: p.id, limit=limit)
 
 
 def row_prompt(
@@ -100,7 +99,7 @@ def row_prompt(
     """The prompt of one row; `sizes` remembers pictures whose header was read.
 
     Raises:
-        RowError, ImageError: why the row cannot be used.
+        RowError: why it cannot be used.
     """
     question = read_question(row, columns)
     paths = [resolve(p, root) for p in question.images]

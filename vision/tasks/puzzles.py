@@ -67,7 +67,7 @@ def puzzle_prompt(row: Mapping[str, Any], name: str, root: Path, sizes: dict[Pat
     """The prompt of one puzzle.
 
     Raises:
-        RowError, ImageError: the row cannot be used; RowError too when the answer is not exactly one of the options.
+        RowError: the row cannot be used, also when the answer is not exactly one of the options.
     """
     prompt = row_prompt(row, name, _COLUMNS, root, sizes)
     options, answer = prompt.inputs.get("options", []), str(prompt.reference["answer"])

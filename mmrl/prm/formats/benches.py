@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
-from mmrl.jsonl import RowError
+from mmrl.jsonl import RowError, parse_object
 from mmrl.prm.records import SolutionRecord, plain_steps
 from mmrl.prm.records_io import record_from_json
 from mmrl.registry import register
@@ -14,6 +13,7 @@ from mmrl.rows import (
     Row,
     first_zero,
     images,
+    integer,
     optional_text,
     rest,
     row_id,
@@ -25,14 +25,13 @@ from mmrl.rows import (
 )
 
 _VERDICT = {1: 1.0, 0: None, -1: 0.0}
+_NUMBER = re.compile(r"\s*+([0-9]{1,9})\.\s++")
 
 
 @register("formats", "processbench")
 def processbench(row: Row, name: str) -> list[SolutionRecord]:
     """ProcessBench: `problem, steps, label` (first error, 0-based, -1 = none). Steps after it are unlabelled."""
-    steps, label = rows(row, "steps"), row.get("label")
-    if type(label) is not int:
-        raise RowError(f"bad label: {label!r} is no index of the first error")
+    steps, label = rows(row, "steps"), integer(row.get("label"), "label")
     correct = row.get("final_answer_correct")
     record = SolutionRecord(
         row_id(row, name), text(row, "problem"), plain_steps(steps), labels=up_to_first_error(label, len(steps)),
@@ -79,7 +78,11 @@ def prmbench(row: Row, name: str) -> list[SolutionRecord]:
 
 def numbered(steps: list[str]) -> list[str]:
     """Steps without their own number `k. ` in front."""
-    return [re.sub(rf"\A\s*{i}\.\s+", "", s) for i, s in enumerate(steps, start=1)]
+    found = [_NUMBER.match(s) for s in steps]
+    return [
+        s[number.end() :] if number and number[1] == str(i) else s
+        for i, (s, number) in enumerate(zip(steps, found, strict=True), start=1)
+    ]
 
 
 @register("formats", "visualprocessbench")
@@ -87,10 +90,7 @@ def visualprocessbench(row: Row, name: str) -> list[SolutionRecord]:
     """VisualProcessBench: `response{steps, process_correctness}` with 1, -1 and 0 = neutral, which is unlabelled."""
     response = row.get("response")
     if isinstance(response, str):
-        try:
-            response = json.loads(response)
-        except ValueError as error:
-            raise RowError("bad response: text that is no JSON") from error
+        response = parse_object(response.encode())
     if not isinstance(response, dict):
         raise RowError("bad response: no object with steps and process_correctness")
     steps, verdicts = rows(response, "steps"), rows(response, "process_correctness", int)

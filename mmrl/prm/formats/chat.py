@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from typing import Any
 
@@ -13,6 +12,7 @@ from mmrl.rows import (
     Row,
     first_zero,
     images,
+    integer,
     number,
     optional_text,
     rest,
@@ -27,6 +27,8 @@ _QUESTION = re.compile(r"\A\s*### Question:\n(.*?)\n\n### Solution Process:\n(.*
 _SECTION = re.compile(rf"\A\[({'|'.join(SECTIONS)})\]\s*")
 _TAGGED = re.compile(r"\A\s*<step_(\d+)>(.*)</step_\1>\s*\Z", re.DOTALL)
 _VERDICT = {"+": 1.0, "-": 0.0}
+# a list or tuple of a section and a step as Python or JSON writes it
+_PLACE = re.compile(r"""\s*+[\[(]\s*+(["'])([^"']{0,40}+)\1\s*+,\s*+(-?[0-9]{1,9})\s*+[\])]\s*+""")
 
 
 @register("formats", "visualprm")
@@ -120,9 +122,7 @@ def _pairs(turns: list[tuple[Any, Any]], asks: str, answers: str) -> tuple[list[
 
 def _counts(scored: Row, i: int) -> Counts:
     score = number(scored.get("score"), f"score of step {i}")
-    correct, total = scored.get("num_mc_correct"), scored.get("num_mc_total")
-    if type(correct) is not int or type(total) is not int:
-        raise RowError(f"bad counts: step {i} needs whole numbers num_mc_correct and num_mc_total")
+    correct, total = (integer(scored.get(f"num_mc_{what}"), f"counts: step {i}") for what in ("correct", "total"))
     if total and abs(score - correct / total) > 1e-3:
         raise RowError(f"score and counts differ: step {i} has score {score} and {correct} of {total}")
     return Counts(correct, total)
@@ -144,14 +144,13 @@ def _sectioned(turns: list[str]) -> tuple[Step, ...]:
 def _first_incorrect(value: Any, n_visual: int) -> int:
     """Absolute index from ("Visual Elements" | "Reasoning", k); -1 for None."""
     if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise RowError(f"bad first_incorrect_step: {value[:40]!r}") from error
+        place = _PLACE.fullmatch(value)
+        value = (place[2], int(place[3])) if place else None if value.strip() in ("None", "[]") else value
     if value is None or value == []:
         return -1
-    if not isinstance(value, list | tuple) or len(value) != 2 or type(value[1]) is not int:
+    if not isinstance(value, list | tuple) or len(value) != 2:
         raise RowError(f"bad first_incorrect_step: {str(value)[:40]!r} is no [section, step]")
-    if value[0] not in tuple(SECTIONS):
-        raise RowError(f"bad first_incorrect_step: unknown section {value[0]!r}")
-    return int(value[1]) + (n_visual if value[0] == "Reasoning" else 0)
+    section, step = value[0], integer(value[1], "first_incorrect_step")
+    if section not in tuple(SECTIONS) or step < 0:
+        raise RowError(f"bad first_incorrect_step: unknown section or step {str(value)[:80]!r}")
+    return step + (n_visual if section == "Reasoning" else 0)

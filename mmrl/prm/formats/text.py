@@ -7,7 +7,20 @@ from typing import Any, Literal
 from mmrl.jsonl import RowError
 from mmrl.prm.records import SolutionRecord, plain_steps
 from mmrl.registry import register
-from mmrl.rows import Row, first_zero, images, number, optional_text, rest, row_id, rows, same_length, text
+from mmrl.rows import (
+    Row,
+    check_total,
+    first_zero,
+    images,
+    integer,
+    number,
+    optional_text,
+    rest,
+    row_id,
+    rows,
+    same_length,
+    text,
+)
 
 Neutral = Literal["positive", "negative", "drop"]
 _MARK = "ки"
@@ -88,17 +101,22 @@ def trl_row(record: SolutionRecord) -> dict[str, Any]:
 def _expand(steps: list[Any], neutral: Neutral) -> list[list[tuple[str, float | None]]]:
     prefix: list[tuple[str, float | None]] = []
     found: list[list[tuple[str, float | None]]] = []
+    total = 0
     for step in steps:
-        completions = step.get("completions") or []
+        completions = rows(step, "completions", dict) if step.get("completions") is not None else []
         chosen = step.get("chosen_completion")
+        total += len(completions) * (len(prefix) + 1)
+        check_total(total)
         for i, c in enumerate(completions):
             if i != chosen:
                 found.append([*prefix, (text(c, "text"), _rating(c.get("rating"), neutral))])
         if chosen is not None:
-            if type(chosen) is not int or not 0 <= chosen < len(completions):
-                raise RowError(f"bad chosen_completion: {chosen!r} of {len(completions)} completions")
+            if not 0 <= integer(chosen, "chosen_completion") < len(completions):
+                raise RowError(f"bad chosen_completion: {chosen} of {len(completions)} completions")
             prefix.append((text(completions[chosen], "text"), _rating(completions[chosen].get("rating"), neutral)))
         elif step.get("human_completion"):
+            if not isinstance(step["human_completion"], dict):
+                raise RowError(f"bad human_completion: {str(step['human_completion'])[:80]!r} is no object")
             prefix.append((text(step["human_completion"], "text"), 1.0))
         else:
             break
@@ -109,7 +127,7 @@ def _expand(steps: list[Any], neutral: Neutral) -> list[list[tuple[str, float | 
 
 def _rating(value: Any, neutral: Neutral) -> float | None:
     if value not in (None, -1, 0, 1):
-        raise RowError(f"bad rating: {value!r} is none of -1, 0, 1")
+        raise RowError(f"bad rating: {str(value)[:40]!r} is none of -1, 0, 1")
     if value == 0:
         return {"positive": 1.0, "negative": 0.0, "drop": None}[neutral]
     return None if value is None else float(value == 1)

@@ -7,13 +7,14 @@ Filters of training sets (root value 0 or 1, short texts, balance) are no part o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from mmrl.jsonl import RowError
 from mmrl.prm.records import Counts, SolutionRecord, plain_steps
 from mmrl.prm.records_io import check_markers
 from mmrl.registry import register
-from mmrl.rows import Row, images, number, optional_text, rest, row_id, rows, same_length, text
+from mmrl.rows import Row, images, integer, number, optional_text, rest, row_id, rows, same_length, text
 
 PRM = "<prm>"
 Node = tuple[str, float, Counts | None]  # text, value, counts where the tree has them
@@ -95,7 +96,9 @@ def math_aps_flat(row: Row, name: str) -> list[SolutionRecord]:
         estimates.setdefault(prefix[len(question) :].strip(), []).append(value)
     values = {prefix: sum(v) / len(v) for prefix, v in estimates.items()}
     meta = {"root_value": values.pop("", None)}
-    paths = _unique([_chain(values, p) for p in values])
+    leaves = _leaves(values)
+    # longest first, as they are listed
+    paths = sorted(dict.fromkeys(leaves[p] for p in values if p in leaves), key=len, reverse=True)
     own, answer = row_id(row, name), optional_text(row, "final_answer")
     return _records(own, question, paths, "math_aps_flat", answer, (), meta)
 
@@ -112,25 +115,32 @@ def _paths(children: Sequence[tuple[Node, Row]], read: Any) -> Iterator[list[Nod
         stack += [[*path, (read(c), c)] for c in reversed(below)]
 
 
-def _chain(values: dict[str, float], leaf: str) -> list[Node]:
-    """The listed prefixes of `leaf` as steps, up to the first of value 0."""
+def _leaves(values: dict[str, float]) -> dict[str, tuple[Node, ...]]:
+    """Prefix -> the listed prefixes that it goes on from and itself as steps, up to the first of value 0.
+
+    Of every prefix that no other one extends.
+    """
+    order = sorted(values)  # what extends a prefix follows it
+    path: list[str] = []
+    leaves: dict[str, tuple[Node, ...]] = {}
+    for prefix, following in zip_longest(order, order[1:]):
+        while path and not prefix.startswith(path[-1]):
+            path.pop()
+        path.append(prefix)
+        if following is None or not following.startswith(prefix):
+            leaves[prefix] = _steps(path, values)
+    return leaves
+
+
+def _steps(path: Sequence[str], values: dict[str, float]) -> tuple[Node, ...]:
     nodes: list[Node] = []
     done = 0
-    for prefix in sorted((p for p in values if leaf.startswith(p)), key=len):
+    for prefix in path:
         nodes.append((prefix[done:].strip(), values[prefix], None))
         done = len(prefix)
         if values[prefix] <= 0:
             break
-    return nodes
-
-
-def _unique(paths: list[list[Node]]) -> list[list[Node]]:
-    """Without paths that are the start of another one, or equal to an earlier one."""
-    kept: list[list[Node]] = []
-    for path in sorted(paths, key=len, reverse=True):
-        if not any(k[: len(path)] == path for k in kept):
-            kept.append(path)
-    return kept
+    return tuple(nodes)
 
 
 def _records(
@@ -150,9 +160,9 @@ def _records(
 
 
 def _mm_node(node: Row) -> Node:
-    counts = rows(node, "counts", int) if "counts" in node else None
+    counts = None if node.get("counts") is None else [integer(c, "counts") for c in rows(node, "counts", int)]
     if counts is not None and len(counts) != 2:
-        raise RowError(f"bad counts: {counts} is no pair of correct and total")
+        raise RowError(f"bad counts: {str(counts)[:80]} is no pair of correct and total")
     value = number(node.get("mc_value"), "mc_value")
     return "\n\n".join(rows(node, "partial_solution")), value, Counts(*counts) if counts else None
 
