@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,26 +14,17 @@ from mmrl.rollout import BranchPlan, Place, Rollout, Sample
 from vision.attention import FLEX
 from vision.backbone import Backbone
 from vision.conversations import Conversations
-from vision.decode import Opened, grow, prefill
+from vision.driver import grow
+from vision.engine_hf import State, TransformersEngine
 from vision.engine_sync import SyncedEngine
-from vision.growth import Decoding, Node, PromptTokens
-from vision.kv import Layers, check_cache, cut, join
+from vision.engine_vllm import History
+from vision.growth import Decoding, GrowthRequest, Node, PromptTokens, Start
+from vision.kv import check_cache, cut
 from vision.network import run_trees
 from vision.packing import ancestors, leaf_rows
 from vision.passes import build_reading
 from vision.rollout_trees import RolloutTrees, open_places, place_batches
 from vision.step_rule import StepRule
-from vision.turns import Talk, grow_turns
-from vision.turns_engine import Talk as EngineTalk
-
-
-@dataclass(frozen=True)
-class _State:
-    """A state that has been run. prompt: its tokens, with the position of what comes next. logits: (V,) of that."""
-
-    prompt: PromptTokens
-    logits: Tensor
-    memory: Layers
 
 
 class Completions:
@@ -55,10 +46,7 @@ class Completions:
         chosen = [places[i] for i in going]
         for part in place_batches(rollout, chosen, settings.max_tokens, most=max(1, settings.max_batch // n)):
             own, own_seeds = [chosen[j] for j in part], [seeds[going[j]] for j in part]
-            if self._talks is not None:
-                nodes = self._turns(hf, rollout, own, n, decoding, own_seeds)
-            else:
-                nodes = self._steps(hf, rollout, own, n, decoding, own_seeds)
+            nodes = self._nodes(hf, rollout, own, n, decoding, own_seeds)
             for j, sample in self._samples(rollout, own, nodes):
                 out[going[part[j]]].append(sample)
         return out
@@ -78,38 +66,72 @@ class Completions:
 
     # Below, a node's `prompt` is the position of its place, and paths begin behind the place.
 
-    def _steps(
+    def _nodes(
         self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
     ) -> list[Node]:
-        whole = replace(decoding, max_steps=1)  # nobody asks where a completion's steps end
-        opened, prompts = self._opened(hf, rollout, places, decoding)
-        plan = BranchPlan({0: n}, n)
-        return grow(hf, prompts, plan, whole, self._rule, seeds, self._body.features, opened)
+        style = self._body.style
+        packed = style.plain and "flash" not in style.implementation
+        if packed:
+            states = self._states(hf, rollout, places)
+        if self._talks is None:
+            paths = [self._written(rollout, p) for p in places]
+            written = [min(len(ids), decoding.max_new_tokens - 1) for ids in paths]
+            tokens = self._encoded(rollout, places)
+            if not packed:
+                tokens = [t.followed_by(ids, "") for t, ids in zip(tokens, paths, strict=True)]
+            starts = [Start(i, sampled=k, state=states[i] if packed else None) for i, k in enumerate(written)]
+            decoding = replace(decoding, max_steps=1)  # nobody asks where a completion's steps end
+            request = GrowthRequest(tokens, BranchPlan({0: n}, n), decoding, self._rule, seeds, (), starts)
+        elif packed:
+            request = self._conversations(rollout, places, states, n, decoding, seeds)
+        else:
+            raise ValueError("conversations are completed from packed trees; load the model with attn: sdpa")
+        return grow(TransformersEngine(hf, self._body.features), request)
 
     def _engine_nodes(
         self, engine: SyncedEngine, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding,
         seeds: Sequence[int],
     ) -> list[Node]:  # fmt: skip
-        plan = BranchPlan({0: n}, n)
-        prompts = [rollout.prompts[p.prompt] for p in places]
-        tokens = [self._body.encode(p) for p in prompts]
-        if self._talks is None:
-            paths = [self._written(rollout, p) for p in places]
-            spelt = [self._body.tokenizer.decode(ids) for ids in paths]
-            begun = [t.followed_by(ids, text) for t, ids, text in zip(tokens, paths, spelt, strict=True)]
-            nodes = engine.grow(hf, begun, plan, replace(decoding, max_steps=1), self._rule, seeds)
-            for node in nodes:  # as if sampling had stopped where the room ends
-                node.ids = node.ids[: max(1, decoding.max_new_tokens - len(paths[node.prompt]))]
-            return nodes
-        talks: list[EngineTalk] = []
-        for i, place in enumerate(places):
-            talk = EngineTalk.begin(i, tokens[i])
-            for v in self._path(rollout, place):
-                talk = talk.wrote(self._trees.ids(rollout, v).tolist()).after(self._talks.observation(rollout, v))
+        tokens = self._encoded(rollout, places)
+        if self._talks is not None:
+            histories = [
+                History.of(
+                    t,
+                    [
+                        (self._trees.ids(rollout, v).tolist(), self._talks.observation(rollout, v))
+                        for v in self._path(rollout, p)
+                    ],
+                )
+                for t, p in zip(tokens, places, strict=True)
+            ]
+            return engine.grow(hf, self._conversations(rollout, places, histories, n, decoding, seeds))
+        paths = [self._written(rollout, p) for p in places]
+        spelt = [self._body.tokenizer.decode(ids) for ids in paths]
+        begun = [t.followed_by(ids, text) for t, ids, text in zip(tokens, paths, spelt, strict=True)]
+        whole = replace(decoding, max_steps=1)
+        nodes = engine.grow(hf, GrowthRequest(begun, BranchPlan({0: n}, n), whole, self._rule, seeds))
+        for node in nodes:  # as if sampling had stopped where the room ends
+            node.ids = node.ids[: max(1, decoding.max_new_tokens - len(paths[node.prompt]))]
+        return nodes
+
+    def _conversations(
+        self, rollout: Rollout, places: Sequence[Place], states: Sequence[Any], n: int, decoding: Decoding,
+        seeds: Sequence[int],
+    ) -> GrowthRequest:  # fmt: skip
+        """n conversations go on from each place."""
+        assert self._talks is not None
+        before = [self._talks.turns(rollout, p.step) for p in places]
+        starts = []
+        for i, (turns, state) in enumerate(zip(before, states, strict=True)):
+            sampled = sum(size for _, size in turns)
             # before the first turn the plan itself branches
-            talks += [replace(talk, slot=slot) for slot in range(1 if talk.depth == 0 else n)]
-        answer = self._talks.answers(prompts, tokens, [self._talks.turns(rollout, p.step) for p in places])
-        return engine.grow_turns(hf, tokens, plan, decoding, self._rule, seeds, answer, talks)
+            starts += [Start(i, len(turns), slot, sampled, state) for slot in range(n if turns else 1)]
+        prompts, tokens = [rollout.prompts[p.prompt] for p in places], self._encoded(rollout, places)
+        answers = self._talks.answers(prompts, tokens, before)
+        return GrowthRequest(tokens, BranchPlan({0: n}, n), decoding, self._rule, seeds, answers, starts)
+
+    def _encoded(self, rollout: Rollout, places: Sequence[Place]) -> list[PromptTokens]:
+        return [self._body.encode(rollout.prompts[p.prompt]) for p in places]
 
     def _samples(self, rollout: Rollout, places: Sequence[Place], nodes: Sequence[Node]) -> list[tuple[int, Sample]]:
         """(position of its place, sample) of every completion, what came before its place included."""
@@ -140,23 +162,7 @@ class Completions:
         ids = [self._trees.ids(rollout, v) for v in self._path(rollout, place)]
         return torch.cat([torch.empty(0, dtype=torch.int64), *ids])
 
-    def _opened(
-        self, hf: Any, rollout: Rollout, places: Sequence[Place], decoding: Decoding
-    ) -> tuple[Opened, list[PromptTokens]]:
-        paths = [self._written(rollout, p) for p in places]
-        written = [min(len(ids), decoding.max_new_tokens - 1) for ids in paths]
-        style = self._body.style
-        if style.plain and "flash" not in style.implementation:
-            states = self._states(hf, rollout, places)
-            past, mask = join([s.memory for s in states], states[0].logits.device)
-            logits = torch.stack([s.logits for s in states])
-            return Opened(logits, past, mask.long(), written), [s.prompt for s in states]
-        prompts = [
-            self._body.encode(rollout.prompts[p.prompt]).followed_by(i, "") for p, i in zip(places, paths, strict=True)
-        ]
-        return Opened(*prefill(hf, prompts, self._body.features), written), prompts
-
-    def _states(self, hf: Any, rollout: Rollout, places: Sequence[Place]) -> list[_State]:
+    def _states(self, hf: Any, rollout: Rollout, places: Sequence[Place]) -> list[State]:
         """Every place's state: all trees in one call, each token of theirs once."""
         style = self._body.style
         if style.implementation == FLEX:
@@ -175,7 +181,7 @@ class Completions:
         job = build_reading([x.tree for x in laid.values()], ends, "packed", style)
         logits, past = run_trees(hf, job, self._body.features)
         check_cache(past)
-        states: dict[int, _State] = {}
+        states: dict[int, State] = {}
         rows = iter(logits)
         for row, (g, own) in enumerate(owners.items()):
             tree = laid[g].tree
@@ -183,25 +189,5 @@ class Completions:
                 (columns,) = leaf_rows(tree.packed, [laid[g].after[places[i].step]])
                 after = int(tree.positions[..., columns].max()) + 1
                 memory = cut(past, row, columns.to(logits.device))
-                states[i] = _State(replace(prompts[g], next_position=after), next(rows), memory)
+                states[i] = State(memory, after, next(rows))
         return [states[i] for i in range(len(places))]
-
-    def _turns(
-        self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
-    ) -> list[Node]:
-        assert self._talks is not None
-        if not self._body.style.plain or "flash" in self._body.style.implementation:
-            raise ValueError("conversations are completed from packed trees; load the model with attn: sdpa")
-        states = self._states(hf, rollout, places)
-        before = [self._talks.turns(rollout, p.step) for p in places]
-        talks = []
-        for i, (place, state, turns) in enumerate(zip(places, states, before, strict=True)):
-            depth = 0 if place.step < 0 else int(rollout.tree.depth[place.step]) + 1
-            length = sum(tokens for _, tokens in turns)
-            for slot in range(1 if depth == 0 else n):  # before the first turn the plan itself branches
-                new = (i, -1, depth, slot, length, state.memory, state.logits, state.prompt.next_position)
-                talks.append(Talk(*new))
-        prompts = [rollout.prompts[p.prompt] for p in places]
-        tokens = [s.prompt for s in states]
-        answer = self._talks.answers(prompts, tokens, before)
-        return grow_turns(hf, tokens, BranchPlan({0: n}, n), decoding, seeds, answer, self._body.features, talks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmrl.rollout import Prompt, Rollout
 from vision.environment import Environment, Moment, Replay
-from vision.growth import Node, PromptTokens
+from vision.growth import Answer, Node, PromptTokens
 from vision.packing import ancestors
 
 
@@ -29,20 +29,19 @@ class Conversations:
         self,
         prompts: Sequence[Prompt],
         tokens: Sequence[PromptTokens],
-        before: Sequence[tuple[tuple[str, int], ...]] = (),
-    ) -> Callable[[list[Node], int], PromptTokens | None]:
-        """(nodes, index of one that ended) -> the observation after it, None where the conversation is over.
+        before: Sequence[tuple[tuple[str, int], ...]] | None = None,
+    ) -> list[Answer]:
+        """What answers the turns of each prompt.
 
-        before: per prompt, turns that were taken before the nodes begin, each its text and its number of tokens.
+        before: per prompt, turns that were taken before the sampled ones, each its text and its number of tokens.
         """
+        earlier = before or [()] * len(prompts)
+        return [self._answer(p, len(t.ids), e) for p, t, e in zip(prompts, tokens, earlier, strict=True)]
 
-        def answer(nodes: list[Node], v: int) -> PromptTokens | None:
-            path = [v]
-            while nodes[path[-1]].parent >= 0:
-                path.append(nodes[path[-1]].parent)
-            g = nodes[v].prompt
-            turns = (before[g] if before else ()) + tuple(self._turn(nodes[u].ids) for u in reversed(path))
-            return self._replay.after(prompts[g], len(tokens[g].ids), turns).answered.observation
+    def _answer(self, prompt: Prompt, size: int, before: tuple[tuple[str, int], ...]) -> Answer:
+        def answer(turns: Sequence[Sequence[int]]) -> PromptTokens | None:
+            taken = (*before, *(self._turn(ids) for ids in turns))
+            return self._replay.after(prompt, size, taken).answered.observation
 
         return answer
 

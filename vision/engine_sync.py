@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mmrl.reference import Adapted, bare
-from mmrl.rollout import BranchPlan
 from mmrl.sharding import is_sharded, whole
-from vision.growth import Decoding, Node, PromptTokens
-from vision.step_rule import StepRule
-from vision.turns import Answer
-from vision.turns_engine import Talk, grow_turns
-
-if TYPE_CHECKING:
-    from vision.engine_vllm import VllmEngine
+from vision.driver import grow
+from vision.engine_vllm import VllmEngine
+from vision.growth import GrowthRequest, Node
 
 
 class SyncedEngine:
@@ -30,53 +25,26 @@ class SyncedEngine:
         self.engine, self._shared = engine, shared
         self._stamp = -1
 
-    def grow(
-        self,
-        hf: Any,
-        prompts: Sequence[PromptTokens],
-        plan: BranchPlan,
-        decoding: Decoding,
-        rule: StepRule,
-        seeds: Sequence[int],
-    ) -> list[Node]:
-        """As vision.decode.grow, by the engine with the weights of `hf`.
+    def grow(self, hf: Any, request: GrowthRequest) -> list[Node]:
+        """The trees of `request`, by the engine with the weights of `hf`.
 
         The first call after an update hands the weights over. Where they are sharded that gathers them, one tensor
         at a time, on every rank: all ranks must make this call, and may differ in how many they make after it.
 
         Raises:
-            ValueError: several processes train against one server.
+            ValueError: several processes train against one server, or what the engine cannot sample.
         """
-        with self._awake(hf):
-            return self.engine.grow(prompts, plan, decoding, rule, seeds)
-
-    def grow_turns(
-        self,
-        hf: Any,
-        prompts: Sequence[PromptTokens],
-        plan: BranchPlan,
-        decoding: Decoding,
-        rule: StepRule,
-        seeds: Sequence[int],
-        answer: Answer,
-        talks: Sequence[Talk] | None = None,
-    ) -> list[Node]:
-        """As vision.turns.grow_turns, by the engine with the weights of `hf`, which follow as in `grow`.
-
-        `rule` is not asked: a step is a turn.
-
-        Raises:
-            ValueError: also what `vision.turns_engine.grow_turns` refuses.
-        """
-        with self._awake(hf):
-            return grow_turns(self.engine, prompts, plan, decoding, seeds, answer, talks)
+        with self._awake():
+            self._follow(hf)
+            return grow(self.engine, request)
 
     @contextmanager
-    def _awake(self, hf: Any) -> Iterator[None]:
+    def _awake(self) -> Iterator[None]:
         self.engine.wake()
-        self._follow(hf)
-        yield
-        self.engine.sleep()
+        try:
+            yield
+        finally:
+            self.engine.sleep()
 
     def _follow(self, hf: Any) -> None:
         stamp = sum(p._version for p in hf.parameters() if p.requires_grad)  # every in-place update counts up
@@ -105,8 +73,6 @@ def vllm_engine(
     films: bool = False,
 ) -> SyncedEngine:  # fmt: skip
     """vLLM in this process, or the server at `url`; see `vision.engine_vllm`."""
-    from vision.engine_vllm import VllmEngine
-
     if url:
         return SyncedEngine(VllmEngine.server(url, folder=folder, exchange=exchange or None), shared=True)
     engine = VllmEngine.in_process(

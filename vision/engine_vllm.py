@@ -3,7 +3,8 @@
 A path of the tree is one request: the prompt's ids with one placeholder per picture, then the sampled ids. vLLM
 expands the placeholders, finds the shared prefix in its block cache and encodes each picture once. Below the last fork
 a path is one request to its end; above it every step is a request that stops at the tokens which may end a step, so
-no token is sampled in vain and none is ever decoded and tokenised again.
+no token is sampled in vain and none is ever decoded and tokenised again. A turn of a conversation is a request, its
+whole history verbatim (ids as sampled and shown, pixels as our encoder made them) is the prompt.
 """
 
 from __future__ import annotations
@@ -11,36 +12,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mmrl.rollout import BranchPlan
 from mmrl.seeding import named_generator
-from vision.growth import Decoding, Node, PromptTokens
+from vision.growth import Decoding, GrowthRequest, PromptTokens, SampleRequest, TokenSample
 from vision.prompts import tokenise
-from vision.step_rule import StepRule
+from vision.step_rule import UnsureRule
 from vision.vllm_backends import Backend, Call, InProcess, Reply, Server
+from vision.vllm_media import Medium, media_of
 
 _NEVER = -1e9  # added to a banned logit: its probability is exactly 0 in float32, and JSON can carry it
-
-
-@dataclass
-class _Bud:
-    """A node that is being written. path: ids before it, after the prompt. slot: its first leaf's number."""
-
-    node: int
-    path: list[int]
-    slot: int
-    fresh: int  # children to sample at this place: the fork's factor, or 1 for a node that goes on
 
 
 class VllmEngine:
     """Grows trees with vLLM, with weights that follow the trainer's.
 
-    counts: what the last `grow` took: requests, sampled tokens, prompt tokens and how many of them were cached.
+    counts: what the last request for trees took: requests, sampled tokens, prompt tokens and how many were cached.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -96,28 +87,6 @@ class VllmEngine:
         """
         return cls(Server(url, folder, exchange, timeout_s))
 
-    def grow(
-        self,
-        prompts: Sequence[PromptTokens],
-        plan: BranchPlan,
-        decoding: Decoding,
-        rule: StepRule,
-        seeds: Sequence[int],
-    ) -> list[Node]:
-        """Sample the tree of every prompt; the same nodes and ends as vision.decode.grow makes, other random numbers.
-
-        `logp` are those of the sampling distribution (temperature applied, banned ids removed); nothing is truncated,
-        top-p and top-k stay off. A path's tokens depend on its prompt's seed alone, up to floating-point differences
-        between batches.
-
-        Raises:
-            ValueError: a prompt that leaves no room for `max_new_tokens`, a fork at temperature 0, a temperature vLLM
-                would change silently, or a prompt that vLLM expands to other tokens than our processor.
-            RuntimeError: a log-prob that is not finite.
-        """
-        self.begin(prompts, plan, decoding)
-        return _Growth(self, prompts, plan, decoding, rule, seeds).run()
-
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over the trainer's weights: (name, tensor) as in the transformers model's `state_dict().items()`.
 
@@ -135,7 +104,7 @@ class VllmEngine:
         self.backend.load_adapter(Path(folder))
 
     def sleep(self) -> None:
-        """Give the device's memory back: weights to the host, cache dropped. Wake before `grow` and `sync`.
+        """Give the device's memory back: weights to the host, cache dropped. Wake before sampling and `sync`.
 
         Nothing happens where there is nothing to give back: not started yet, asleep, a server without sleep mode.
         """
@@ -149,15 +118,24 @@ class VllmEngine:
         """Stop an engine of this process; a server runs on."""
         self.backend.close()
 
-    def begin(self, prompts: Sequence[PromptTokens], plan: BranchPlan, d: Decoding) -> None:
-        """Refuse what vLLM would change silently, and begin `counts` anew."""
-        for i, prompt in enumerate(prompts):
-            self.check_room(f"prompt {i}", len(prompt.ids), d.max_new_tokens)
-        if d.temperature == 0 and plan.splits:
+    def open(self, request: GrowthRequest) -> Requests:
+        """Begin work on trees; see `vision.growth.Engine`. Nothing is truncated, top-p and top-k stay off.
+
+        A path's tokens depend on its prompt's seed alone, up to floating-point differences between batches.
+
+        Raises:
+            ValueError: a fork at temperature 0, a temperature that vLLM would change silently, steps that begin where
+                the policy is unsure, conversations about pictures of a model that is no Qwen-VL.
+        """
+        d = request.decoding
+        if isinstance(request.rule, UnsureRule):
+            raise ValueError("vLLM does not tell entropies while it samples; take another rule of steps")
+        if d.temperature == 0 and request.plan.splits:
             raise ValueError("temperature 0 makes all children of a fork equal; sample with one above 0")
         if 0 < d.temperature < 0.01 or d.temperature > 2:
             raise ValueError(f"temperature={d.temperature}: vLLM samples at 0 or between 0.01 and 2")
         self.counts = Counter()
+        return Requests(self, request)
 
     def check_room(self, what: str, length: int, new: int) -> None:
         """Raise ValueError unless `new` tokens fit behind `length` ones: vLLM would sample fewer."""
@@ -198,81 +176,87 @@ def sampling(d: Decoding, stop: Sequence[int], seed: int, *, n: int, max_tokens:
     return told
 
 
-class _Growth:
-    """One call of `grow`: rounds of requests until no node is open."""
+@dataclass(frozen=True)
+class History:
+    """A path with its prompt: ids as the model sees them, and in conversations the pictures and films among them."""
 
-    def __init__(
-        self, engine: VllmEngine, prompts: Sequence[PromptTokens], plan: BranchPlan,
-        decoding: Decoding, rule: StepRule, seeds: Sequence[int],
-    ) -> None:  # fmt: skip
-        self.engine, self.prompts, self.plan = engine, prompts, plan
-        self.decoding, self.rule, self.seeds = decoding, rule, seeds
-        self.nodes: list[Node] = []
-        self.step_ids = rule.candidates.nonzero().flatten().tolist()
-        self.may_end = frozenset(self.step_ids)
-        self.eos = frozenset(decoding.eos)
-        self.last_fork = max((d for d in plan.splits if d < decoding.max_steps), default=0)
-        tokenizer = engine.backend.tokenizer
-        self.short = [tokenise(tokenizer, p.text).tolist() if p.images else p.ids.tolist() for p in prompts]
+    ids: list[int]
+    media: list[Medium] = field(default_factory=list)
 
-    def run(self) -> list[Node]:
-        buds = [self._bud(g, -1, 0, [], 0) for g in range(len(self.prompts))]
-        while buds:
-            replies = self.engine.backend.generate([self._call(b) for b in buds])
-            grown = []
-            for bud, reply in zip(buds, replies, strict=True):
-                node = self.nodes[bud.node]
-                self.engine.account(node.prompt, self.prompts[node.prompt].ids.tolist() + bud.path + node.ids, reply)
-                grown += self._attach(bud, reply)
-            buds = grown
-        return self.nodes
+    @classmethod
+    def of(cls, prompt: PromptTokens, turns: Iterable[tuple[Sequence[int], PromptTokens]] = ()) -> History:
+        """A conversation: the prompt, and turns with the observations behind them."""
+        history = cls(prompt.ids.tolist(), media_of(prompt))
+        for ids, observation in turns:
+            history = history.wrote(ids).shown(observation)
+        return history
 
-    def _bud(self, prompt: int, parent: int, depth: int, path: list[int], slot: int) -> _Bud:
-        """The place where the children of `parent` start; its first child is made at once."""
-        self.nodes.append(Node(prompt, parent, depth))
-        return _Bud(len(self.nodes) - 1, path, slot, self.plan.factor(depth))
+    def wrote(self, ids: Sequence[int]) -> History:
+        """With more tokens behind it."""
+        return History([*self.ids, *ids], self.media)
 
-    def _call(self, bud: _Bud) -> Call:
-        node, d = self.nodes[bud.node], self.decoding
-        path = bud.path + node.ids
-        uncut = node.depth + 1 >= d.max_steps or (node.depth >= self.last_fork and d.stop_after is None)
-        stop = d.eos if uncut else [*d.eos, *self.step_ids]
-        seed = named_generator(self.seeds[node.prompt], bud.slot, len(path)).initial_seed()
-        told = sampling(d, stop, seed, n=bud.fresh, max_tokens=d.max_new_tokens - len(path))
-        return Call(self.short[node.prompt] + path, self.prompts[node.prompt].images, told)
+    def shown(self, observation: PromptTokens) -> History:
+        """With an observation behind it."""
+        more = [m.at(len(self.ids)) for m in media_of(observation)]
+        return History(self.ids + observation.ids.tolist(), self.media + more)
 
-    def _attach(self, bud: _Bud, reply: Reply) -> list[_Bud]:
-        """Write the samples of one reply into the tree; returns the places where it grows on."""
-        first = self.nodes[bud.node]
-        stride = self.plan.leaves // self.plan.width(first.depth + 1)
-        grown: list[_Bud] = []
-        for i, (ids, logp) in enumerate(reply.samples):
-            at = bud.node
-            if i:
-                self.nodes.append(Node(first.prompt, first.parent, first.depth))
-                at = len(self.nodes) - 1
-            grown += self._write(at, bud.path, bud.slot + i * stride, ids, logp)
-        return grown
 
-    def _write(self, at: int, path: list[int], slot: int, ids: list[int], logp: list[float]) -> list[_Bud]:
-        """Cut one sample into nodes, as vision.decode does token by token."""
-        d, node, path = self.decoding, self.nodes[at], list(path)
-        length = len(path) + len(node.ids)
-        for k, (token, lp) in enumerate(zip(ids, logp, strict=True), start=1):
-            node.ids.append(token)
-            node.logp.append(lp)
-            length += 1
-            if token in self.eos:
-                node.end = "eos"
-            elif length == d.max_new_tokens:
-                node.end = "length"
-            elif node.depth + 1 < d.max_steps and token in self.may_end and self.rule.ends_step(node.ids):
-                node.end = "step"
-                if node.depth + 1 == d.stop_after:
-                    return []
-                path += node.ids
-                bud = self._bud(node.prompt, at, node.depth + 1, path, slot)
-                if k == len(ids):
-                    return [bud]
-                path, at, node = list(path), bud.node, self.nodes[bud.node]
-        return [_Bud(at, path, slot, 1)] if node.end == "open" else []
+class Requests:
+    """An engine at work: the requests of one round are one batch. The state of a sample is its history."""
+
+    whole_steps = True
+
+    def __init__(self, engine: VllmEngine, request: GrowthRequest) -> None:
+        self._engine, self._prompts, self._seeds = engine, request.prompts, request.seeds
+        self._decoding, self._turns = request.decoding, bool(request.answers)
+        self._step_ids = request.rule.candidates.nonzero().flatten().tolist()
+        if self._turns:
+            self._begun = [History.of(p) for p in request.prompts]
+        else:
+            self._begun = [History(p.ids.tolist()) for p in request.prompts]
+            tokenizer = engine.backend.tokenizer
+            # with one placeholder for each picture
+            self._short = [
+                tokenise(tokenizer, p.text).tolist() if p.images else p.ids.tolist() for p in request.prompts
+            ]
+
+    def generate(self, requests: Sequence[SampleRequest], *, again: bool = False) -> list[list[TokenSample]]:
+        """See `vision.growth.Session`; nothing is drawn again.
+
+        Raises:
+            ValueError: a path that leaves no room, or a prompt that vLLM expands to other tokens than our processor.
+            RuntimeError: a log-prob that is not finite, or a sample that vLLM broke off.
+        """
+        assert not again
+        histories = [self._history(r) for r in requests]
+        calls = [self._call(r, h) for r, h in zip(requests, histories, strict=True)]
+        replies = self._engine.backend.generate(calls)
+        return [self._samples(*one) for one in zip(requests, histories, calls, replies, strict=True)]
+
+    def keep(self, state: History) -> History:
+        """The same: histories hold."""
+        return state
+
+    def _history(self, request: SampleRequest) -> History:
+        history: History = self._begun[request.prompt] if request.state is None else request.state
+        return history if request.observation is None else history.shown(request.observation)
+
+    def _call(self, request: SampleRequest, history: History) -> Call:
+        g, d = request.prompt, self._decoding
+        what = f"prompt {g}: the conversation" if self._turns else f"prompt {g}"
+        self._engine.check_room(what, len(history.ids), request.room)
+        stop = [*d.eos, *self._step_ids] if request.step_by_step else d.eos
+        seed = named_generator(self._seeds[g], request.slots[0], request.sampled).initial_seed()
+        told = sampling(d, stop, seed, n=len(request.slots), max_tokens=request.room)
+        if self._turns:
+            return Call(history.ids, (), told, history.media)
+        path = history.ids[len(self._prompts[g].ids) :]
+        return Call(self._short[g] + path, self._prompts[g].images, told)
+
+    def _samples(self, request: SampleRequest, history: History, call: Call, reply: Reply) -> list[TokenSample]:
+        self._engine.account(request.prompt, history.ids, reply)
+        for ids, _ in reply.samples:
+            if len(ids) < request.room and ids[-1] not in call.sampling["stop_token_ids"]:
+                what = "turn" if self._turns else "step"
+                raise RuntimeError(f"prompt {request.prompt}: vLLM broke a {what} off after {len(ids)} tokens")
+        return [TokenSample(ids, logp, history.wrote(ids)) for ids, logp in reply.samples]

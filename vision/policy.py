@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,14 +31,13 @@ from mmrl.seeding import named_generator
 from mmrl.sharding import is_sharded
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.answers import AnswerTrees
-from vision.attention import FLEX, attend_by
 from vision.backbone import Backbone, trainable_model
 from vision.completion import Completions
 from vision.conversations import Conversations
-from vision.decode import grow
+from vision.engine_hf import grow_in_parts, sampling_mode
 from vision.engine_sync import SyncedEngine, vllm_engine
 from vision.environment import Environment
-from vision.growth import Decoding, Node, PromptTokens
+from vision.growth import Decoding, GrowthRequest, Node, PromptTokens
 from vision.loading import banned_ids, eos_ids, load_processor, save, tokenizer_of
 from vision.network import Network, kl_job, run_job
 from vision.packing import ancestors
@@ -47,7 +46,6 @@ from vision.prompts import PromptEncoder
 from vision.rollout_trees import RolloutTrees, step_batches
 from vision.settings import TOKEN_DEFAULTS, Settings
 from vision.step_rule import StepRule, step_rule
-from vision.turns import grow_turns
 
 
 class VisionPolicy:
@@ -170,42 +168,28 @@ class VisionPolicy:
         """Sample a tree of steps per prompt; depends on (seed, iteration, prompt id) alone."""
         tokens = [self.encode(p) for p in prompts]
         seeds = [named_generator(seed, iteration, p.id).initial_seed() for p in prompts]
-        nodes = self._grow(prompts, tokens, plan, self.decoding, seeds)
+        nodes = self._grow(self._request(prompts, tokens, plan, self.decoding, seeds))
         about = {"seed": seed, "iteration": iteration, "temperature": self.decoding.temperature}
         return self._as_rollout(prompts, tokens, nodes, about)
 
-    def _grow(
+    def _request(
         self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding,
         seeds: Sequence[int],
-    ) -> list[Node]:  # fmt: skip
-        if self._engine is not None and self._talks is not None:
-            return self._engine.grow_turns(
-                self._network.hf, tokens, plan, decoding, self.rule, seeds, self._talks.answers(prompts, tokens)
-            )
-        if self._engine is not None:
-            return self._engine.grow(self._network.hf, tokens, plan, decoding, self.rule, seeds)
-        with self._sampling(self._network) as network:
-            return self._grow_by(network, prompts, tokens, plan, decoding, seeds)
+    ) -> GrowthRequest:  # fmt: skip
+        answers = () if self._talks is None else self._talks.answers(prompts, tokens)
+        return GrowthRequest(tokens, plan, decoding, self.rule, seeds, answers)
 
-    def _grow_by(
-        self, network: nn.Module, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan,
-        decoding: Decoding, seeds: Sequence[int],
-    ) -> list[Node]:  # fmt: skip
-        """In parts of at most `max_batch` leaves; prompts of like length together would pad less, order is kept."""
-        size = max(1, self.settings.max_batch // plan.leaves)
-        nodes: list[Node] = []
-        for a in range(0, len(tokens), size):
-            own = (tokens[a : a + size], plan, decoding)
-            if self._talks is None:
-                part = network(grow, *own, self.rule, seeds[a : a + size], self._body.features)
-            else:
-                answer = self._talks.answers(prompts[a : a + size], own[0])
-                part = network(grow_turns, *own, seeds[a : a + size], answer, self._body.features)
-            nodes += _behind(nodes, part, a)
+    def _grow(self, request: GrowthRequest) -> list[Node]:
+        if self._engine is not None:
+            return self._engine.grow(self._network.hf, request)
+        return self._grow_by(self._network, request)
+
+    def _grow_by(self, network: nn.Module, request: GrowthRequest) -> list[Node]:
+        with self._sampling(network):
+            nodes: list[Node] = network(grow_in_parts, request, self._body.features, self.settings.max_batch)
         return nodes
 
-    @contextmanager
-    def _sampling(self, network: nn.Module) -> Iterator[nn.Module]:
+    def _sampling(self, network: nn.Module) -> AbstractContextManager[None]:
         """The network, set to sample inside the block."""
         if is_sharded(network):
             raise RuntimeError(
@@ -213,13 +197,7 @@ class VisionPolicy:
                 "ranks make unequal numbers of them; set policy.engine: vllm"
             )
         assert isinstance(network, Network)
-        flex = self._body.style.implementation == FLEX
-        network.hf.eval()
-        if flex:
-            attend_by(bare(network.hf), "sdpa")
-        yield network
-        if flex:
-            attend_by(bare(network.hf), FLEX)
+        return sampling_mode(network.hf, self._body.style.implementation)
 
     def _as_rollout(
         self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], nodes: Sequence[Node], about: dict[str, Any]
@@ -291,7 +269,7 @@ class VisionPolicy:
         decoding = replace(self.decoding, temperature=self.settings.eval_temperature, max_steps=turns)
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
         tokens = [self.encode(p) for p in prompts]
-        nodes = self._grow(prompts, tokens, BranchPlan({0: 1}), decoding, seeds)
+        nodes = self._grow(self._request(prompts, tokens, BranchPlan({0: 1}), decoding, seeds))
         if self._talks is not None:
             return self.samples(self._as_rollout(prompts, tokens, nodes, {}))
         texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
@@ -317,7 +295,7 @@ class VisionPolicy:
         decoding = replace(self.decoding, temperature=heat, stop_after=steps)
         tokens = [self.encode(s.prompt).followed_by(self._ids_of(s), s.text) for s in states]
         seeds = [named_generator(seed, s.prompt.id, s.text).initial_seed() for s in states]
-        nodes = self._grow([s.prompt for s in states], tokens, BranchPlan({0: n}), decoding, seeds)
+        nodes = self._grow(self._request([s.prompt for s in states], tokens, BranchPlan({0: n}), decoding, seeds))
         texts = self.tokenizer.batch_decode([x.ids for x in nodes], skip_special_tokens=True)
         inner = {x.parent for x in nodes}
         parent = [x.parent for x in nodes]
@@ -465,8 +443,8 @@ class VisionPolicy:
         finish = Completions(self._body, self._trees, self._talks, self.rule)
         if self._engine is not None:
             return finish.by_engine(self._engine, self._network.hf, rollout, places, n, decoding, seeds)
-        with self._sampling(self._network) as network:
-            done: list[list[Sample]] = network(finish.run, rollout, places, n, decoding, seeds)
+        with self._sampling(self._network):
+            done: list[list[Sample]] = self._network(finish.run, rollout, places, n, decoding, seeds)
         return done
 
     def _respelt(self, rollout: Rollout) -> Rollout:
@@ -545,8 +523,8 @@ class VisionPolicy:
         tokens = [self.encode(p) for p in prompts]
         seeds = [named_generator(seed, "initial", p.id).initial_seed() for p in prompts]
         plan = BranchPlan({0: n}, n)
-        with self._reference.applied(self.model, self._network.hf) as model, self._sampling(model) as network:
-            nodes = self._grow_by(network, prompts, tokens, plan, self.decoding, seeds)
+        with self._reference.applied(self.model, self._network.hf) as model:
+            nodes = self._grow_by(model, self._request(prompts, tokens, plan, self.decoding, seeds))
         rollout = self._as_rollout(prompts, tokens, nodes, {})
         out: list[list[Sample]] = [[] for _ in prompts]
         for sample in self.samples(rollout):
@@ -581,14 +559,6 @@ class VisionPolicy:
 
 def _told(prompt: Prompt, instruction: str) -> str:
     return f"{prompt.inputs.get('question', '')}\n{instruction}"
-
-
-def _behind(nodes: Sequence[Node], part: list[Node], prompts: int) -> list[Node]:
-    """The nodes of a part, renamed to stand behind `nodes` and so many prompts."""
-    for n in part:
-        n.prompt += prompts
-        n.parent += len(nodes) if n.parent >= 0 else 0
-    return part
 
 
 def text_states(parent: Sequence[int], group: Sequence[int], texts: Sequence[str]) -> dict[str, list[int]]:

@@ -36,10 +36,10 @@ class Twin:
         self.base = load_model(folder)
         self.hf: Any = self.base
 
-    def grow(self, *arguments: Any) -> Any:
-        from vision.decode import grow
+    def open(self, request: Any) -> Any:
+        from vision.engine_hf import TransformersEngine
 
-        return grow(self.hf, *arguments, None) if arguments[0] else []
+        return TransformersEngine(self.hf).open(request)
 
     def sync(self, weights: Any) -> None:
         self.hf.load_state_dict(dict(weights))

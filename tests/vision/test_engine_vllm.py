@@ -14,10 +14,11 @@ from families import picture, processor_for, tokenizer_for
 
 from mmrl.losses.mismatch import mismatch, truncated_importance
 from mmrl.rollout import BranchPlan, Prompt
-from vision.decode import grow as grow_with_transformers
+from vision.driver import grow
+from vision.engine_hf import TransformersEngine
 from vision.engine_sync import SyncedEngine
 from vision.engine_vllm import VllmEngine
-from vision.growth import Decoding
+from vision.growth import Decoding, GrowthRequest
 from vision.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of
 from vision.lora import add_lora
 from vision.network import masked_scores
@@ -60,7 +61,7 @@ class Bench:
         self.engine = start(self.folder)
 
     def grow(self, seeds=(1, 2), plan=PLAN, decoding=None):
-        return self.engine.grow(self.prompts, plan, decoding or self.decoding, self.rule, seeds)
+        return grow(self.engine, GrowthRequest(self.prompts, plan, decoding or self.decoding, self.rule, seeds))
 
     def teacher(self, nodes, decoding=None):
         """(T,) transformers' log-probs of the nodes' tokens, one full forward per node."""
@@ -168,7 +169,7 @@ def test_logp_equal_teacher_forcing(bench):
 def test_equal_seeds_give_equal_trees_in_any_batch(bench):
     both, again = bench.grow(), bench.grow()
     assert [n.ids for n in both] == [n.ids for n in again]
-    alone = bench.engine.grow(bench.prompts[1:], PLAN, bench.decoding, bench.rule, (2,))
+    alone = grow(bench.engine, GrowthRequest(bench.prompts[1:], PLAN, bench.decoding, bench.rule, (2,)))
     assert [n.ids for n in alone] == [n.ids for n in both if n.prompt == 1]
     assert [n.ids for n in bench.grow(seeds=(3, 4))] != [n.ids for n in both]
 
@@ -176,7 +177,9 @@ def test_equal_seeds_give_equal_trees_in_any_batch(bench):
 def test_greedy_equals_transformers(bench):
     greedy = Decoding(0.0, 40, 1, bench.decoding.banned, bench.decoding.eos)
     got = bench.grow(plan=BranchPlan({0: 1}), decoding=greedy)
-    want = grow_with_transformers(bench.hf, bench.prompts, BranchPlan({0: 1}), greedy, bench.rule, (1, 2))
+    want = grow(
+        TransformersEngine(bench.hf), GrowthRequest(bench.prompts, BranchPlan({0: 1}), greedy, bench.rule, (1, 2))
+    )
     assert [(n.ids, n.end) for n in got] == [(n.ids, n.end) for n in want]
     torch.testing.assert_close(stored(got), stored(want), atol=EXACT, rtol=0)
 

@@ -243,10 +243,10 @@ class Twin:
     def __init__(self, folder):
         self.hf, self.syncs = load_model(folder), 0
 
-    def grow(self, *arguments):
-        from vision.decode import grow
+    def open(self, request):
+        from vision.engine_hf import TransformersEngine
 
-        return grow(self.hf, *arguments, None) if arguments[0] else []
+        return TransformersEngine(self.hf).open(request)
 
     def sync(self, weights):
         self.hf.load_state_dict(dict(weights))

@@ -10,22 +10,23 @@ from families import family_folder, picture, tokenizer_for
 from film_album import FilmAlbum, film, prompts, still
 
 from mmrl.rollout import BranchPlan, Place
+from vision.driver import grow
+from vision.engine_hf import TransformersEngine
 from vision.engine_sync import SyncedEngine
 from vision.engine_vllm import VllmEngine
-from vision.growth import Decoding, PromptTokens
+from vision.growth import Decoding, GrowthRequest, PromptTokens
 from vision.loading import load_model, load_processor, tokenizer_of
 from vision.network import masked_scores
 from vision.passes import TokenTree
 from vision.policy import VisionPolicy
 from vision.settings import Settings
 from vision.step_rule import step_rule
-from vision.turns import grow_turns as grow_with_transformers
-from vision.turns_engine import grow_turns
 from vision.vllm_backends import Call, Reply, Server
 from vision.vllm_media import media_of, rotary, take_positions
 
 TOKENIZER = tokenizer_for("text")
 END = TOKENIZER.eos_token_id
+RULE = step_rule(TOKENIZER, "line")  # not asked: a step is a turn
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "text")
 
 
@@ -67,13 +68,14 @@ def run(says, plan, shows, *, given=("q:",), seeds=(5,), **more):
     script = Script(says)
     told = {"temperature": 1.0, "max_new_tokens": 9, "max_steps": 4, "eos": (END,)} | more
 
-    def answer(nodes, v):
-        seen = shows.get(TOKENIZER.decode(nodes[v].ids, skip_special_tokens=True))
+    def answer(turns):
+        seen = shows.get(TOKENIZER.decode(turns[-1], skip_special_tokens=True))
         return None if seen is None else piece(seen)
 
     pieces = [piece(t) for t in given]
-    nodes = grow_turns(VllmEngine(script), pieces, BranchPlan(plan), Decoding(**told), seeds, answer)
-    return nodes, script
+    answers = [answer] * len(pieces)
+    request = GrowthRequest(pieces, BranchPlan(plan), Decoding(**told), RULE, seeds, answers)
+    return grow(VllmEngine(script), request), script
 
 
 def shown(nodes):
@@ -152,8 +154,10 @@ def test_sampled_ids_stay_though_their_text_would_be_other_tokens():
 
     start = PromptTokens(torch.tensor([1]), torch.zeros(1, dtype=torch.int64), torch.arange(1), 1)
     follows = PromptTokens(seen, torch.zeros_like(seen), torch.arange(2), 2)
-    decoding = Decoding(1.0, 5, 3, (), (3,))
-    nodes = grow_turns(VllmEngine(Sampler()), [start], BranchPlan({0: 1}), decoding, (1,), lambda nodes, v: follows)
+    request = GrowthRequest(
+        [start], BranchPlan({0: 1}), Decoding(1.0, 5, 3, (), (3,)), RULE, (1,), [lambda turns: follows]
+    )
+    nodes = grow(VllmEngine(Sampler()), request)
     assert [c.ids for c in calls] == [[1], [1, 0, 1, 3, 1, 0], [1, 0, 1, 3, 1, 0, 0, 1, 3, 1, 0]]
     assert [n.ids for n in nodes] == [sampled] * 3
 
@@ -171,14 +175,9 @@ def test_what_vllm_saw_must_be_the_history():
     script = Script({})
     script.generate = lambda calls: [Reply(c.ids[:-1], 0, [([END], [-1.0])]) for c in calls]
     with pytest.raises(ValueError, match="vLLM sees 1 tokens, our processor made 2"):
-        grow_turns(
-            VllmEngine(script),
-            [piece("q:")],
-            BranchPlan({0: 1}),
-            Decoding(1.0, 9, 4, (), (END,)),
-            (1,),
-            lambda n, v: None,
-        )
+        decoding = Decoding(1.0, 9, 4, (), (END,))
+        request = GrowthRequest([piece("q:")], BranchPlan({0: 1}), decoding, RULE, (1,), [lambda turns: None])
+        grow(VllmEngine(script), request)
 
 
 def test_a_server_takes_no_media():
@@ -276,10 +275,10 @@ def test_greedy_conversations_are_those_of_the_transformers_decoder(family, file
     rows = prompts() if family == "text" else prompts(files)
     tokens = [policy.encode(p) for p in rows]
     greedy = replace(policy.decoding, temperature=0.0)
-    answer = policy._talks.answers(rows, tokens)
-    want = grow_with_transformers(policy.model.hf.eval(), tokens, BranchPlan({0: 1}), greedy, (1, 2), answer)
-    backend = Transformers(policy.model.hf, greedy.banned)
-    got = grow_turns(VllmEngine(backend), tokens, BranchPlan({0: 1}), greedy, (1, 2), answer)
+    answers = policy._talks.answers(rows, tokens)
+    request = GrowthRequest(tokens, BranchPlan({0: 1}), greedy, policy.rule, (1, 2), answers)
+    want = grow(TransformersEngine(policy.model.hf.eval()), request)
+    got = grow(VllmEngine(Transformers(policy.model.hf, greedy.banned)), request)
     assert [(n.prompt, n.parent, n.depth, n.ids, n.end, n.observed) for n in got] == [
         (n.prompt, n.parent, n.depth, n.ids, n.end, n.observed) for n in want
     ]
@@ -298,6 +297,19 @@ def test_the_update_sees_what_the_engine_sampled(family, files):
     assert kinds == (set() if family == "text" else {"image", "video"})
     out = policy.log_probs(rollout, torch.arange(len(rollout.tree)))
     torch.testing.assert_close(out.logp, rollout.actions.logp[out.index], atol=2e-5, rtol=0)
+
+
+def test_an_engine_sleeps_after_an_error_too():
+    policy, _ = policy_of("text")
+    backend = with_engine(policy)
+
+    def fail(calls):
+        raise OSError("the engine is gone")
+
+    backend.generate = fail
+    with pytest.raises(OSError, match="is gone"):
+        policy.rollout(prompts(), BranchPlan({0: 1}), seed=0)
+    assert backend.calls[0] == "wake" and backend.calls[-1] == "sleep"
 
 
 def test_media_of_earlier_turns_are_the_same_objects(files):

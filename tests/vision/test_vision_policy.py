@@ -265,6 +265,18 @@ def test_flex_attention_scores_as_sdpa_does(pictures):
         build(attn="mmrl_flex", mode="prefix_packed")
 
 
+def test_attention_is_as_before_after_sampling_failed():
+    policy = build("text", attn="mmrl_flex")
+
+    def fail(module, args, out):
+        raise OSError("no memory")
+
+    policy.model.hf.get_output_embeddings().register_forward_hook(fail)
+    with pytest.raises(OSError, match="no memory"):
+        policy.rollout([Prompt("a", {"question": "count it"})], TREE, seed=0)
+    assert policy.model.hf.config._attn_implementation == "mmrl_flex"
+
+
 def test_images_for_a_text_model_are_refused(pictures, caplog):
     policy = build("text")
     assert policy.admit(prompts(pictures)) == []

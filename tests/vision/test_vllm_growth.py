@@ -7,8 +7,9 @@ import torch
 from families import tokenizer_for
 
 from mmrl.rollout import BranchPlan
+from vision.driver import grow as grow_with
 from vision.engine_vllm import VllmEngine
-from vision.growth import Decoding, PromptTokens
+from vision.growth import Decoding, GrowthRequest, PromptTokens
 from vision.step_rule import step_rule
 from vision.vllm_backends import Reply
 
@@ -60,8 +61,8 @@ class Script:
 def grow(says, plan, *, prompts=None, seeds=(5,), **more):
     script = Script(says)
     options = {"temperature": 1.0, "max_new_tokens": 40, "max_steps": 8, "banned": (PAD,), "eos": (END,)} | more
-    nodes = VllmEngine(script).grow(prompts or [prompt()], BranchPlan(plan), Decoding(**options), RULE, seeds)
-    return nodes, script
+    request = GrowthRequest(prompts or [prompt()], BranchPlan(plan), Decoding(**options), RULE, seeds)
+    return grow_with(VllmEngine(script), request), script
 
 
 def shown(nodes):
@@ -107,7 +108,7 @@ def test_limits_end_paths_as_the_transformers_decoder_does():
 
 
 def test_paths_are_left_open_after_so_many_steps():
-    """As vision.decode does: what `extend(steps=..)` asks for."""
+    """As with transformers: what `extend(steps=..)` asks for."""
     nodes, script = grow({"q:": ["a\nb\nc", "<|end|>"], "q:a\n": ["b\nc"]}, {0: 2}, stop_after=2)
     assert shown(nodes) == [(-1, 0, "a\n", "step"), (0, 1, "b\n", "step"), (-1, 0, "<|end|>", "eos")]
     assert all(set(encode("\n")) < set(c.sampling["stop_token_ids"]) for c in script.calls)
@@ -159,7 +160,20 @@ def test_a_wrong_reply_is_an_error(change, error, message):
     script = Script({"q:": ["a<|end|>"]})
     script.generate = lambda calls: [change(Reply(c.ids, 0, [([5, END], [-1.0, -1.0])])) for c in calls]
     with pytest.raises(error, match=message):
-        VllmEngine(script).grow([prompt()], BranchPlan({0: 1}), Decoding(1.0, 9, 4, (), (END,)), RULE, (1,))
+        decoding = Decoding(1.0, 9, 4, (), (END,))
+        grow_with(VllmEngine(script), GrowthRequest([prompt()], BranchPlan({0: 1}), decoding, RULE, (1,)))
+
+
+def test_a_step_that_vllm_breaks_off_is_an_error():
+    with pytest.raises(RuntimeError, match="prompt 0: vLLM broke a step off after 2 tokens"):
+        grow({"q:": ["ab"]}, {0: 1})
+
+
+def test_steps_that_begin_at_unsure_tokens_are_refused():
+    rule = step_rule(TOKENIZER, {"name": "entropy", "limit": 1.0})
+    request = GrowthRequest([prompt()], BranchPlan({0: 1}), Decoding(1.0, 9, 4, (), (END,)), rule, (1,))
+    with pytest.raises(ValueError, match="does not tell entropies"):
+        grow_with(VllmEngine(Script({})), request)
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
