@@ -57,6 +57,16 @@ class Sandbox:
         _, verb, recipe, *given = shlex.split(command)
         if verb == "bench":
             return self._bench(recipe, given)
+        arguments, output = self.shortened(command, *overrides)
+        self._invoke(*arguments, *(("--out", str(output)) if verb == "rollouts" else ()))
+        if verb == "train":
+            rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+            return {k: v for row in rows for k, v in row.items()}
+        return {} if verb == "rollouts" else json.loads((output / "report.json").read_text())
+
+    def shortened(self, command: str, *overrides: str) -> tuple[list[str], Path]:
+        """The arguments that `run` gives to mmrl for this command line, and the folder that it will write."""
+        _, verb, recipe, *given = shlex.split(command)
         tree = yaml.safe_load((self.root / recipe).read_text())
         for key, value in (o.split("=", 1) for o in [*given, *overrides]):
             _put(tree, key, yaml.safe_load(value))
@@ -64,12 +74,7 @@ class Sandbox:
         self.count += 1
         output = self.root / "out" / str(self.count)
         small = [f"{key}={json.dumps(value)}" for key, value in self._small(verb, tree, output).items()]
-        arguments = [verb, recipe, *given, *overrides, *small]
-        run_verb(*arguments, *(("--out", str(output)) if verb == "rollouts" else ()))
-        if verb == "train":
-            rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-            return {k: v for row in rows for k, v in row.items()}
-        return {} if verb == "rollouts" else json.loads((output / "report.json").read_text())
+        return [verb, recipe, *given, *overrides, *small], output
 
     def _bench(self, name: str, options: list[str]) -> dict[str, Any]:
         """A benchmark's report by a scorer that says 1/2."""

@@ -10,19 +10,29 @@ if [ $# -lt 3 ]; then
 fi
 processes=$1
 shift
+config=${ACCELERATE_CONFIG:-}
+if [ -n "$config" ] && grep -qE "^distributed_type: *.?DEEPSPEED" "$config"; then
+    echo "error: $config: DeepSpeed is not supported; shard by FSDP2 (configs/accelerate/fsdp2.yaml) instead" >&2
+    exit 2
+fi
+# training stops when another number of processes started than was asked for
+check=()
+case "$1" in
+    train) check=("run.processes=$processes") stay=run.cpu=true ;;
+    rollouts) stay=run.cpu=true ;;
+    annotate) stay=cpu=true ;;
+    *)
+        echo "error: mmrl $1 runs in one process: leave tools/launch.sh out" >&2
+        exit 2
+        ;;
+esac
 python=${MMRL_PYTHON:-python}
 # one thread per process: spinning OpenMP threads of several processes fight for the cores
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# training stops when another number of processes started than was asked for
-check=()
-if [ "$1" = train ]; then check=("run.processes=$processes"); fi
 if "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
     exec "$python" -m accelerate.commands.launch --num_processes "$processes" \
-        ${ACCELERATE_CONFIG:+--config_file "$ACCELERATE_CONFIG"} -m mmrl "$@" "${check[@]}"
+        ${config:+--config_file "$config"} -m mmrl "$@" "${check[@]}"
 fi
+if [ -n "$config" ]; then echo "no GPU is seen: ACCELERATE_CONFIG=$config is not used" >&2; fi
 # accelerate starts gloo only where it is told to stay on the CPU
-case "$1" in
-    train | rollouts) check+=("run.cpu=true") ;;
-    annotate) check+=("cpu=true") ;;
-esac
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m mmrl "$@" "${check[@]}"
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m mmrl "$@" "${check[@]}" "$stay"
