@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+SIZES = ".sizes.json"  # in every made folder: its files, and how long they are
 
 
 def cache_root() -> Path:
@@ -18,18 +24,33 @@ def cache_root() -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make(work)` if it is not there: one process makes it, others wait.
+    """`folder`, filled by `make(work)` if it is not there as it was made: one process makes it, others wait.
 
-    `make` writes beside the target and the folder is renamed at the end, so a stopped run leaves nothing half made.
+    `make` writes beside the target and the folder is renamed at the end, so a stopped run leaves nothing half made. It
+    is made anew where a file is missing or has another size.
     """
-    if folder.exists():
+    if _is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+        if not _is_whole(folder):
+            if folder.exists():
+                log.warning("%s is damaged and made anew", folder)
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
             work = folder.with_name(folder.name + ".part")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             make(work)
+            sizes = {str(f.relative_to(work)): f.stat().st_size for f in work.rglob("*") if f.is_file()}
+            (work / SIZES).write_text(json.dumps(sizes))
             work.rename(folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a made folder has every file, in the size that was written."""
+    try:
+        sizes = json.loads((folder / SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -240,9 +242,28 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app(standalone_mode=True)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        remedy = how_to_install(error) if isinstance(error, ImportError) else ""
-        if os.environ.get("MMRL_DEBUG") or (isinstance(error, ImportError) and not remedy):
+    except Exception as error:
+        message = _message(error)
+        if message is None or os.environ.get("MMRL_DEBUG"):
             raise
-        typer.echo(f"error: {error}{remedy}", err=True)
+        typer.echo(f"error: {message}", err=True)
         raise SystemExit(2) from None
+
+
+def _message(error: Exception) -> str | None:
+    """What a user needs to know of an error; None for a mistake of the program, which wants its traceback."""
+    from safetensors import SafetensorError
+
+    text = str(error)
+    if isinstance(error, ImportError):
+        remedy = how_to_install(error)
+        return text + remedy if remedy else None
+    if not isinstance(error, ValueError | RuntimeError | OSError | SafetensorError):
+        return None
+    # gloo's words, with a stack, for a process that has ended
+    if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", text):
+        return "another process of this run has ended; its own message says why"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in text:
+        return f"{text}; make room and repeat the command, with run.resume=true where it trained"
+    return text

@@ -34,6 +34,25 @@ class RowError(ValueError):
     """Why one row cannot be used. `kind: details` groups well in a report."""
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl. Other lines are left out and told, but for a last one cut by a kill."""
+    rows: list[dict[str, Any]] = []
+    damaged = 0
+    lines = file.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+            rows.append(row)
+        elif number < len(lines):
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d lines could not be read and are left out", file, damaged)
+    return rows
+
+
 def read_rows(
     file: str | Path,
     make: Make[T],

@@ -89,8 +89,8 @@ def run_command(*arguments: object, environment: dict[str, str] | None = None) -
     return command
 
 
-def run_ranks(world: int, *arguments: object, timeout: float = 240.0) -> list[Command]:
-    """The command on `world` ranks of one gloo group, as torchrun starts them; every rank must succeed."""
+def start_ranks(world: int, *arguments: object) -> list[Command]:
+    """The command on `world` ranks of one gloo group, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,6 +99,12 @@ def run_ranks(world: int, *arguments: object, timeout: float = 240.0) -> list[Co
     for rank in range(world):
         variables = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         ranks.append(Command(*arguments, environment=variables))
+    return ranks
+
+
+def run_ranks(world: int, *arguments: object, timeout: float = 240.0) -> list[Command]:
+    """`start_ranks` to their end; every rank must succeed."""
+    ranks = start_ranks(world, *arguments)
     deadline = time.monotonic() + timeout
     # a rank that waits for one that failed would wait for its whole time limit
     while any(r.is_running() for r in ranks) and not any(r.returncode for r in ranks):

@@ -11,7 +11,7 @@ import json
 import shlex
 import shutil
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ class Sandbox:
         import torch
 
         from diffusion.tasks import digits_base
+        from mmrl.cache import made_once
         from video.tasks import clips_base, clips_model
         from vision.tasks import shapes_base, shapes_model
 
@@ -178,9 +179,13 @@ class Sandbox:
         torch.manual_seed(0)
         shapes, clips = cache / shapes_base.Recipe().key, cache / clips_base.Recipe().key
         self.built_in = {"shapes": shapes, "clips": clips}
-        shapes_model.save(shapes_model.new_model(), shapes)
-        clips_model.new_model().save_pretrained(clips)
-        clips_model.new_processor().save_pretrained(clips)
+
+        def make_clips(work: Path) -> None:
+            clips_model.new_model().save_pretrained(work)
+            clips_model.new_processor().save_pretrained(work)
+
+        made_once(shapes, partial(shapes_model.save, shapes_model.new_model()))
+        made_once(clips, make_clips)
         short = digits_base.Recipe(steps=1, width=16, layers=1, heads=2, classifier_steps=1)
         digits_base.digits_base(short)
         (cache / short.key).rename(cache / digits_base.Recipe().key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,25 @@ class Logging:
         return [
             None if s.prompt.id == "class-3/eval" else v for s, v in zip(samples, brightness(samples), strict=True)
         ]
+
+
+class InterruptedTask(TinyTask):
+    """The process is asked to stop in its first evaluation, once."""
+
+    def __init__(self, flag: str) -> None:
+        super().__init__()
+        self.flag = Path(flag)
+
+    def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
+        if not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().judges(samples)
+
+
+def raising_on_one_rank(samples: Sequence[Sample]) -> list[float | None]:
+    """For reports of errors: the second process alone has one."""
+    return raising(samples) if os.environ["RANK"] == "1" else brightness(samples)
 
 
 def brightness(samples: Sequence[Sample]) -> list[float | None]:

@@ -13,9 +13,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from mmrl import registry
+from mmrl.jsonl import read_metrics
 from mmrl.registry import Row
 from mmrl.report.artifacts import data_uri
-from mmrl.report.panels import Rows, read_metrics, series
+from mmrl.report.panels import Rows, series
 from mmrl.report.search_panel import search_panel
 from mmrl.report.tree_picture import draw_tree
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mmrl.registry import register
@@ -13,17 +11,6 @@ from mmrl.registry import register
 Rows = list[dict[str, float]]
 # What draws a panel: the run's metrics, and those of runs compared with, by name -> SVG; None where it has nothing.
 Panel = Callable[[Rows, Mapping[str, Rows]], str | None]
-
-
-def read_metrics(file: Path) -> Rows:
-    """The lines of metrics.jsonl; a last line cut by a kill is left out."""
-    rows = []
-    for line in file.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:

@@ -294,20 +294,34 @@ class Loop:
         Raises:
             ConfigError: another process trains in it, or a rank does not see what the first one wrote.
         """
-        token = [self.folder.claim() if self.is_main else ""]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(token)
+        token = self._on_main(self.folder.claim)
         try:
-            strangers = self.all_max(float(not self.folder.shows(token[0])))[0] if token[0] else 1.0
-            if strangers:
+            if self.all_max(float(not self.folder.shows(token)))[0]:
                 raise ConfigError(
-                    self.folder.trouble
-                    or f"run.output={self.folder.root} is not the same folder on every node; name one on a shared disk"
+                    f"run.output={self.folder.root} is not the same folder on every node; name one on a shared disk"
                 )
             yield
         finally:
             if self.is_main:
                 self.folder.release()
+
+    def _on_main(self, action: Callable[[], str]) -> str:
+        """What `action` returns on the main process, on all of them. Its error ends all: none waits for the others.
+
+        Raises:
+            ConfigError: as `action` does; other processes refer to it.
+        """
+        outcome = ["", ""]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except ConfigError as error:
+                outcome[1] = str(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(outcome)
+        if outcome[1]:
+            raise ConfigError(outcome[1] if self.is_main else "the first process ended with an error")
+        return outcome[0]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -316,14 +330,7 @@ class Loop:
             yield
 
     def _open(self) -> None:
-        run = self.config.run
-        if self.is_main:
-            self.folder.open(self.config)
-        self.accelerator.wait_for_everyone()
-        chosen = [str(self.folder.checkpoints.newest() or "") if run.resume and self.is_main else ""]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(chosen)
-        found = chosen[0]
+        found = self._on_main(self._begin)
         if found:
             self._read_checkpoint(Path(found))
         if self.is_main:
@@ -332,6 +339,11 @@ class Loop:
         self.accelerator.init_trackers("logs")
         if self.is_main:
             log.info("%s; %s", self.world, f"resumed from {found}" if found else "new run")
+
+    def _begin(self) -> str:
+        """Open the folder; returns the checkpoint to go on from, "" to begin anew."""
+        self.folder.open(self.config)
+        return str(self.folder.checkpoints.newest() or "") if self.config.run.resume else ""
 
     def _evaluate(self, trainer: Trainer) -> dict[str, float]:
         with self.averaged(), torch.no_grad():

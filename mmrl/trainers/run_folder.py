@@ -7,6 +7,7 @@ import logging
 import secrets
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mmrl.config import ConfigError
+from mmrl.jsonl import read_metrics
 from mmrl.recipe import TrainingConfig
 from mmrl.trainers.checkpoint import Checkpoints
 
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 # What may differ between a run and its continuation: nothing that changes the numbers.
 _FREE = {"output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
          "processes", "cpu", "trackers", "report", "max_unscored"}  # fmt: skip
+
+PATIENCE_S = 30.0  # NFS clients look for new files every so many seconds
 
 
 # What decides numbers: pixels are pillow's, frames av's and decord's.
@@ -38,25 +42,37 @@ class RunFolder:
         self.root = root
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = Checkpoints(root / "checkpoints")
-        self.trouble = ""  # why `claim` failed
         self._lock = FileLock(root / ".lock")
 
     def claim(self) -> str:
-        """Take the folder for this process; returns a token that other ranks must find, "" where it is taken."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Take the folder for this process; returns a token that other ranks must find.
+
+        Raises:
+            ConfigError: another process trains in it, or it cannot be written.
+        """
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            token = secrets.token_hex(8)
+            (self.root / ".token").write_text(token)
         except Timeout:
-            self.trouble = f"another process trains in {self.root}; wait until it has ended, or use another run.output"
-            return ""
-        token = secrets.token_hex(8)
-        (self.root / ".token").write_text(token)
+            raise ConfigError(
+                f"another process trains in {self.root}; wait until it has ended, or use another run.output"
+            ) from None
+        except OSError as error:
+            why = "it is a file" if self.root.is_file() else error.strerror
+            raise ConfigError(f"run.output={self.root} cannot be a run folder: {why}; name another one") from error
         return token
 
     def shows(self, token: str) -> bool:
-        """Whether this process sees the token that the first one wrote."""
+        """Whether this process sees the token that the first one wrote; network disks may take a while."""
         file = self.root / ".token"
-        return file.is_file() and file.read_text() == token
+        deadline = time.monotonic() + PATIENCE_S
+        while not (file.is_file() and file.read_text() == token):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
 
     def release(self) -> None:
         """Give the folder free."""
@@ -109,31 +125,10 @@ class RunFolder:
             f.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
 
     def truncate_metrics(self, iteration: int) -> None:
-        """Keep the lines up to `iteration`; a resumed run writes the rest again. Lines that are none are dropped."""
-        if not self.metrics.exists():
-            return
-        kept: list[str] = []
-        damaged = 0
-        lines = self.metrics.read_text(errors="replace").splitlines()
-        for i, line in enumerate(lines):
-            at = _iteration(line)
-            if at is not None and at <= iteration:
-                kept.append(line)
-            elif at is None and i < len(lines) - 1:  # the last one may have been cut by a kill
-                damaged += 1
-        if damaged:
-            log.warning("%s: %d lines could not be read and are dropped", self.metrics, damaged)
-        _replace(self.metrics, "".join(line + "\n" for line in kept))
-
-
-def _iteration(line: str) -> int | None:
-    """The iteration of a line of metrics, None where it is none."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    at = row.get("iteration") if isinstance(row, dict) else None
-    return at if isinstance(at, int) else None
+        """Keep the rows up to `iteration`; a resumed run writes the rest again."""
+        if self.metrics.exists():
+            rows = [row for row in read_metrics(self.metrics) if row["iteration"] <= iteration]
+            _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _replace(file: Path, text: str) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from processes import run_ranks
+from processes import run_command, run_ranks, start_ranks
 from safetensors.torch import load_file
-from tiny import recipe
+from tiny import recipe, write_recipe
 
 from mmrl.config import ConfigError, parse_config
 from mmrl.trainers import run_folder
@@ -146,6 +146,130 @@ def test_a_damaged_recipe_is_told(tiny_model, tmp_path, content, message):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
         train(tiny_model, tmp_path, resume=True)
+
+
+def test_a_signal_in_the_first_evaluation_doubles_no_row(tiny_model, tmp_path, whole):
+    task = {"name": "tiny:InterruptedTask", "flag": str(tmp_path / "flag")}
+    run = {"iterations": 3, "eval_every": 1, "checkpoint_every": 1}
+    tree = recipe(tiny_model, tmp_path / "run", task=task, optim={"ema": 0.9}, run=run)
+    file = write_recipe(tmp_path / "recipe.yaml", tree)
+    stopped = run_command("train", file)
+    assert stopped.returncode == 0 and "stopped by signal after iteration 0" in stopped.stderr
+    assert [r["iteration"] for r in rows(tmp_path / "run")] == [0]
+    assert run_command("train", file, "run.resume=true").returncode == 0
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def test_later_folders_that_are_no_checkpoints_take_the_place_of_none(tiny_model, tmp_path, whole):
+    """One damaged by a power loss and one of somebody else, with a single checkpoint to keep."""
+    train(tiny_model, tmp_path, iterations=2)
+    checkpoints = tmp_path / "checkpoints"
+    truncated(checkpoints / "000002" / TENSORS)
+    (checkpoints / "000002").rename(checkpoints / "000009")
+    (checkpoints / "999999").mkdir()
+    (checkpoints / ".000007.part").mkdir()
+    train(tiny_model, tmp_path, resume=True, keep_checkpoints=1)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["000003", "000009", "999999"]
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_files_of_a_run_are_replaced_and_never_half_written(tiny_model, tmp_path):
+    train(tiny_model, tmp_path, iterations=1)
+    before = {}
+    for name in ("config.yaml", "environment.json"):
+        os.link(tmp_path / name, tmp_path / f"{name}.before")
+        before[name] = (tmp_path / name).read_text()
+    train(tiny_model, tmp_path, iterations=2, resume=True)
+    for name, text in before.items():
+        assert (tmp_path / f"{name}.before").read_text() == text
+        assert not (tmp_path / name).samefile(tmp_path / f"{name}.before")
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [("file", "is a file; name another one"), ("file/below", "Not a directory; name"), ("/proc/run", "No such file")],
+)
+def test_a_place_that_can_be_no_folder_is_told(tiny_model, tmp_path, output, message):
+    (tmp_path / "file").touch()
+    file = write_recipe(tmp_path / "recipe.yaml", recipe(tiny_model, tmp_path / output))
+    done = run_command("train", file)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert "cannot be a run folder: " in done.stderr
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+runpy.run_module("mmrl", run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tiny_model, tmp_path, whole):
+    """As far as a test can fill one: no file may grow beyond 30 kB, then one lies on a full device."""
+    run = {"iterations": 3, "eval_every": 1, "checkpoint_every": 1}
+    tree = recipe(tiny_model, tmp_path / "run", optim={"ema": 0.9}, run=run)
+    file = write_recipe(tmp_path / "recipe.yaml", tree)
+    (tmp_path / "limited.py").write_text(LIMITED)
+    full = run_command(tmp_path / "limited.py", "train", file)
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "checkpoints/000001 was not written: [Errno 27] File too large" in full.stderr
+
+    part = tmp_path / "run" / ".environment.json.part"
+    part.symlink_to("/dev/full")
+    full = run_command("train", file, "run.resume=true")
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "No space left on device; make room and repeat the command, with run.resume=true" in full.stderr
+
+    part.unlink()
+    assert run_command("train", file, "run.resume=true").returncode == 0
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+APART = """
+import os, sys
+from pathlib import Path
+import mmrl.trainers.run_folder
+from mmrl.config import ConfigError, load_config
+from mmrl.trainers.branch_grpo import BranchGrpo
+mmrl.trainers.run_folder.PATIENCE_S = 0.2
+output = Path(sys.argv[2]) / os.environ["RANK"]
+try:
+    BranchGrpo(load_config(sys.argv[1], [f"run.output={output}"])).train()
+except ConfigError as error:
+    output.with_suffix(".txt").write_text(str(error))
+"""
+
+
+@pytest.mark.multiproc
+def test_a_folder_that_nodes_do_not_share_is_found_at_a_new_run(tiny_model, tmp_path):
+    (tmp_path / "apart.py").write_text(APART)
+    file = write_recipe(tmp_path / "recipe.yaml", recipe(tiny_model, tmp_path / "unused"))
+    run_ranks(2, tmp_path / "apart.py", file, tmp_path)
+    for rank in range(2):
+        told = (tmp_path / f"{rank}.txt").read_text()
+        assert f"run.output={tmp_path / str(rank)} is not the same folder on every node" in told
+    assert not (tmp_path / "0" / "metrics.jsonl").exists() and not (tmp_path / "1").exists()
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    "sections, rank, cause",
+    [
+        ({"rewards": [{"name": "tiny:raising_on_one_rank", "timeout_s": 0}]}, 1, "have no reward"),
+        ({"run": {"output": "/proc/run"}}, 0, "cannot be a run folder: No such file"),
+    ],
+    ids=["reward", "folder"],
+)
+def test_the_true_error_of_one_process_stands_alone(tiny_model, tmp_path, sections, rank, cause):
+    file = write_recipe(tmp_path / "recipe.yaml", recipe(tiny_model, tmp_path / "run", **sections))
+    ranks = start_ranks(2, "train", file)
+    assert [r.wait() for r in ranks] == [2, 2]
+    assert cause in ranks[rank].stderr and cause not in ranks[1 - rank].stderr
+    other = ranks[1 - rank].stderr.strip().splitlines()[-1]
+    assert other in (
+        "error: another process of this run has ended; its own message says why",
+        "error: the first process ended with an error",
+    )
 
 
 @pytest.mark.multiproc
