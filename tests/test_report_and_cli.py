@@ -51,6 +51,22 @@ def test_report_of_a_stopped_run(finished, tmp_path):
     assert "Curves" in write_report(cut).read_text()
 
 
+def test_report_of_damaged_files(finished, tmp_path, caplog):
+    """A line that is none, in the middle, costs no other; neither does the record of the machine."""
+    import shutil
+
+    from mmrl.jsonl import read_metrics
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished, damaged)
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    (damaged / "metrics.jsonl").write_text("\n".join([*lines[:2], '{"iter', *lines[2:]]))
+    (damaged / "environment.json").write_text('{"python": "3')
+    assert "Curves" in write_report(damaged).read_text()
+    assert "1 lines could not be read" in caplog.text
+    assert read_metrics(damaged / "metrics.jsonl") == read_metrics(finished / "metrics.jsonl")
+
+
 def test_report_of_no_run(tmp_path):
     with pytest.raises(ReportError, match="is no run folder"):
         write_report(tmp_path)

@@ -76,8 +76,17 @@ def _section(title: str, run: Path, against: Sequence[Path]) -> dict[str, Any]:
         "search": search_panel(run / "search.json"),
         "trees": [{"name": p.name, "svg": draw_tree(p)} for p in trees],
         "config": (run / "config.yaml").read_text(),
-        "environment": yaml.safe_dump(json.loads((run / "environment.json").read_text())),
+        "environment": _environment(run / "environment.json"),
     }
+
+
+def _environment(file: Path) -> str:
+    """As YAML, or as it is where it is damaged."""
+    text = file.read_text(errors="replace")
+    try:
+        return yaml.safe_dump(json.loads(text))
+    except ValueError:
+        return text
 
 
 def _drawn(row: Row, rows: Rows, others: Mapping[str, Rows]) -> str | None:
