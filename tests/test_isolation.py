@@ -94,14 +94,15 @@ def test_only_the_bad_sample_goes_unscored(by_output, caplog, bad, kind, message
     assert by_output._worker.builds == 1
 
 
-def test_a_crash_costs_a_logarithm_of_tries(by_output):
+def test_a_crash_among_many_costs_two_workers_and_no_start_of_python(by_output):
     before = by_output._worker.starts
     outputs = ["x"] * 16
     outputs[11] = "os._exit"
     values = by_output(samples(*outputs))
     assert values == [None if i == 11 else 1.0 for i in range(16)]
     assert by_output(samples("x")) == [1.0]
-    assert by_output._worker.starts - before == 3  # batches of 16, 2, 1 died
+    assert by_output._worker.starts - before == 2  # batches of 16 and 1 died
+    assert by_output._worker.builds == 1
 
 
 def test_many_bad_samples_end_after_a_bounded_number_of_limits():

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PIECES = 8  # of a batch in which something crashed or raised
-
 
 class NotNumbersError(TypeError):
     """A reward answered with no sequence of values."""
@@ -28,11 +26,11 @@ class NotNumbersError(TypeError):
 class Isolated:
     """An outcome reward that runs in a worker process.
 
-    A batch has `timeout_s` seconds. When it takes longer its samples are tried one by one, each with the same limit:
-    one that hangs costs two limits. When it crashes its process or raises, an eighth of it is tried at a time, and so
-    on: among 64 samples a bad one costs three failed tries. A sample that fails alone is None, the others keep their
-    scores. With many bad samples a call begins no further try once it has spent 2 (ceil(log2 n) + 1) limits, where a
-    function that must be built anew counts as one; what has no score by then is None as well.
+    A batch has `timeout_s` seconds. When it takes longer, crashes its process or raises, its samples are tried one by
+    one, each with the same limit: a bad one costs two failed tries, several cost one more each. A sample that fails
+    alone is None, the others keep their scores. With many bad samples a call begins no further try once it has spent
+    2 (ceil(log2 n) + 1) limits, where a function that must be built anew counts as one; what has no score by then is
+    None as well.
 
     The limit does not count the time in which the worker waits for a free processor, see `Worker.call`. Work that a
     reward leaves to processes of its own is waited for on the clock.
@@ -112,8 +110,7 @@ class Isolated:
                 if len(units) == 1:
                     failed |= dict.fromkeys(part, error.kind)
                 else:
-                    size = 1 if error.kind == "timeout" else math.ceil(len(units) / _PIECES)
-                    parts += [units[at : at + size] for at in reversed(range(0, len(units), size))]
+                    parts += [[unit] for unit in reversed(units)]
                 continue
             limits_left -= self._worker.seconds / self.timeout_s
             for i, score in zip(part, scores, strict=True):
