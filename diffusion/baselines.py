@@ -17,6 +17,7 @@ from diffusion.adapters.base import Level
 from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Course
+from mmrl.capabilities import DifferentiableReward, require
 from mmrl.credit import estimate
 from mmrl.preference import build_pairs
 from mmrl.registry import build, declares, register
@@ -60,7 +61,14 @@ def _dpo_term(
     return diffusion_dpo_loss(*errors(False), *errors(True), beta=beta)
 
 
-@register("sample_losses", "refl", reads=("actions.latent",), fits="latents", source="ReFL (ImageReward), 2023")
+@register(
+    "sample_losses",
+    "refl",
+    reads=("actions.latent",),
+    fits="latents",
+    source="ReFL (ImageReward), 2023",
+    reward=DifferentiableReward,
+)
 def refl(
     policy: DiffusionPolicy,
     rollout: Rollout,
@@ -105,16 +113,12 @@ def _refl_term(
 
 def _differentiable(rewards: Rewards) -> Callable[[list[Sample]], Tensor]:
     """The weighted sum of the rewards as a tensor (N,) with gradient."""
-    for name, (reward, _) in rewards.items():
-        if not hasattr(reward, "values"):
-            raise ValueError(
-                f"reward {name!r} gives numbers without a gradient, which ReFL needs: give it a method "
-                "values(samples) -> (N,) tensor that is differentiable in their outputs, or take another loss"
-            )
+    terms: list[tuple[DifferentiableReward, float]] = []
+    for name, (reward, weight) in rewards.items():
+        terms.append((require(f"reward {name!r}: ReFL", DifferentiableReward, reward, "rewards"), weight))
 
     def score(samples: list[Sample]) -> Tensor:
-        parts: list[Tensor] = [weight * getattr(r, "values")(samples) for r, weight in rewards.values()]  # noqa: B009
-        return torch.stack(parts).sum(0)
+        return torch.stack([weight * reward.values(samples) for reward, weight in terms]).sum(0)
 
     return score
 

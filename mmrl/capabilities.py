@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_type_hints, runtime_checkable
 
 from pydantic import AfterValidator
 from torch import Tensor, nn
@@ -108,10 +108,18 @@ def policy_section(protocol: type) -> AfterValidator:
     return AfterValidator(check)
 
 
+class Need(NamedTuple):
+    """What a trainer asks of the policy, or of every reward. who: asks, for the message."""
+
+    who: str
+    role: Literal["policy", "reward"]
+    protocol: type
+
+
 # ---- asking for what a row declares ---------------------------------------------------------------------------------
 
 # The facts `policy` and `task` of a row: a protocol, or a function that tells it from the row's options.
-Need = type | Callable[[Mapping[str, Any]], type | None] | None
+Declared = type | Callable[[Mapping[str, Any]], type | None] | None
 
 
 def refuse_needs(where: str, row: Row, options: Mapping[str, Any], policy: Row, task: Row) -> None:
@@ -139,7 +147,7 @@ def _asker(where: str, row: Row) -> str:
 
 
 def _need(row: Row, role: str, options: Mapping[str, Any]) -> type | None:
-    need: Need = row.facts.get(role)
+    need: Declared = row.facts.get(role)
     if need is None or isinstance(need, type):
         return need
     return need({name: o.default for name, o in row.options.items()} | dict(options))
@@ -395,6 +403,37 @@ class GroupReward(OutcomeReward, Protocol):
     compares_samples: bool
 
 
+@runtime_checkable
+class ContrastReward(Protocol):
+    """An outcome reward that compares the answers to a prompt with answers to other prompts.
+
+    In training these are sampled beside, half as many leaves each, and it is called as `reward(samples,
+    controls=their samples)`; no other reward sees them, and nothing is trained on them. It runs in the process of
+    the trainer.
+    """
+
+    def controls(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The other prompts, with ids of their own."""
+
+    def __call__(self, samples: Sequence[Sample], controls: Sequence[Sample] = ()) -> Sequence[float | None]:
+        """One number per sample, None where it cannot be scored. controls: samples of the other prompts."""
+
+
+@runtime_checkable
+class DifferentiableReward(Protocol):
+    """An outcome reward with a gradient in the outputs of its samples."""
+
+    def values(self, samples: Sequence[Sample]) -> Tensor:
+        """(L,) one number per sample, differentiable in their outputs."""
+
+
+@runtime_checkable
+class ErrorKeeper(Protocol):
+    """An outcome reward that leaves samples unscored by itself and keeps the reason."""
+
+    last_error: str | None  # of the last call, None when all went well
+
+
 # ---- of step rewards ------------------------------------------------------------------------------------------------
 
 
@@ -412,3 +451,18 @@ class Attributor(Protocol):
 
     def attributions(self, rollout: Rollout) -> Tensor:
         """(N,) signed numbers on chains: the part of each step in the logit of its solution's last step."""
+
+
+@runtime_checkable
+class Increments(Protocol):
+    """A step reward whose numbers may add up along a path, so that nothing is left to difference or to clip."""
+
+    increments: bool
+
+
+@runtime_checkable
+class Illustrator(Protocol):
+    """A scorer that can show a solution as its model reads it, to look at before training."""
+
+    def illustrate(self, prompt: Prompt, steps: Sequence[str], labels: Sequence[float | None]) -> str:
+        """The text with its slots and labels (None = unlabelled), one line per step."""

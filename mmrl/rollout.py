@@ -380,12 +380,7 @@ class Policy(Protocol):
 
 
 class OutcomeReward(Protocol):
-    """Samples -> one number per sample, None where it cannot be scored.
-
-    One that compares an answer with answers to another prompt has `controls(prompts) -> prompts` too. In training
-    these are sampled beside, half as many leaves each, and it is called as `reward(samples, controls=their samples)`;
-    no other reward sees them, and nothing is trained on them. It must run in this process (`timeout_s: 0`).
-    """
+    """Samples -> one number per sample, None where it cannot be scored."""
 
     def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,6 @@ class TextPrompts:
         self.prompts, bad_train = load_prompts(train, prompt, max_bad=max_bad, limit=limit)
         self.eval_prompts, bad_eval = load_prompts(eval, prompt, max_bad=max_bad, limit=limit)
         self.quarantined = bad_train + bad_eval
-
-    @property
-    def rewards(self) -> Sequence[str]:
-        """Asked for when a recipe lists none.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "the task text_prompts has no reward of its own; list one in the recipe, for example a function "
-            "`samples -> one number per sample`: rewards: [{name: my_package.rewards:aesthetic}]"
-        )
 
 
 def load_prompts(

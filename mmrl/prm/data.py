@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ class LabelledTask(Protocol):
 
     def labelled(self, prompts: Sequence[Prompt]) -> Labelled:
         """Everything known about the solutions of these prompts, prompts in this order."""
+
+
+@runtime_checkable
+class StepMeasurer(Protocol):
+    """A task of labelled steps with measures of its own, beside those of every step-reward model."""
+
+    def measures(self, data: Labelled, score: Tensor) -> Mapping[str, float]:
+        """Numbers by name. score: (M,) float64 of the rows of `data`, NaN where a step cannot be read."""
 
 
 def solution_forest(prompts: Sequence[Prompt], solutions: Sequence[Sequence[Sequence[str]]]) -> tuple[Rollout, Paths]:

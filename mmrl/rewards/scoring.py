@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import GroupReward
+from mmrl.capabilities import ErrorKeeper, GroupReward
 from mmrl.rewards.isolation import NotNumbersError, as_number, as_values
 from mmrl.rollout import OutcomeReward, Rollout, Sample
 
@@ -60,7 +60,8 @@ def score(
     for name, (reward, _) in rewards.items():
         start = time.perf_counter()
         parts[name], error = _values(name, reward, samples)
-        trouble = error or getattr(reward, "last_error", None) or trouble  # an isolated reward keeps its own
+        kept = reward.last_error if isinstance(reward, ErrorKeeper) else None
+        trouble = error or kept or trouble
         seconds[name] = time.perf_counter() - start
     weighted = [weight * parts[name] for name, (_, weight) in rewards.items()]
     total = torch.stack(weighted).sum(0)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import OutputWriter
+from mmrl.capabilities import Increments, Need, OutputWriter
 from mmrl.config import ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.estimate import CreditConfig
@@ -25,7 +25,7 @@ from mmrl.losses.policy import LossConfig
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
 from mmrl.rewards.scoring import Scored
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, StepScorer
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.imitation import ImitationConfig, imitation_losses, references, unsolved
@@ -71,7 +71,8 @@ class BranchGrpo:
         readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
-        needs = {"imitation (off with imitation.weight=0)": OutputWriter} if config.imitation.weight > 0 else {}
+        imitates = Need("imitation (off with imitation.weight=0)", "policy", OutputWriter)
+        needs = [imitates] if config.imitation.weight > 0 else []
         self.rollouts = Rollouts(
             config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers, needs=needs,
             given=fields_given(config.plan, config.rollouts),
@@ -286,5 +287,5 @@ def _transforms(config: BranchGrpoConfig, step_rewards: Mapping[str, tuple[StepR
     if config.credit.transforms is not None:
         return config.credit.transforms
     rewards = [reward for reward, _ in step_rewards.values()]
-    trained = any(hasattr(r, "logits") and not getattr(r, "increments", False) for r in rewards)
-    return [{"name": "clip", "eta": 0.5}, "delta"] if trained else []
+    scores = [r for r in rewards if isinstance(r, StepScorer) and not (isinstance(r, Increments) and r.increments)]
+    return [{"name": "clip", "eta": 0.5}, "delta"] if scores else []

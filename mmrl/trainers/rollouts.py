@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mmrl.capabilities import (
     AnswerGiver,
+    ContrastReward,
+    Need,
     PromptChecker,
     SampleJudge,
     begin_iteration,
@@ -59,7 +61,7 @@ class Rollouts:
         reference: keep the policy's initial weights, for losses that compare with them; readings may ask for it too.
         readers: what reads the fields of a rollout, checked against what writes them before anything is loaded.
         given: fields that are there before anything of the recipe has written, see `fields_given`.
-        needs: who asks -> the protocol that the policy has to follow.
+        needs: capabilities of the policy and of the rewards, asked for before the policy is made where that can be.
     """
 
     def __init__(
@@ -72,19 +74,23 @@ class Rollouts:
         reference: bool = False,
         readers: Sequence[Stage] = (),
         given: Sequence[str] = (),
-        needs: Mapping[str, type] | None = None,
+        needs: Sequence[Need] = (),
     ) -> None:
-        self.config, needs = config, needs or {}
-        for who, protocol in needs.items() if policy is None else ():
-            refuse_row(who, protocol, find("policies", config.policy.name))
+        self.config = config
+        of_policy = [need for need in needs if need.role == "policy"]
+        for need in of_policy if policy is None else []:
+            refuse_row(need.who, need.protocol, find("policies", config.policy.name))
         check_launcher("policies", "policy", config.policy.name)
         check_fields([*producers(config), *readers], given)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
+        for need in needs:
+            for name, (reward, _) in self.rewards.items() if need.role == "reward" else ():
+                require(f"reward {name!r}: {need.who}", need.protocol, reward, "rewards")
         useless = self._useless_prompts()
         self.policy: Policy = policy or build("policies", "policy", config.policy.name, config.policy.options)
-        for who, protocol in needs.items():
-            require(who, protocol, self.policy, "policies")
+        for need in of_policy:
+            require(need.who, need.protocol, self.policy, "policies")
         self.step_rewards = build_step_rewards(config)
         self.readings = build_readings(config)
         check_prompts(self.task.prompts)
@@ -171,11 +177,12 @@ class Rollouts:
     def _controls(
         self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int
     ) -> dict[str, list[Sample]]:
-        """For each reward that compares with other prompts, samples of those; see `OutcomeReward`."""
+        """For each reward that compares with other prompts, samples of those; see `ContrastReward`."""
         out: dict[str, list[Sample]] = {}
         few = BranchPlan({0: max(1, plan.leaves // 2)}, plan.max_leaves)
         for name, (reward, _) in self.rewards.items():
-            if not (others := reward.controls(prompts) if hasattr(reward, "controls") else []):
+            others = reward.controls(prompts) if isinstance(reward, ContrastReward) else []
+            if not others:
                 continue
             rollout = self.policy.rollout(others, few, seed=seed, iteration=iteration)
             self.cost.update({k: n for k, n in rollout.counts.items() if k != "leaves"})  # per trained leaf
@@ -266,7 +273,7 @@ class Rollouts:
         return self.fill(rollout, self.config.run.seed, iteration)
 
     def _need_no_controls(self) -> None:
-        comparing = [k for k, (reward, _) in self.rewards.items() if hasattr(reward, "controls")]
+        comparing = [k for k, (reward, _) in self.rewards.items() if isinstance(reward, ContrastReward)]
         if comparing:
             raise ConfigError(
                 f"rewards: {comparing[0]} compares with prompts that stored rollouts do not have; write the rollouts "

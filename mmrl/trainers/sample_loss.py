@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmrl.capabilities import Need
 from mmrl.config import Component
 from mmrl.credit import estimate
 from mmrl.fields import Stage
@@ -79,7 +80,9 @@ class SampleLossTrainer:
         row = find("sample_losses", loss.name)
         self._loss: SampleLoss = row.build(loss.options, "loss")
         reader = Stage("loss", f"sample loss {row.name!r}", row.reads(loss.options), ())
-        self.rollouts = Rollouts(config, policy, task, rewards, reference=True, readers=[reader])
+        protocol = row.facts.get("reward")
+        needs = [] if protocol is None else [Need(reader.who, "reward", protocol)]
+        self.rollouts = Rollouts(config, policy, task, rewards, reference=True, readers=[reader], needs=needs)
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)
         self.policy.forecast(self.plan)  # a plan that does not fit is refused here

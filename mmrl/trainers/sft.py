@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mmrl.capabilities import OutputWriter
+from mmrl.capabilities import Need, OutputWriter
 from mmrl.prm.records import reference_solution
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
@@ -57,8 +57,8 @@ class ImitationTrainer:
             ValueError: references are asked for but no prompt has one, or the policy cannot write them.
         """
         self.config = config
-        needs = {"source: reference (not source: samples)": OutputWriter} if config.source == "reference" else {}
-        self.rollouts = Rollouts(config, policy, task, rewards, needs=needs)
+        needs = [Need("source: reference (not source: samples)", "policy", OutputWriter)]
+        self.rollouts = Rollouts(config, policy, task, rewards, needs=needs if config.source == "reference" else [])
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)
         self.prompts = list(self.rollouts.task.prompts)

@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import begin_iteration
+from mmrl.capabilities import Illustrator, begin_iteration
 from mmrl.config import Component
 from mmrl.losses.reward import RewardLossConfig, StepLoss, last_labels, smooth, step_loss
-from mmrl.prm.data import Labelled, LabelledTask, solution_forest
+from mmrl.prm.data import Labelled, LabelledTask, StepMeasurer, solution_forest
 from mmrl.prm.metrics import evaluate_steps
 from mmrl.prm.scoring import probabilities
 from mmrl.recipe import TrainingConfig
@@ -91,15 +91,14 @@ class StepRewardTrainer:
             "%d questions; of the first 64: %d solutions, %d labelled steps of %d, mean label %.2f",
             len(self.task.prompts), len(data.paths), len(known), len(data.label), float(known.mean()),
         )  # fmt: skip
-        illustrate = getattr(self.scorer, "illustrate", None)
         readable = self.scorer.readable(data.rollout)[data.node]
         rows = next((p for p in data.paths if bool(readable[p].all())), None)
-        if illustrate is not None and rows is not None:
+        if isinstance(self.scorer, Illustrator) and rows is not None:
             tree = data.rollout.tree
             texts = [data.rollout.texts[v] for v in data.node[rows].tolist()]
             labels = [None if y != y else y for y in data.label[rows].tolist()]
             prompt = data.rollout.prompts[int(tree.group[data.node[rows[0]]])]
-            log.info("one solution as it is read:\n  %s", illustrate(prompt, texts, labels))
+            log.info("one solution as it is read:\n  %s", self.scorer.illustrate(prompt, texts, labels))
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One optimizer step on this iteration's questions with all their solutions."""
@@ -189,8 +188,8 @@ class StepRewardTrainer:
             [scores[r].tolist() for r in good], labels, [[data.kinds[i] for i in r] for r in good]
         )
         kept = {k: v for k, v in measures.items() if k.split("/")[-1] == "auc" or k in MEASURES}
-        if own := getattr(self.task, "measures", None):  # (data, scores of its rows) -> the task's own measures
-            kept |= own(data, scores)
+        if isinstance(self.task, StepMeasurer):
+            kept |= self.task.measures(data, scores)
         return {f"eval/{k}": v for k, v in kept.items() if v == v} | {
             "eval/unread_solutions": float(len(rows) - len(good))
         }

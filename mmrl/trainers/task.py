@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mmrl.capabilities import RewardNamer, refuse_needs
+from mmrl.capabilities import ContrastReward, RewardNamer, follows, refuse_needs
 from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
 from mmrl.readings import Reading
@@ -87,7 +87,7 @@ def build_reward(r: RewardConfig, section: str) -> OutcomeReward:
     foreign = FOREIGN_TIMEOUT_S if ":" in r.name else 0.0
     timeout_s = foreign if r.timeout_s is None else r.timeout_s
     if timeout_s > 0:
-        if ":" not in r.name and hasattr(find("rewards", r.name).target, "controls"):
+        if ":" not in r.name and follows(find("rewards", r.name), ContrastReward):
             raise ConfigError(
                 f"{section}: {r.name} compares with other prompts and cannot run apart; leave timeout_s out"
             )

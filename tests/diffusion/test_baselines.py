@@ -20,6 +20,7 @@ from diffusion.policy import DiffusionPolicy
 from mmrl import registry
 from mmrl.config import parse_config
 from mmrl.credit import estimate
+from mmrl.registry import ComponentError
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan
 from mmrl.trainers.branch_grpo import BranchGrpo, BranchGrpoConfig
@@ -239,7 +240,7 @@ def test_micro_batches_and_other_prompts_change_nothing(policy, name):
         ("nftt", {}, r"unknown sample loss 'nftt' \(did you mean nft\?\); known: diffusion_dpo, nft, refl"),
         ("nft", {"bb": 1}, r"unknown key loss.bb=1"),
         ("nft", {"levels": 7}, r"loss.levels=7: the sampler has 6 noise levels"),
-        ("refl", {}, r"reward 'plain' gives numbers without a gradient"),
+        ("refl", {}, r"reward 'plain': ReFL needs the protocol DifferentiableReward .*: legible_symmetric"),
     ],
 )
 def test_losses_that_cannot_run(policy, name, options, message):
@@ -333,6 +334,20 @@ def test_a_policy_whose_steps_are_no_latents_is_refused(tiny_model, tmp_path):
     message = "loss: sample loss 'nft' reads actions.latent, which nothing .* by the policies diffusion"
     with pytest.raises(ValueError, match=message):
         SampleLossTrainer(parse_config(tree, model=SampleLossConfig))
+
+
+def test_a_reward_without_gradient_is_refused_before_a_model_is_loaded(tiny_model, tmp_path):
+    tree = small(tiny_model, tmp_path, "refl") | {"rewards": [{"name": "tiny:constant", "timeout_s": 0}]}
+    tree["policy"]["model"] = str(tmp_path / "not there")
+    with pytest.raises(ComponentError, match="'tiny:constant': sample loss 'refl' needs the protocol Differentiable"):
+        SampleLossTrainer(parse_config(tree, model=SampleLossConfig))
+
+
+def test_imitation_by_a_policy_that_does_not_write_is_refused_before_a_model_is_loaded(tiny_model, tmp_path):
+    tree = recipe(tiny_model, tmp_path, imitation={"weight": 0.1})
+    tree["policy"]["model"] = str(tmp_path / "not there")
+    with pytest.raises(ComponentError, match="imitation.weight=0. needs the protocol OutputWriter .*: video, vision"):
+        BranchGrpo(parse_config(tree))
 
 
 def test_clean_reward_judges_predicted_pictures(tiny_model, policy):

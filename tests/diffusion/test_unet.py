@@ -25,7 +25,7 @@ from diffusion.policy import DiffusionPolicy
 from diffusion.sampler import sample_ode
 from diffusion.schedule import Course, Sampling
 from diffusion.tasks.text_prompts import TextPrompts
-from mmrl.config import load_config, parse_config
+from mmrl.config import ConfigError, load_config, parse_config
 from mmrl.rollout import BranchPlan, Prompt, Rollout
 from mmrl.trainers import trainer_of
 
@@ -404,8 +404,10 @@ def test_prompt_files_that_cannot_be_used(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             TextPrompts(good, str(tmp_path / name))
-    with pytest.raises(ValueError, match="text_prompts has no reward of its own; list one in the recipe"):
-        _ = TextPrompts(good, good).rewards
+    tree = recipe(tmp_path, tmp_path / "run", rewards=[])
+    tree["task"] = {"name": "text_prompts", "train": good, "eval": good}
+    with pytest.raises(ConfigError, match=r"task.name='text_prompts' names no reward that fits it; list some in"):
+        trainer_of(parse_config(tree))
 
 
 # ---- training ------------------------------------------------------------------------------------------------
@@ -421,6 +423,26 @@ def test_branch_grpo_raises_the_brightness(folders, tmp_path):
     trainer = trainer_of(parse_config(tree))
     before = trainer.evaluate(0)["eval/reward"]
     assert trainer.train()["eval/reward"] > before + 0.005
+
+
+def test_an_iteration_embeds_each_text_once(folders, tmp_path, monkeypatch):
+    """Rollout, completions of its states, samples of the initial weights, two updates against the initial model."""
+    embedded = []
+    encode = UNetAdapter._encode_texts
+    monkeypatch.setattr(
+        UNetAdapter, "_encode_texts", lambda self, texts: embedded.append(texts) or encode(self, texts)
+    )
+    (tmp_path / "p.txt").write_text("\n".join(TEXTS))
+    files = {"train": str(tmp_path / "p.txt"), "eval": str(tmp_path / "p.txt")}
+    tree = recipe(
+        folders["sd"], tmp_path / "run", policy={"steps": 4}, plan={0: 2}, loss={"kl": 0.1},
+        optim={"updates_per_rollout": 2}, run={"iterations": 2, "eval_every": 1, "prompts_per_iteration": 2},
+        readings=[{"name": "monte_carlo", "n": 1}, {"name": "baseline", "n": 2}],
+    )  # fmt: skip
+    tree["task"] = {"name": "diffusion.tasks.text_prompts:TextPrompts", **files}
+    trainer_of(parse_config(tree)).train()
+    # three evaluations and two iterations
+    assert [sorted(texts) for texts in embedded] == [["", *TEXTS]] * 5
 
 
 @pytest.mark.parametrize("name", ["sd", "xl"])

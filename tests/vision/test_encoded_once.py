@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from vision_tiny import vision_recipe
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 # ruff: isort: off
+import bench_encoding
 import agent_tiny  # noqa: F401  # makes the next module importable
 from make_clips import write_clip
 # ruff: isort: on
@@ -37,7 +40,6 @@ from vision.backbone import by_prompt, closure, micro_batches
 from vision.prm import VisionPrm
 from vision.prompts import PromptEncoder
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 EVERYTHING = {
     "loss": {"kl": 0.1, "kl_form": "k3", "recompute_old_logp": True},
     "step_rewards": [{"name": "vision_prm", "model": str(family_folder("qwen2_5_vl")), "max_tokens": 400}],
@@ -328,3 +330,9 @@ def test_a_pass_over_a_forest_takes_as_long_as_there_are_steps(monkeypatch, prom
         own = [closure(tree, ids) for _, ids in by_prompt(tree, steps)]
     assert torch.equal(torch.cat(parts), steps) and all(parent == [-1, *range(6)] for _, parent in own)
     assert elements.total < 20 * len(tree)
+
+
+def test_the_benchmark_counts_both_ways(monkeypatch):
+    monkeypatch.setattr(vision.prompts, "ENCODED_BYTES", 3 * 80_000)
+    [[prompts, _, recent, _, kept, *_]] = bench_encoding.measure([6], 56)
+    assert (prompts, recent, kept) == ("6", "36", "6")

@@ -37,9 +37,9 @@ class TemporalContrast:
     """T-GRPO's whole reward without its length bonus: answer + format + 0.3 where order helps, in [0, 2.3].
 
     In training every prompt with a clip has a twin, the same question on its frames in random order (inputs
-    `shuffled: true`, `twin_of: <id>`), which a policy samples half as often; see `mmrl.rollout.OutcomeReward`. Twins
-    lend their accuracy and nothing else. Without twins (pictures, evaluation) there is no bonus. The answer and format
-    are part of this reward: name no other ones for them. T-GRPO's bonus for length is not here: samples have no
+    `shuffled: true`, `twin_of: <id>`), which a policy samples half as often (`mmrl.capabilities.ContrastReward`).
+    Twins lend their accuracy and nothing else. Without twins (pictures, evaluation) there is no bonus. The answer and
+    format are part of this reward: name no other ones for them. T-GRPO's bonus for length is not here: samples have no
     token counts.
 
     Args:
