@@ -28,7 +28,9 @@ from mmrl.trainers.sample_loss import Rewards, Term
 Key = tuple[int, int]  # (run.seed, iteration)
 
 
-@register("sample_losses", "diffusion_dpo", reads=("actions.latent",), fits="latents", source="Diffusion-DPO, 2023")
+@register(
+    "sample_losses", "diffusion_dpo", reads=("forks", "actions.latent"), fits="latents", source="Diffusion-DPO, 2023"
+)
 def diffusion_dpo(
     policy: DiffusionPolicy, rollout: Rollout, rewards: Rewards, key: Key, *, beta: float = 5000.0, levels: int = 4
 ) -> list[Term]:
@@ -123,7 +125,7 @@ def _differentiable(rewards: Rewards) -> Callable[[list[Sample]], Tensor]:
     return score
 
 
-@register("sample_losses", "nft", reads=("actions.latent",), fits="latents", source="DiffusionNFT, 2025")
+@register("sample_losses", "nft", reads=("forks", "actions.latent"), fits="latents", source="DiffusionNFT, 2025")
 def nft(
     policy: DiffusionPolicy,
     rollout: Rollout,

@@ -7,7 +7,7 @@ exp(logit_scale) cos(image feature, condition feature). `trainer: step_reward` t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffusion.adapters.base import Cond, Level
 from diffusion.latent_features import Family
 from diffusion.schedule import Course
+from mmrl.finite import check_finite
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.reference import unwrap
 from mmrl.registry import declares, find, of_kind
@@ -138,6 +139,13 @@ class LatentNetwork(nn.Module):
         return self.logit_scale.exp() * F.cosine_similarity(image, self.text_projection(found.condition), dim=1)
 
 
+def _untrained(options: Mapping[str, Any]) -> str:
+    """Why a latent reward of these options gives random numbers; "" = it does not."""
+    if (Path(str(options["model"])) / RECORD).is_file():
+        return ""
+    return f"a new head on the denoiser of {options['model']!r}, which has no {RECORD}"
+
+
 class LatentReward:
     """A StepScorer on states of a denoising trajectory.
 
@@ -158,7 +166,7 @@ class LatentReward:
         self.space, self.max_batch, self.leaves_only = space, max_batch, leaves_only
 
     @classmethod
-    @declares(reads=("actions.latent",), fits="latents", shardable=False)
+    @declares(reads=("actions.latent",), fits="latents", shardable=False, untrained=_untrained)
     def build(
         cls,
         model: str = "digits",
@@ -204,13 +212,17 @@ class LatentReward:
         """
         levels = torch.tensor([level], dtype=torch.float64).expand(len(x), 3)
         parts = torch.arange(len(x)).split(self.max_batch)
-        return torch.cat([self._scores(x[p], levels[p], cond, own[p]).cpu() for p in parts])
+        scores = torch.cat([self._scores(x[p], levels[p], cond, own[p]).cpu() for p in parts])
+        check_finite(scores, "the latent reward", "latents")
+        return scores
 
     @torch.no_grad()
     def values(self, rollout: Rollout) -> Tensor:
         """(N,) float64 scores of the states after each step, without gradient."""
         steps: list[Tensor] = list(torch.arange(len(rollout.tree)).split(self.max_batch))
-        return torch.cat([self.logits(rollout, part)[:, 0].double().cpu() for part in steps])
+        values = torch.cat([self.logits(rollout, part)[:, 0].double().cpu() for part in steps])
+        check_finite(values, "the latent reward", "latents")
+        return values
 
     @torch.no_grad()
     def root_scores(self, rollout: Rollout) -> Tensor:
@@ -236,6 +248,7 @@ class LatentReward:
         with torch.no_grad():
             for part in leaves.split(self.max_batch):
                 out[part] = self.logits(rollout, part)[:, 0].double().sigmoid().cpu()
+        check_finite(out, "the latent reward", "latents", leaves)
         return out
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:

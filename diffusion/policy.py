@@ -17,6 +17,7 @@ from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode
 from diffusion.schedule import Course, Sampling, candidates, plan_course, record
 from mmrl.byte_cache import ByteCache
 from mmrl.capabilities import Found
+from mmrl.finite import check_finite
 from mmrl.reference import Reference, unwrap
 from mmrl.registry import declares, find, of_kind
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample, Sight
@@ -27,9 +28,10 @@ from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 Judge = Callable[[Tensor, Level, Cond, Tensor], Tensor]
 
 # Defaults of a recipe whose policy denoises. Log-probs are means over a latent's elements, hence the narrow clip
-# range (BranchGRPO's script); depths are aligned, hence its estimator; every public trainer clamps advantages at 5.
+# range (BranchGRPO's script); Gaussian steps have a closed divergence; depths are aligned, hence its estimator; every
+# public trainer clamps advantages at 5.
 DENOISING_DEFAULTS = {
-    "loss.clip_low": 1e-3, "loss.clip_high": 1e-3, "optim.lr": 2e-4,
+    "loss.clip_low": 1e-3, "loss.clip_high": 1e-3, "loss.kl_form": "exact", "optim.lr": 2e-4,
     "credit.estimators": [{"name": "branch_depth"}], "credit.clip": 5.0,
 }  # fmt: skip
 
@@ -223,7 +225,7 @@ class DiffusionPolicy:
         return Rollout(
             list(prompts),
             _as_tree(forest, len(course)),
-            Actions(forest.logp, ~forest.logp.isnan(), latents),
+            Actions(forest.logp, ~forest.std.isnan(), latents),
             payload | {f"cond_{k}": v.cpu() for k, v in cond.items()},
             {"calls": forest.calls, "leaves": plan.leaves * len(prompts)},
             about,
@@ -264,7 +266,7 @@ class DiffusionPolicy:
 
         generators = [torch.Generator().manual_seed(seeds[i]) for i in at]
         latents = complete(predict, starts, n, sampling, course, generators)
-        pictures = iter(self._decode(torch.cat(latents)))
+        pictures = iter(self._finished(torch.cat(latents)))
         for i, own in zip(at, latents, strict=True):
             prompt = rollout.prompts[places[i].prompt]
             out[i] = [Sample(prompt, next(pictures), places[i].step) for _ in own]
@@ -293,6 +295,7 @@ class DiffusionPolicy:
                 for c in (cond, other)
             )
             out[at] = ((seen - blind) ** 2).flatten(1).mean(1).double().cpu()[inverse]
+        check_finite(out, "the denoising network", "steps")
         return out
 
     def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
@@ -393,7 +396,7 @@ class DiffusionPolicy:
         """Decoded leaves, without the candidates that nothing follows."""
         tree = rollout.tree
         leaves = (tree.is_leaf & ~tree.tags["side"] if "side" in tree.tags else tree.is_leaf).nonzero().flatten()
-        pictures = self.describe(rollout, leaves)
+        pictures = self._finished(rollout.actions.payload["latent"][leaves].float())
         owner = rollout.tree.group[leaves].tolist()
         return [Sample(rollout.prompts[g], p, s) for g, p, s in zip(owner, pictures, leaves.tolist(), strict=True)]
 
@@ -415,7 +418,7 @@ class DiffusionPolicy:
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
             return self._predict(model, course, cond, x, i, own)
 
-        return self._decode(sample_ode(predict, init.to(self._device), self.sampling, course))
+        return self._finished(sample_ode(predict, init.to(self._device), self.sampling, course))
 
     @torch.no_grad()
     def describe(self, rollout: Rollout, steps: Tensor) -> list[Tensor]:
@@ -432,6 +435,18 @@ class DiffusionPolicy:
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """The model in diffusers' (or, with LoRA, PEFT's) format. Its weights are never sharded: see `build`."""
         self.adapter.save(self._bare, Path(folder))
+
+    @torch.no_grad()
+    def _finished(self, x: Tensor) -> Tensor:
+        """Decoded latents (N, *D) at the end of their course.
+
+        Raises:
+            NotFiniteError: naming the denoising network, or the decoder where the latents are finite.
+        """
+        check_finite(x, "the denoising network", "finished latents")
+        pictures = self._decode(x)
+        check_finite(pictures, "the decoder of latents (VAE)", "pictures")
+        return pictures
 
     def _decode(self, x: Tensor) -> Tensor:
         return torch.cat([self.adapter.decode(part.to(self._device)).cpu() for part in x.split(self.max_batch)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion.adapters.base import Level
 from diffusion.kernels import Transition, correlated_noise, log_prob, ode
 from diffusion.schedule import Course, Sampling, candidates
+from mmrl.finite import check_finite
 from mmrl.registry import find
 from mmrl.rollout import BranchPlan
 
@@ -75,6 +76,9 @@ def sample_forest(
     """Sample a tree per prompt from `init` (G, *D). Siblings share their parent's forward pass.
 
     choose: of several candidates the one with the highest score goes on; None = a random one.
+
+    Raises:
+        NotFiniteError: latents that are NaN or infinite; the message names the first such step.
     """
     storage = getattr(torch, sampling.storage)
     x = init.to(storage).float()
@@ -100,7 +104,18 @@ def sample_forest(
             rows[name].append(value)
         parent, made = made + kept, made + len(x)
         x, own = x[kept.to(x.device)], own[kept]
-    return Forest(**{k: torch.cat(v) for k, v in rows.items()}, calls=calls)
+    forest = Forest(**{k: torch.cat(v) for k, v in rows.items()}, calls=calls)
+    _check_latents(forest, len(course))
+    return forest
+
+
+def _check_latents(forest: Forest, num_steps: int) -> None:
+    """NotFiniteError where the network's output made latents NaN or infinite: by the first step at which it did."""
+    fine = forest.latent.flatten(1).isfinite().all(1)
+    if not bool(fine.all()):
+        first = int(forest.depth[~fine].min())
+        there = forest.depth == first
+        check_finite(forest.latent, f"the denoising network at step {first + 1} of {num_steps}", "latents", there)
 
 
 def complete(

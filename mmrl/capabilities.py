@@ -293,6 +293,14 @@ class OutputWriter(Protocol):
 
 
 @runtime_checkable
+class LimitedWriter(Protocol):
+    """A policy that knows which outputs its sampling would cut short."""
+
+    def beyond_limits(self, texts: Sequence[str]) -> list[str]:
+        """Per text, why it would be cut, such as "60 tokens (policy.max_new_tokens=48)"; "" = it fits."""
+
+
+@runtime_checkable
 class Chooser(Extender, Admitter, Protocol):
     """A policy that can also say how likely given texts are to come next; a generative reward model asks it."""
 

@@ -36,18 +36,16 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Check a recipe before it costs hours: forecast, one rollout, ratio = 1, rewards."""
+    """Try a recipe before it costs hours: forecast, one iteration, verdicts; exits with 1 when it cannot learn."""
     config = _load(recipe, overrides)
     from mmrl.doctor import examine
-    from mmrl.trainers.branch_grpo import BranchGrpoConfig
 
-    if not isinstance(config, BranchGrpoConfig):
-        raise ValueError(f"doctor examines recipes of branch_grpo; {recipe} has trainer: {config.trainer}")
-    if config.rollouts is not None:
-        raise ValueError("doctor examines what a recipe samples; leave its stored rollouts out: rollouts=null")
-
+    hopeless = False
     for line in examine(config):
-        typer.echo(line)
+        typer.echo(str(line))
+        hopeless = hopeless or line.hopeless
+    if hopeless:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -82,7 +82,7 @@ def parse_config(tree: Mapping[str, Any], where: str = "config", model: type[C] 
     """Validate a mapping of sections; see `load_config`. model: by default that of the trainer it names."""
     kind: Any = model or trainer_config(tree, where)
     try:
-        return kind.model_validate(with_policy_defaults(tree, kind))
+        return kind.model_validate(with_declared_defaults(tree, kind))
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error, model=kind)}") from None
 
@@ -98,25 +98,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def with_policy_defaults(tree: Mapping[str, Any], model: type[Section]) -> Mapping[str, Any]:
-    """The recipe with the defaults that its policy and trainer declare (`recipe={"loss.clip_low": 0.2}`).
+def with_declared_defaults(tree: Mapping[str, Any], model: type[Section]) -> Mapping[str, Any]:
+    """The recipe with the defaults that its policy or scorer and its trainer declare, such as `loss.clip_low: 0.2`.
 
     A clip range that suits tokens is 200 times too wide for a denoising step, so such defaults belong to the policy;
     the trainer's own come second. What the recipe sets itself stays.
+
+    Raises:
+        ConfigError: no such policy, scorer or trainer.
     """
-    policy = tree.get("policy")
-    policy = {"name": policy} if isinstance(policy, str) else policy
-    if not isinstance(policy, Mapping) or not isinstance(policy.get("name"), str):
-        return tree
-    try:
-        declared = dict(find("policies", policy["name"]).facts.get("recipe", {}))
-    except ComponentError as error:
-        raise ConfigError(f"policy.name: {error}") from None
-    if "trainer" in model.model_fields:
-        trainer = str(tree.get("trainer", model.model_fields["trainer"].default))
-        declared |= find("trainers", trainer).facts.get("recipe", {})
     out = dict(tree)
-    for key, value in declared.items():
+    for key, (value, _) in declared_defaults(tree, model).items():
         section, name = key.split(".")
         field = model.model_fields.get(section)
         owner = None if field is None else field.annotation
@@ -125,6 +117,31 @@ def with_policy_defaults(tree: Mapping[str, Any], model: type[Section]) -> Mappi
         given = out.get(section) or {}
         if isinstance(given, Mapping):
             out[section] = {name: value} | dict(given)
+    return out
+
+
+def declared_defaults(tree: Mapping[str, Any], model: type[Section]) -> dict[str, tuple[Any, str]]:
+    """section.key -> (value, whose it is) of the defaults that what a recipe trains and its trainer declare, the
+    trainer's last. A scorer counts where it is trained.
+
+    Raises:
+        ConfigError: no such policy, scorer or trainer.
+    """
+    out: dict[str, tuple[Any, str]] = {}
+    kinds = {"policy": "policies"}
+    if "trainer" in model.model_fields:
+        kinds |= {"scorer": "scorers", "trainer": "trainers"}
+    for key, kind in kinds.items():
+        value = tree.get(key, model.model_fields[key].default if key == "trainer" else None)
+        name = value.get("name") if isinstance(value, Mapping) else value
+        if not isinstance(name, str) or key not in model.model_fields:
+            continue
+        try:
+            row = find(kind, name)
+        except ComponentError as error:
+            raise ConfigError(f"{key}.name: {error}") from None
+        who = f"{row.kind.singular} {row.name}"
+        out |= {k: (default, who) for k, default in row.facts.get("recipe", {}).items()}
     return out
 
 

@@ -40,7 +40,7 @@ from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.formats import read_format
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
-from mmrl.prm.scoring import check_scorer, load_scorer, score_records, score_states, scorer_row
+from mmrl.prm.scoring import check_scorer, check_trained, load_scorer, score_records, score_states, scorer_row
 from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
 from mmrl.registry import build, find
 from mmrl.report.search_panel import disagreements
@@ -121,9 +121,14 @@ def _check_names(config: AnnotateConfig) -> None:
     """All names of the recipe, before anything is paid for."""
     completes = _completes(config.method.name)
     options = {k: v for k, v in config.method.options.items() if completes or k != "solutions"}
-    find("annotations", config.method.name).check(options, "method")
+    row = find("annotations", config.method.name)
+    row.check(options, "method")
+    if (scorer := options.get(row.facts.get("scorer", ""))) is not None:
+        check_trained(scorer, "method.scorer")
     if config.active is not None and config.records is None:
         raise ConfigError("active chooses among given solutions; name their file in `records`")
+    for i, scorer in enumerate(config.active.scorers if config.active is not None else ()):
+        check_trained(scorer, f"active.scorers.{i}")
     if config.refine is None:
         return
     options = find("refinements", config.refine.name).check(config.refine.options, "refine")
@@ -237,7 +242,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     if config.method.name == "best_of_k":
         return _best_of_k(config)
     if config.scorer is not None:
-        check_scorer(config.scorer)
+        check_trained(check_scorer(config.scorer))
     find("searches", config.method.name).check(config.method.options, "method")
     job = _Job(config, Extender, "best_of_k is for policies that search along their own steps")
     job.alone("mmrl search")
@@ -284,6 +289,7 @@ def _best_of_k(config: SearchConfig) -> dict[str, Any]:
     ranks = find("policies", config.policy.name).facts.get("search_scorer")
     if ranks is not None:
         refuse_row(f"a search of policy.name={config.policy.name!r}", ranks, scorer_row(config.scorer))
+    check_trained(config.scorer)
     job = _Job(config, SampleSearcher, "best_of_n, greedy and others are for policies that write")
     job.alone("mmrl search")
     scorer = job.scorer(config.scorer)

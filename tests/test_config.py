@@ -151,6 +151,23 @@ def test_defaults_that_differ_by_modality_come_from_the_policy(policy, clip, est
     assert [e.name for e in own.credit.estimators] == [estimator]
 
 
+def test_a_token_policy_needs_no_closed_divergence():
+    """`loss: {kl: 0.04}` alone is a recipe: tokens estimate what Gaussian steps have in closed form."""
+    tree = {"task": {"name": "shapes"}, "plan": {0: 4}, "loss": {"kl": 0.04}}
+    forms = {p: parse_config(tree | {"policy": p}).loss.kl_form for p in ("vision", "video", "diffusion")}
+    assert forms == {"vision": "k3", "video": "k3", "diffusion": "exact"}
+
+
+def test_a_scorer_has_defaults_of_its_own():
+    """A language model that learns to judge takes VL-PRM's rate, a latent reward the one of denoisers."""
+    tree = {"trainer": "step_reward", "task": {"name": "step_records"}}
+    rates = {s: parse_config(tree | {"scorer": s}).optim.lr for s in ("vision_prm", "latent_reward")}
+    assert rates == {"vision_prm": 1e-5, "latent_reward": 2e-4}
+    assert parse_config(tree | {"scorer": {"name": "vision_prm"}, "optim": {"lr": 0.1}}).optim.lr == 0.1
+    with pytest.raises(ConfigError, match="scorer.name: unknown step reward 'vision_prn'"):
+        parse_config(tree | {"scorer": "vision_prn"})
+
+
 def test_a_trainer_has_defaults_of_its_own():
     tree = {"task": {"name": "shapes"}, "policy": {"name": "vision"}}
     assert parse_config(tree | {"trainer": "imitation"}).optim.lr == 2e-5

@@ -13,7 +13,7 @@ from mmrl.credit.transforms import thoughts
 from mmrl.registry import find, names, rows
 from mmrl.rollout import Prompt
 from mmrl.trainers.history import OutcomeHistory
-from mmrl.tree import StepTree
+from mmrl.tree import FINISHED, UNFINISHED, StepTree
 from mmrl.tree_ops import lift, path_sum, returns, togo
 
 n = math.nan
@@ -599,6 +599,14 @@ def test_norm_presets_and_singletons():
 def test_info_counts(t8):
     info = estimate(t8, "grpo").info
     assert info["groups"] == 1 and info["zero_spread_groups"] == 0 and info["valid_frac"] == 7 / 8
+
+
+@pytest.mark.parametrize(
+    "outcome, flat", [([1.0, 0.0], 0), ([1.0, 1.0], 1), ([1.0, math.nan], 1), ([math.nan] * 2, 1)]
+)
+def test_a_group_of_one_or_none_counts_as_one_without_spread(outcome, flat):
+    status = [FINISHED if x == x else UNFINISHED for x in outcome]
+    assert estimate(StepTree([-1, -1], [0, 0], status, outcome), "grpo").info["zero_spread_groups"] == flat
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_run_folder_tells_how_it_was_made(finished):
 
 
 def test_doctor(tiny_model, tmp_path):
-    text = "\n".join(examine(parse_config(recipe(tiny_model, tmp_path / "r"))))
+    text = "\n".join(map(str, examine(parse_config(recipe(tiny_model, tmp_path / "r")))))
     assert "1 process(es)" in text and "as forecast" in text and "NOT as forecast" not in text
     assert "4 leaves, 20 steps, 17 network calls" in text and "fine" in text and "tiny:brightness: mean" in text
     assert not (tmp_path / "r" / "metrics.jsonl").exists()

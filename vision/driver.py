@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from mmrl.finite import check_finite
 from vision.growth import Engine, GrowthRequest, Node, PromptTokens, SampleRequest, Session, TokenSample
 from vision.packing import ancestors
 from vision.step_rule import UnsureRule
@@ -17,8 +18,14 @@ def grow(engine: Engine, request: GrowthRequest) -> list[Node]:
     """Sample the tree of every prompt; parents come before children.
 
     A step forks the moment it ends, and no path waits for another; conversations take their turns together.
+
+    Raises:
+        NotFiniteError: the log-probs of what was sampled are not finite; the network is named.
     """
-    return _Growth(engine.open(request), request).run() if request.prompts else []
+    nodes = _Growth(engine.open(request), request).run() if request.prompts else []
+    logp = torch.tensor([x for node in nodes for x in node.logp])
+    check_finite(logp, "the language model", "sampled tokens")
+    return nodes
 
 
 @dataclass

@@ -232,7 +232,8 @@ def draw(logits: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, T
         total = logp.exp().cumsum(-1)
         # the first token whose cumulated probability exceeds u; banned ids have none and are never first
         u = uniform.to(logits.device) * total[:, -1] * (1 - 1e-6)
-        tokens = torch.searchsorted(total, u[:, None], right=True)[:, 0]
+        # logits that are not finite find no token: any will do, their log-prob tells (`vision.driver.grow`)
+        tokens = torch.searchsorted(total, u[:, None], right=True)[:, 0].clamp(max=total.shape[-1] - 1)
     return tokens, logp.gather(-1, tokens[:, None])[:, 0]
 
 

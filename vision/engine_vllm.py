@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmrl.finite import NotFiniteError
 from mmrl.seeding import named_generator
 from vision.growth import Decoding, GrowthRequest, PromptTokens, SampleRequest, TokenSample
 from vision.prompts import tokenise
@@ -156,7 +157,7 @@ class VllmEngine:
         if not all(ids for ids, _ in reply.samples):
             raise RuntimeError(f"prompt {prompt}: vLLM returned a sample without tokens, so it was aborted")
         if not all(math.isfinite(lp) and lp > -9999 for _, logp in reply.samples for lp in logp):
-            raise RuntimeError("vLLM returned a log-prob that is not finite: its weights or logits overflow")
+            raise NotFiniteError("vLLM returned a log-prob that is not finite: its weights or logits overflow")
         self.counts["requests"] += 1
         self.counts["prompt_tokens"] += len(want)
         self.counts["cached_tokens"] += reply.cached

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmrl.finite import check_finite
 from mmrl.reference import Reference, bare, unwrap
 from mmrl.registry import check_section, declares, of_kind
 from mmrl.rollout import (
@@ -247,6 +248,22 @@ class VisionPolicy:
                 nodes.append(Node(g, len(nodes) - 1 if depth else -1, depth, own, [0.0] * len(own), "eos"))
         return self._as_rollout(prompts, tokens, nodes, {"written": True, "temperature": self.decoding.temperature})
 
+    def beyond_limits(self, texts: Sequence[str]) -> list[str]:
+        """See `mmrl.trainers.imitation.Writer`: the longest completion, or the longest turn and their number."""
+        return [self._beyond(text) for text in texts]
+
+    def _beyond(self, text: str) -> str:
+        parts = [text] if self._talks is None else text.split("\n")
+        limits = self.decoding
+        if self._talks is not None and len(parts) > limits.max_steps:
+            return f"{len(parts)} turns (policy.max_steps={limits.max_steps})"
+        # the end mark is sampled too
+        longest = 1 + max(len(self.tokenizer.encode(part, add_special_tokens=False)) for part in parts)
+        if longest <= limits.max_new_tokens:
+            return ""
+        turn = "" if self._talks is None else "a turn of "
+        return f"{turn}{longest} tokens (policy.max_new_tokens={limits.max_new_tokens})"
+
     @property
     def _end(self) -> int:
         named = self.tokenizer.eos_token_id
@@ -332,7 +349,9 @@ class VisionPolicy:
             wanted = [t.packed.start[1:] for t in trees]
             with torch.no_grad():
                 out.append(self._log_probs(trees, wanted, 1.0)["logp"].reshape(len(trees), len(ids)).cpu())
-        return torch.cat(out)
+        logps = torch.cat(out)
+        check_finite(logps, "the language model", "states")
+        return logps
 
     def write_steps(self, written: Rollout) -> Rollout:
         """See `mmrl.capabilities.StepWriter`.
@@ -481,6 +500,7 @@ class VisionPolicy:
             logp = self._log_probs(trees, wanted, 1.0)["logp"].double().cpu()
             total.index_add_(0, owner, logp)
             count.index_add_(0, owner, torch.ones_like(logp))
+        check_finite(total, "the language model", "answers")
         return total / count
 
     @torch.no_grad()
@@ -500,6 +520,7 @@ class VisionPolicy:
             jobs = [self._job(trees, wanted) for trees in (given, blind)]
             kl = self._network(kl_job, *jobs, self._body.features)
             total.index_add_(0, owner[index], kl.double().cpu())
+        check_finite(total, "the language model", "steps")
         return (total / rollout.tree.span)[steps]
 
     def instructed_logps(self, rollout: Rollout, steps: Tensor, instruction: str) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmrl.finite import check_finite
 from mmrl.losses.reward import good_logit
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.prm.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
@@ -28,6 +29,15 @@ from vision.passes import TokenTree, build_reading
 from vision.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+def _untrained(options: Mapping[str, Any]) -> str:
+    """Why a scorer of these options gives random numbers; "" = it does not."""
+    model, head = str(options["model"]), options["head"] or "linear"
+    if head == "tokens" or (Path(model) / RECORD).is_file():
+        return ""
+    return f"head {head} on the plain model {model!r}, which has no {RECORD}"
+
 
 HEADS = {"tokens": 0, "linear": 1, "likelihood": 1, "buffer": 3}  # outputs; "tokens" compares the model's own logits
 Head = Literal["tokens", "linear", "likelihood", "buffer"]
@@ -90,7 +100,7 @@ class VisionPrm:
         self.dropped = 0  # steps without score so far, each time they were met: too long, or with a marker inside
 
     @classmethod
-    @declares(reads=("texts",))
+    @declares(reads=("texts",), untrained=_untrained, recipe={"optim.lr": 1e-5})
     def build(
         cls,
         model: str = "shapes",
@@ -210,7 +220,9 @@ class VisionPrm:
             part.append(encoded)
             used += size
         out.append(self._root_logits(part, closing))
-        return good_logit(torch.cat(out)).sigmoid().double().cpu()
+        scores = good_logit(torch.cat(out)).sigmoid().double().cpu()
+        check_finite(scores, "the network of scorer VisionPrm", "prompts")
+        return scores
 
     @torch.no_grad()
     def _root_logits(self, prompts: Sequence[PromptTokens], closing: Sequence[int]) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# Defaults of a recipe whose policy writes tokens: PPO's clip range, and the learning rate that TRL's trainers of
-# rewards and preferences have.
-TOKEN_DEFAULTS = {"loss.clip_low": 0.2, "loss.clip_high": 0.2, "optim.lr": 1e-6}
+# Defaults of a recipe whose policy writes tokens: PPO's clip range, the learning rate that TRL's trainers of rewards
+# and preferences have, and the estimate of the divergence that needs no closed form.
+TOKEN_DEFAULTS = {"loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_form": "k3", "optim.lr": 1e-6}
 
 
 @dataclass(frozen=True)

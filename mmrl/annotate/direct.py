@@ -108,7 +108,13 @@ class LabelContext(Protocol):
         """A step reward or saved scorer, on the job's device."""
 
 
-@register("annotations", "scorer", writes=("outcome", "step_reward"), source="a verifiable step reward, or a teacher")
+@register(
+    "annotations",
+    "scorer",
+    writes=("outcome", "step_reward"),
+    source="a verifiable step reward, or a teacher",
+    scorer="scorer",
+)
 def scorer_labels(scorer: ScorerSpec, threshold: float | None = None, *, context: LabelContext) -> Labeller:
     """`by_scorer` of a step reward's name or section, or a saved scorer's folder."""
     return by_scorer(context.scorer(scorer), threshold=threshold)

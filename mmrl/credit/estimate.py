@@ -169,7 +169,7 @@ def _finish(
     info |= {
         "outcome": tree.outcome,
         "groups": tree.num_groups,
-        "zero_spread_groups": int(groups.constant.sum()),
+        "zero_spread_groups": int((groups.constant | (groups.size < 2)).sum()),  # a lone outcome has no spread either
         "valid_frac": float(valid.double().mean()) if len(tree) else 0.0,
         "adv_abs_mean": float(size.mean()) if size.numel() else 0.0,
         "adv_abs_max": float(size.max()) if size.numel() else 0.0,

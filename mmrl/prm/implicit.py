@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.capabilities import StepWriter, begin_iteration
+from mmrl.finite import check_finite
 from mmrl.prm.scoring import RECORD
 from mmrl.registry import build_section, of_kind
 from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout
@@ -93,7 +94,9 @@ class ImplicitPrm:
         """(N,) float64 step rewards, also against the policy that sampled the rollout; without gradient."""
         rollout = self._with_actions(rollout)
         with torch.no_grad():
-            return self._rewards(rollout, torch.arange(len(rollout.tree)), against).double().cpu()
+            rewards = self._rewards(rollout, torch.arange(len(rollout.tree)), against).double().cpu()
+        check_finite(rewards, "the policy of implicit_prm", "steps")
+        return rewards
 
     def root_scores(self, rollout: Rollout) -> Tensor:
         """(G,) zeros: nothing has been done yet, so there is no log-ratio."""

@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from mmrl.capabilities import admitted, begin_iteration
+from mmrl.finite import check_finite
 from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
@@ -24,14 +25,39 @@ QUESTIONS_AT_ONCE = 64
 RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
 
 
-def load_scorer(scorer: str | Path | Mapping[str, Any], options: Mapping[str, Any] | None = None) -> StepReward:
+def load_scorer(
+    scorer: str | Path | Mapping[str, Any], options: Mapping[str, Any] | None = None, *, untrained: bool = False
+) -> StepReward:
     """A step reward: a registered name, a saved scorer's folder, or a section with either as `name`, options beside.
 
+    untrained: take one with a new head as well, for a run in which it learns.
+
     Raises:
-        ComponentError: no such name or option. ValueError: a folder without the record of a scorer.
+        ComponentError: no such name or option, or an untrained head. ValueError: a folder without a scorer's record.
     """
     name, chosen = _resolved(scorer, options)
+    if not untrained:
+        check_trained({"name": name, **chosen})
     return build("scorers", "scorer", name, chosen)
+
+
+def check_trained(scorer: str | Mapping[str, Any], where: str = "scorer") -> None:
+    """Refuse a scorer whose head is new, before anything is loaded: its scores are random numbers.
+
+    A row says so by its fact `untrained`: (options, defaults included) -> why, "" = it is trained.
+
+    Raises:
+        ComponentError: it is; the message names `where`.
+    """
+    name, chosen = _resolved(scorer)
+    row = find("scorers", name)
+    reason = row.facts.get("untrained")
+    why = reason({k: o.default for k, o in row.options.items()} | chosen) if reason is not None else ""
+    if why:
+        raise ComponentError(
+            f"{where}: the head of {row.name!r} is untrained ({why}), so its scores are random numbers. Train it "
+            "(`trainer: step_reward`) and name the folder of the result, or let it learn along (`online:`)"
+        )
 
 
 def check_scorer(scorer: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
@@ -149,7 +175,11 @@ def probabilities(scorer: StepScorer, rollout: Rollout) -> Tensor:
 
 
 def good_logits(scorer: StepScorer, rollout: Rollout) -> Tensor:
-    """(N,) float64 logit of "good" of each step, without gradient; NaN where it cannot be read."""
+    """(N,) float64 logit of "good" of each step, without gradient; NaN where it cannot be read.
+
+    Raises:
+        NotFiniteError: a step that can be read has no finite logit.
+    """
     out = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
     readable = scorer.readable(rollout)
     steps = readable.nonzero().flatten()
@@ -157,4 +187,5 @@ def good_logits(scorer: StepScorer, rollout: Rollout) -> Tensor:
         for part in scorer.micro_batches(rollout, steps) if len(steps) else []:
             part = part[readable[part]]
             out[part] = good_logit(scorer.logits(rollout, part)).double().cpu()
+    check_finite(out, f"the network of scorer {type(scorer).__name__}", "steps", readable)
     return out

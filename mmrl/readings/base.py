@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmrl.finite import NotFiniteError
 from mmrl.registry import Row
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Answer, Policy, Prompt, Rollout, Sample
@@ -129,7 +130,7 @@ def _read(name: str, reading: Reading, rollout: Rollout, context: ReadingContext
     """The values of all prompts; which prompts failed, and the last error."""
     try:
         return reading(rollout, context), [], ""
-    except RewardError:
+    except (RewardError, NotFiniteError):
         raise
     except (Exception, SystemExit) as error:
         text = f"{type(error).__name__}: {error}"
@@ -141,7 +142,7 @@ def _read(name: str, reading: Reading, rollout: Rollout, context: ReadingContext
     for g in range(len(rollout.prompts)):
         try:
             parts[g] = reading(rollout.select([g]), context)
-        except RewardError:
+        except (RewardError, NotFiniteError):
             raise
         except (Exception, SystemExit) as error:
             text = f"{type(error).__name__}: {error}"

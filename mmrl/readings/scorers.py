@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmrl.capabilities import Attributor, RootScorer, model_of, require
 from mmrl.credit.transforms import need_chains
+from mmrl.finite import check_finite
 from mmrl.prm.implicit import Against, ImplicitPrm, step_log_ratios
 from mmrl.prm.scoring import ScorerSpec, good_logits, load_scorer
 from mmrl.readings.base import ReadingContext, Values
@@ -38,6 +39,7 @@ def _score_fields(options: Mapping[str, Any]) -> tuple[str, ...]:
     "score",
     writes=_score_fields,
     may_write=("root_value", "step_reward", "ok", "tags.*"),
+    scorer="scorer",
     source="a critic (Schulman et al. 2016), RED, PAV, BARFI, ALaRM; any step reward or trained scorer",
 )
 class ScoreReading:
@@ -77,7 +79,7 @@ class ScoreReading:
             )
         if into == "ok" and not verdicts:
             raise ValueError("ok is a verdict; say from which score a step is right, such as at_least: 0.5")
-        loaded = load_scorer(scorer)
+        loaded = load_scorer(scorer, untrained=True)
         if root and not isinstance(loaded, RootScorer):
             raise ValueError(f"scorer {scorer!r} has no score for a prompt alone (root_scores); leave root out")
         if form == "logit" and not isinstance(loaded, StepScorer):
@@ -133,6 +135,7 @@ def _held(tree: StepTree, value: Tensor, root: Tensor) -> Tensor:
     writes=("tags.implicit",),
     source="Free Process Rewards (Implicit PRM), PRIME, OPRL",
     reference=lambda options: options["scorer"] is None,
+    scorer="scorer",
 )
 class ImplicitReading:
     """tags.implicit: beta times the log-ratio of each step's own actions, 0 for steps without a density.
@@ -150,7 +153,7 @@ class ImplicitReading:
     def __init__(
         self, scorer: ScorerSpec | None = None, beta: float | None = None, against: Against = "reference"
     ) -> None:
-        loaded = None if scorer is None else load_scorer(scorer)
+        loaded = None if scorer is None else load_scorer(scorer, untrained=True)
         if loaded is not None and not isinstance(loaded, ImplicitPrm):
             raise ValueError(f"scorer {scorer!r} has no log-ratios; name implicit_prm, or use the reading `score`")
         if loaded is not None and beta is not None:
@@ -173,7 +176,8 @@ class ImplicitReading:
             steps = torch.arange(len(rollout.tree))
             with torch.no_grad():
                 rewards = self.beta * step_log_ratios(context.policy, rollout, steps)
-        return {"tags.implicit": rewards.double().cpu().nan_to_num(nan=0.0)}
+            check_finite(rewards.cpu(), "the policy", "steps")
+        return {"tags.implicit": rewards.double().cpu()}
 
 
 Attribution = Literal["gradient", "difference"]
@@ -186,6 +190,7 @@ Attribution = Literal["gradient", "difference"]
     writes=("tags.attribution",),
     fits="chains",
     source="Explainable dense reward shapes; gradient times input and score differences in place of SHAP and LIME",
+    scorer="scorer",
 )
 class AttributionReading:
     """tags.attribution (N, I): shares of the outcome by a scorer, a column per entry of `by`; 1 along every solution.
@@ -204,7 +209,7 @@ class AttributionReading:
     def __init__(
         self, scorer: ScorerSpec, by: Annotated[Sequence[Attribution], Field(min_length=1)] = ("gradient",)
     ) -> None:
-        loaded = load_scorer(scorer)
+        loaded = load_scorer(scorer, untrained=True)
         for name, protocol in (("gradient", Attributor), ("difference", RootScorer)):
             if name in by:
                 require(f"by: {name}", protocol, loaded, "scorers")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmrl.capabilities import ErrorKeeper, GroupReward
+from mmrl.finite import NotFiniteError
 from mmrl.rewards.isolation import NotNumbersError, as_number, as_values
 from mmrl.rollout import OutcomeReward, Rollout, Sample
 
@@ -92,7 +93,7 @@ def _values(name: str, reward: OutcomeReward, samples: Sequence[Sample]) -> tupl
         try:
             values[part] = _as_tensor(name, reward(own), own)
             continue
-        except RewardError:
+        except (RewardError, NotFiniteError):
             raise
         except (Exception, SystemExit) as error:
             if trouble is None:

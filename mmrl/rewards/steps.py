@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmrl.finite import NotFiniteError
 from mmrl.rewards.isolation import as_values
 from mmrl.rewards.scoring import LARGEST, RewardError, out_of_bounds
 from mmrl.rollout import Prompt, Rollout, StepReward
@@ -76,6 +77,7 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
 
     Raises:
         RewardError: every reward raised; or one returned another shape than (N,), no numbers, or one beyond `LARGEST`.
+        NotFiniteError: the network of a scorer is not finite.
     """
     parts: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
@@ -101,7 +103,7 @@ def _asked(name: str, reward: StepReward, rollout: Rollout) -> tuple[Tensor, str
     """(N,) numbers of one reward, NaN on prompts on which it raises, and its last error where it raises on all."""
     try:
         return _checked(name, reward(rollout), len(rollout.tree)), ""
-    except RewardError:
+    except (RewardError, NotFiniteError):
         raise
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"
@@ -114,7 +116,7 @@ def _asked(name: str, reward: StepReward, rollout: Rollout) -> tuple[Tensor, str
         steps = (rollout.tree.group == g).nonzero().flatten()
         try:
             out[steps] = _checked(name, reward(rollout.select([g])), len(steps))
-        except RewardError:
+        except (RewardError, NotFiniteError):
             raise
         except (Exception, SystemExit) as error:
             raised += 1

@@ -28,7 +28,7 @@ from mmrl.rewards.scoring import Scored
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, StepScorer
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.imitation import ImitationConfig, imitation_losses, references, unsolved
+from mmrl.trainers.imitation import ImitationConfig, cut_references, imitation_losses, references, unsolved
 from mmrl.trainers.online import OnlineConfig, OnlineScorer
 from mmrl.trainers.policy_update import Batch, Sums, build_batch, policy_loss, recompute_old_logp
 from mmrl.trainers.refill import refill
@@ -76,6 +76,7 @@ class BranchGrpo:
         self.rollouts = Rollouts(
             config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers, needs=needs,
             given=fields_given(config.plan, config.rollouts),
+            learns="" if config.online is None else config.online.scorer,
         )  # fmt: skip
         self.task, self.policy, self.loop = self.rollouts.task, self.rollouts.policy, self.rollouts.loop
         self.step_rewards = self.rollouts.step_rewards
@@ -91,6 +92,9 @@ class BranchGrpo:
         self._history = OutcomeHistory.of(self._estimators)
         if self._history is not None:
             self.loop.remember("outcomes", self._history)
+        self._cut = 0.0  # share of the references that sampling could not write
+        if config.imitation.weight > 0:
+            self._cut = cut_references(self.policy, self.task.prompts)
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 
@@ -193,7 +197,11 @@ class BranchGrpo:
         total, prompts, asked = self.loop.all_sum(count, len(failed), len(rollout.prompts))
         losses = [] if written is None else imitation_losses(self.policy, written, total / c.weight)
         norm = self.loop.update(losses, partial(idle_loss, self.policy, batch.rollout))
-        return {"imitation/unsolved_frac": prompts / asked, "imitation/grad_norm": norm}
+        return {
+            "imitation/unsolved_frac": prompts / asked,
+            "imitation/grad_norm": norm,
+            "imitation/cut_frac": self._cut,
+        }
 
     def _unpruned(self, rollout: Rollout, iteration: int) -> Tensor:
         p, tree = self.config.prune, rollout.tree
@@ -211,7 +219,7 @@ class BranchGrpo:
         worst = self.loop.all_max(deviation)[0]
         limit = min(self.config.loss.clip_low, self.config.loss.clip_high) / 2
         moved = self.stored is not None and self.loop.state.iteration > 0  # away from the policy that sampled
-        if worst > limit and not moved and self.loop.is_main:
+        if not worst <= limit and not moved and self.loop.is_main:  # NaN too
             log.warning(
                 "ratio deviates from 1 by %.2e before the first update (half the clip range is %.2e): rollout and "
                 "update disagree; try loss.recompute_old_logp=true",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,11 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmrl.capabilities import OutputWriter, require
+from mmrl.capabilities import LimitedWriter, OutputWriter, require
 from mmrl.config import Section
 from mmrl.prm.records import reference_solution
 from mmrl.rollout import Policy, Prompt, Rollout
 from mmrl.tree import StepTree
+
+log = logging.getLogger(__name__)
 
 
 class ImitationConfig(Section):
@@ -40,6 +43,27 @@ def references(policy: Policy, prompts: Sequence[Prompt]) -> Rollout | None:
     writer: OutputWriter = require("imitation", OutputWriter, policy, "policies")
     known = [(p, text) for p in prompts if (text := reference_solution(p)) is not None]
     return writer.write([p for p, _ in known], [t for _, t in known]) if known else None
+
+
+_CHECKED = 2000  # references that are tokenised to see whether they fit
+
+
+def cut_references(policy: Policy, prompts: Sequence[Prompt]) -> float:
+    """Share of the written solutions, of the first ones, that are longer than the policy may sample; warns of them.
+
+    A model that learns them is cut whenever it writes what it has learnt.
+    """
+    if not isinstance(policy, LimitedWriter):
+        return 0.0
+    known = [(p.id, text) for p in prompts if (text := reference_solution(p)) is not None][:_CHECKED]
+    reasons = policy.beyond_limits([text for _, text in known])
+    cut = [(id, reason) for (id, _), reason in zip(known, reasons, strict=True) if reason]
+    if cut:
+        log.warning(
+            "%d of %d reference solutions are longer than sampling may write, so what is learnt from them is cut; "
+            "raise the limit. The first: prompt %r, %s", len(cut), len(known), *cut[0],
+        )  # fmt: skip
+    return len(cut) / max(len(known), 1)
 
 
 def best_leaves(tree: StepTree, above: float, per_prompt: int = 1) -> Tensor:

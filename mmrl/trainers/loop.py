@@ -19,11 +19,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from mmrl.config import ConfigError
 from mmrl.recipe import OptimConfig, TrainingConfig
+from mmrl.registry import hint
 from mmrl.sharding import full_state, is_sharded, keep_float32, sharding_asked
 from mmrl.trainers.checkpoint import (
     Stateful,
@@ -36,6 +38,7 @@ from mmrl.trainers.checkpoint import (
 )
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.run_folder import RunFolder
+from mmrl.trainers.verdicts import Watch, is_idle
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class LoopState:
 
     iteration: int = 0
     skipped_updates: int = 0
+    idle_iterations: int = 0  # in which there was nothing to learn from
     cpu_s: float = 0.0  # process time spent in iterations, evaluation excluded
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,6 +87,7 @@ class Loop:
 
     def __init__(self, config: TrainingConfig, model: nn.Module) -> None:
         run = config.run
+        check_trackers(run.trackers)
         on_cpu = run.cpu or not torch.cuda.is_available()
         if on_cpu:
             torch.set_num_threads(run.threads)
@@ -268,7 +273,7 @@ class Loop:
 
     def _iterate(self, trainer: Trainer, advance: Callable[[dict[str, float]], None]) -> dict[str, float]:
         """All iterations that are left, until a signal; returns the last metrics."""
-        run, state = self.config.run, self.state
+        run, state, watch = self.config.run, self.state, Watch()
         metrics = self._evaluate(trainer) if state.iteration == 0 else {}
         while state.iteration < run.iterations and not self._stop_asked():
             start, cpu = time.perf_counter(), time.process_time()
@@ -277,8 +282,13 @@ class Loop:
             metrics |= {"time/iteration_s": time.perf_counter() - start, "time/cpu_s": state.cpu_s}
             metrics["policy/skipped_updates"] = float(state.skipped_updates)
             metrics["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
+            state.idle_iterations += is_idle(metrics)
+            metrics["policy/idle_iterations"] = float(state.idle_iterations)
             state.iteration += 1
             done = state.iteration == run.iterations
+            for verdict in watch.look(metrics, last=done):
+                if self.is_main:
+                    log.warning("iteration %d: %s", state.iteration, verdict.text)
             self._log(state.iteration, metrics)
             if done or state.iteration % run.eval_every == 0:
                 metrics |= self._evaluate(trainer)
@@ -417,6 +427,23 @@ class Loop:
                 bar.update(task, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
 
             yield advance
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse trackers that accelerate does not have, or whose package is not installed: it would only skip them.
+
+    Raises:
+        ConfigError: the first such tracker.
+    """
+    known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
+    for name in trackers:
+        if name not in known:
+            raise ConfigError(f"run.trackers: unknown tracker {name!r}{hint(name, known)}; known: {', '.join(known)}")
+        if name not in installed:
+            raise ConfigError(
+                f"run.trackers: the package of {name} is not installed, so nothing would be logged there; pip install "
+                f"{name}, or take it out. Installed here: {', '.join(sorted(installed)) or 'none'}"
+            )
 
 
 def lr_scale(optim: OptimConfig, iteration: int, total: int) -> float:

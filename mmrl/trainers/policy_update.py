@@ -135,7 +135,9 @@ def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor,
     sums.add(weight, log_ratio=log_ratio)
     if new.entropy is not None:
         sums.add(weight, entropy=new.entropy)
-    sums.ratio_dev = max(sums.ratio_dev, float((log_ratio.detach().exp() - 1).abs().max()))
+    deviation = float((log_ratio.detach().exp() - 1).abs().max())
+    if not deviation <= sums.ratio_dev:  # NaN stays
+        sums.ratio_dev = deviation
     if config.kl > 0:
         kl = _kl(new, config.kl_form)
         sums.add(weight, kl=kl)

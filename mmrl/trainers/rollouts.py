@@ -46,7 +46,7 @@ from mmrl.sharding import check_launcher
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.stored import StoredRollouts
-from mmrl.trainers.task import Task, build_readings, build_rewards, build_step_rewards, producers
+from mmrl.trainers.task import Task, build_readings, build_rewards, build_step_rewards, check_heads, producers
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Rollouts:
         readers: what reads the fields of a rollout, checked against what writes them before anything is loaded.
         given: fields that are there before anything of the recipe has written, see `fields_given`.
         needs: capabilities of the policy and of the rewards, asked for before the policy is made where that can be.
+        learns: name of the step reward or reading whose scorer learns along, so that its head may be new.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Rollouts:
         readers: Sequence[Stage] = (),
         given: Sequence[str] = (),
         needs: Sequence[Need] = (),
+        learns: str = "",
     ) -> None:
         self.config = config
         of_policy = [need for need in needs if need.role == "policy"]
@@ -82,6 +84,7 @@ class Rollouts:
             refuse_row(need.who, need.protocol, find("policies", config.policy.name))
         check_launcher("policies", "policy", config.policy.name)
         check_fields([*producers(config), *readers], given)
+        check_heads(config, learns)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
         for need in needs:

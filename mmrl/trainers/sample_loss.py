@@ -6,7 +6,6 @@ into terms; this trainer samples, sums them over micro-batches and processes, an
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor
 from mmrl.capabilities import Need
 from mmrl.config import Component
 from mmrl.credit import estimate
+from mmrl.credit.budget import informative_groups
 from mmrl.fields import Stage
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import find, register
@@ -26,9 +26,8 @@ from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.stored import fields_given
 from mmrl.trainers.task import Task
-
-log = logging.getLogger(__name__)
 
 Rewards = Mapping[str, tuple[OutcomeReward, float]]
 
@@ -80,9 +79,13 @@ class SampleLossTrainer:
         row = find("sample_losses", loss.name)
         self._loss: SampleLoss = row.build(loss.options, "loss")
         reader = Stage("loss", f"sample loss {row.name!r}", row.reads(loss.options), ())
+        self._compares = "forks" in reader.reads  # the rollouts of a prompt with each other
         protocol = row.facts.get("reward")
         needs = [] if protocol is None else [Need(reader.who, "reward", protocol)]
-        self.rollouts = Rollouts(config, policy, task, rewards, reference=True, readers=[reader], needs=needs)
+        self.rollouts = Rollouts(
+            config, policy, task, rewards, reference=True, readers=[reader], given=fields_given(config.plan, None),
+            needs=needs,
+        )  # fmt: skip
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)
         self.policy.forecast(self.plan)  # a plan that does not fit is refused here
@@ -103,6 +106,9 @@ class SampleLossTrainer:
                 terms = self.terms(rollout, iteration)
         total = self.loop.all_sum(sum(t.rows for t in terms))[0]
         metrics: dict[str, float] = {"sample_loss/rows": total}
+        if self._compares:
+            differing = float(informative_groups(rollout.tree).sum())
+            metrics["sample_loss/differing_prompts"] = self.loop.all_sum(differing)[0]
         for _ in range(self.config.optim.updates_per_rollout):
             with self.rollouts.timed("update"):
                 metrics |= self.update(rollout, terms, total)
@@ -116,9 +122,7 @@ class SampleLossTrainer:
         return self._loss(self.policy, rollout, self.rollouts.rewards, (self.config.run.seed, iteration))
 
     def update(self, rollout: Rollout, terms: list[Term], total: float) -> dict[str, float]:
-        """One optimizer step on the mean over the rows of all ranks; warns when there are none."""
-        if total == 0 and self.loop.is_main:
-            log.warning("nothing to learn in this iteration: no reward of a prompt differs from the others")
+        """One optimizer step on the mean over the rows of all ranks."""
         sums: list[Tensor] = []
         losses = [partial(_share, t, total, sums) for t in terms]
         norm = self.loop.update(losses, partial(idle_loss, self.policy, rollout))

@@ -23,7 +23,7 @@ from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.imitation import best_leaves, imitation_losses, references
+from mmrl.trainers.imitation import best_leaves, cut_references, imitation_losses, references
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.task import Task
 
@@ -39,6 +39,11 @@ class SftConfig(PolicyConfig):
     rollouts: Path | None = None  # stored ones in place of samples (`mmrl rollouts`, search, annotate)
     keep_above: float = 0.0  # outcome above which a sample is learned
     per_prompt: PositiveInt = 1  # at most so many samples of a prompt, the best ones
+
+    @property
+    def samples(self) -> bool:
+        """Learns from rollouts, not from references."""
+        return self.source == "samples"
 
 
 @register("trainers", "imitation", config=SftConfig, recipe={"optim.lr": 2e-5})
@@ -65,8 +70,10 @@ class ImitationTrainer:
         if config.source == "reference" and config.rollouts is not None:
             raise ValueError("stored rollouts are samples; with rollouts, set source=samples")
         self.stored = self.rollouts.open_stored(config.rollouts)
+        self._cut = 0.0  # share of the references that sampling could not write
         if config.source == "reference":
             self._keep_solved()
+            self._cut = cut_references(self.policy, self.prompts)
         elif self.stored is None:
             self.policy.forecast(self.plan)  # a plan that does not fit is refused here
 
@@ -96,11 +103,13 @@ class ImitationTrainer:
             for _ in range(self.config.optim.updates_per_rollout):
                 metrics = self.update(rollout, weight)
         self.rollouts.keep_tree(rollout, weight, iteration)
+        if not self.config.samples:
+            metrics["imitation/cut_frac"] = self._cut
         return metrics | self.rollouts.metrics()
 
     def solutions(self, iteration: int) -> tuple[Rollout, Tensor]:
         """What this rank learns from: a rollout and (N,) how many chosen solutions go through each step."""
-        if self.config.source == "samples":
+        if self.config.samples:
             rollout = self._samples(iteration)
             leaves = best_leaves(rollout.tree, self.config.keep_above, self.config.per_prompt)
             chosen = torch.zeros(len(rollout.tree), dtype=torch.float64).index_fill(0, leaves, 1.0)

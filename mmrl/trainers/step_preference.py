@@ -191,9 +191,9 @@ class StepPreferenceTrainer:
         return Batch(rollout, pairs, chosen, rejected, smoothing, max(total, 1e-12))
 
     def _note_empty(self, empty: bool, pairs: Pairs) -> None:
-        """Warns of an iteration without pairs; stored rollouts that gave none in a whole epoch never will."""
+        """Warns of the first iteration without pairs; stored rollouts that gave none in a whole epoch never will."""
         self._empty = self._empty + 1 if empty else 0
-        if empty and self.loop.is_main:
+        if self._empty == 1 and self.loop.is_main:
             log.warning("nothing to learn in this iteration: %s", pairs.left_out())
         if self.stored is not None and self._empty >= len(self.stored):
             raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from mmrl.capabilities import ContrastReward, RewardNamer, follows, refuse_needs
 from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
+from mmrl.prm.scoring import check_trained
 from mmrl.readings import Reading
 from mmrl.recipe import PolicyConfig, RewardConfig
 from mmrl.registry import build, find
@@ -80,6 +81,25 @@ def producers(config: PolicyConfig) -> list[Stage]:
             if kind == "readings":
                 refuse_needs(where, row, component.options, policy, find("tasks", config.task.name))
     return stages
+
+
+def check_heads(config: PolicyConfig, learns: str = "") -> None:
+    """Refuse step rewards, and readings whose fact `scorer` names an option with one, that have an untrained head.
+
+    learns: name of the one that learns along.
+
+    Raises:
+        ComponentError: naming its place in the recipe.
+    """
+    scorers: dict[str, tuple[str, Any]] = {}  # place -> the component's name, and the scorer
+    for i, r in enumerate(config.step_rewards):
+        scorers[f"step_rewards.{i}"] = r.name, {"name": r.name, **r.options}
+    for i, reading in enumerate(config.readings):
+        option = find("readings", reading.name).facts.get("scorer", "")
+        scorers[f"readings.{i}.scorer"] = reading.name, reading.options.get(option)
+    for where, (name, scorer) in scorers.items():
+        if scorer is not None and name != learns:
+            check_trained(scorer, where)
 
 
 def build_reward(r: RewardConfig, section: str) -> OutcomeReward:

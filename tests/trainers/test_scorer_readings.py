@@ -23,9 +23,9 @@ from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.tree_ops import path_sum
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
-from families import family_folder, picture
+from families import family_folder, picture, saved_prm
 
-PRM = {"name": "vision_prm", "model": str(family_folder("text"))}
+PRM = {"name": "vision_prm", "model": str(saved_prm("text"))}
 ACTOR = {"name": "vision", "model": str(family_folder("text")), "temperature": 0.7}
 
 
@@ -80,14 +80,11 @@ def test_values_are_the_scores_of_each_path_and_the_root_that_of_an_empty_step(t
 @pytest.mark.parametrize("head", ["linear", "likelihood", "tokens"])
 @pytest.mark.parametrize("mode", ["rows", "packed", "prefix_packed"])
 def test_root_scores_of_every_head_and_layout_agree(tmp_path, head, mode):
-    named = (
-        {"format": {"marker": "#", "positive": "+", "negative": "-", "read_offset": -1}} if head == "tokens" else {}
-    )
     files = []
     for i in range(2):
         files.append(tmp_path / f"{i}.png")
         picture(i).save(files[-1])
-    options = {"model": str(family_folder("qwen2_5_vl")), "head": head} | named
+    options = {"model": str(saved_prm("qwen2_5_vl", head))}
     prompts = [Prompt(f"p{i}", {"question": "how?" * (i + 1), "images": [str(f)]}) for i, f in enumerate(files)]
     rollout, _ = solution_forest(prompts, [[["a"]], [["b"]]])
     whole = load_scorer("vision_prm", options | {"mode": "auto"}).root_scores(rollout)
@@ -341,7 +338,7 @@ def chains_of(solutions, prompts=1):
 @pytest.mark.parametrize("head", ["linear", "likelihood"])
 def test_gradient_times_input_is_the_change_by_scaling_a_steps_embeddings(tmp_path, head):
     """The second way: every embedding of one step's tokens a little longer, and the logit anew."""
-    reading = AttributionReading(PRM | {"head": head, "mode": "rows"})
+    reading = AttributionReading(PRM | {"model": str(saved_prm("text", head)), "mode": "rows"})
     prm, rollout = reading.scorer, chains_of([["one 1", "+ 2", "so 3"], ["just 3"]])
     got, slots = prm.attributions(rollout), prm._slots
     embedding, eps = prm._network.hf.get_input_embeddings(), 1e-2

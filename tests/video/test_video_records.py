@@ -281,7 +281,15 @@ def test_task_looks_into_clips_where_labels_need_it(root):
     assert labelled["boxes"] == [{"frame": 14, "box": [0.25, 0.25, 0.75, 0.75]}] and labelled["size"] == [96, 128]
     assert "SPATIAL_ZOOM(the cup) = [32, 24, 94, 74]" in told["solution"]  # shown as 98 x 126
     assert len(task.quarantined) == 2 and task.rewards == ("video_answer",)
-    assert task.judges([Sample(task.prompts[0], t, i) for i, t in enumerate(("x", " "))]) == {"answered": 0.5}
+    said = (
+        "FIND_FRAME(it) = 3\nFINAL_ANSWER: red",
+        "<answer>red</answer>",
+        "\\boxed{4}",
+        "FIND_FRAME(it) = 3",
+        "x",
+        " ",
+    )
+    assert task.judges([Sample(task.prompts[0], t, i) for i, t in enumerate(said)]) == {"answered": 3 / 6}
 
 
 def test_probing_sets_unreadable_clips_aside(root):

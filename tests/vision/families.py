@@ -62,6 +62,17 @@ def family_folder(family: str) -> Path:
     return make(family, Path(_KEPT.name) / family)
 
 
+@functools.cache
+def saved_prm(family: str, head: str = "linear") -> Path:
+    """The folder of a step scorer on this family, as training would leave it; do not write into it."""
+    from vision.prm import VisionPrm
+
+    folder = Path(_KEPT.name) / f"{family}-prm-{head}"
+    verdicts = {"marker": "#", "positive": "+", "negative": "-", "read_offset": -1} if head == "tokens" else None
+    VisionPrm.build(str(family_folder(family)), head, verdicts).save(folder)
+    return folder
+
+
 def make(family: str, folder: Path, *, seed: int = 0, std: float = STD) -> Path:
     """Write a random model of this family with processor, chat template and generation config; returns the folder.
 

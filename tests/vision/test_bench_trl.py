@@ -1,5 +1,6 @@
 """The comparison with TRL: its arithmetic by hand, and one seed of two steps on a tiny random model."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +19,46 @@ spec.loader.exec_module(bench_trl)
 def run(side, seed, step_s, samples=64):
     return {"side": side, "seed": seed, "step_s": step_s, "rollout_s": step_s / 2, "samples": samples, "tokens": 1000,
             "reward": 0.5, "late_reward": 0.6, "flat": 0.25, "accuracy": 0.7}  # fmt: skip
+
+
+# Settings that both have, by name: TRL's GRPOConfig, a recipe.
+SHARED = {
+    "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "adam_epsilon": "optim.eps",
+    "max_grad_norm": "optim.max_grad_norm", "warmup_steps": "optim.warmup", "lr_scheduler_type": "optim.schedule",
+    "num_iterations": "optim.updates_per_rollout", "epsilon": "loss.clip_low", "beta": "loss.kl", "delta":
+    "loss.dual_clip", "temperature": "policy.temperature", "max_completion_length": "policy.max_new_tokens",
+    "seed": "run.seed", "save_steps": "run.checkpoint_every", "vllm_gpu_memory_utilization": "policy.engine_memory",
+    "gradient_checkpointing": "policy.gradient_checkpointing",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+def test_every_default_that_differs_from_trl_is_in_the_table():
+    from trl import GRPOConfig
+
+    from mmrl.config import parse_config
+    from mmrl.registry import find
+
+    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
+    table = page[page.index("Defaults that differ") : page.index("A reward function changes")]
+    theirs = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+    config = parse_config({"task": "shapes", "policy": "vision", "plan": {0: 8}})
+    options = find("policies", "vision").options
+    different = set()
+    for name, key in SHARED.items():
+        section, option = key.split(".")
+        ours = options[option].default if section == "policy" else getattr(getattr(config, section), option)
+        if ours == theirs[name]:
+            continue
+        different.add(key)
+        row = next((line for line in table.splitlines() if f"`{key}`" in line), "")
+        assert row, f"{key}: {name} is {theirs[name]!r} in TRL, {ours!r} here"
+        if not isinstance(ours, bool):
+            them, here = row.split(" | ")[1:3]
+            assert str(theirs[name]) in them and str(ours) in here, row
+    assert {"optim.weight_decay", "optim.schedule", "run.seed", "policy.gradient_checkpointing"} <= different
+    # what every public trainer of tokens has is the same here, whatever denoising takes
+    assert not {"optim.lr", "loss.clip_low", "policy.temperature", "policy.max_new_tokens"} & different
 
 
 def test_seconds_per_step_leave_out_the_first_step():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import family_folder
+from families import family_folder, saved_prm
 
 from mmrl.config import ConfigError, parse_config
 from mmrl.rollout import BranchPlan, Prompt
@@ -12,6 +12,7 @@ from vision.policy import VisionPolicy
 from vision.prm import VisionPrm
 
 FOLDER = str(family_folder("text"))
+PRM = str(saved_prm("text"))
 
 
 class Words:
@@ -26,7 +27,7 @@ class Words:
 def config(tmp_path, **sections):
     return parse_config({
         "task": {"name": "words"}, "policy": {"name": "vision"}, "plan": {0: 4},
-        "step_rewards": [{"name": "vision_prm", "model": FOLDER}], "credit": {"estimators": [{"name": "process_grpo"}]},
+        "step_rewards": [{"name": "vision_prm", "model": PRM}], "credit": {"estimators": [{"name": "process_grpo"}]},
         "run": {"output": str(tmp_path), "iterations": 2, "prompts_per_iteration": 2, "cpu": True, "trackers": []},
     } | sections)  # fmt: skip
 

@@ -118,6 +118,12 @@ def test_too_many_bad_rows_stop_the_load(tmp_path, media, caplog):
         JsonlTask(str(tmp_path / "none.jsonl"), str(tmp_path / "eval.jsonl"))
 
 
+def test_a_chosen_option_is_an_answer(tmp_path, media):
+    made = task(tmp_path, media, [{"question": "a", "options": ["red", "blue"]}])
+    said = ("B", "it is blue", "(A)", "both red and blue", "no idea", "")
+    assert made.judges([Sample(made.prompts[0], t, i) for i, t in enumerate(said)]) == {"answered": 3 / 6}
+
+
 def test_limit_counts_usable_rows(tmp_path, media):
     rows = [{"question": q} for q in ("a", "", "b", "c")]
     made = task(tmp_path, media, rows, limit=2, max_bad=0.5)
@@ -136,7 +142,9 @@ def test_own_column_names(tmp_path, media):
 def test_as_a_component_of_a_recipe(tmp_path, media):
     file = write(tmp_path / "t.jsonl", [{"question": "a"}])
     made = build("tasks", "task", "vision.tasks.jsonl:JsonlTask", {"train": file, "eval": file, "rewards": ["r"]})
-    assert made.judges([Sample(made.prompts[0], t, i) for i, t in enumerate(("7", " \n"))]) == {"answered": 0.5}
+    said = ("so it is 7. Answer: 7", "\\boxed{8}", "seven apples", "<think>Answer: 7", " \n")
+    assert made.judges([Sample(made.prompts[0], t, i) for i, t in enumerate(said)]) == {"answered": 2 / 5}
+    assert made.judges([]) == {"answered": 0}
     with pytest.raises(ComponentError, match="max_bad"):
         build("tasks", "task", "vision.tasks.jsonl:JsonlTask", {"train": file, "eval": file, "max_badd": 1})
 

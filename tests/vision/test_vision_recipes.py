@@ -24,7 +24,7 @@ def test_recipe_for_users_files(tmp_path):
         f"task.train={tmp_path / 'rows.jsonl'}", f"task.eval={tmp_path / 'rows.jsonl'}", f"task.media_root={tmp_path}",
     ]  # fmt: skip
     config = load_config(RECIPES / "vlm_3b_lora.yaml", [*SHORT, *mine, f"run.output={tmp_path / 'r'}"])
-    text = "\n".join(examine(config))
+    text = "\n".join(map(str, examine(config)))
     assert "step_rar" in text and "at most as forecast" in text and "fine" in text
     metrics = BranchGrpo(config).train()
     assert metrics["policy/skipped_updates"] == 0 and "mismatch/max" in metrics

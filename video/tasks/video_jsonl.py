@@ -12,8 +12,11 @@ from mmrl.rollout import Answer, Prompt, Sample
 from video.formats import read_format
 from video.reader import VideoDecodeError, VideoReader
 from video.records import VideoSample, to_prompt, with_info, with_seen
+from video.rewards.turns import AnswerSyntax, last_answer, turns_of
 from video.sampling import smart_resize
-from vision.tasks.jsonl import answered
+from vision.tasks.jsonl import states_answer
+
+_SYNTAXES: tuple[AnswerSyntax, ...] = ("tags", "videocom", "tool_call")
 
 
 class VideoJsonlTask:
@@ -66,8 +69,9 @@ class VideoJsonlTask:
         return Answer("FINAL_ANSWER: ", right_answer(prompt))
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """answered: share of outputs that are not empty."""
-        return {"answered": answered(samples)}
+        """answered: share of outputs that state an answer, in words or in any of the action syntaxes."""
+        stated = [states_answer(s) or any(last_answer(turns_of(s, x), x) for x in _SYNTAXES) for s in samples]
+        return {"answered": sum(stated) / max(len(stated), 1)}
 
     def _finish(self, sample: VideoSample) -> VideoSample:
         if sample.video is not None and (self._probe or not sample.is_located):

@@ -10,6 +10,7 @@ from typing import Any
 from mmrl.jsonl import Quarantined, read_rows
 from mmrl.pictures import check_image, resolve
 from mmrl.questions import Columns, check_answer, read_question, told_columns
+from mmrl.rewards.answer_text import choice_letter, extract_answer, final_line
 from mmrl.rewards.answers import right_answer
 from mmrl.rollout import Answer, Prompt, Sample
 from mmrl.rows import row_id
@@ -73,13 +74,19 @@ class JsonlTask:
         return Answer("Answer: ", right_answer(prompt))
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """answered: share of outputs that are not empty."""
+        """answered: share of outputs that state an answer."""
         return {"answered": answered(samples)}
 
 
 def answered(samples: Sequence[Sample]) -> float:
-    """Share of outputs with any text, in [0, 1]; 0 without samples."""
-    return sum(bool(str(s.output).strip()) for s in samples) / max(len(samples), 1)
+    """Share of outputs that state an answer, right or wrong, in [0, 1]; 0 without samples."""
+    return sum(map(states_answer, samples)) / max(len(samples), 1)
+
+
+def states_answer(sample: Sample) -> bool:
+    """The output has an answer that rewards can read (`extract_answer`), or chooses one of the prompt's options."""
+    text, options = str(sample.output), sample.prompt.inputs.get("options")
+    return extract_answer(text) is not None or bool(options and choice_letter(final_line(text), options))
 
 
 def load_prompts(

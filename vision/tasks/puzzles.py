@@ -59,7 +59,7 @@ class PuzzleTask:
         return Answer("Answer: ", right_answer(prompt))
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """answered: share of outputs that are not empty."""
+        """answered: share of outputs that state an answer."""
         return {"answered": answered(samples)}
 
 
