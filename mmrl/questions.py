@@ -95,15 +95,14 @@ def read_question(row: Row, columns: Columns, *, films: bool = False) -> Questio
     """The question of a row.
 
     The text stands in the column `columns.question`; without it in `messages`, `conversations` or `prompt`, whose
-    turns are `role, content` or `from, value`; a column `history` of turns, or of pairs of question and answer, goes
-    before. A last turn of the assistant is the answer, or where the row has an
-    answer besides, a written solution.
+    turns are `role, content` or `from, value`. A column `history` of turns, or of pairs of question and answer, goes
+    before. A last turn of the assistant is the answer, or a written solution where the row has an answer besides.
 
     Args:
         films: whether the caller shows films.
     Raises:
-        RowError: no text, turns or media that nobody can show, a column of media that nobody reads, more or
-            fewer `<image>` than pictures, a model's own placeholder in a text.
+        RowError: no text, turns or media that nobody can show, a column of media that nobody reads, more or fewer
+            `<image>` than pictures, a model's own placeholder in a text.
     """
     column = _question_column(row, columns)
     talk = _Talk(column, row[column], row.get("history"))
@@ -131,7 +130,7 @@ def read_question(row: Row, columns: Columns, *, films: bool = False) -> Questio
         answer = talk.written
     elif talk.written is not None:
         others["completion" if others.get("solution") else "solution"] = talk.written
-    check_json(others)
+    check_json(others | {columns.answer: answer})
     return Question(last["content"], shown, every_film, tuple(history), options, answer, others)
 
 
@@ -148,9 +147,15 @@ def last_question(value: Any, column: str) -> str:
 
 
 def told_columns(prompts: Sequence[Prompt], columns: Columns) -> list[str]:
-    """What to say about columns that nobody reads and that resemble one that every row lacks."""
+    """What to say about columns that nobody reads: those that resemble one that every row lacks, and conversations."""
     references = [p.reference for p in prompts]
     lines = []
+    for name in _CONVERSATIONS:
+        if unread := sum(bool(reference.get(name)) for reference in references):
+            lines.append(
+                f"{name!r} ({unread} rows) is not read beside {columns.question!r}; take task.question: {name}, if it "
+                "holds the question"
+            )
     has = {
         "answer": any(reference["answer"] is not None for reference in references),
         "options": any(p.inputs.get("options") for p in prompts),
@@ -194,9 +199,8 @@ def _options(value: Any, column: str) -> tuple[str, ...]:
     if isinstance(value, str):
         entries = value.strip().splitlines()
         entries = entries if plain_options(entries) != tuple(entries) else None
-    elif isinstance(value, dict) and {"label", "text"} <= set(value):
-        pairs = zip(value["label"], value["text"], strict=False) if isinstance(value["text"], list) else ()
-        entries = [f"{label}. {text}" for label, text in pairs]
+    elif isinstance(value, dict) and isinstance(value.get("label"), list) and isinstance(value.get("text"), list):
+        entries = [f"{label}. {text}" for label, text in zip(value["label"], value["text"], strict=False)]
     elif isinstance(value, dict):
         # a table has every column in every row: options that a row lacks are null at its end
         entries = [f"{letter}. {text}" for letter, text in value.items() if text is not None]
@@ -303,7 +307,7 @@ def _history(value: Any) -> list[Mapping[str, Any]]:
     if value and not isinstance(value, list):
         raise RowError(f"column 'history' is no list of turns: {str(value)[:60]!r}")
     turns: list[Mapping[str, Any]] = []
-    for entry in value or ():
+    for entry in value if isinstance(value, list) else [value] if value else []:
         if isinstance(entry, list) and len(entry) == 2:
             turns += [{"role": "user", "content": entry[0]}, {"role": "assistant", "content": entry[1]}]
         elif isinstance(entry, Mapping):

@@ -13,14 +13,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from families import family_folder
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from diffusion.tasks.text_prompts import TextPrompts
+from mmrl.jsonl import RowError
 from mmrl.prm.formats import convert, read_format
 from mmrl.prm.records import SolutionRecord, plain_steps
 from mmrl.prm.scoring import score_records
-from mmrl.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, plain_options
+from mmrl.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, Columns, check_answer, plain_options, read_question
 from mmrl.rewards.answers import MultipleChoice
 from mmrl.rollout import Prompt, Sample
 from video.tasks.video_jsonl import VideoJsonlTask
@@ -349,6 +352,15 @@ def test_columns_that_resemble_missing_ones_are_told_at_load(tmp_path, media, ca
     assert "resembles" not in caplog.text
 
 
+def test_a_conversation_beside_the_question_is_told(tmp_path, media, caplog):
+    file = write(tmp_path, {"question": "Which?", "messages": ASK, "answer": "red"})
+    JsonlTask(file, file, str(media))
+    assert "'messages' (2 rows) is not read beside 'question'; take task.question: messages" in caplog.text
+    caplog.clear()
+    assert JsonlTask(file, file, str(media), question="messages").prompts[0].inputs["question"] == "Which?"
+    assert "not read" not in caplog.text
+
+
 @pytest.mark.parametrize("name", [*IMAGE_COLUMNS[2:], *VIDEO_COLUMNS])
 def test_no_column_that_looks_like_media_is_dropped(tmp_path, media, name):
     file = write(tmp_path, {"question": "Which?", name: "a.png"})
@@ -408,3 +420,31 @@ def test_what_becomes_of_a_prompt_for_pictures(tmp_path, columns, outcome, caplo
         return
     assert prompt.inputs == {"prompt": outcome}
     assert ("['image'] look like media" in caplog.text) == ("image" in columns)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+    | st.sampled_from(["A. x", "<image>", "user", "text", "image", "video", "a.png", "data:,"]) | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from([
+            "role", "content", "from", "value", "type", "text", "image", "image_url", "url", "bytes", "path", "label", "A",
+        ]), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(st.dictionaries(
+    st.sampled_from([
+        "question", "messages", "conversations", "prompt", "history", "images", "image", "videos", "options", "answer",
+        "thumbnail",
+    ]), JSON, max_size=6), st.booleans())  # fmt: skip
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_row_is_read_or_set_aside(row, films):
+    try:
+        question = read_question(row, Columns(), films=films)
+        check_answer(question.answer, question.options)
+    except RowError:
+        return
+    json.dumps([question.inputs, question.reference])
+    marks = sum(t["content"].count("<image>") for t in (*question.history, {"content": question.text}))
+    assert marks <= len(question.images) and question.text.strip()
