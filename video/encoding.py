@@ -133,7 +133,7 @@ class VideoEncoder(PromptEncoder):
         turns = turns_of(prompt, question, 0)
         first = next(i for i, turn in enumerate(turns) if turn.role == "user")  # the film stands before all words
         turns[first] = Turn("user", (marks + "".join(turns[first].texts),))
-        tokens = self.tokens(self._render(turns), pixels)
+        tokens = self.tokens(self._render(turns, prompt.id), pixels)
         self._check_length(prompt.id, tokens.types, "the clip's first view")
         return tokens
 

@@ -170,12 +170,17 @@ class VisionPrm:
         return self._body.admit(prompts)
 
     def readable(self, rollout: Rollout) -> Tensor:
-        """(N,) bool, steps that have a slot: not blank, without markers, and within `max_length`.
+        """(N,) bool, steps that have a slot: not blank, without markers, within `max_length`, of a prompt that can be
+        encoded.
 
         What follows a step that cannot be read cannot be read either, since it would be judged without it.
         """
         tree = rollout.tree
-        room = [self.settings.max_prompt_tokens - len(self._body.encode(p).ids) for p in rollout.prompts]
+        taken = {p.id for p in self.admit(rollout.prompts)}
+        room = [
+            self.settings.max_prompt_tokens - len(self._body.encode(p).ids) if p.id in taken else 0
+            for p in rollout.prompts
+        ]
         used, good = [0] * len(tree), torch.zeros(len(tree), dtype=torch.bool)
         for v, (p, g) in enumerate(zip(tree.parent.tolist(), tree.group.tolist(), strict=True)):
             ids = self._step_ids(rollout.texts[v])
@@ -186,8 +191,8 @@ class VisionPrm:
         lost = int((~good).sum()) - sum(self._step_ids(t) == [] for t in rollout.texts)
         if lost:
             self.dropped += lost
-            self._body.tell("dropped", logging.WARNING, f"{lost} steps of a batch have no score: too long or with a "
-                            "marker inside; `dropped` counts them")  # fmt: skip
+            self._body.tell("dropped", logging.WARNING, f"{lost} steps of a batch have no score: too long, with a "
+                            "marker inside, or of a prompt that was left out; `dropped` counts them")  # fmt: skip
         return good
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
@@ -206,12 +211,16 @@ class VisionPrm:
         return self._read(self._trees(rollout, steps))
 
     def root_scores(self, rollout: Rollout) -> Tensor:
-        """(G,) float64 score of every prompt with nothing written yet: read where an empty first step would be."""
+        """(G,) float64 score of every prompt with nothing written yet: read where an empty first step would be; NaN
+        for one that cannot be encoded."""
         closing = list(self._slots.closing)
         out: list[Tensor] = []
         part: list[PromptTokens] = []
         used = 0
+        taken = {p.id for p in self.admit(rollout.prompts)}
         for prompt in rollout.prompts:
+            if prompt.id not in taken:
+                continue
             encoded = self._body.encode(prompt)
             size = len(encoded.ids) + len(closing)
             if part and used + size > self.settings.max_tokens:
@@ -219,9 +228,12 @@ class VisionPrm:
                 part, used = [], 0
             part.append(encoded)
             used += size
-        out.append(self._root_logits(part, closing))
-        scores = good_logit(torch.cat(out)).sigmoid().double().cpu()
-        check_finite(scores, "the network of scorer VisionPrm", "prompts")
+        scores = torch.full((len(rollout.prompts),), torch.nan, dtype=torch.float64)
+        if part:
+            out.append(self._root_logits(part, closing))
+            values = good_logit(torch.cat(out)).sigmoid().double().cpu()
+            check_finite(values, "the network of scorer VisionPrm", "prompts")
+            scores[[g for g, p in enumerate(rollout.prompts) if p.id in taken]] = values
         return scores
 
     @torch.no_grad()

@@ -197,7 +197,7 @@ class PromptEncoder:
         return question
 
     def _tokens(self, pictures: Sequence[Image.Image], turns: Sequence[Turn], name: str) -> PromptTokens:
-        text = self._render(turns)
+        text = self._render(turns, name)
         made: Any = {}
         if pictures:
             # the text has its special tokens, so the processor's tokenizer must not add them once more
@@ -274,9 +274,16 @@ class PromptEncoder:
                 f"the chat template refuses turns of {roles} ({type(error).__name__}: {error}); " + ", or ".join(ways)
             ) from error
 
-    def _render(self, turns: Sequence[Turn]) -> str:
-        """The whole prompt as text, special tokens included: what `tokenise` makes ids of."""
-        return self._opened(self._rendered(turns))
+    def _render(self, turns: Sequence[Turn], name: str) -> str:
+        """The whole prompt as text, special tokens included: what `tokenise` makes ids of.
+
+        Raises:
+            PromptError: the chat template refuses prompt `name`.
+        """
+        try:
+            return self._opened(self._rendered(turns))
+        except PromptError as error:
+            raise PromptError(f"prompt {name!r}: {error}") from error
 
     def _opened(self, text: str) -> str:
         """The text behind the mark that begins a document, where the tokenizer has one: exactly one."""

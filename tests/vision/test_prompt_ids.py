@@ -3,17 +3,26 @@
 import shutil
 
 import pytest
+import torch
+from agent_tiny import agent
 from families import FAMILIES, VLM_FAMILIES, family_folder, picture
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 from vision_tiny import vision_recipe
 
+import video.encoding
 from mmrl.config import ConfigError, parse_config
-from mmrl.rollout import Prompt
+from mmrl.prm.data import solution_forest
+from mmrl.rollout import BranchPlan, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
+from vision.engine_sync import SyncedEngine
+from vision.engine_vllm import VllmEngine
+from vision.loading import load_processor
 from vision.policy import VisionPolicy
 from vision.prm import VisionPrm
-from vision.prompts import PromptError, tokenise
+from vision.prompts import PromptError
+from vision.vllm_backends import Reply
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +30,13 @@ def image(tmp_path_factory):
     file = tmp_path_factory.mktemp("picture") / "a.png"
     picture(0).save(file)
     return str(file)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    from make_clips import write_clip
+
+    return str(write_clip(tmp_path_factory.mktemp("clip") / "c.mp4", frames=40, size=(64, 96), gop=20))
 
 
 def marked_family(folder, family, in_template):
@@ -41,20 +57,74 @@ def marked_family(folder, family, in_template):
     return mark, number
 
 
+class Vllm:
+    """vLLM's part in what the model sees: the folder's own tokenizer, and placeholders of pictures that it processes
+    itself expanded by the folder's own processor. Every sample ends at once."""
+
+    max_model_len = 4096
+
+    def __init__(self, folder):
+        self.tokenizer, self.processor = AutoTokenizer.from_pretrained(folder), load_processor(folder)
+        self.requests = []
+
+    def generate(self, calls):
+        self.requests += calls
+        end = self.tokenizer.eos_token_id
+        return [Reply(self._seen(c), 0, [([end], [-1.0])] * c.sampling["n"]) for c in calls]
+
+    def _seen(self, call):
+        if not call.images:
+            return call.ids
+        text = self.tokenizer.decode(call.ids)
+        return self.processor(text=[text], images=[list(call.images)], add_special_tokens=False)["input_ids"][0]
+
+    def wake(self): ...
+    def sleep(self): ...
+    def load(self, weights): ...
+
+
 @pytest.mark.parametrize("in_template", [True, False])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_prompt_begins_with_one_mark(tmp_path, image, family, in_template):
+def test_policy_reward_model_vllm_and_films_read_the_same_ids(tmp_path, image, clip, family, in_template):
+    """What each of them runs, by its own code: exactly one mark, at the beginning."""
     mark, number = marked_family(tmp_path / "m", family, in_template)
-    policy = VisionPolicy.build(model=str(tmp_path / "m"), max_new_tokens=4)
-    if policy.tokenizer.bos_token != mark:
-        pytest.skip("this family's tokenizer names no such mark")
-    shows = [[], [image]] if policy.encode.image_token is not None else [[]]
-    for images in shows:
-        tokens = policy.encode(Prompt("p", {"question": "hi", "images": images}))
-        assert tokens.ids.tolist().count(number) == 1 and int(tokens.ids[0]) == number
-        # an engine that does its own processing tokenises the text: the same ids, placeholders aside
-        again = tokenise(policy.tokenizer, tokens.text).tolist()
-        assert again.count(number) == 1 and (images or again == tokens.ids.tolist())
+    folder = str(tmp_path / "m")
+    policy = VisionPolicy.build(model=folder, max_new_tokens=4)
+    assert policy.tokenizer.bos_token == mark
+    hf, processor, rule = policy.model.hf, policy.processor, policy.rule
+    vllm = Vllm(folder)
+    engine = SyncedEngine(VllmEngine(vllm), shared=False)
+    with_engine = VisionPolicy(hf, processor, rule, policy.settings, engine)
+    scorer = VisionPrm.build(model=folder, head="linear")
+    shows = [{}, {"images": [image]}] if policy.encode.image_token is not None else [{}]
+    for shown in shows:
+        prompt = Prompt("p", {"question": "hi", **shown})
+        tree, _, _ = policy._trees.of_steps(policy.rollout([prompt], BranchPlan({0: 1}), seed=0), torch.tensor([0]))
+        ids = tree[0].ids[0].tolist()
+        assert ids.count(number) == 1 and ids[0] == number
+        written = solution_forest([prompt], [[["a"]]])[0]
+        assert scorer._trees(written, torch.tensor([0])).trees[0].ids[0].tolist() == ids
+        # a reply about other tokens than the policy trains on would be an error of the engine
+        with_engine.rollout([prompt], BranchPlan({0: 1}), seed=0)
+        request = vllm.requests[-1]
+        assert request.ids.count(number) == 1 and request.ids[0] == number and len(request.images) == len(shown)
+        assert vllm._seen(request) == ids
+    if family in video.encoding.FAMILIES:
+        films = agent(folder)
+        assert films.encode(prompt).ids.tolist() == ids
+        text = films.encode(Prompt("p", {"question": "hi"})).ids.tolist()
+        prompt = Prompt("p", {"question": "hi", "videos": [clip]})
+        ids = films.encode(prompt).ids.tolist()
+        before = next(i for i, (a, b) in enumerate(zip(ids, text, strict=False)) if a != b)
+        assert ids.count(number) == 1 and before > 0 and ids[len(ids) - len(text) + before :] == text[before:]
+        talks = films._talks._replay.environment
+        VisionPolicy(films.model.hf, processor, rule, films.settings, engine, talks, films.encode).rollout(
+            [prompt], BranchPlan({0: 1}), seed=0
+        )
+        [first, *later] = vllm.requests[len(shows) :]
+        assert first.ids == ids and later
+        # what the turns of a conversation are shown begins no further document
+        assert all(call.ids[: len(ids)] == ids and call.ids.count(number) == 1 for call in later)
 
 
 @pytest.mark.parametrize("family", VLM_FAMILIES)
@@ -70,12 +140,62 @@ def test_pictures_between_words_and_in_earlier_turns(image, family):
     assert "b" in encode.tokenizer.decode(placed.ids[shown[-1] + 1 :])
 
 
-def test_policy_and_reward_model_read_the_same_ids(tmp_path, image):
-    marked_family(tmp_path / "m", "gemma3", True)
-    prompt = Prompt("p", {"question": "hi", "images": [image]})
-    policy = VisionPolicy.build(model=str(tmp_path / "m"), max_new_tokens=4)
-    scorer = VisionPrm.build(model=str(tmp_path / "m"), head="linear")
-    assert policy.encode(prompt).ids.tolist() == scorer._body.encode(prompt).ids.tolist()
+def test_steps_in_turns_begin_with_the_same_single_mark(tmp_path):
+    _, number = marked_family(tmp_path / "m", "text", True)
+    format = {"markers": "turns", "read_offset": -1, "marker": "+", "positive": "+", "negative": "-"}
+    scorer = VisionPrm.build(model=str(tmp_path / "m"), head="tokens", format=format)
+    written = solution_forest([Prompt("p", {"question": "hi"})], [[["a", "b"]]])[0]
+    [tree] = scorer._trees(written, torch.tensor([0, 1])).trees
+    assert torch.cat(tree.ids).tolist().count(number) == 1 and int(tree.ids[0][0]) == number
+
+
+FORBIDDEN = "{% if 'secret' in messages | string %}{{ raise_exception('no secrets') }}{% endif %}"
+
+
+def test_a_prompt_that_the_template_refuses_is_set_aside_by_each_of_them(tmp_path, image, clip, caplog):
+    """With the way out; a reward model has no opinion about its steps and scores its neighbour's."""
+    shutil.copytree(family_folder("qwen2_5_vl"), tmp_path / "m")
+    template = tmp_path / "m" / "chat_template.jinja"
+    template.write_text(FORBIDDEN + template.read_text())
+    folder = str(tmp_path / "m")
+    policy = VisionPolicy.build(model=folder)
+    engine = SyncedEngine(VllmEngine(Vllm(folder)), shared=False)
+    with_engine = VisionPolicy(policy.model.hf, policy.processor, policy.rule, policy.settings, engine)
+    scorer = VisionPrm.build(model=folder, head="linear")
+    for component, shown in (
+        (policy, {"images": [image]}), (with_engine, {"images": [image]}), (scorer, {"images": [image]}),
+        (agent(folder), {"videos": [clip]}),
+    ):  # fmt: skip
+        good, bad = (Prompt(i, {"question": q, **shown}) for i, q in (("good", "hi"), ("bad", "a secret")))
+        caplog.clear()
+        assert component.admit([bad, good]) == [good]
+        assert "prompt 'bad': the chat template refuses turns of user (TemplateError: no secrets)" in caplog.text
+        assert "give the model's folder another chat_template.jinja" in caplog.text
+    bad, good = (Prompt(p.id, {**p.inputs, "videos": [], "images": [image]}) for p in (bad, good))
+    written = solution_forest([bad, good], [[["a"]], [["a"]]])[0]
+    assert scorer(written).isnan().tolist() == [True, False] == scorer.root_scores(written).isnan().tolist()
+
+
+def test_a_run_goes_on_without_the_prompts_that_a_template_refuses(tmp_path):
+    """Question 3 of 8 by the policy's template, questions 5 to 7 by the reward model's."""
+    for name, count in (("policy", 3), ("scorer", 5)):
+        shutil.copytree(family_folder("qwen2_5_vl"), tmp_path / name)
+        template = tmp_path / name / "chat_template.jinja"
+        refused = "'it it it it' not in text and 'it it it' in text" if count == 3 else "'it it it it it' in text"
+        template.write_text(
+            "{% set text = messages | string %}{% if " + refused + " %}{{ raise_exception('no') }}{% endif %}"
+            + template.read_text()
+        )  # fmt: skip
+    tree = vision_recipe(
+        tmp_path / "policy", tmp_path, tmp_path / "run", plan={0: 2}, credit={"estimators": [{"name": "step_grpo"}]},
+        step_rewards=[{"name": "vision_prm", "model": str(tmp_path / "scorer")}],
+        run={"iterations": 1, "prompts_per_iteration": 8, "max_unusable": 0.5},
+    )  # fmt: skip
+    trainer = BranchGrpo(parse_config(tree))
+    metrics = trainer.train()
+    assert trainer.rollouts.admission.bad == {"q3"} and metrics["rollout/unusable_prompts"] == 1
+    [scored] = trainer.rollouts.step_scores
+    assert not scored.failed and 0 < int(scored.parts["vision_prm"].isnan().sum()) < len(scored.parts["vision_prm"])
 
 
 @pytest.mark.parametrize(
