@@ -58,7 +58,7 @@ class Sandbox:
         if verb == "bench":
             return self._bench(recipe, given)
         arguments, output = self.shortened(command, *overrides)
-        self._invoke(*arguments, *(("--out", str(output)) if verb == "rollouts" else ()))
+        run_verb(*arguments, *(("--out", str(output)) if verb == "rollouts" else ()))
         if verb == "train":
             rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
             return {k: v for row in rows for k, v in row.items()}
