@@ -63,6 +63,7 @@ def verifier():
         ("<|begin_of_thought|>\\boxed{3}<|end_of_thought|> \\boxed{4}", "4"),
         ("<THOUGHTS>\\boxed{3}</THOUGHTS> \\boxed{4}", "4"),
         ("I think> \\boxed{4}", "4"),
+        ("\\boxed{3} <think>a</think> hm</think> so it is", None),
         ("<answer>4</answer> as said </answer>", "4"),
         ("<think>a</think> \\boxed{1} <think>\\boxed{2}</think>", "1"),
         ("The answer to the question is 4.", "4"),

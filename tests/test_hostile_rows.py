@@ -7,6 +7,7 @@ import time
 import pytest
 from hostile_rows import BROKEN, HOSTILE, LONG, READERS, lengthened, mutated, write_media
 
+from mmrl.jsonl import read_rows
 from mmrl.prm.formats import read_format
 from mmrl.registry import rows
 from mmrl.rows import without_image_marks, without_marks
@@ -145,6 +146,23 @@ def test_the_solutions_of_one_row_are_bounded(tmp_path):
     path.write_bytes(b"\n".join(map(text_of, lines)))
     _, (bad,) = read_format(path, "prm800k", max_bad=0.9)
     assert (bad.row, bad.reason) == (2, "too many steps: the solutions of one row have more than 100000 in all")
+
+
+@pytest.mark.parametrize("fault", [OverflowError("int too large"), RecursionError("deep"), "\ud800".encode])
+def test_a_reader_of_ones_own_sets_aside_what_python_cannot_hold(tmp_path, fault):
+    def make(row, name):
+        if row["n"] == 1 and callable(fault):
+            fault()
+        elif row["n"] == 1:
+            raise fault
+        return [name] if row["n"] else []
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"n": n}) for n in (2, 1, 0, 2)))
+    made, bad = read_rows(path, make, max_bad=1.0)
+    assert made == ["rows.jsonl:1", "rows.jsonl:4"]
+    assert [b.row for b in bad] == [2, 3]
+    assert [b.reason.partition(":")[0] for b in bad] == ["beyond what can be read", "no content"]
 
 
 @pytest.mark.parametrize("picture", ["eps.png", "huge.png", "thin.png", "moving.gif", "none.png"])

@@ -1,4 +1,5 @@
 import json
+import re
 from typing import get_args
 
 import pytest
@@ -16,6 +17,7 @@ from mmrl.prm.step_texts import (
     parse,
     read_numbered_tags,
 )
+from mmrl.tags import between
 from vision.step_rule import step_rule, token_texts
 
 SPECIAL = (
@@ -428,3 +430,10 @@ def test_responses_become_solutions_and_back(tmp_path):
     assert again["response"] == WORKED["tags"][0] and again["question"] == "How many?"
     merged, _ = read_format(source, {"name": "responses", "max_steps": 1}, unlabelled=True)
     assert [len(r.steps) for r in merged] == [1, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["<a>", "</a>", "<b>", "</b>", "x", "\n"]), max_size=12).map("".join))
+def test_parts_between_marks_are_those_of_the_pattern(text):
+    found = [(name, text[slice(*span)]) for name, span in between(text, "<([ab])>", "</([ab])>")]
+    assert found == re.findall(r"(?s)<([ab])>(.*?)</\1>", text)
