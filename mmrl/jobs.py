@@ -51,6 +51,7 @@ from mmrl.search.recipe import SearchConfig
 from mmrl.search.run import search
 from mmrl.search.samples import best_of_k
 from mmrl.trainers.task import Task, build_reward
+from mmrl.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,11 @@ def run_score(
 
 
 def run_search(config: SearchConfig) -> dict[str, Any]:
-    """Search every prompt as the recipe says; writes results.jsonl and report.json below its output."""
+    """Search every prompt as the recipe says; writes results.jsonl and report.json below its output.
+
+    Raises:
+        ConfigError: another process writes into the output.
+    """
     if config.method.name == "best_of_k":
         return _best_of_k(config)
     if config.scorer is not None:
@@ -259,19 +264,21 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         return [[0.0 if x != x else x for x in row] for row in rows]  # too long, or a marker inside: ranks last
 
     encode = job.policy.encode if isinstance(job.policy, PromptEncoder) else None
-    report = search(
-        prompts, job.policy, scores if scorer else None, job.verifier, folder=config.output, method=config.method.name,
-        settings=config.method.options, aggregations=config.aggregates, seed=config.seed,
-        budget=Budget(config.max_tokens, parameters(job.policy), parameters(scorer)), prompts_per_batch=config.batch,
-        prompt_tokens=(lambda p: len(encode(p).ids)) if encode else None,
-        about={"policy": job.fingerprint, "scorer": _stamp(config.scorer or "")},
-        rollouts=job.rollouts({"scorer": config.scorer}),
-    )  # fmt: skip
-    report["unusable_prompts"] = job.lost + len(job.prompts) - len(prompts)
-    rows = [json.loads(line) for line in (config.output / "results.jsonl").read_text().splitlines()]
-    report["unreadable_steps"] = unread  # met in this run; they count as score 0
-    report["examples"] = disagreements(rows, prompts)
-    return write_report(config.output / "report.json", report)
+    with WorkDir(config.output).owned():
+        report = search(
+            prompts, job.policy, scores if scorer else None, job.verifier, folder=config.output,
+            method=config.method.name, settings=config.method.options, aggregations=config.aggregates,
+            seed=config.seed, prompts_per_batch=config.batch,
+            budget=Budget(config.max_tokens, parameters(job.policy), parameters(scorer)),
+            prompt_tokens=(lambda p: len(encode(p).ids)) if encode else None,
+            about={"policy": job.fingerprint, "scorer": _stamp(config.scorer or "")},
+            rollouts=job.rollouts({"scorer": config.scorer}),
+        )  # fmt: skip
+        report["unusable_prompts"] = job.lost + len(job.prompts) - len(prompts)
+        rows = [json.loads(line) for line in (config.output / "results.jsonl").read_text().splitlines()]
+        report["unreadable_steps"] = unread  # met in this run; they count as score 0
+        report["examples"] = disagreements(rows, prompts)
+        return write_report(config.output / "report.json", report)
 
 
 class _Candidates(Section):
@@ -293,16 +300,17 @@ def _best_of_k(config: SearchConfig) -> dict[str, Any]:
     job = _Job(config, SampleSearcher, "best_of_n, greedy and others are for policies that write")
     job.alone("mmrl search")
     scorer = job.scorer(config.scorer)
-    report = best_of_k(
-        job.prompts, job.policy, scorer, job.verifier, folder=config.output, **options,
-        judges=job.task.judges if isinstance(job.task, SampleJudge) else None,
-        seed=config.seed, prompts_per_batch=config.batch,
-        about={"policy": job.fingerprint, "scorer": _stamp(config.scorer)},
-        rollouts=job.rollouts({"scorer": config.scorer}),
-    )  # fmt: skip
-    report["unusable_prompts"] = job.lost
-    report["parameters"] = {"policy": parameters(job.policy), "scorer": parameters(scorer)}
-    return write_report(config.output / "report.json", report)
+    with WorkDir(config.output).owned():
+        report = best_of_k(
+            job.prompts, job.policy, scorer, job.verifier, folder=config.output, **options,
+            judges=job.task.judges if isinstance(job.task, SampleJudge) else None,
+            seed=config.seed, prompts_per_batch=config.batch,
+            about={"policy": job.fingerprint, "scorer": _stamp(config.scorer)},
+            rollouts=job.rollouts({"scorer": config.scorer}),
+        )  # fmt: skip
+        report["unusable_prompts"] = job.lost
+        report["parameters"] = {"policy": parameters(job.policy), "scorer": parameters(scorer)}
+        return write_report(config.output / "report.json", report)
 
 
 def run_benchmark(

@@ -39,6 +39,7 @@ from mmrl.trainers.checkpoint import (
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.run_folder import RunFolder
 from mmrl.trainers.verdicts import Watch, is_idle
+from mmrl.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class Loop:
 
     def run(self, trainer: Trainer) -> dict[str, float]:
         """Iterate, evaluate, checkpoint until done or asked to stop; returns the last metrics."""
-        with self._signals(), self._owned():
+        with self._signals(), self.owning(self.folder):
             self._open()
             with self._progress() as advance:
                 metrics = self._iterate(trainer, advance)
@@ -298,22 +299,20 @@ class Loop:
         return metrics
 
     @contextmanager
-    def _owned(self) -> Iterator[None]:
-        """The run folder belongs to this run alone inside the block, and all ranks see the same folder.
+    def owning(self, folder: WorkDir) -> Iterator[None]:
+        """A folder belongs to this run alone inside the block, and all ranks see the same folder.
 
         Raises:
-            ConfigError: another process trains in it, or a rank does not see what the first one wrote.
+            ConfigError: another process writes into it, or a rank does not see what the first one wrote.
         """
-        token = self._on_main(self.folder.claim)
+        token = self._on_main(folder.claim)
         try:
-            if self.all_max(float(not self.folder.shows(token)))[0]:
-                raise ConfigError(
-                    f"run.output={self.folder.root} is not the same folder on every node; name one on a shared disk"
-                )
+            if self.all_max(float(not folder.shows(token)))[0]:
+                raise ConfigError(f"{folder.root} is not the same folder on every node; name one on a shared disk")
             yield
         finally:
             if self.is_main:
-                self.folder.release()
+                folder.release()
 
     def _on_main(self, action: Callable[[], str]) -> str:
         """What `action` returns on the main process, on all of them. Its error ends all: none waits for the others.

@@ -47,6 +47,7 @@ from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.stored import StoredRollouts
 from mmrl.trainers.task import Task, build_readings, build_rewards, build_step_rewards, check_heads, producers
+from mmrl.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
@@ -425,19 +426,20 @@ def store_rollouts(
     Returns:
         this rank's folders.
     Raises:
-        ConfigError: the folder has rollouts of another recipe or of an unknown one.
+        ConfigError: the folder has rollouts of another recipe or of an unknown one, or another process writes into it.
     """
     loop = rollouts.loop
-    store = RolloutFolder(folder, recipe_record(rollouts, plan) | {"model": model}, write=loop.is_main)
-    loop.accelerator.wait_for_everyone()
-    made, rank = [], loop.accelerator.process_index
-    for i in track(range(iterations), description="rollouts", disable=not loop.is_main):
-        made.append(store.place(i, rank))
-        complete = (made[-1] / "rollout.json").exists()
-        if loop.all_max(float(not complete))[0]:  # engines sample on all ranks or on none
-            rollouts.clear()
-            store.save(rollouts.sampled(plan, i), i, rank)
-    loop.accelerator.wait_for_everyone()
+    with loop.owning(WorkDir(Path(folder))):
+        store = RolloutFolder(folder, recipe_record(rollouts, plan) | {"model": model}, write=loop.is_main)
+        loop.accelerator.wait_for_everyone()
+        made, rank = [], loop.accelerator.process_index
+        for i in track(range(iterations), description="rollouts", disable=not loop.is_main):
+            made.append(store.place(i, rank))
+            complete = (made[-1] / "rollout.json").exists()
+            if loop.all_max(float(not complete))[0]:  # engines sample on all ranks or on none
+                rollouts.clear()
+                store.save(rollouts.sampled(plan, i), i, rank)
+        loop.accelerator.wait_for_everyone()
     return made
 
 

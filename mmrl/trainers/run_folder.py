@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import subprocess
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from mmrl.config import ConfigError
 from mmrl.jsonl import read_metrics
 from mmrl.recipe import TrainingConfig
 from mmrl.trainers.checkpoint import Checkpoints
+from mmrl.workdir import WorkDir
 
 log = logging.getLogger(__name__)
 
@@ -26,58 +24,19 @@ log = logging.getLogger(__name__)
 _FREE = {"output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
          "processes", "cpu", "trackers", "report", "max_unscored"}  # fmt: skip
 
-PATIENCE_S = 30.0  # NFS clients look for new files every so many seconds
-
-
 # What decides numbers: pixels are pillow's, frames av's and decord's.
 _PACKAGES = (
     "torch", "accelerate", "transformers", "diffusers", "peft", "tokenizers", "numpy", "pillow", "av", "decord",
 )  # fmt: skip
 
 
-class RunFolder:
+class RunFolder(WorkDir):
     """Paths and files of one run. Only the main process writes."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        super().__init__(root)
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = Checkpoints(root / "checkpoints")
-        self._lock = FileLock(root / ".lock")
-
-    def claim(self) -> str:
-        """Take the folder for this process; returns a token that other ranks must find.
-
-        Raises:
-            ConfigError: another process trains in it, or it cannot be written.
-        """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-            token = secrets.token_hex(8)
-            (self.root / ".token").write_text(token)
-        except Timeout:
-            raise ConfigError(
-                f"another process trains in {self.root}; wait until it has ended, or use another run.output"
-            ) from None
-        except OSError as error:
-            why = "it is a file" if self.root.is_file() else error.strerror
-            raise ConfigError(f"run.output={self.root} cannot be a run folder: {why}; name another one") from error
-        return token
-
-    def shows(self, token: str) -> bool:
-        """Whether this process sees the token that the first one wrote; network disks may take a while."""
-        file = self.root / ".token"
-        deadline = time.monotonic() + PATIENCE_S
-        while not (file.is_file() and file.read_text() == token):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
-
-    def release(self) -> None:
-        """Give the folder free."""
-        (self.root / ".token").unlink(missing_ok=True)
-        self._lock.release()
 
     def open(self, config: TrainingConfig) -> None:
         """Create the folder, or check that it holds the same run.

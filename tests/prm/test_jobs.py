@@ -15,10 +15,12 @@ from toy_extender import Killed, ToyExtender, chain, first_wrong, numbers, plant
 from verbs import run_verb
 
 from mmrl.annotate.refine import information
+from mmrl.config import ConfigError
 from mmrl.prm.data import StepRecords
 from mmrl.prm.records_io import read_records, record_to_json, write_records
 from mmrl.rollout import Continuation, Prompt, Rollout
 from mmrl.tree import StepTree
+from mmrl.workdir import WorkDir
 
 JUDGE = {"name": "judge", "votes": 2, "solutions": 3}
 METHODS = {
@@ -463,6 +465,13 @@ def test_an_empty_candidate_ranks_last_and_is_counted(tmp_path):
 def test_wrong_searches_are_told(tmp_path, method, sections, message):
     with pytest.raises(ValueError, match=message):
         searched(tmp_path, method, **sections)
+
+
+def test_a_search_in_whose_folder_somebody_writes_is_refused(tmp_path):
+    method = {"name": "best_of_n", "n": 4}
+    with WorkDir(tmp_path / "out").owned(), pytest.raises(ConfigError, match="another process writes into .*out;"):
+        searched(tmp_path, method)
+    assert searched(tmp_path, method)[1]
 
 
 # ---- a scorer is a name, a folder or a section, everywhere -------------------------------------------------------

@@ -122,7 +122,7 @@ def test_resume_executes_nothing_from_the_run_folder(tiny_model, tmp_path, monke
 
 def test_a_folder_in_which_somebody_trains_is_refused(tiny_model, tmp_path):
     train(tiny_model, tmp_path, iterations=1)
-    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another process trains in"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another process writes into"):
         train(tiny_model, tmp_path, iterations=2, resume=True)
     train(tiny_model, tmp_path, iterations=2, resume=True)
     assert [r["iteration"] for r in rows(tmp_path) if "reward/mean" in r] == [1, 2]
@@ -187,14 +187,18 @@ def test_files_of_a_run_are_replaced_and_never_half_written(tiny_model, tmp_path
 
 @pytest.mark.parametrize(
     "output, message",
-    [("file", "is a file; name another one"), ("file/below", "Not a directory; name"), ("/proc/run", "No such file")],
+    [
+        ("file", "is a file; name another folder"),
+        ("file/below", "Not a directory; name"),
+        ("/proc/run", "No such file"),
+    ],
 )
 def test_a_place_that_can_be_no_folder_is_told(tiny_model, tmp_path, output, message):
     (tmp_path / "file").touch()
     file = write_recipe(tmp_path / "recipe.yaml", recipe(tiny_model, tmp_path / output))
     done = run_command("train", file)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert "cannot be a run folder: " in done.stderr
+    assert "nothing can be written into" in done.stderr
 
 
 LIMITED = """
@@ -228,10 +232,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tiny_model, 
 APART = """
 import os, sys
 from pathlib import Path
-import mmrl.trainers.run_folder
+import mmrl.workdir
 from mmrl.config import ConfigError, load_config
 from mmrl.trainers.branch_grpo import BranchGrpo
-mmrl.trainers.run_folder.PATIENCE_S = 0.2
+mmrl.workdir.PATIENCE_S = 0.2
 output = Path(sys.argv[2]) / os.environ["RANK"]
 try:
     BranchGrpo(load_config(sys.argv[1], [f"run.output={output}"])).train()
@@ -247,7 +251,7 @@ def test_a_folder_that_nodes_do_not_share_is_found_at_a_new_run(tiny_model, tmp_
     run_ranks(2, tmp_path / "apart.py", file, tmp_path)
     for rank in range(2):
         told = (tmp_path / f"{rank}.txt").read_text()
-        assert f"run.output={tmp_path / str(rank)} is not the same folder on every node" in told
+        assert f"{tmp_path / str(rank)} is not the same folder on every node" in told
     assert not (tmp_path / "0" / "metrics.jsonl").exists() and not (tmp_path / "1").exists()
 
 
@@ -256,7 +260,7 @@ def test_a_folder_that_nodes_do_not_share_is_found_at_a_new_run(tiny_model, tmp_
     "sections, rank, cause",
     [
         ({"rewards": [{"name": "tiny:raising_on_one_rank", "timeout_s": 0}]}, 1, "have no reward"),
-        ({"run": {"output": "/proc/run"}}, 0, "cannot be a run folder: No such file"),
+        ({"run": {"output": "/proc/run"}}, 0, "nothing can be written into /proc/run: No such file"),
     ],
     ids=["reward", "folder"],
 )

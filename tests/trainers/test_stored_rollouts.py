@@ -18,6 +18,7 @@ from mmrl.jobs import run_rollouts
 from mmrl.rollout import Rollout
 from mmrl.trainers import trainer_of
 from mmrl.trainers.rollouts import StoredRollouts, store_rollouts
+from mmrl.workdir import WorkDir
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "vision"))
@@ -210,11 +211,13 @@ def test_the_verb_stores_and_goes_on(tiny_model, tmp_path):
     shutil.rmtree(tmp_path / "disk" / "000001-00")
     (tmp_path / "disk" / ".000001-00.part").mkdir()  # of a run that was killed
     longer = load_config(tmp_path / "r.yaml", ["run.iterations=3"])
+    with WorkDir(tmp_path / "disk").owned(), pytest.raises(ConfigError, match="another process writes into"):
+        run_rollouts(longer, tmp_path / "disk")
     assert run_rollouts(longer, tmp_path / "disk")["rollouts"] == 3
     assert first.stat().st_mtime_ns == made
     again = load_file(tmp_path / "disk" / "000001-00" / "actions.safetensors")["action.latent"]
     assert torch.equal(latents, again)
-    assert not list((tmp_path / "disk").glob(".*"))
+    assert [p.name for p in (tmp_path / "disk").glob(".*")] == [".lock"]
 
 
 @pytest.mark.parametrize(
