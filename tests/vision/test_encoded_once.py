@@ -42,7 +42,15 @@ from vision.prompts import PromptEncoder
 
 EVERYTHING = {
     "loss": {"kl": 0.1, "kl_form": "k3", "recompute_old_logp": True},
-    "step_rewards": [{"name": "vision_prm", "model": str(family_folder("qwen2_5_vl")), "max_tokens": 400}],
+    "step_rewards": [
+        {
+            "name": "vision_prm",
+            "model": str(family_folder("qwen2_5_vl")),
+            "max_tokens": 400,
+            "head": "tokens",
+            "format": {"positive": "+", "negative": "-"},
+        }
+    ],
     "policy": {"max_tokens": 400, "max_batch": 16, "max_new_tokens": 4},
     "readings": [{"name": "divergence"}],
     "credit": {"estimators": [{"name": "step_grpo"}]},

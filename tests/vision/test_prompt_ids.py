@@ -188,7 +188,8 @@ def test_a_run_goes_on_without_the_prompts_that_a_template_refuses(tmp_path):
         )  # fmt: skip
     tree = vision_recipe(
         tmp_path / "policy", tmp_path, tmp_path / "run", plan={0: 2}, credit={"estimators": [{"name": "step_grpo"}]},
-        step_rewards=[{"name": "vision_prm", "model": str(tmp_path / "scorer")}],
+        step_rewards=[{"name": "vision_prm", "model": str(tmp_path / "scorer"), "head": "tokens",
+                       "format": {"positive": "+", "negative": "-"}}],
         run={"iterations": 1, "prompts_per_iteration": 8, "max_unusable": 0.5},
     )  # fmt: skip
     trainer = BranchGrpo(parse_config(tree))
