@@ -40,7 +40,7 @@ def test_every_default_that_differs_from_trl_is_in_the_table():
     from mmrl.registry import find
 
     page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
-    table = page[page.index("Defaults that differ") : page.index("A reward function changes")]
+    table = page.partition("Defaults that differ")[2].split("\n\n")[1]
     theirs = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
     config = parse_config({"task": "shapes", "policy": "vision", "plan": {0: 8}})
     options = find("policies", "vision").options
