@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmrl.rollout import BranchPlan, Place, Rollout, Sample
 from vision.attention import FLEX
 from vision.backbone import Backbone
-from vision.conversations import Conversations
+from vision.dialogue import Dialogue, path_ids
 from vision.driver import grow
 from vision.engine_hf import State, TransformersEngine
 from vision.engine_sync import SyncedEngine
@@ -31,11 +29,11 @@ class Completions:
     """Completes rollouts, by a transformers model or an engine that has its weights.
 
     Args:
-        talks: where an environment answers between steps.
+        dialogue: answers between steps, or does not.
     """
 
-    def __init__(self, body: Backbone, trees: RolloutTrees, talks: Conversations | None, rule: StepRule) -> None:
-        self._body, self._trees, self._talks, self._rule = body, trees, talks, rule
+    def __init__(self, body: Backbone, trees: RolloutTrees, dialogue: Dialogue, rule: StepRule) -> None:
+        self._body, self._trees, self._dialogue, self._rule = body, trees, dialogue, rule
 
     def run(
         self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
@@ -45,8 +43,10 @@ class Completions:
         out: list[list[Sample]] = [[] for _ in places]
         chosen = [places[i] for i in going]
         for part in place_batches(rollout, chosen, settings.max_tokens, most=max(1, settings.max_batch // n)):
-            own, own_seeds = [chosen[j] for j in part], [seeds[going[j]] for j in part]
-            nodes = self._nodes(hf, rollout, own, n, decoding, own_seeds)
+            own = [chosen[j] for j in part]
+            request = self._request(rollout, own, n, decoding, [seeds[going[j]] for j in part])
+            request = self._behind_states(hf, rollout, own, request)
+            nodes = grow(TransformersEngine(hf, self._body.features), request)
             for j, sample in self._samples(rollout, own, nodes):
                 out[going[part[j]]].append(sample)
         return out
@@ -58,109 +58,77 @@ class Completions:
         """As `run`, by an engine with the weights of `hf`; what leads to a place lies in its prefix cache."""
         going = open_places(rollout, places)
         out: list[list[Sample]] = [[] for _ in places]
-        chosen, own_seeds = [places[i] for i in going], [seeds[i] for i in going]
-        nodes = self._engine_nodes(engine, hf, rollout, chosen, n, decoding, own_seeds)
+        chosen = [places[i] for i in going]
+        request = self._request(rollout, chosen, n, decoding, [seeds[i] for i in going])
+        turns = bool(request.answers)
+        histories = [self._history(rollout, p, t, turns) for p, t in zip(chosen, request.prompts, strict=True)]
+        starts = [
+            replace(s, state=histories[s.prompt], sampled=s.sampled if turns else 0) for s in request.starts or ()
+        ]
+        nodes = engine.grow(hf, replace(request, starts=starts))
+        if not turns:
+            for node in nodes:  # as if sampling had stopped where the room ends
+                written = len(path_ids(rollout, chosen[node.prompt].step))
+                node.ids = node.ids[: max(1, decoding.max_new_tokens - written)]
         for j, sample in self._samples(rollout, chosen, nodes):
             out[going[j]].append(sample)
         return out
 
     # Below, a node's `prompt` is the position of its place, and paths begin behind the place.
 
-    def _nodes(
-        self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
-    ) -> list[Node]:
-        style = self._body.style
-        packed = style.plain and "flash" not in style.implementation
-        if packed:
-            states = self._states(hf, rollout, places)
-        if self._talks is None:
-            paths = [self._written(rollout, p) for p in places]
-            written = [min(len(ids), decoding.max_new_tokens - 1) for ids in paths]
-            tokens = self._encoded(rollout, places)
-            if not packed:
-                tokens = [t.followed_by(ids, "") for t, ids in zip(tokens, paths, strict=True)]
-            starts = [Start(i, sampled=k, state=states[i] if packed else None) for i, k in enumerate(written)]
-            decoding = replace(decoding, max_steps=1)  # nobody asks where a completion's steps end
-            request = GrowthRequest(tokens, BranchPlan({0: n}, n), decoding, self._rule, seeds, (), starts)
-        elif packed:
-            request = self._conversations(rollout, places, states, n, decoding, seeds)
-        else:
-            raise ValueError("conversations are completed from packed trees; load the model with attn: sdpa")
-        return grow(TransformersEngine(hf, self._body.features), request)
-
-    def _engine_nodes(
-        self, engine: SyncedEngine, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding,
-        seeds: Sequence[int],
-    ) -> list[Node]:  # fmt: skip
-        tokens = self._encoded(rollout, places)
-        if self._talks is not None:
-            histories = [
-                History.of(
-                    t,
-                    [
-                        (self._trees.ids(rollout, v).tolist(), self._talks.observation(rollout, v))
-                        for v in self._path(rollout, p)
-                    ],
-                )
-                for t, p in zip(tokens, places, strict=True)
-            ]
-            return engine.grow(hf, self._conversations(rollout, places, histories, n, decoding, seeds))
-        paths = [self._written(rollout, p) for p in places]
-        spelt = [self._body.tokenizer.decode(ids) for ids in paths]
-        begun = [t.followed_by(ids, text) for t, ids, text in zip(tokens, paths, spelt, strict=True)]
-        whole = replace(decoding, max_steps=1)
-        nodes = engine.grow(hf, GrowthRequest(begun, BranchPlan({0: n}, n), whole, self._rule, seeds))
-        for node in nodes:  # as if sampling had stopped where the room ends
-            node.ids = node.ids[: max(1, decoding.max_new_tokens - len(paths[node.prompt]))]
-        return nodes
-
-    def _conversations(
-        self, rollout: Rollout, places: Sequence[Place], states: Sequence[Any], n: int, decoding: Decoding,
-        seeds: Sequence[int],
-    ) -> GrowthRequest:  # fmt: skip
-        """n conversations go on from each place."""
-        assert self._talks is not None
-        before = [self._talks.turns(rollout, p.step) for p in places]
-        starts = []
-        for i, (turns, state) in enumerate(zip(before, states, strict=True)):
-            sampled = sum(size for _, size in turns)
+    def _request(
+        self, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
+    ) -> GrowthRequest:
+        """n completions of each place, whose starts have no states yet."""
+        prompts = [rollout.prompts[p.prompt] for p in places]
+        tokens = [self._body.encode(p) for p in prompts]
+        before = [self._dialogue.turns(rollout, p.step) for p in places]
+        answers = self._dialogue.answers(prompts, tokens, before)
+        starts: list[Start] = []
+        for i, (place, turns) in enumerate(zip(places, before, strict=True)):
+            sampled = len(path_ids(rollout, place.step))
+            if not answers:  # one text has one room, with a token left at least
+                sampled = min(sampled, decoding.max_new_tokens - 1)
             # before the first turn the plan itself branches
-            starts += [Start(i, len(turns), slot, sampled, state) for slot in range(n if turns else 1)]
-        prompts, tokens = [rollout.prompts[p.prompt] for p in places], self._encoded(rollout, places)
-        answers = self._talks.answers(prompts, tokens, before)
-        return GrowthRequest(tokens, BranchPlan({0: n}, n), decoding, self._rule, seeds, answers, starts)
+            starts += [Start(i, len(turns), slot, sampled) for slot in range(n if turns else 1)]
+        plan, whole = BranchPlan({0: n}, n), self._dialogue.whole(decoding)
+        return GrowthRequest(tokens, plan, whole, self._rule, seeds, answers, starts)
 
-    def _encoded(self, rollout: Rollout, places: Sequence[Place]) -> list[PromptTokens]:
-        return [self._body.encode(rollout.prompts[p.prompt]) for p in places]
+    def _behind_states(
+        self, hf: Any, rollout: Rollout, places: Sequence[Place], request: GrowthRequest
+    ) -> GrowthRequest:
+        """The request with states that packed trees leave, or prompts that are followed by what was written."""
+        style = self._body.style
+        if style.plain and "flash" not in style.implementation:
+            states = self._states(hf, rollout, places)
+            return replace(request, starts=[replace(s, state=states[s.prompt]) for s in request.starts or ()])
+        if request.answers:
+            raise ValueError("conversations are completed from packed trees; load the model with attn: sdpa")
+        paths = [torch.tensor(path_ids(rollout, p.step), dtype=torch.int64) for p in places]
+        followed = [t.followed_by(ids, "") for t, ids in zip(request.prompts, paths, strict=True)]
+        return replace(request, prompts=followed)
+
+    def _history(self, rollout: Rollout, place: Place, prompt: PromptTokens, turns: bool) -> History:
+        """What vLLM is given of a place."""
+        history = History.of(prompt) if turns else History(prompt.ids.tolist())
+        for v in reversed(ancestors(rollout.tree.parents, place.step)) if place.step >= 0 else ():
+            history = history.wrote(self._trees.ids(rollout, v).tolist())
+            observation = self._dialogue.observation(rollout, v)
+            history = history if observation is None else history.shown(observation)
+        return history
 
     def _samples(self, rollout: Rollout, places: Sequence[Place], nodes: Sequence[Node]) -> list[tuple[int, Sample]]:
         """(position of its place, sample) of every completion, what came before its place included."""
         parent = [n.parent for n in nodes]
         inner = set(parent)
-        decode = partial(self._body.tokenizer.decode, skip_special_tokens=True)
         out = []
         for leaf in range(len(nodes)):
-            if leaf in inner:
-                continue
-            new = [nodes[v].ids for v in ancestors(parent, leaf)[::-1]]
-            place = places[nodes[leaf].prompt]
-            if self._talks is None:
-                text = decode(self._written(rollout, place).tolist() + new[0])
-            else:
-                turns = [rollout.texts[v] for v in self._path(rollout, place)]
-                text = "\n".join([*turns, *map(decode, new)])
-            out.append((nodes[leaf].prompt, Sample(rollout.prompts[place.prompt], text, place.step)))
+            if leaf not in inner:
+                new = [nodes[v].ids for v in reversed(ancestors(parent, leaf))]
+                place = places[nodes[leaf].prompt]
+                text = self._dialogue.text(rollout, place.step, new)
+                out.append((nodes[leaf].prompt, Sample(rollout.prompts[place.prompt], text, place.step)))
         return out
-
-    @staticmethod
-    def _path(rollout: Rollout, place: Place) -> list[int]:
-        """The steps up to a place, the first one first."""
-        return ancestors(rollout.tree.parents, place.step)[::-1] if place.step >= 0 else []
-
-    def _written(self, rollout: Rollout, place: Place) -> Tensor:
-        """Ids of all steps up to a place."""
-        ids = [self._trees.ids(rollout, v) for v in self._path(rollout, place)]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *ids])
 
     def _states(self, hf: Any, rollout: Rollout, places: Sequence[Place]) -> list[State]:
         """Every place's state: all trees in one call, each token of theirs once."""

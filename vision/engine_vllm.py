@@ -185,12 +185,9 @@ class History:
     media: list[Medium] = field(default_factory=list)
 
     @classmethod
-    def of(cls, prompt: PromptTokens, turns: Iterable[tuple[Sequence[int], PromptTokens]] = ()) -> History:
-        """A conversation: the prompt, and turns with the observations behind them."""
-        history = cls(prompt.ids.tolist(), media_of(prompt))
-        for ids, observation in turns:
-            history = history.wrote(ids).shown(observation)
-        return history
+    def of(cls, prompt: PromptTokens) -> History:
+        """A conversation before its first turn."""
+        return cls(prompt.ids.tolist(), media_of(prompt))
 
     def wrote(self, ids: Sequence[int]) -> History:
         """With more tokens behind it."""

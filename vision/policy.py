@@ -34,7 +34,7 @@ from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.answers import AnswerTrees
 from vision.backbone import Backbone, trainable_model
 from vision.completion import Completions
-from vision.conversations import Conversations
+from vision.dialogue import Dialogue, MultiTurn, Spelling
 from vision.engine_hf import grow_in_parts, sampling_mode
 from vision.engine_sync import SyncedEngine, vllm_engine
 from vision.environment import Environment
@@ -83,8 +83,8 @@ class VisionPolicy:
             settings.temperature, settings.max_new_tokens, settings.max_steps, tuple(banned), tuple(sorted(eos))
         )
         self._reference = Reference()
-        self._talks = None if environment is None else Conversations(environment, self.tokenizer)
-        self._trees = RolloutTrees(self.encode, self._talks)
+        self._dialogue = Dialogue(self.tokenizer) if environment is None else MultiTurn(environment, self.tokenizer)
+        self._trees = RolloutTrees(self.encode, self._dialogue)
 
     @classmethod
     @declares(
@@ -158,8 +158,7 @@ class VisionPolicy:
     def begin_iteration(self) -> None:
         """Let go of what the last iteration encoded; see `mmrl.capabilities.EncodingCache`."""
         self._body.begin_iteration()
-        if self._talks is not None:
-            self._talks.begin_iteration()
+        self._dialogue.begin_iteration()
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that can be encoded; each other one is logged with its reason, once."""
@@ -177,8 +176,7 @@ class VisionPolicy:
         self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding,
         seeds: Sequence[int],
     ) -> GrowthRequest:  # fmt: skip
-        answers = () if self._talks is None else self._talks.answers(prompts, tokens)
-        return GrowthRequest(tokens, plan, decoding, self.rule, seeds, answers)
+        return GrowthRequest(tokens, plan, decoding, self.rule, seeds, self._dialogue.answers(prompts, tokens))
 
     def _grow(self, request: GrowthRequest) -> list[Node]:
         if self._engine is not None:
@@ -213,11 +211,10 @@ class VisionPolicy:
         truncated = torch.tensor([n.end == "length" for n in nodes])
         texts = [self.tokenizer.decode(n.ids, skip_special_tokens=True) for n in nodes]
         observed = torch.tensor([n.observed for n in nodes])
-        tags = {"truncated": truncated} if self._talks is None else {"truncated": truncated, "observed": observed}
         tree = StepTree(
             parent, torch.tensor([n.prompt for n in nodes]), torch.where(inner, INTERNAL, UNFINISHED),
             torch.full((len(nodes),), torch.nan), logp=torch.tensor([sum(n.logp) for n in nodes]),
-            tok_start=end - torch.tensor([len(n.ids) for n in nodes]), tok_end=end, tags=tags,
+            tok_start=end - torch.tensor([len(n.ids) for n in nodes]), tok_end=end, tags={"truncated": truncated},
             **text_states(parent.tolist(), [n.prompt for n in nodes], texts),
         )  # fmt: skip
         logp = torch.tensor([x for n in nodes for x in n.logp], dtype=torch.float32)
@@ -229,40 +226,20 @@ class VisionPolicy:
         size = torch.tensor([len(t.ids) for t in tokens])
         actions = Actions(logp, torch.ones(len(ids), dtype=torch.bool), {"token": ids})
         rollout = Rollout(list(prompts), tree, actions, {"prompt_tokens": size}, counts, about, texts)
-        return rollout if self._talks is None else rollout.with_tree(tree.replace(ok=self._talks.ok(rollout)))
+        return self._dialogue.annotated(rollout, observed)
 
     def write(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Rollout:
         """A rollout of given completions, one per prompt and ended, as if sampled with log-prob 0; for imitation."""
         tokens = [self.encode(p) for p in prompts]
         nodes: list[Node] = []
+        spelling = Spelling(self._written, self.rule, self._end, self.decoding.max_steps)
         for g, text in enumerate(texts):
-            if self._talks is not None:
-                turns = [[*self._written(t).tolist(), self._end] for t in text.split("\n")[: self.decoding.max_steps]]
-                nodes += self._talks.written(prompts[g], tokens[g], g, turns, len(nodes))
-                continue
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            spans = self.rule.split_ids(ids) or [(0, 0)]
-            for depth, (a, b) in enumerate(spans):
-                last = depth == len(spans) - 1
-                own = [*ids[a:b], *([self._end] if last else [])]
-                nodes.append(Node(g, len(nodes) - 1 if depth else -1, depth, own, [0.0] * len(own), "eos"))
+            nodes += self._dialogue.written(prompts[g], tokens[g], g, text, len(nodes), spelling)
         return self._as_rollout(prompts, tokens, nodes, {"written": True, "temperature": self.decoding.temperature})
 
     def beyond_limits(self, texts: Sequence[str]) -> list[str]:
         """See `mmrl.trainers.imitation.Writer`: the longest completion, or the longest turn and their number."""
-        return [self._beyond(text) for text in texts]
-
-    def _beyond(self, text: str) -> str:
-        parts = [text] if self._talks is None else text.split("\n")
-        limits = self.decoding
-        if self._talks is not None and len(parts) > limits.max_steps:
-            return f"{len(parts)} turns (policy.max_steps={limits.max_steps})"
-        # the end mark is sampled too
-        longest = 1 + max(len(self.tokenizer.encode(part, add_special_tokens=False)) for part in parts)
-        if longest <= limits.max_new_tokens:
-            return ""
-        turn = "" if self._talks is None else "a turn of "
-        return f"{turn}{longest} tokens (policy.max_new_tokens={limits.max_new_tokens})"
+        return [self._dialogue.beyond_limits(text, self.decoding) for text in texts]
 
     @property
     def _end(self) -> int:
@@ -272,25 +249,16 @@ class VisionPolicy:
     def samples(self, rollout: Rollout) -> list[Sample]:
         """The completions, special tokens left out; of conversations the turns, a line break between them."""
         leaves = rollout.tree.is_leaf.nonzero().flatten().tolist()
-        parent, group = rollout.tree.parent.tolist(), rollout.tree.group.tolist()
-        if self._talks is not None:
-            turns = [[rollout.texts[v] for v in reversed(ancestors(parent, s))] for s in leaves]
-            return [Sample(rollout.prompts[group[s]], "\n".join(t), s) for s, t in zip(leaves, turns, strict=True)]
-        paths = [torch.cat([self._trees.ids(rollout, v) for v in reversed(ancestors(parent, s))]) for s in leaves]
-        texts = self.tokenizer.batch_decode([p.tolist() for p in paths], skip_special_tokens=True)
-        return [Sample(rollout.prompts[group[s]], t, s) for s, t in zip(leaves, texts, strict=True)]
+        group = rollout.tree.group.tolist()
+        return [Sample(rollout.prompts[group[s]], self._dialogue.text(rollout, s), s) for s in leaves]
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One completion per prompt at the evaluation temperature."""
-        turns = 1 if self._talks is None else self.decoding.max_steps
-        decoding = replace(self.decoding, temperature=self.settings.eval_temperature, max_steps=turns)
+        decoding = self._dialogue.whole(replace(self.decoding, temperature=self.settings.eval_temperature))
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
         tokens = [self.encode(p) for p in prompts]
         nodes = self._grow(self._request(prompts, tokens, BranchPlan({0: 1}), decoding, seeds))
-        if self._talks is not None:
-            return self.samples(self._as_rollout(prompts, tokens, nodes, {}))
-        texts = self.tokenizer.batch_decode([n.ids for n in nodes], skip_special_tokens=True)
-        return [Sample(prompts[n.prompt], t, i) for i, (n, t) in enumerate(zip(nodes, texts, strict=True))]
+        return self.samples(self._as_rollout(prompts, tokens, nodes, {}))
 
     def extend(
         self,
@@ -306,8 +274,9 @@ class VisionPolicy:
         Raises:
             PromptError: a state whose prompt cannot be encoded; `admit` sorts those out.
         """
-        if self._talks is not None:
-            raise ValueError("search and annotation with a policy that acts in an environment are not supported yet")
+        self._dialogue.need_single_turn(
+            "search and annotation with a policy that acts in an environment are not supported yet"
+        )
         heat = self.decoding.temperature if temperature is None else temperature
         decoding = replace(self.decoding, temperature=heat, stop_after=steps)
         tokens = [self.encode(s.prompt).followed_by(self._ids_of(s), s.text) for s in states]
@@ -359,8 +328,9 @@ class VisionPolicy:
         Of steps with a text alone, every one but a leaf ends with the line break that separates steps, and a leaf
         that is not tagged `open` with the end of the answer.
         """
-        if self._talks is not None:
-            raise ValueError("steps of a policy that acts in an environment cannot be written; give whole outputs")
+        self._dialogue.need_single_turn(
+            "steps of a policy that acts in an environment cannot be written; give whole outputs"
+        )
         tree, sampled = written.tree, written.actions
         still_open = tree.tags.get("open", torch.zeros(len(tree), dtype=torch.bool)).tolist()
         ids: list[list[int]] = []
@@ -403,10 +373,7 @@ class VisionPolicy:
 
     def describe(self, rollout: Rollout, steps: Tensor) -> list[Any]:
         """What the steps say; of a conversation, with what that made the environment show, (text, picture or None)."""
-        texts = [rollout.texts[s].strip() for s in steps.tolist()]
-        if self._talks is None:
-            return texts
-        return [(t, self._talks.picture(rollout, s)) for t, s in zip(texts, steps.tolist(), strict=True)]
+        return self._dialogue.describe(rollout, steps)
 
     # ---- update -----------------------------------------------------------------------------------------------
 
@@ -459,7 +426,7 @@ class VisionPolicy:
         heat = self.decoding.temperature if temperature is None else temperature
         decoding, n = replace(self.decoding, temperature=heat), n if heat > 0 else 1
         rollout = self._respelt(rollout)
-        finish = Completions(self._body, self._trees, self._talks, self.rule)
+        finish = Completions(self._body, self._trees, self._dialogue, self.rule)
         if self._engine is not None:
             return finish.by_engine(self._engine, self._network.hf, rollout, places, n, decoding, seeds)
         with self._sampling(self._network):
@@ -476,8 +443,9 @@ class VisionPolicy:
         ids = [self._trees.ids(rollout, v) for v in steps]
         if self.tokenizer.batch_decode([i.tolist() for i in ids], skip_special_tokens=True) == list(rollout.texts):
             return rollout
-        if self._talks is not None:
-            raise ValueError("these conversations were sampled with another tokenizer; take a model that shares it")
+        self._dialogue.need_single_turn(
+            "these conversations were sampled with another tokenizer; take a model that shares it"
+        )
         tree = rollout.tree
         nodes = [
             Node(int(tree.group[v]), int(tree.parent[v]), int(tree.depth[v]), own, [0.0] * len(own), "step")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmrl.rollout import Place, Rollout
 from vision.backbone import by_prompt, closure, micro_batches
-from vision.conversations import Conversations
+from vision.dialogue import Dialogue
 from vision.growth import PromptTokens
 from vision.passes import TokenTree
 from vision.prompts import PromptEncoder
@@ -39,11 +39,11 @@ class RolloutTrees:
     """Lays rollouts out for a model.
 
     Args:
-        talks: where an environment answers between steps.
+        dialogue: brings the observations between steps.
     """
 
-    def __init__(self, encode: PromptEncoder, talks: Conversations | None) -> None:
-        self._encode, self._talks = encode, talks
+    def __init__(self, encode: PromptEncoder, dialogue: Dialogue) -> None:
+        self._encode, self._dialogue = encode, dialogue
 
     def of_steps(
         self, rollout: Rollout, steps: Tensor, *, blank: bool = False, reworded: bool = False
@@ -82,8 +82,8 @@ class RolloutTrees:
             node[v] = len(ids)
             ids.append(self.ids(rollout, v))
             above.append(below[parent[i]])
-            if self._talks is not None and (i in inner or v in opened):
-                seen = self._talks.observation(rollout, v)
+            seen = self._dialogue.observation(rollout, v) if i in inner or v in opened else None
+            if seen is not None:
                 shown[len(ids)] = seen.blank if blank else seen
                 ids.append(seen.ids)
                 above.append(node[v])

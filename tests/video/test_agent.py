@@ -52,7 +52,7 @@ def test_ratio_is_one_across_turns_with_frames_between(family, clip):
     rollout = policy.rollout(prompts(clip), BranchPlan({0: 4, 1: 2}), seed=0)
     tree = rollout.tree
     assert int(tree.depth.max()) >= 2
-    shown = {policy._talks.observation(rollout, v).pixels is not None
+    shown = {policy._dialogue.observation(rollout, v).pixels is not None
              for v in (tree.tags["observed"] > 0).nonzero().flatten().tolist()}  # fmt: skip
     assert shown == {True, False}  # frames and errors
     out = policy.log_probs(rollout, torch.arange(len(tree)))
@@ -91,7 +91,7 @@ def test_manipulations_show_the_frames_they_name(clip):
     text = "FIND_SEGMENT(x) = 2\nFIND_FRAME(x) = 178\nSPATIAL_ZOOM(x) = [0, 0, 1000, 500]\nFINAL_ANSWER: B"
     written = policy.write(prompts(clip)[:1], [text])
     assert written.texts == text.split("\n")
-    first, second, third = (policy._talks.observation(written, v) for v in range(3))
+    first, second, third = (policy._dialogue.observation(written, v) for v in range(3))
     # 250 frames at 10 a second: two segments of 125; four frames of the second one
     assert [number(f) for f in frames_of(policy, first)] == [(125 + 125 * k // 4) % 256 for k in range(4)]
     assert number(frames_of(policy, second)[0]) == 177  # 1-based
@@ -126,7 +126,7 @@ def test_a_shuffled_clip_has_its_frames_in_another_order_and_its_clock(family, c
     assert views[0].pixels.key != views[1].pixels.key and views[0].pixels.seconds == views[1].pixels.seconds
     turns = ["FIND_FRAME(x) = 26", "FIND_SEGMENT(x) = 2", "FINAL_ANSWER: B"]
     written = policy.write([twin], ["\n".join(turns)])
-    still, film = (frames_of(policy, policy._talks.observation(written, v)) for v in range(2))
+    still, film = (frames_of(policy, policy._dialogue.observation(written, v)) for v in range(2))
     assert number(still[0]) == frames[1][1]  # frame 25 from 0 is the second one of the first view
     order = policy.encode.info(twin).order
     assert sorted(order) == list(range(250)) and order == policy.encode.info(twin).order
@@ -185,7 +185,7 @@ def test_equal_looks_are_one_picture_for_the_encoder(clip):
     """Group members that look at the same frame share its features."""
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=60)
     texts = ["FIND_FRAME(x) = 9\nFINAL_ANSWER: A", "FIND_FRAME(other words) = 9\nFINAL_ANSWER: B"]
-    keys = [policy._talks.observation(policy.write(prompts(clip)[:1], [t]), 0).pixels.key for t in texts]
+    keys = [policy._dialogue.observation(policy.write(prompts(clip)[:1], [t]), 0).pixels.key for t in texts]
     assert keys[0] == keys[1]
 
 
@@ -193,7 +193,7 @@ def test_wrong_calls_are_told_and_the_conversation_goes_on(clip):
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=60)
     text = "SPATIAL_ZOOM(x) = [0, 0, 500, 500]\nFIND_FRAME(x) = 251\nwhat now\nFINAL_ANSWER: A"
     written = policy.write(prompts(clip)[:1], [text])
-    told = [policy._talks.observation(written, v).text for v in range(3)]
+    told = [policy._dialogue.observation(written, v).text for v in range(3)]
     assert written.tree.ok.tolist() == [False, False, False, True]
     assert "no_frame_selected" in told[0]
     assert "out_of_range" in told[1] and "frame 1 to 250" in told[1]
@@ -202,7 +202,7 @@ def test_wrong_calls_are_told_and_the_conversation_goes_on(clip):
 
 def test_frames_that_cannot_be_read_are_told_by_a_name_of_their_own(clip, monkeypatch):
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=60)
-    environment = policy._talks._replay.environment
+    environment = policy._dialogue._replay.environment
     state = environment.start(prompts(clip)[0])
 
     def broken(path, index, size=None):
@@ -218,7 +218,7 @@ def test_frames_that_cannot_be_read_are_told_by_a_name_of_their_own(clip, monkey
 
 def test_a_full_context_asks_for_the_answer_and_then_ends(clip):
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=60, max_steps=8)
-    environment = policy._talks._replay.environment
+    environment = policy._dialogue._replay.environment
     environment.hints = False
     policy.encode.views = replace(policy.encode.views, frame_pixels=256 * 256, min_pixels=250 * 250)  # some 80 tokens
     prompt, used = prompts(clip)[0], 100
@@ -237,7 +237,7 @@ def test_the_last_turn_can_only_answer(clip):
     policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=60, max_steps=2)
     written = policy.write(prompts(clip)[:1], ["FIND_FRAME(x) = 9\nFIND_FRAME(x) = 10\nFINAL_ANSWER: A"])
     assert written.texts == ["FIND_FRAME(x) = 9", "FIND_FRAME(x) = 10"]  # two turns, nothing is shown after the second
-    assert "answer now" in policy._talks.observation(written, 0).text
+    assert "answer now" in policy._dialogue.observation(written, 0).text
 
 
 def test_bad_clips_are_quarantined_by_reason(tmp_path, clip, caplog):

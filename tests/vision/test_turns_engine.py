@@ -275,7 +275,7 @@ def test_greedy_conversations_are_those_of_the_transformers_decoder(family, file
     rows = prompts() if family == "text" else prompts(files)
     tokens = [policy.encode(p) for p in rows]
     greedy = replace(policy.decoding, temperature=0.0)
-    answers = policy._talks.answers(rows, tokens)
+    answers = policy._dialogue.answers(rows, tokens)
     request = GrowthRequest(tokens, BranchPlan({0: 1}), greedy, policy.rule, (1, 2), answers)
     want = grow(TransformersEngine(policy.model.hf.eval()), request)
     got = grow(VllmEngine(Transformers(policy.model.hf, greedy.banned)), request)
@@ -422,5 +422,5 @@ def test_conversations_are_completed_as_the_transformers_decoder_does(family, fi
     drawn = policy.complete(rollout, places, 3, seeds=range(len(places)), temperature=None)
     assert [len(own) for own in drawn] == [3] * len(places)
     for place, own in zip(places, drawn, strict=True):
-        before = [] if place.step < 0 else [text for text, _ in policy._talks.turns(rollout, place.step)]
+        before = [] if place.step < 0 else [text for text, _ in policy._dialogue.turns(rollout, place.step)]
         assert all(s.output.split("\n")[: len(before)] == before for s in own)
