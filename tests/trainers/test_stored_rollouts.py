@@ -239,7 +239,7 @@ def test_the_verb_refuses(tiny_model, tmp_path):
     trainer.sample(0).save(tmp_path / "mine" / "a")
     with pytest.raises(ConfigError, match=r"holds rollouts without recipe\.json"):
         run_rollouts(config, tmp_path / "mine")
-    scorer = load_tree({"trainer": "step_reward", "task": {"name": "x"}, "scorer": {"name": "y"}})
+    scorer = load_tree({"trainer": "step_reward", "task": {"name": "x"}, "scorer": {"name": "vision_prm"}})
     with pytest.raises(ConfigError, match="trainer='step_reward' has none"):
         run_rollouts(scorer, tmp_path / "disk")
 
