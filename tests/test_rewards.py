@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import nan_for_first, raising, wrong_length
 
+from mmrl.registry import build
 from mmrl.rewards import Isolated, RewardError, score
 from mmrl.rollout import Prompt, Sample
 
@@ -80,6 +81,19 @@ def test_a_sample_that_breaks_a_reward_costs_itself_alone():
     scored = score(batch, {"r": (reward, 1.0)})
     assert scored.total.isnan().nonzero().flatten().tolist() == [4] and scored.unscored["r"] == 1
     assert sorted(calls) == [1, 1, 1, 3, 3, 3, 9]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cos_structure", "deep_eyes", "exact_answer", "format", "key_step_match", "lav_cot", "math_answer"]
+    + ["multiple_choice", "repeated_steps", "shapes_answer", "step_rar", "step_rvr", "video_answer", "video_com"],
+)
+def test_an_output_that_is_no_text_costs_itself_alone_in_every_built_in_reward(name):
+    reference = {"answer": "A", "key_steps": ["x"], "solution": "x"}
+    outputs = [5 if i == 3 else "<think>x</think> answer: A" for i in range(8)]
+    batch = [Sample(Prompt(f"p{i}", {"question": "q"}, reference), output, i) for i, output in enumerate(outputs)]
+    scored = score(batch, {name: (build("rewards", "rewards.0", name, {}), 1.0)})
+    assert scored.total.isnan().nonzero().flatten().tolist() == [3]
 
 
 def test_a_reward_that_compares_samples_is_never_asked_about_one_alone():

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mmrl.finite import NotFiniteError
-from mmrl.rewards.isolation import as_values
 from mmrl.rewards.scoring import LARGEST, RewardError, out_of_bounds
 from mmrl.rollout import Prompt, Rollout, StepReward
 
@@ -127,8 +126,9 @@ def _asked(name: str, reward: StepReward, rollout: Rollout) -> tuple[Tensor, str
 
 def _checked(name: str, raw: object, steps: int) -> Tensor:
     try:
-        numbers = raw if isinstance(raw, Tensor) else as_values(raw)
-        values = torch.as_tensor(numbers, dtype=torch.float64).detach().cpu()
+        if isinstance(raw, (bytes, bytearray, memoryview)):
+            raise TypeError("its bytes would be read as numbers")
+        values = torch.as_tensor(raw, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise RewardError(f"step reward {name!r} returned {type(raw).__name__}, no numbers ({error})") from error
     if values.shape != (steps,):

@@ -363,7 +363,12 @@ def test_a_prompt_on_which_a_step_reward_raises_leaves_its_neighbours_alone():
         (1.0, "returned float, no numbers"),
         (None, "returned NoneType, no numbers"),
         (["a"] * 5, "returned list, no numbers"),
+        (b"abcde", "returned bytes, no numbers"),
+        (bytearray(b"abcde"), "returned bytearray, no numbers"),
+        (dict.fromkeys(range(5), 1.0), "returned dict, no numbers"),
+        ([10**400] * 5, "returned list, no numbers"),
         (torch.tensor([0, 0, math.inf, 0, 0]), "step 2 is infinite"),
+        ([0.0, 1e308, 0.0, 0.0, 0.0], r"step 1 is 1e\+308, beyond 1e\+15"),
     ],
 )
 def test_broken_step_rewards(raw, message):
