@@ -85,9 +85,9 @@ def test_a_sample_that_breaks_a_reward_costs_itself_alone():
 
 @pytest.mark.parametrize(
     "name",
-    ["cos_structure", "deep_eyes", "exact_answer", "format", "key_step_match", "lav_cot", "math_answer"]
-    + ["multiple_choice", "repeated_steps", "shapes_answer", "step_rar", "step_rvr", "video_answer", "video_com"],
-)
+    ["cos_structure", "deep_eyes", "exact_answer", "format", "key_step_match", "lav_cot", "math_answer",
+     "multiple_choice", "repeated_steps", "shapes_answer", "step_rar", "step_rvr", "video_answer", "video_com"],
+)  # fmt: skip
 def test_an_output_that_is_no_text_costs_itself_alone_in_every_built_in_reward(name):
     reference = {"answer": "A", "key_steps": ["x"], "solution": "x"}
     outputs = [5 if i == 3 else "<think>x</think> answer: A" for i in range(8)]
