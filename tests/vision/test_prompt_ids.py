@@ -117,7 +117,7 @@ def test_policy_reward_model_vllm_and_films_read_the_same_ids(tmp_path, image, c
         ids = films.encode(prompt).ids.tolist()
         before = next(i for i, (a, b) in enumerate(zip(ids, text, strict=False)) if a != b)
         assert ids.count(number) == 1 and before > 0 and ids[len(ids) - len(text) + before :] == text[before:]
-        talks = films._talks._replay.environment
+        talks = films._dialogue._replay.environment
         VisionPolicy(films.model.hf, processor, rule, films.settings, engine, talks, films.encode).rollout(
             [prompt], BranchPlan({0: 1}), seed=0
         )
