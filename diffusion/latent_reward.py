@@ -217,14 +217,6 @@ class LatentReward:
         return scores
 
     @torch.no_grad()
-    def values(self, rollout: Rollout) -> Tensor:
-        """(N,) float64 scores of the states after each step, without gradient."""
-        steps: list[Tensor] = list(torch.arange(len(rollout.tree)).split(self.max_batch))
-        values = torch.cat([self.logits(rollout, part)[:, 0].double().cpu() for part in steps])
-        check_finite(values, "the latent reward", "latents")
-        return values
-
-    @torch.no_grad()
     def root_scores(self, rollout: Rollout) -> Tensor:
         """(G,) float64 sigmoid of the score of each prompt's initial noise.
 

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_type_hints, runtime_checkable
+from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 from pydantic import AfterValidator
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from mmrl.rollout import (
     Sample,
     Sight,
     State,
+    StepReward,
 )
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -95,6 +96,24 @@ def _refusal(who: str, protocol: type, component: str, kind: str) -> str:
     )
 
 
+Needs = Mapping[str, type]  # who asks, for the message -> the protocol that a component has to follow
+
+
+def build_with(needs: Needs, kind: str, section: str, name: str, options: Mapping[str, Any]) -> Any:
+    """Make a row, as `mmrl.registry.build`, that has to follow the protocols of `needs`.
+
+    Raises:
+        ComponentError: it does not, told before it is made where its class is known.
+    """
+    row = find(kind, name)
+    for who, protocol in needs.items():
+        refuse_row(who, protocol, row)
+    made = row.build(options, section)
+    for who, protocol in needs.items():
+        require(who, protocol, made, kind)
+    return made
+
+
 def policy_section(protocol: type) -> AfterValidator:
     """For the type of an option that is a section like the recipe's `policy`; what it names has to follow a protocol.
 
@@ -106,14 +125,6 @@ def policy_section(protocol: type) -> AfterValidator:
         return section
 
     return AfterValidator(check)
-
-
-class Need(NamedTuple):
-    """What a trainer asks of the policy, or of every reward. who: asks, for the message."""
-
-    who: str
-    role: Literal["policy", "reward"]
-    protocol: type
 
 
 # ---- asking for what a row declares ---------------------------------------------------------------------------------
@@ -474,3 +485,13 @@ class Illustrator(Protocol):
 
     def illustrate(self, prompt: Prompt, steps: Sequence[str], labels: Sequence[float | None]) -> str:
         """The text with its slots and labels (None = unlabelled), one line per step."""
+
+
+# ---- of readings ----------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class ScorerReading(Protocol):
+    """A reading with a scorer inside, which `online:` can train along with the policy."""
+
+    scorer: StepReward | None

@@ -31,9 +31,9 @@ from mmrl.capabilities import (
     SampleSearcher,
     StepClassifier,
     admitted,
+    build_with,
     model_of,
     refuse_row,
-    require,
 )
 from mmrl.config import ConfigError, Section, parse_config
 from mmrl.jsonl import Quarantined, count_reasons
@@ -354,8 +354,8 @@ class _Job:
         self.config, self._cpu, self.wait = config, config.cpu, state.wait_for_everyone
         self.rank, self.world = state.process_index, state.num_processes
         self.task: Task = build("tasks", "task", config.task.name, config.task.options)
-        policy = build("policies", "policy", config.policy.name, config.policy.options)
-        self.policy: Any = on_device(require(asker, protocol, policy, "policies"), config.cpu)
+        policy = build_with({asker: protocol}, "policies", "policy", config.policy.name, config.policy.options)
+        self.policy: Any = on_device(policy, config.cpu)
         self.reward = verifier = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
         self.verifier: OutcomeReward = build_reward(verifier, "verifier")
         self.seed, self.batch = config.seed, config.batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Protocol, get_args, get_origin
 
 from mmrl.registry import REQUIRED, ComponentError, Option, Row, find, hint, kinds, names, rows
 
@@ -82,7 +82,29 @@ a reading costs is logged: `time/readings_s`, `rollout/completions_per_leaf`. A 
 
 """
 
-PAGES = ("credit", "readings")
+_CAPABILITIES = """# Capabilities
+
+<!-- made by `mmrl list --page capabilities > docs/capabilities.md`; edit the docstrings, not this file -->
+
+```python
+from mmrl.capabilities import Extender, having
+
+having("policies", Extender)  # names of those that search and annotation can use
+```
+
+What a component can do beyond the least of its kind is a protocol with a name. A class has it by defining the members
+below: it inherits nothing and registers nothing. A recipe that needs one is refused before a model is loaded where the
+class is known (from its row, or the return annotation of its factory), else when it is made, and the message names the
+components that have it. `mmrl.registry.declares(lacks=(Protocol,))` says that a component refuses one although its
+class has the methods.
+
+The least: `Policy`, `OutcomeReward` and `StepReward` of `mmrl.rollout`, `Task` of `mmrl.trainers.task`; for a
+step-reward model `StepScorer` of `mmrl.rollout` and `LabelledTask` of `mmrl.prm.data`. Shapes: G prompts, N steps,
+A actions, S steps or places asked for.
+
+"""
+
+PAGES = ("capabilities", "credit", "readings")
 
 
 def table(kind: str, reads: str | None = None, writes: str | None = None) -> list[tuple[str, str, str, str, str]]:
@@ -125,7 +147,48 @@ def page(name: str) -> str:
     """
     if name not in PAGES:
         raise ComponentError(f"no page {name!r}{hint(name, PAGES)}; known: {', '.join(PAGES)}")
-    return _credit_page() if name == "credit" else _readings_page()
+    pages = {"capabilities": _capabilities_page, "credit": _credit_page, "readings": _readings_page}
+    return pages[name]()
+
+
+def _capabilities_page() -> str:
+    from mmrl import capabilities
+    from mmrl.prm.data import StepMeasurer
+
+    classes: list[type] = [StepMeasurer]
+    for value in vars(capabilities).values():
+        if inspect.isclass(value) and value.__module__ == capabilities.__name__ and Protocol in value.__mro__:
+            classes.insert(-1, value)
+    return "\n".join([_CAPABILITIES.rstrip() + "\n", *map(_capability, classes)]).rstrip() + "\n"
+
+
+def _capability(protocol: type) -> str:
+    """A protocol in Markdown: what it is, its members, and the registered components that have it."""
+    from mmrl.capabilities import having, methods
+
+    lines = [f"### {protocol.__name__}", "", inspect.cleandoc(protocol.__doc__ or ""), ""]
+    for name, hinted in inspect.get_annotations(protocol).items():
+        lines.append(f"- `{name}: {hinted}`")
+    named = methods(protocol)
+    for name in sorted(named):
+        method = getattr(protocol, name)
+        text = " ".join(inspect.cleandoc(method.__doc__ or "").split())
+        lines.append(f"- `{name}({', '.join(_parameters(method))})`: {text}".removesuffix(": "))
+    owners = []
+    for kind in ("policies", "tasks", "rewards", "scorers", "readings") if named - {"__call__"} else ():
+        if able := having(kind, protocol):
+            owners.append(f"{'step rewards' if kind == 'scorers' else kind} " + ", ".join(f"`{n}`" for n in able))
+    return "\n".join([*lines, *(["", f"Had by {'; '.join(owners)}."] if owners else [])]) + "\n"
+
+
+def _parameters(method: Any) -> list[str]:
+    """Names of a method's parameters, a star before those that are given by name."""
+    out: list[str] = []
+    for parameter in list(inspect.signature(method).parameters.values())[1:]:
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in out:
+            out.append("*")
+        out.append(parameter.name)
+    return out
 
 
 def _readings_page() -> str:

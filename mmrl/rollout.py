@@ -343,8 +343,12 @@ class Answer(NamedTuple):
 Sight = Literal["given", "blank", "shuffled"]
 
 
+@runtime_checkable
 class Policy(Protocol):
-    """What a modality offers to the trainers. It owns batching, since only it knows what a prefix costs."""
+    """A policy as every trainer needs it.
+
+    It owns batching, since only it knows what a prefix costs.
+    """
 
     model: torch.nn.Module  # what is optimised; the loop replaces it by its wrapped form
 

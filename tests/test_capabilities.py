@@ -4,6 +4,25 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from mmrl.capabilities import (
+    Chooser,
+    ContrastReward,
+    Extender,
+    OutputWriter,
+    SampleSearcher,
+    StepClassifier,
+    StepWriter,
+    build_with,
+    follows,
+    having,
+    refuse_row,
+    require,
+)
+from mmrl.registry import ComponentError, declares, find
+from mmrl.rollout import OutcomeReward, Policy
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mmrl", "vision", "video", "diffusion", "tools")
 # (file, function): why an object that is no component is asked there for an attribute that it may lack
@@ -44,3 +63,78 @@ def test_no_component_is_probed():
                 )
                 used.add((name, function))
     assert used == set(ALLOWED), "an exception that is no longer needed"
+
+
+# ---- asking -----------------------------------------------------------------------------------------------------
+
+
+class Goes:
+    """A policy that goes on, and nothing else."""
+
+    def extend(self, states, n, *, seed, steps=None, temperature=None):
+        return []
+
+
+class NeverMade(Goes):
+    def __init__(self):
+        raise AssertionError("refused before it is made")
+
+
+def told() -> NeverMade:
+    return NeverMade()
+
+
+def untold():
+    return Goes()
+
+
+@declares(lacks=(Extender,))
+def refusing() -> Goes:
+    return Goes()
+
+
+def stories(samples, controls=()):
+    return [0.0 for _ in samples]
+
+
+def row(name, kind="policies"):
+    return find(kind, f"test_capabilities:{name}")
+
+
+@pytest.mark.parametrize(
+    "name, protocol, want",
+    [
+        ("Goes", Extender, True), ("NeverMade", Extender, True), ("told", Extender, True), ("untold", Extender, None),
+        ("refusing", Extender, False), ("refusing", Chooser, False), ("Goes", Chooser, False),
+        ("Goes", SampleSearcher, False),
+    ],
+)  # fmt: skip
+def test_a_class_is_known_from_its_row(name, protocol, want):
+    assert follows(row(name), protocol) is want
+
+
+def test_a_function_is_the_reward_itself():
+    assert follows(row("stories", "rewards"), OutcomeReward) is True
+    assert follows(row("stories", "rewards"), ContrastReward) is False
+
+
+def test_what_the_shipped_components_can():
+    assert having("policies", Extender) == having("policies", StepWriter) == ["vision"]  # a film is no text
+    assert having("policies", OutputWriter) == ["video", "vision"]
+    assert having("policies", SampleSearcher) == ["diffusion"]
+    assert having("policies", Policy) == ["diffusion", "video", "vision"]
+    assert having("rewards", ContrastReward) == ["temporal_contrast"]
+    assert having("tasks", StepClassifier) == ["shapes"]
+
+
+def test_who_lacks_a_protocol_is_told_what_it_is_and_who_has_it():
+    message = "beam needs the protocol Chooser of mmrl.capabilities .a policy that can also say .* asks it.; {}; those"
+    with pytest.raises(ComponentError, match=message.format("policy 'test_capabilities:told' does not have it")):
+        refuse_row("beam", Chooser, row("told"))
+    refuse_row("beam", Chooser, row("untold"))  # not known before it is made
+    with pytest.raises(ComponentError, match=message.format("Goes does not have it") + " that do: vision$"):
+        build_with({"beam": Chooser}, "policies", "policy", "test_capabilities:untold", {})
+    with pytest.raises(ComponentError, match="does not have it"):
+        build_with({"beam": Chooser}, "policies", "policy", "test_capabilities:told", {})
+    made = build_with({"beam": Extender}, "policies", "policy", "test_capabilities:untold", {})
+    assert require("beam", Extender, made) is made

@@ -123,5 +123,7 @@ def test_reference_pages_are_made_from_the_docstrings():
     assert all(f"### {name}\n" in page for name in [*names("estimators"), *names("transforms")])
     readings = (TESTS.parent / "docs" / "readings.md").read_text()
     assert readings == made("readings"), "run: mmrl list --page readings > docs/readings.md"
+    capabilities = (TESTS.parent / "docs" / "capabilities.md").read_text()
+    assert capabilities == made("capabilities"), "run: mmrl list --page capabilities > docs/capabilities.md"
     done = run_command("list", "estimators")
     assert done.returncode == 0 and all(name in done.stdout for name in names("estimators"))

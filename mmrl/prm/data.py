@@ -42,8 +42,9 @@ class Labelled:
         return list(torch.arange(len(self.node)).split(torch.bincount(self.solution).tolist()))
 
 
+@runtime_checkable
 class LabelledTask(Protocol):
-    """What the step-reward trainer needs to know of its data."""
+    """A task of labelled steps: what the step-reward trainer needs to know of its data."""
 
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]

@@ -81,8 +81,8 @@ class GenerativePrm:
         assert policy is not None
         named = {"samples": samples, "stop": stop, "seed": seed}
         options |= {key: value for key, value in named.items() if value is not None}
-        judge = require("generative_prm", Chooser, build_section("policies", "scorer.policy", policy), "policies")
-        return cls(judge, **options, section=policy)
+        judge: Chooser = build_section("policies", "scorer.policy", policy)
+        return cls(require("generative_prm", Chooser, judge, "policies"), **options, section=policy)
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy in its ecosystem's format, and a record of how it is asked."""

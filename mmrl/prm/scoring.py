@@ -11,12 +11,12 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from mmrl.capabilities import admitted, begin_iteration
+from mmrl.capabilities import Needs, admitted, begin_iteration, build_with
 from mmrl.finite import check_finite
 from mmrl.losses.reward import good_logit
 from mmrl.prm.data import solution_forest
 from mmrl.prm.records import SolutionRecord
-from mmrl.registry import ComponentError, Row, build, find, names
+from mmrl.registry import ComponentError, Row, find, names
 from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer, check_prompts
 
 # a scorer keeps what it made of the pictures of so many questions until it has scored them
@@ -26,19 +26,25 @@ RECORD = "step_format.json"  # beside every saved scorer: which component reads 
 
 
 def load_scorer(
-    scorer: str | Path | Mapping[str, Any], options: Mapping[str, Any] | None = None, *, untrained: bool = False
+    scorer: str | Path | Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    needs: Needs | None = None,
+    untrained: bool = False,
 ) -> StepReward:
     """A step reward: a registered name, a saved scorer's folder, or a section with either as `name`, options beside.
 
-    untrained: take one with a new head as well, for a run in which it learns.
-
+    Args:
+        needs: protocols that the scorer has to follow.
+        untrained: take one with a new head as well, for a run in which it learns.
     Raises:
-        ComponentError: no such name or option, or an untrained head. ValueError: a folder without a scorer's record.
+        ComponentError: no such name or option, an untrained head, or a scorer without a protocol, refused before it is
+            loaded where its class is known. ValueError: a folder without a scorer's record.
     """
     name, chosen = _resolved(scorer, options)
     if not untrained:
         check_trained({"name": name, **chosen})
-    return build("scorers", "scorer", name, chosen)
+    return build_with(needs or {}, "scorers", "scorer", name, chosen)
 
 
 def check_trained(scorer: str | Mapping[str, Any], where: str = "scorer") -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmrl.capabilities import Attributor, RootScorer, model_of, require
+from mmrl.capabilities import Attributor, RootScorer, model_of
 from mmrl.credit.transforms import need_chains
 from mmrl.finite import check_finite
 from mmrl.prm.implicit import Against, ImplicitPrm, step_log_ratios
@@ -21,13 +21,6 @@ from mmrl.tree import StepTree
 from mmrl.tree_ops import before, run_head
 
 Form = Literal["score", "logit"]
-
-
-@runtime_checkable
-class ScorerReading(Protocol):
-    """A reading with a scorer inside, which `online:` can train along with the policy."""
-
-    scorer: StepReward | None
 
 
 def _score_fields(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -79,13 +72,11 @@ class ScoreReading:
             )
         if into == "ok" and not verdicts:
             raise ValueError("ok is a verdict; say from which score a step is right, such as at_least: 0.5")
-        loaded = load_scorer(scorer, untrained=True)
-        if root and not isinstance(loaded, RootScorer):
-            raise ValueError(f"scorer {scorer!r} has no score for a prompt alone (root_scores); leave root out")
-        if form == "logit" and not isinstance(loaded, StepScorer):
-            raise ValueError(f"scorer {scorer!r} has no logits; set form: score")
         if form == "logit" and root:
             raise ValueError("root scores are no logits; leave root or form: logit out")
+        needs: dict[str, type] = {"root: true": RootScorer} if root else {}
+        needs |= {"form: logit (not form: score)": StepScorer} if form == "logit" else {}
+        loaded = load_scorer(scorer, needs=needs, untrained=True)
         self.scorer: StepReward | None = loaded
         self.into, self.root, self.form = into, root, form
         self.below, self.at_least = below, at_least
@@ -209,11 +200,9 @@ class AttributionReading:
     def __init__(
         self, scorer: ScorerSpec, by: Annotated[Sequence[Attribution], Field(min_length=1)] = ("gradient",)
     ) -> None:
-        loaded = load_scorer(scorer, untrained=True)
-        for name, protocol in (("gradient", Attributor), ("difference", RootScorer)):
-            if name in by:
-                require(f"by: {name}", protocol, loaded, "scorers")
-        self.scorer: StepReward | None = loaded
+        protocols: dict[str, type] = {"gradient": Attributor, "difference": RootScorer}
+        needs = {f"by: {name}": protocols[name] for name in by}
+        self.scorer: StepReward | None = load_scorer(scorer, needs=needs, untrained=True)
         self.by = tuple(by)
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import Increments, Need, OutputWriter
+from mmrl.capabilities import Increments, OutputWriter
 from mmrl.config import ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.estimate import CreditConfig
@@ -71,10 +71,9 @@ class BranchGrpo:
         readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
-        imitates = Need("imitation (off with imitation.weight=0)", "policy", OutputWriter)
-        needs = [imitates] if config.imitation.weight > 0 else []
+        needs = {"imitation (off with imitation.weight=0)": OutputWriter} if config.imitation.weight > 0 else {}
         self.rollouts = Rollouts(
-            config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers, needs=needs,
+            config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers, policy_needs=needs,
             given=fields_given(config.plan, config.rollouts),
             learns="" if config.online is None else config.online.scorer,
         )  # fmt: skip

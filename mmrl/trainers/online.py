@@ -12,10 +12,10 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from mmrl.capabilities import ScorerReading
 from mmrl.config import ConfigError, Section
 from mmrl.losses.reward import step_loss
 from mmrl.readings import Reading
-from mmrl.readings.scorers import ScorerReading
 from mmrl.registry import of_kind
 from mmrl.rollout import Rollout, StepReward, StepScorer
 from mmrl.trainers.loop import Loop

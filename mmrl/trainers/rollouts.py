@@ -20,10 +20,12 @@ from torch import Tensor
 from mmrl.capabilities import (
     AnswerGiver,
     ContrastReward,
-    Need,
+    Needs,
     PromptChecker,
     SampleJudge,
+    ScorerReading,
     begin_iteration,
+    build_with,
     model_of,
     refuse_row,
     require,
@@ -33,7 +35,6 @@ from mmrl.config import ConfigError
 from mmrl.fields import Stage, check_fields
 from mmrl.readings import ReadingContext, ReadingRecord, fill
 from mmrl.readings.base import keeps_reference
-from mmrl.readings.scorers import ScorerReading
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find
 from mmrl.report.artifacts import save_samples, save_tree
@@ -62,7 +63,8 @@ class Rollouts:
         reference: keep the policy's initial weights, for losses that compare with them; readings may ask for it too.
         readers: what reads the fields of a rollout, checked against what writes them before anything is loaded.
         given: fields that are there before anything of the recipe has written, see `fields_given`.
-        needs: capabilities of the policy and of the rewards, asked for before the policy is made where that can be.
+        policy_needs, reward_needs: protocols that the policy and every reward have to follow, asked for before the
+            policy is made where its class is known.
         learns: name of the step reward or reading whose scorer learns along, so that its head may be new.
     """
 
@@ -76,25 +78,25 @@ class Rollouts:
         reference: bool = False,
         readers: Sequence[Stage] = (),
         given: Sequence[str] = (),
-        needs: Sequence[Need] = (),
+        policy_needs: Needs | None = None,
+        reward_needs: Needs | None = None,
         learns: str = "",
     ) -> None:
         self.config = config
-        of_policy = [need for need in needs if need.role == "policy"]
-        for need in of_policy if policy is None else []:
-            refuse_row(need.who, need.protocol, find("policies", config.policy.name))
+        policy_needs = {f"trainer: {config.trainer}": Policy, **(policy_needs or {})}
         check_launcher("policies", "policy", config.policy.name)
         check_fields([*producers(config), *readers], given)
+        for who, protocol in policy_needs.items() if policy is None else ():  # before task and rewards are made
+            refuse_row(who, protocol, find("policies", config.policy.name))
         check_heads(config, learns)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
         self.rewards = dict(rewards) if rewards is not None else build_rewards(config, self.task)
-        for need in needs:
-            for name, (reward, _) in self.rewards.items() if need.role == "reward" else ():
-                require(f"reward {name!r}: {need.who}", need.protocol, reward, "rewards")
+        for who, protocol in (reward_needs or {}).items():
+            for name, (reward, _) in self.rewards.items():
+                require(f"reward {name!r}: {who}", protocol, reward, "rewards")
         useless = self._useless_prompts()
-        self.policy: Policy = policy or build("policies", "policy", config.policy.name, config.policy.options)
-        for need in of_policy:
-            require(need.who, need.protocol, self.policy, "policies")
+        named = config.policy
+        self.policy: Policy = policy or build_with(policy_needs, "policies", "policy", named.name, named.options)
         self.step_rewards = build_step_rewards(config)
         self.readings = build_readings(config)
         check_prompts(self.task.prompts)

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmrl.capabilities import Need
 from mmrl.config import Component
 from mmrl.credit import estimate
 from mmrl.credit.budget import informative_groups
@@ -81,10 +80,10 @@ class SampleLossTrainer:
         reader = Stage("loss", f"sample loss {row.name!r}", row.reads(loss.options), ())
         self._compares = "forks" in reader.reads  # the rollouts of a prompt with each other
         protocol = row.facts.get("reward")
-        needs = [] if protocol is None else [Need(reader.who, "reward", protocol)]
+        needs = {} if protocol is None else {reader.who: protocol}
         self.rollouts = Rollouts(
             config, policy, task, rewards, reference=True, readers=[reader], given=fields_given(config.plan, None),
-            needs=needs,
+            reward_needs=needs,
         )  # fmt: skip
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mmrl.capabilities import Need, OutputWriter
+from mmrl.capabilities import Needs, OutputWriter
 from mmrl.prm.records import reference_solution
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
@@ -62,8 +62,10 @@ class ImitationTrainer:
             ValueError: references are asked for but no prompt has one, or the policy cannot write them.
         """
         self.config = config
-        needs = [Need("source: reference (not source: samples)", "policy", OutputWriter)]
-        self.rollouts = Rollouts(config, policy, task, rewards, needs=needs if config.source == "reference" else [])
+        needs: Needs = {}
+        if config.source == "reference":
+            needs = {"source: reference (not source: samples)": OutputWriter}
+        self.rollouts = Rollouts(config, policy, task, rewards, policy_needs=needs)
         self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
         self.plan = BranchPlan(config.plan)
         self.prompts = list(self.rollouts.task.prompts)

@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import Illustrator, begin_iteration
+from mmrl.capabilities import Illustrator, begin_iteration, build_with, refuse_row
 from mmrl.config import Component
 from mmrl.losses.reward import RewardLossConfig, StepLoss, last_labels, smooth, step_loss
 from mmrl.prm.data import Labelled, LabelledTask, StepMeasurer, solution_forest
 from mmrl.prm.metrics import evaluate_steps
 from mmrl.prm.scoring import probabilities
 from mmrl.recipe import TrainingConfig
-from mmrl.registry import build, register
+from mmrl.registry import find, register
 from mmrl.rollout import Prompt, StepScorer, check_prompts
 from mmrl.sharding import check_launcher
 from mmrl.trainers.data import Admission, prompt_batch
@@ -70,8 +70,13 @@ class StepRewardTrainer:
         check_launcher("scorers", "scorer", config.scorer.name)
         self._loss: StepLoss = step_loss(config.loss.name, **config.loss.options)
         read = {} if config.rollouts is None else {"train": str(config.rollouts)}
-        self.task: LabelledTask = task or build("tasks", "task", config.task.name, config.task.options | read)
-        self.scorer: StepScorer = scorer or build("scorers", "scorer", config.scorer.name, config.scorer.options)
+        who, named, options = "trainer: step_reward", config.scorer, config.task.options | read
+        if scorer is None:
+            refuse_row(who, StepScorer, find("scorers", named.name))  # before the task is made
+        self.task: LabelledTask = task or build_with({who: LabelledTask}, "tasks", "task", config.task.name, options)
+        self.scorer: StepScorer = scorer or build_with(
+            {who: StepScorer}, "scorers", "scorer", named.name, named.options
+        )
         check_prompts([*self.task.prompts, *self.task.eval_prompts])
         self.loop = Loop(config, self.scorer.model)
         self.scorer.model = self.loop.model

@@ -250,6 +250,10 @@ def test_readings_of_two_ranks_are_those_of_one(tiny_model, tmp_path):
 class CannotComplete:
     """A policy without the protocol, known by its annotation alone."""
 
+    model = torch.nn.Linear(1, 1)
+    forecast = admit = rollout = micro_batches = log_probs = lambda self, *args, **options: None
+    samples = generate = describe = freeze_reference = save = forecast
+
 
 @declares(writes=("logp",))
 def cannot_complete(weights: str = "none") -> CannotComplete:

@@ -26,7 +26,7 @@ from diffusion.tasks.digits_pairs import DigitsPairs
 from mmrl.credit import compose
 from mmrl.losses.reward import bradley_terry, preference, step_loss
 from mmrl.prm.data import solution_forest
-from mmrl.prm.scoring import load_scorer
+from mmrl.prm.scoring import good_logits, load_scorer
 from mmrl.registry import find
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rewards.steps import score_steps
@@ -366,7 +366,7 @@ def rewarded(folder, prompts=PROMPTS, seed=0):
 def test_scores_of_a_rollout_are_those_of_its_states(tiny_model):
     scorer, rollout = LatentReward.build(str(tiny_model)), rewarded(tiny_model)
     tree, latent = rollout.tree, rollout.actions.payload["latent"]
-    values = scorer.values(rollout)
+    values = good_logits(scorer, rollout)
     for depth, s in ((0, 0.8), (2, 0.4), (4, 0.0)):  # the state after step i of 5 has sigma 1 - (i + 1) / 5
         at = (tree.depth == depth).nonzero().flatten()
         own = scorer.score(latent[at], Level(1 - s, s, 1000 * s), {"label": torch.arange(3)}, tree.group[at])

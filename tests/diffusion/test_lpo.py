@@ -19,6 +19,7 @@ from diffusion.schedule import Sampling, plan_course
 from mmrl.config import load_config, parse_config
 from mmrl.losses.preference import Side, preference_loss, preset
 from mmrl.preference import build_pairs, dynamic_threshold
+from mmrl.prm.scoring import good_logits
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan, Prompt, Rollout
 from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
@@ -207,7 +208,9 @@ def test_the_judge_reads_latents_alone(tiny_model, judge_folder, monkeypatch):
     judge = LatentJudge(str(judge_folder))
     score, tree = judge(rollout), rollout.tree
     assert torch.equal(score.isnan(), tree.depth == 5)  # alone there, and nothing to compare with
-    torch.testing.assert_close(score[tree.depth < 5], judge.reward.values(rollout)[tree.depth < 5], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        score[tree.depth < 5], good_logits(judge.reward, rollout)[tree.depth < 5], atol=1e-5, rtol=0
+    )
 
 
 def test_the_judge_keeps_to_its_range(tiny_model, judge_folder):

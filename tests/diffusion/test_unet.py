@@ -26,6 +26,7 @@ from diffusion.sampler import sample_ode
 from diffusion.schedule import Course, Sampling
 from diffusion.tasks.text_prompts import TextPrompts
 from mmrl.config import ConfigError, load_config, parse_config
+from mmrl.prm.scoring import good_logits
 from mmrl.rollout import BranchPlan, Prompt, Rollout
 from mmrl.trainers import trainer_of
 
@@ -263,7 +264,7 @@ def test_a_latent_reward_on_the_same_folder_reads_its_rollouts(folder, tmp_path)
     p, reward = policy(folder, guidance_scale=2.0), LatentReward.build(str(folder))
     assert reward.model.enhance == 7.5  # reads the empty prompt too
     rollout = Rollout.load(p.rollout(PROMPTS, BranchPlan({}), seed=0).save(tmp_path / "r"))
-    values = reward.values(rollout)
+    values = good_logits(reward, rollout)
     assert values.shape == (len(rollout.tree),) and bool(values.isfinite().all()) and float(values.std()) > 0
     reward.save(tmp_path / "judge")
     found = LatentJudge(str(tmp_path / "judge"), told="before")(rollout)

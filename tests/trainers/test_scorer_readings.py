@@ -114,7 +114,10 @@ def test_what_is_asked_of_the_wrong_scorer_is_refused(tmp_path):
         trainer_of(tmp_path, readings=[{"name": "score", "scorer": {"name": "vision_prn"}}])
     with pytest.raises(ComponentError, match=r"readings.0.scorer=.*did you mean head"):
         trainer_of(tmp_path, readings=[{"name": "score", "scorer": PRM | {"haed": "linear"}}])
-    with pytest.raises(ValueError, match="no score for a prompt alone"):
+    with pytest.raises(
+        ValueError,
+        match="root: true needs the protocol RootScorer .*'vision_tiny:step_digits' does not have it; .*vision_prm",
+    ):
         ScoreReading("vision_tiny:step_digits", root=True)
     with pytest.raises(ValueError, match="is no field of a step"):
         ScoreReading("vision_tiny:step_digits", into="outcome")
