@@ -10,7 +10,7 @@ from mmrl.registry import REQUIRED, ComponentError, Option, Row, find, hint, kin
 
 _CREDIT = """# Step credit
 
-<!-- made by `mmrl list --page credit > docs/credit.md`; edit the docstrings, not this file -->
+<!-- made by `mmrl list --page credit > docs/reference/credit.md`; edit the docstrings, not this file -->
 
 `mmrl.credit` turns a tree of steps with rewards into one advantage per step, for chains and trees of any modality:
 
@@ -43,7 +43,7 @@ Combinations without meaning are refused with both offenders and the fix. Estima
 
 _READINGS = """# Readings
 
-<!-- made by `mmrl list --page readings > docs/readings.md`; edit the docstrings, not this file -->
+<!-- made by `mmrl list --page readings > docs/reference/readings.md`; edit the docstrings, not this file -->
 
 A reading fills fields of a rollout between its rewards and what learns from it: values, tags, numbers per action. A
 recipe names them in the order in which they run. One that reads what nothing writes is refused before a model is
@@ -84,7 +84,7 @@ a reading costs is logged: `time/readings_s`, `rollout/completions_per_leaf`. A 
 
 _CAPABILITIES = """# Capabilities
 
-<!-- made by `mmrl list --page capabilities > docs/capabilities.md`; edit the docstrings, not this file -->
+<!-- made by `mmrl list --page capabilities > docs/reference/capabilities.md`; edit the docstrings, not this file -->
 
 ```python
 from mmrl.capabilities import Extender, having

@@ -1,4 +1,4 @@
-"""Every estimator and transform runs in the modalities in which it has a meaning; docs/credit_modalities.md says so."""
+"""Every estimator and transform runs in the modalities in which it has a meaning; docs/reference/credit_modalities.md says so."""
 
 import sys
 from pathlib import Path

@@ -16,9 +16,7 @@ from mmrl.search.recipe import SearchConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-# Printed from docstrings, or pages that are no guide to anything.
-NO_GUIDES = {"credit", "credit_modalities", "readings", "methods", "glossary", "performance", "tree_packing", "trl"}
-GUIDES = [page for page in PAGES if page.parent != ROOT and page.stem not in NO_GUIDES]
+GUIDES = [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "start" / "start.md", ROOT / "README.md"]
 VERBS = typer.main.get_command(app).commands
 # Words that stand for something of the reader's, such as RECIPE, DIR, N or NAME.
 PLACEHOLDER = re.compile(r"[A-Z]+(_[A-Z]+)*|my_\w+\.yaml")
@@ -61,7 +59,7 @@ def test_links_lead_somewhere(page):
             assert anchor in [re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize("page", [*GUIDES, ROOT / "README.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_a_guide_begins_with_a_call(page):
     head = "\n".join(page.read_text().splitlines()[:12])
     assert "\n```" in head, f"{page.name}: the first call belongs into its first lines"

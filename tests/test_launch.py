@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "tools" / "launch.sh"
 LINES = [
     line
-    for page in sorted((ROOT / "docs").glob("*.md"))
+    for page in sorted((ROOT / "docs").rglob("*.md"))
     for line in re.findall(r"^tools/launch\.sh 2 .*$", page.read_text(), re.MULTILINE)
 ]
 

@@ -1,4 +1,4 @@
-"""The file of docs/own_components.md beside a recipe: its functions by dotted path, each through the verb that runs it."""
+"""The file of docs/guides/own_components.md beside a recipe: its functions by dotted path, each through the verb that runs it."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from verbs import run_verb
 
 from mmrl.rollout import Rollout
 
-PAGE = Path(__file__).parents[1] / "docs" / "own_components.md"
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own_components.md"
 OWN = PAGE.read_text().partition("```python\n")[2].partition("```")[0]
 
 

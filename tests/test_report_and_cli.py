@@ -118,12 +118,12 @@ def test_reference_pages_are_made_from_the_docstrings():
     from mmrl.registry import names
     from mmrl.registry_pages import page as made
 
-    page = (TESTS.parent / "docs" / "credit.md").read_text()
-    assert page == made("credit"), "run: mmrl list --page credit > docs/credit.md"
+    page = (TESTS.parent / "docs" / "reference" / "credit.md").read_text()
+    assert page == made("credit"), "run: mmrl list --page credit > docs/reference/credit.md"
     assert all(f"### {name}\n" in page for name in [*names("estimators"), *names("transforms")])
-    readings = (TESTS.parent / "docs" / "readings.md").read_text()
-    assert readings == made("readings"), "run: mmrl list --page readings > docs/readings.md"
-    capabilities = (TESTS.parent / "docs" / "capabilities.md").read_text()
-    assert capabilities == made("capabilities"), "run: mmrl list --page capabilities > docs/capabilities.md"
+    readings = (TESTS.parent / "docs" / "reference" / "readings.md").read_text()
+    assert readings == made("readings"), "run: mmrl list --page readings > docs/reference/readings.md"
+    capabilities = (TESTS.parent / "docs" / "reference" / "capabilities.md").read_text()
+    assert capabilities == made("capabilities"), "run: mmrl list --page capabilities > docs/reference/capabilities.md"
     done = run_command("list", "estimators")
     assert done.returncode == 0 and all(name in done.stdout for name in names("estimators"))

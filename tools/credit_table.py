@@ -1,7 +1,7 @@
 """Which estimator and which transform runs in which modality: one iteration of branch GRPO for every cell.
 
     python tools/credit_table.py                 prints the table
-    python tools/credit_table.py --write         puts it into docs/credit_modalities.md
+    python tools/credit_table.py --write         puts it into docs/reference/credit_modalities.md
     python tools/credit_table.py --only gae red  some rows
 
 Models are tiny and untrained, recipes are what a user would write: rewards, step rewards, readings, credit. A cell
@@ -29,7 +29,7 @@ from mmrl.registry import Row, build, find, rows
 from mmrl.rollout import Continuation, Policy, Prompt, Rollout, Sample, State
 from mmrl.trainers.branch_grpo import BranchGrpo
 
-PAGE = Path(__file__).parent.parent / "docs" / "credit_modalities.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "credit_modalities.md"
 MODALITIES = ("text", "picture", "conversation", "diffusion")
 
 # Options that a row needs and that have no default.
@@ -341,7 +341,7 @@ def table(modalities: Sequence[Modality], only: Sequence[str] = ()) -> tuple[lis
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """docs/credit_modalities.md."""
+    """docs/reference/credit_modalities.md."""
     reasons = sorted({c for line in lines for c in line[2:] if c not in ("runs", "FAILS")})
     out = [
         "# Credit by modality", "",
@@ -361,7 +361,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/credit_modalities.md")
+    parser.add_argument("--write", action="store_true", help="write docs/reference/credit_modalities.md")
     parser.add_argument("--only", nargs="*", default=[], help="names of rows")
     parser.add_argument("--modalities", nargs="*", default=MODALITIES, choices=MODALITIES)
     arguments = parser.parse_args()

@@ -101,7 +101,7 @@ def user_names(root: Path) -> set[str]:
     names = {part for target in targets for part in names_in_text(target)}
     for file in (root / "configs").rglob("*.yaml"):
         names |= set(re.findall(r"[:.](\w+)", file.read_text()))
-    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
     programs = [block for page in pages for block in PYTHON_BLOCK.findall(page.read_text())]
     programs += [tool.read_text() for tool in (root / "tools").glob("*.py")]
     for program in programs:

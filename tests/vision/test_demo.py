@@ -1,4 +1,4 @@
-"""The vision demo as a user runs it: figures of docs/vision_policy.md."""
+"""The vision demo as a user runs it: figures of docs/guides/vision_policy.md."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_demo_lifts_accuracy_with_verified_steps(tmp_path):
 
 @pytest.mark.slow
 def test_demo_prm_beats_the_vote(tmp_path):
-    """Figures of docs/prm.md; trains the policy first, as `mmrl demo prm` does in an empty folder."""
+    """Figures of docs/guides/prm.md; trains the policy first, as `mmrl demo prm` does in an empty folder."""
     report = run_demo("prm", tmp_path, ["run.trackers=[]", "run.cpu=true"])
     rows = [json.loads(x) for x in (tmp_path / "shapes_prm" / "metrics.jsonl").read_text().splitlines()]
     before, *_, after = [r for r in rows if "eval/auc" in r]

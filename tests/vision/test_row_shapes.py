@@ -1,6 +1,6 @@
 """What becomes of rows as data sets publish them, in tasks of pictures and of films and in records of solutions.
 
-docs/data.md shows the table; the test that compares them prints it.
+docs/reference/data.md shows the table; the test that compares them prints it.
 """
 
 import base64
@@ -33,7 +33,7 @@ from vision.prompts import PromptEncoder, PromptError
 from vision.settings import Settings
 from vision.tasks.jsonl import JsonlTask
 
-DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "data.md"
 COLOURS = ("red", "lime", "blue")
 
 

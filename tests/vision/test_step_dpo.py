@@ -1,4 +1,4 @@
-"""Step-DPO on the shapes task: what the recipe compares, and the figures of docs/step_dpo.md."""
+"""Step-DPO on the shapes task: what the recipe compares, and the figures of docs/guides/step_dpo.md."""
 
 import json
 import math

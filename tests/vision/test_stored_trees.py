@@ -1,4 +1,4 @@
-"""Stored searches and annotations of the shapes task train every trainer, from the command lines of docs/search.md."""
+"""Stored searches and annotations of the shapes task train every trainer, from the command lines of docs/guides/search.md."""
 
 import json
 import shlex
@@ -37,7 +37,9 @@ def policy(**more):
 
 def documented():
     """The commands of "Train on what was searched": words after `mmrl`, by the method or loss that they name."""
-    section = (DOCS / "search.md").read_text().partition("## Train on what was searched")[2].partition("\n## ")[0]
+    section = (
+        (DOCS / "guides" / "search.md").read_text().partition("## Train on what was searched")[2].partition("\n## ")[0]
+    )
     lines = section.partition("```\n")[2].partition("```")[0].replace("\\\n", " ").splitlines()
     rows = [shlex.split(line, comments=True) for line in lines]
     return {name: row[1:] for name, row in zip(("mcts", "mcts_dpo", "svpo", "propa"), filter(None, rows), strict=True)}

@@ -23,7 +23,8 @@ class JsonlTask:
 
     A row becomes `inputs = {question, images, options, history}` (paths absolute; the last two only if the row has
     some; options are lettered lines at the question's end) and `reference = {answer, every other column}`. `id` is the
-    row's id, else `file:row`. The shapes of rows are `mmrl.questions.read_question`'s, and docs/data.md shows them.
+    row's id, else `file:row`. The shapes of rows are `mmrl.questions.read_question`'s; docs/reference/data.md shows
+    them.
 
     Set aside (`quarantined`) are rows without question, with a missing or unreadable picture, an id seen before, more
     or fewer `<image>` than pictures, media or turns that no policy of pictures shows, or a model's own placeholder in
