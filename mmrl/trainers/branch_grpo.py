@@ -26,6 +26,7 @@ from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
 from mmrl.rewards.scoring import Scored
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, StepScorer
+from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.imitation import ImitationConfig, cut_references, imitation_losses, references, unsolved
@@ -52,7 +53,7 @@ class BranchGrpoConfig(PolicyConfig):
 
 
 @register("trainers", "branch_grpo", config=BranchGrpoConfig)
-class BranchGrpo:
+class BranchGrpo(PolicyTrainer):
     """The trainer behind `trainer: branch_grpo`."""
 
     def __init__(
@@ -72,13 +73,13 @@ class BranchGrpo:
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
         needs = {"imitation (off with imitation.weight=0)": OutputWriter} if config.imitation.weight > 0 else {}
-        self.rollouts = Rollouts(
+        rollouts = Rollouts(
             config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers, policy_needs=needs,
             given=fields_given(config.plan, config.rollouts),
             learns="" if config.online is None else config.online.scorer,
         )  # fmt: skip
-        self.task, self.policy, self.loop = self.rollouts.task, self.rollouts.policy, self.rollouts.loop
-        self.step_rewards = self.rollouts.step_rewards
+        super().__init__(rollouts)
+        self.task, self.step_rewards = rollouts.task, rollouts.step_rewards
         self.plan = BranchPlan(config.plan)
         self.forecast = self.policy.forecast(self.plan)
         self.stored = self.rollouts.open_stored(config.rollouts, self.plan)
@@ -97,12 +98,10 @@ class BranchGrpo:
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 
-    def train(self) -> dict[str, float]:
-        """Run to the end; returns the last metrics."""
-        if self.loop.is_main:
-            told = f"rollouts of {self.config.rollouts}" if self.stored else self.forecast
-            log.info("plan %s: %s", dict(self.plan.factors), told)
-        return self.loop.run(self)
+    def introduction(self) -> str:
+        """The plan and what it costs, or where the rollouts come from."""
+        source = f"rollouts of {self.config.rollouts}" if self.stored else self.forecast
+        return f"plan {dict(self.plan.factors)}: {source}"
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
@@ -236,15 +235,7 @@ class BranchGrpo:
                 "loss.recompute_old_logp=true"
             )
 
-    # ---- evaluation and records -------------------------------------------------------------------------------
-
-    def evaluate(self, iteration: int) -> dict[str, float]:
-        """Reward, judges and diversity on the evaluation prompts, side by side; pictures go to the run folder."""
-        return self.rollouts.evaluate(iteration)
-
-    def save_model(self) -> None:
-        """The trained model in its ecosystem's format, under model/."""
-        self.rollouts.save_model()
+    # ---- records ----------------------------------------------------------------------------------------------
 
     def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batch: Batch) -> dict[str, float]:
         sums = {"flat": float(credit.info["zero_spread_groups"]), "groups": float(credit.info["groups"])}

@@ -22,6 +22,7 @@ from mmrl.fields import Stage
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import find, register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.rollouts import Rollouts
@@ -58,7 +59,7 @@ class SampleLoss(Protocol):
 
 
 @register("trainers", "sample_loss", config=SampleLossConfig)
-class SampleLossTrainer:
+class SampleLossTrainer(PolicyTrainer):
     """The trainer behind `trainer: sample_loss`."""
 
     def __init__(
@@ -81,20 +82,16 @@ class SampleLossTrainer:
         self._compares = "forks" in reader.reads  # the rollouts of a prompt with each other
         protocol = row.facts.get("reward")
         needs = {} if protocol is None else {reader.who: protocol}
-        self.rollouts = Rollouts(
+        rollouts = Rollouts(
             config, policy, task, rewards, reference=True, readers=[reader], given=fields_given(config.plan, None),
             reward_needs=needs,
         )  # fmt: skip
-        self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
+        super().__init__(rollouts)
         self.plan = BranchPlan(config.plan)
         self.policy.forecast(self.plan)  # a plan that does not fit is refused here
         self.old = Ema(self.loop.parameters, config.old_decay) if config.old_decay else None
         if self.old:
             self.loop.remember_tensors("old_policy", self.old.tensors)
-
-    def train(self) -> dict[str, float]:
-        """Run to the end; returns the last metrics."""
-        return self.loop.run(self)
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Sample, reward, update."""
@@ -133,14 +130,6 @@ class SampleLossTrainer:
         """The weights that sample."""
         with self.old.applied() if self.old else nullcontext():
             yield
-
-    def evaluate(self, iteration: int) -> dict[str, float]:
-        """Reward and judges on the evaluation prompts."""
-        return self.rollouts.evaluate(iteration)
-
-    def save_model(self) -> None:
-        """The trained model in its ecosystem's format, under model/."""
-        self.rollouts.save_model()
 
 
 def _share(term: Term, total: float, sums: list[Tensor]) -> Tensor:

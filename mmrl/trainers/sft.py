@@ -22,6 +22,7 @@ from mmrl.prm.records import reference_solution
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.imitation import best_leaves, cut_references, imitation_losses, references
 from mmrl.trainers.rollouts import Rollouts
@@ -47,7 +48,7 @@ class SftConfig(PolicyConfig):
 
 
 @register("trainers", "imitation", config=SftConfig, recipe={"optim.lr": 2e-5})
-class ImitationTrainer:
+class ImitationTrainer(PolicyTrainer):
     """The trainer behind `trainer: imitation`."""
 
     def __init__(
@@ -65,8 +66,8 @@ class ImitationTrainer:
         needs: Needs = {}
         if config.source == "reference":
             needs = {"source: reference (not source: samples)": OutputWriter}
-        self.rollouts = Rollouts(config, policy, task, rewards, policy_needs=needs)
-        self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
+        rollouts = Rollouts(config, policy, task, rewards, policy_needs=needs)
+        super().__init__(rollouts)
         self.plan = BranchPlan(config.plan)
         self.prompts = list(self.rollouts.task.prompts)
         if config.source == "reference" and config.rollouts is not None:
@@ -91,10 +92,6 @@ class ImitationTrainer:
             log.warning(
                 "%d of %d prompts have no reference solution and are not used", asked - len(self.prompts), asked
             )
-
-    def train(self) -> dict[str, float]:
-        """Run to the end; returns the last metrics."""
-        return self.loop.run(self)
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One optimizer step on the solutions of this iteration's prompts."""
@@ -141,11 +138,3 @@ class ImitationTrainer:
             "imitation/nll": loss, "policy/grad_norm": norm, "imitation/actions": total,
             "imitation/solutions_per_prompt": learned / asked,
         }  # fmt: skip
-
-    def evaluate(self, iteration: int) -> dict[str, float]:
-        """Reward and judges on the evaluation prompts."""
-        return self.rollouts.evaluate(iteration)
-
-    def save_model(self) -> None:
-        """The trained model in its ecosystem's format, under model/."""
-        self.rollouts.save_model()

@@ -33,6 +33,7 @@ from mmrl.preference import Pairs
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find, register
 from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.stored import fields_given
@@ -105,7 +106,7 @@ class Batch:
 
 
 @register("trainers", "step_preference", config=StepPreferenceConfig)
-class StepPreferenceTrainer:
+class StepPreferenceTrainer(PolicyTrainer):
     """The trainer behind `trainer: step_preference`."""
 
     def __init__(
@@ -125,11 +126,11 @@ class StepPreferenceTrainer:
         self._pairs = _pairs_of(config)
         self._build_pairs = build("pairs", "pairs", self._pairs.name, self._pairs.options)
         self._check_guide()
-        self.rollouts = Rollouts(
+        rollouts = Rollouts(
             config, policy, task, rewards, reference=not self.settings.reference_free,
             readers=_readers(config, self._pairs), given=fields_given(config.plan, config.rollouts),
         )  # fmt: skip
-        self.policy, self.loop = self.rollouts.policy, self.rollouts.loop
+        super().__init__(rollouts)
         self.plan = BranchPlan(config.plan)
         self.guide: Policy | None = None
         if config.guide is not None:
@@ -148,12 +149,10 @@ class StepPreferenceTrainer:
         if self.config.guide is not None and not self.settings.guide:
             raise ValueError("the recipe has a `guide` but its loss uses none; set loss.guide, or take it out")
 
-    def train(self) -> dict[str, float]:
-        """Run to the end; returns the last metrics."""
-        if self.loop.is_main:
-            source = f"rollouts of {self.config.rollouts}" if self.stored else f"plan {dict(self.plan.factors)}"
-            log.info("%s; pairs %s; %s", source, self._pairs.model_dump(), self.settings)
-        return self.loop.run(self)
+    def introduction(self) -> str:
+        """Where rollouts and pairs come from, and the loss."""
+        source = f"rollouts of {self.config.rollouts}" if self.stored else f"plan {dict(self.plan.factors)}"
+        return f"{source}; pairs {self._pairs.model_dump()}; {self.settings}"
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
@@ -282,16 +281,6 @@ class StepPreferenceTrainer:
         sums = self.loop.all_sum(float(len(batch.rollout.prompts)), *counts.values())
         per = {k: v / sums[0] for k, v in zip(counts, sums[1:], strict=True) if k != "prompts"}
         return {"preference/pairs": sums[1]} | {f"pairs/{k}_per_prompt": v for k, v in per.items()}
-
-    # ---- evaluation and records -------------------------------------------------------------------------------
-
-    def evaluate(self, iteration: int) -> dict[str, float]:
-        """Reward and judges on the evaluation prompts."""
-        return self.rollouts.evaluate(iteration)
-
-    def save_model(self) -> None:
-        """The trained model in its ecosystem's format, under model/."""
-        self.rollouts.save_model()
 
 
 def _pairs_of(config: StepPreferenceConfig) -> Component:
