@@ -105,7 +105,7 @@ class Completions:
         if request.answers:
             raise ValueError("conversations are completed from packed trees; load the model with attn: sdpa")
         paths = [torch.tensor(path_ids(rollout, p.step), dtype=torch.int64) for p in places]
-        followed = [t.followed_by(ids, "") for t, ids in zip(request.prompts, paths, strict=True)]
+        followed = [t.followed_by(ids) for t, ids in zip(request.prompts, paths, strict=True)]
         return replace(request, prompts=followed)
 
     def _history(self, rollout: Rollout, place: Place, prompt: PromptTokens, turns: bool) -> History:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,18 +28,13 @@ def grow(engine: Engine, request: GrowthRequest) -> list[Node]:
     return nodes
 
 
-@dataclass
-class _Place:
+@dataclass(slots=True)
+class _Place(SampleRequest):
     """Where samples begin as children of `parent`, or where an open node goes on. nodes: those that the samples write;
     the rest are made when their samples arrive."""
 
-    prompt: int
-    parent: int
-    depth: int
-    slots: Sequence[int]
-    sampled: int
-    state: Any
-    observation: PromptTokens | None = None
+    parent: int = -1
+    depth: int = 0
     nodes: list[int] = field(default_factory=list)
 
 
@@ -70,25 +65,12 @@ class _Growth:
         else:
             places = [self._fork(s.prompt, -1, s.depth, s.slot, s.sampled, s.state) for s in starts]
         while places:
-            samples = self._generate(places)
+            samples = self.session.generate(places)
             if isinstance(self.rule, UnsureRule) and not self.request.answers:
                 places, samples = self._fork_before(self.rule, places, samples)
             places = [new for p, own in zip(places, samples, strict=True) for new in self._attach(p, own)]
             places = places or self._answered()
         return self.nodes
-
-    def _generate(self, places: Sequence[_Place], *, again: bool = False) -> list[list[TokenSample]]:
-        return self.session.generate([self._sample_request(p) for p in places], again=again)
-
-    def _sample_request(self, place: _Place) -> SampleRequest:
-        d = self.decoding
-        written = 0 if self.request.answers else place.sampled
-        follows_fork = place.depth >= self.last_fork and d.stop_after is None
-        step_by_step = not self.request.answers and place.depth + 1 < d.max_steps and not follows_fork
-        return SampleRequest(
-            place.prompt, place.slots, place.sampled, d.max_new_tokens - written, place.state, place.observation,
-            step_by_step,
-        )  # fmt: skip
 
     # ---- forks ------------------------------------------------------------------------------------------------------
 
@@ -97,9 +79,12 @@ class _Growth:
         observation: PromptTokens | None = None,
     ) -> _Place:  # fmt: skip
         """The place where the children of `parent` begin."""
-        stride = self.plan.leaves // self.plan.width(depth + 1)
+        d, stride = self.decoding, self.plan.leaves // self.plan.width(depth + 1)
         slots = range(slot, slot + self.plan.factor(depth) * stride, stride)
-        return _Place(prompt, parent, depth, slots, sampled, state, observation)
+        room = d.max_new_tokens - (0 if self.request.answers else sampled)
+        is_behind_forks = depth >= self.last_fork and d.stop_after is None
+        step_by_step = not self.request.answers and depth + 1 < d.max_steps and not is_behind_forks
+        return _Place(prompt, slots, sampled, room, state, observation, step_by_step, parent, depth)
 
     def _child(self, place: _Place) -> int:
         """A new node of a place."""
@@ -132,7 +117,7 @@ class _Growth:
                 going.append(
                     self._fork(place.prompt, at, place.depth + 1, place.slots[0], place.sampled, sample.state)
                 )
-        return going, self._generate(going, again=True) if going else []
+        return going, self.session.generate(going, again=True) if going else []
 
     # ---- samples ----------------------------------------------------------------------------------------------------
 
@@ -141,12 +126,12 @@ class _Growth:
         going = []
         for i, (slot, sample) in enumerate(zip(place.slots, samples, strict=True)):
             node = place.nodes[i] if i < len(place.nodes) else self._child(place)
-            going += self._write(node, slot, place.sampled, sample)
+            going += self._write(place, node, slot, sample)
         return going
 
-    def _write(self, at: int, slot: int, sampled: int, sample: TokenSample) -> list[_Place]:
-        """Cut one sample into nodes."""
-        node = self.nodes[at]
+    def _write(self, place: _Place, at: int, slot: int, sample: TokenSample) -> list[_Place]:
+        """Cut one sample of a place into nodes, the first of which is `at`."""
+        node, sampled = self.nodes[at], place.sampled
         for k, (token, logp) in enumerate(zip(sample.ids, sample.logp, strict=True), start=1):
             node.ids.append(token)
             node.logp.append(logp)
@@ -162,7 +147,10 @@ class _Growth:
                     return [place]
         sampled += len(sample.ids)
         if node.end == "open":
-            return [_Place(node.prompt, node.parent, node.depth, [slot], sampled, sample.state, None, [at])]
+            place = replace(place, slots=[slot], nodes=[at]) if len(place.slots) > 1 else place
+            place.room -= sampled - place.sampled
+            place.sampled, place.state, place.observation = sampled, sample.state, None
+            return [place]
         if node.end == "eos" and self.request.answers and node.depth + 1 < self.decoding.max_steps:
             self.closed.append(_ClosedTurn(at, slot, sampled, self.session.keep(sample.state)))
         return []

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -189,9 +190,8 @@ class Decoder:
         unsure = isinstance(self._request.rule, UnsureRule)
         entropies = entropy(self._logits, self._decoding).tolist() if unsure else [float("nan")] * len(where)
         drawn = zip(self._drawn, logp.tolist(), entropies, strict=True)
-        samples = [TokenSample([token], [lp], row, h) for row, (token, lp, h) in enumerate(drawn)]
-        ends = torch.tensor([len(r.slots) for r in requests]).cumsum(0).tolist()
-        return [samples[end - len(r.slots) : end] for r, end in zip(requests, ends, strict=True)]
+        samples = (TokenSample([token], [lp], row, h) for row, (token, lp, h) in enumerate(drawn))
+        return [list(islice(samples, len(r.slots))) for r in requests]
 
 
 def _behind(position: int, observation: PromptTokens) -> Tensor:

@@ -199,6 +199,14 @@ class History:
         return History(self.ids + observation.ids.tolist(), self.media + more)
 
 
+def _short(tokenizer: Any, prompt: PromptTokens) -> list[int]:
+    """Ids of a prompt with one placeholder for each picture."""
+    if not prompt.images:
+        return prompt.ids.tolist()
+    written = prompt.ids[len(prompt.ids) - prompt.written :].tolist()
+    return [*tokenise(tokenizer, prompt.text).tolist(), *written]
+
+
 class Requests:
     """An engine at work: the requests of one round are one batch. The state of a sample is its history."""
 
@@ -213,10 +221,7 @@ class Requests:
         else:
             self._begun = [History(p.ids.tolist()) for p in request.prompts]
             tokenizer = engine.backend.tokenizer
-            # with one placeholder for each picture
-            self._short = [
-                tokenise(tokenizer, p.text).tolist() if p.images else p.ids.tolist() for p in request.prompts
-            ]
+            self._short = [_short(tokenizer, p) for p in request.prompts]
 
     def generate(self, requests: Sequence[SampleRequest], *, again: bool = False) -> list[list[TokenSample]]:
         """See `vision.growth.Session`; nothing is drawn again.

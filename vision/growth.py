@@ -46,6 +46,7 @@ class PromptTokens:
         placeholders.
     positions: (P,) or (3, P) int64 rotary positions. next_position: what the first token after it gets.
     text: the rendered template with one placeholder per image; images: RGB pictures in order, for other engines.
+    written: tokens at the end that were sampled or written behind the template, and are not in `text`.
     """
 
     ids: Tensor
@@ -55,21 +56,22 @@ class PromptTokens:
     text: str = ""
     images: Sequence[Image.Image] = ()
     pixels: Pixels | None = None
+    written: int = 0
 
     @property
     def blank(self) -> PromptTokens:
         """The same tokens with nothing to see in their pictures."""
         return self if self.pixels is None else replace(self, pixels=self.pixels.blank, images=())
 
-    def followed_by(self, ids: Tensor, text: str) -> PromptTokens:
-        """The same prompt with tokens (n,) already written after it; `text` is what they say."""
+    def followed_by(self, ids: Tensor) -> PromptTokens:
+        """The same prompt with tokens (n,) already written after it."""
         if not len(ids):
             return self
         new = torch.arange(self.next_position, self.next_position + len(ids)).expand(*self.positions.shape[:-1], -1)
         return replace(
             self, ids=torch.cat([self.ids, ids]), types=torch.cat([self.types, torch.zeros_like(ids)]),
             positions=torch.cat([self.positions, new], -1), next_position=self.next_position + len(ids),
-            text=self.text + text,
+            written=self.written + len(ids),
         )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ class GrowthRequest:
 # ---- engines ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampleRequest:
     """Samples that begin, or go on, at one place of a tree: as many as `slots`.
 
@@ -167,7 +169,7 @@ class SampleRequest:
     step_by_step: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TokenSample:
     """Sampled tokens, float32 log-probs under the sampling distribution (temperature, banned ids), and the state of
     the engine behind them. entropy: of the distribution of a single token, for rules that ask for it."""

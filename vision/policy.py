@@ -279,7 +279,7 @@ class VisionPolicy:
         )
         heat = self.decoding.temperature if temperature is None else temperature
         decoding = replace(self.decoding, temperature=heat, stop_after=steps)
-        tokens = [self.encode(s.prompt).followed_by(self._ids_of(s), s.text) for s in states]
+        tokens = [self.encode(s.prompt).followed_by(self._ids_of(s)) for s in states]
         seeds = [named_generator(seed, s.prompt.id, s.text).initial_seed() for s in states]
         nodes = self._grow(self._request([s.prompt for s in states], tokens, BranchPlan({0: n}), decoding, seeds))
         texts = self.tokenizer.batch_decode([x.ids for x in nodes], skip_special_tokens=True)
@@ -313,7 +313,7 @@ class VisionPolicy:
         ids = [torch.tensor(f) for f in first]
         out, size = [], self.settings.max_batch
         for a in range(0, len(states), size):
-            tokens = [self.encode(s.prompt).followed_by(self._written(s.text), s.text) for s in states[a : a + size]]
+            tokens = [self.encode(s.prompt).followed_by(self._written(s.text)) for s in states[a : a + size]]
             trees = [TokenTree(t, [-1, *[0] * len(ids)], [t.ids, *ids]) for t in tokens]
             wanted = [t.packed.start[1:] for t in trees]
             with torch.no_grad():

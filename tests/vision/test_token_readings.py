@@ -105,7 +105,7 @@ def logits_of(policy, prompt, ids, pixels=True):
     from vision.passes import TokenTree, build_reading
 
     given = policy.encode(prompt)
-    tokens = (given if pixels else given.blank).followed_by(torch.tensor(ids, dtype=torch.long), "")
+    tokens = (given if pixels else given.blank).followed_by(torch.tensor(ids, dtype=torch.long))
     job = build_reading([TokenTree(tokens, [-1], [tokens.ids])], [torch.arange(len(tokens.ids))], "rows",
                         style_of(bare(policy.model.hf)))  # fmt: skip
     rows, _ = _outputs(policy.model.hf, job, None, None)

@@ -1,10 +1,14 @@
 """How trees grow from an engine's requests, with a scripted engine in vLLM's place. One token is one character."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 from families import tokenizer_for
+from PIL import Image
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from mmrl.rollout import BranchPlan
 from vision.driver import grow as grow_with
@@ -112,6 +116,28 @@ def test_paths_are_left_open_after_so_many_steps():
     nodes, script = grow({"q:": ["a\nb\nc", "<|end|>"], "q:a\n": ["b\nc"]}, {0: 2}, stop_after=2)
     assert shown(nodes) == [(-1, 0, "a\n", "step"), (0, 1, "b\n", "step"), (-1, 0, "<|end|>", "eos")]
     assert all(set(encode("\n")) < set(c.sampling["stop_token_ids"]) for c in script.calls)
+
+
+def test_what_was_written_behind_a_picture_keeps_its_ids_though_its_text_would_be_other_tokens():
+    core = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "#": 3, "|": 4}, [("a", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="|")
+    assert tokenizer("#ab")["input_ids"] == [3, 2]
+    calls = []
+
+    class Sampler:
+        max_model_len = 32
+
+        def generate(self, given):
+            calls.extend(given)
+            return [Reply([3, 3, 3, *c.ids[1:]], 0, [([4], [-1.0])]) for c in given]
+
+    Sampler.tokenizer = tokenizer
+    shown = replace(prompt(), ids=torch.tensor([3, 3, 3, 2]), text="#ab", images=(Image.new("RGB", (8, 8)),))
+    request = GrowthRequest(
+        [shown.followed_by(torch.tensor([0, 1]))], BranchPlan({0: 1}), Decoding(1.0, 9, 4, (), (4,)), RULE, (1,)
+    )
+    grow_with(VllmEngine(Sampler()), request)
+    assert [c.ids for c in calls] == [[3, 2, 0, 1]]
 
 
 def test_seeds_differ_between_branches_and_follow_the_prompt_alone():
