@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diffusion.adapters.base import Level
+from diffusion.adapters.base import Level, NoisePredictor
 from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
 from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import Course
@@ -29,10 +29,15 @@ Key = tuple[int, int]  # (run.seed, iteration)
 
 
 @register(
-    "sample_losses", "diffusion_dpo", reads=("forks", "actions.latent"), fits="latents", source="Diffusion-DPO, 2023"
+    "sample_losses",
+    "diffusion_dpo",
+    reads=("forks", "actions.latent"),
+    fits="latents",
+    policy=NoisePredictor,
+    source="Diffusion-DPO, 2023",
 )
 def diffusion_dpo(
-    policy: DiffusionPolicy, rollout: Rollout, rewards: Rewards, key: Key, *, beta: float = 5000.0, levels: int = 4
+    policy: NoisePredictor, rollout: Rollout, rewards: Rewards, key: Key, *, beta: float = 5000.0, levels: int = 4
 ) -> list[Term]:
     """Best against worst sample of each prompt, noised alike at `levels` random levels of the sampler.
 
@@ -50,7 +55,7 @@ def diffusion_dpo(
 
 
 def _dpo_term(
-    policy: DiffusionPolicy, rollout: Rollout, leaves: Tensor, level: Level, eps: Tensor, beta: float
+    policy: NoisePredictor, rollout: Rollout, leaves: Tensor, level: Level, eps: Tensor, beta: float
 ) -> Tensor:
     """(P,) loss of pairs whose samples are the first and the second half of `leaves`."""
     x0, own = _latents(rollout, leaves), rollout.tree.group[leaves]
@@ -68,11 +73,12 @@ def _dpo_term(
     "refl",
     reads=("actions.latent",),
     fits="latents",
+    policy=NoisePredictor,
     source="ReFL (ImageReward), 2023",
     reward=DifferentiableReward,
 )
 def refl(
-    policy: DiffusionPolicy,
+    policy: NoisePredictor,
     rollout: Rollout,
     rewards: Rewards,
     key: Key,
@@ -98,7 +104,7 @@ def refl(
 
 
 def _refl_term(
-    policy: DiffusionPolicy,
+    policy: NoisePredictor,
     rollout: Rollout,
     score: Callable[[list[Sample]], Tensor],
     level: Level,
@@ -125,9 +131,16 @@ def _differentiable(rewards: Rewards) -> Callable[[list[Sample]], Tensor]:
     return score
 
 
-@register("sample_losses", "nft", reads=("forks", "actions.latent"), fits="latents", source="DiffusionNFT, 2025")
+@register(
+    "sample_losses",
+    "nft",
+    reads=("forks", "actions.latent"),
+    fits="latents",
+    policy=NoisePredictor,
+    source="DiffusionNFT, 2025",
+)
 def nft(
-    policy: DiffusionPolicy,
+    policy: NoisePredictor,
     rollout: Rollout,
     rewards: Rewards,
     key: Key,
@@ -156,7 +169,7 @@ def nft(
 
 
 def _nft_term(
-    policy: DiffusionPolicy,
+    policy: NoisePredictor,
     rollout: Rollout,
     x: Tensor,
     level: Level,
@@ -188,7 +201,7 @@ def _chunks(rows: int, size: int) -> list[Tensor]:
 
 
 def _noised(
-    policy: DiffusionPolicy, rollout: Rollout, steps: Tensor, key: Key, count: int
+    policy: NoisePredictor, rollout: Rollout, steps: Tensor, key: Key, count: int
 ) -> Iterator[tuple[Level, Tensor]]:
     """`count` distinct levels, the same on all ranks, each with noise (S, *D) drawn prompt by prompt."""
     known = policy.levels()

@@ -114,6 +114,12 @@ def build_with(needs: Needs, kind: str, section: str, name: str, options: Mappin
     return made
 
 
+def build_policy(section: str, tree: Mapping[str, Any], protocol: type) -> Any:
+    """The policy of a section like the recipe's `policy`, which has to follow a protocol; see `build_with`."""
+    options = dict(tree)
+    return build_with({section: protocol}, "policies", section, options.pop("name"), options)
+
+
 def policy_section(protocol: type) -> AfterValidator:
     """For the type of an option that is a section like the recipe's `policy`; what it names has to follow a protocol.
 

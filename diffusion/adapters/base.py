@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.kernels import Prediction
 from mmrl.registry import Kind, add_kind
-from mmrl.rollout import Prompt
+from mmrl.rollout import Prompt, Rollout
 
 Cond = dict[str, Tensor]  # every entry has one row per prompt
 
@@ -58,6 +58,25 @@ class Adapter(Protocol):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the model with save_pretrained."""
+
+
+@runtime_checkable
+class NoisePredictor(Protocol):
+    """A policy whose network can be asked about latents at any noise level; losses on whole samples need it."""
+
+    adapter: Adapter
+    max_batch: int  # latents per call
+
+    def levels(self) -> list[Level]:
+        """The noise levels at which the sampler calls the network, the noisiest first."""
+
+    def predict_at(
+        self, rollout: Rollout, x: Tensor, level: Level, own: Tensor, *, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(x0, eps), each (N, *D) float32, of latents `x` at one level; own: (N,) prompt of each.
+
+        Differentiable where gradients are on; with `reference`, by the initial model, without gradient.
+        """
 
 
 @runtime_checkable

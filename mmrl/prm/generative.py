@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import Chooser, begin_iteration, model_of, policy_section, require
+from mmrl.capabilities import Chooser, begin_iteration, build_policy, model_of, policy_section
 from mmrl.prm.scoring import RECORD
-from mmrl.registry import build_section, declares, of_kind
+from mmrl.registry import declares, of_kind
 from mmrl.rewards.answer_text import reply_spans
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, State
@@ -81,8 +81,7 @@ class GenerativePrm:
         assert policy is not None
         named = {"samples": samples, "stop": stop, "seed": seed}
         options |= {key: value for key, value in named.items() if value is not None}
-        judge: Chooser = build_section("policies", "scorer.policy", policy)
-        return cls(require("generative_prm", Chooser, judge, "policies"), **options, section=policy)
+        return cls(build_policy("scorer.policy", policy, Chooser), **options, section=policy)
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy in its ecosystem's format, and a record of how it is asked."""

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmrl.capabilities import StepWriter, begin_iteration
+from mmrl.capabilities import StepWriter, begin_iteration, build_policy, policy_section
 from mmrl.finite import check_finite
 from mmrl.prm.scoring import RECORD
-from mmrl.registry import build_section, of_kind
+from mmrl.registry import of_kind
 from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout
 from mmrl.tree_ops import path_sum
 
@@ -56,7 +56,7 @@ class ImplicitPrm:
     @classmethod
     def build(
         cls,
-        policy: Annotated[Mapping[str, Any], of_kind("policies")] | None = None,
+        policy: Annotated[Mapping[str, Any], of_kind("policies"), policy_section(Policy)] | None = None,
         beta: float = 0.05,
         reduce: Reduce = "sum",
         model: str | None = None,
@@ -69,7 +69,7 @@ class ImplicitPrm:
         """
         if (policy is None) == (model is None):
             raise ValueError("implicit_prm: give `policy`, a section with name and options, or `model`, its folder")
-        make = partial(build_section, "policies", "scorer.policy")
+        make = partial(build_policy, "scorer.policy", protocol=Policy)
         if model is None:
             assert policy is not None
             return cls(make(policy), beta, section=policy, reduce=reduce)

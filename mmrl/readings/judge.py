@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from mmrl.annotate.direct import LabelAsk, parse_labels
 from mmrl.annotate.judge import BEST_GRADE, judge_prompt, parse_grade, parse_severities
-from mmrl.capabilities import Extender, admitted, begin_iteration, model_of, policy_section, require
+from mmrl.capabilities import Extender, admitted, begin_iteration, build_policy, model_of, policy_section, require
 from mmrl.credit.steps import VoteRule, judged_wrong
 from mmrl.prm.records import plain_steps, reference_solution
 from mmrl.readings.base import ReadingContext, Values
-from mmrl.registry import build_section, of_kind, register
+from mmrl.registry import of_kind, register
 from mmrl.rollout import Prompt, Rollout, State
 from mmrl.seeding import named_generator
 
@@ -61,7 +61,7 @@ class JudgeReading:
         if (ask == "aspect") != bool(aspect):
             raise ValueError(f"ask={ask!r} with aspect={aspect!r}: name the aspect with ask: aspect, and only there")
         self.ask, self.votes, self.rule, self.form, self.aspect = ask, votes, rule, form, aspect
-        self._judge = None if policy is None else build_section("policies", "policy", policy)
+        self._judge = None if policy is None else build_policy("policy", policy, Extender)
 
     @property
     def model(self) -> nn.Module | None:

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmrl.capabilities import Completer, begin_iteration, policy_section, require
+from mmrl.capabilities import Completer, begin_iteration, build_policy, policy_section, require
 from mmrl.readings.base import ReadingContext, Values
-from mmrl.registry import build_section, of_kind, register
+from mmrl.registry import of_kind, register
 from mmrl.rollout import Place, Rollout
 from mmrl.seeding import named_generator
 from mmrl.tree import StepTree
@@ -47,7 +47,7 @@ class MonteCarlo:
         policy: Annotated[Mapping[str, Any], of_kind("policies"), policy_section(Completer)] | None = None,
     ) -> None:
         self._n, self._temperature = n, temperature
-        self._prover = None if policy is None else build_section("policies", "policy", policy)
+        self._prover = None if policy is None else build_policy("policy", policy, Completer)
         self.model: nn.Module | None = None if self._prover is None else self._prover.model.requires_grad_(False)
 
     def begin_iteration(self) -> None:

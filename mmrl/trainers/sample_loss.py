@@ -80,11 +80,10 @@ class SampleLossTrainer(PolicyTrainer):
         self._loss: SampleLoss = row.build(loss.options, "loss")
         reader = Stage("loss", f"sample loss {row.name!r}", row.reads(loss.options), ())
         self._compares = "forks" in reader.reads  # the rollouts of a prompt with each other
-        protocol = row.facts.get("reward")
-        needs = {} if protocol is None else {reader.who: protocol}
+        needs = {role: {reader.who: row.facts[role]} for role in ("policy", "reward") if role in row.facts}
         rollouts = Rollouts(
             config, policy, task, rewards, reference=True, readers=[reader], given=fields_given(config.plan, None),
-            reward_needs=needs,
+            policy_needs=needs.get("policy"), reward_needs=needs.get("reward"),
         )  # fmt: skip
         super().__init__(rollouts)
         self.plan = BranchPlan(config.plan)

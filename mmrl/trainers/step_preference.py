@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmrl.capabilities import begin_iteration
+from mmrl.capabilities import begin_iteration, build_with
 from mmrl.config import Component
 from mmrl.fields import Stage
 from mmrl.losses.preference import (
@@ -134,8 +134,10 @@ class StepPreferenceTrainer(PolicyTrainer):
         self.plan = BranchPlan(config.plan)
         self.guide: Policy | None = None
         if config.guide is not None:
-            self.guide = build("policies", "guide", config.guide.name, config.guide.options)
-            self.guide.model.to(self.loop.accelerator.device).requires_grad_(False)
+            self.guide = guide = build_with(
+                {"guide": Policy}, "policies", "guide", config.guide.name, config.guide.options
+            )
+            guide.model.to(self.loop.accelerator.device).requires_grad_(False)
         self.stored, self._empty = self.rollouts.open_stored(config.rollouts), 0
         if self.stored is None:
             self.policy.forecast(self.plan)  # a plan that does not fit is refused here

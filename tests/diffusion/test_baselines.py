@@ -336,6 +336,14 @@ def test_a_policy_whose_steps_are_no_latents_is_refused(tiny_model, tmp_path):
         SampleLossTrainer(parse_config(tree, model=SampleLossConfig))
 
 
+def test_a_policy_that_cannot_be_asked_about_noise_is_refused_before_it_is_made(tiny_model, tmp_path):
+    tree = small(tiny_model, tmp_path, "nft") | {"policy": {"name": "test_latent_readings:CannotComplete"}}
+    with pytest.raises(
+        ComponentError, match="loss 'nft' needs the protocol NoisePredictor .*those that do: diffusion$"
+    ):
+        SampleLossTrainer(parse_config(tree, model=SampleLossConfig))
+
+
 def test_a_reward_without_gradient_is_refused_before_a_model_is_loaded(tiny_model, tmp_path):
     tree = small(tiny_model, tmp_path, "refl") | {"rewards": [{"name": "tiny:constant", "timeout_s": 0}]}
     tree["policy"]["model"] = str(tmp_path / "not there")
