@@ -18,5 +18,10 @@ def how_to_install(error: ImportError) -> str:
         lines = requires("mmrl") or []
     except PackageNotFoundError:
         return ""
-    found = [m["extra"] for line in lines if (m := _REQUIREMENT.match(line)) and m["name"].lower() == distribution]
-    return f"; pip install 'mmrl[{found[0]}]'" if distribution and found else ""
+    packages: dict[str, set[str]] = {}
+    for line in lines:
+        if match := _REQUIREMENT.match(line):
+            packages.setdefault(match["extra"], set()).add(match["name"].lower())
+    # The smallest one: an extra that includes others lists their packages as well.
+    holding = sorted((len(names), extra) for extra, names in packages.items() if distribution in names)
+    return f"; pip install 'mmrl[{holding[0][1]}]'" if distribution and holding else ""

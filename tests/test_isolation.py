@@ -303,10 +303,18 @@ def test_a_keeper_that_is_killed_takes_the_worker_along_and_is_replaced():
 def test_busy_neighbours_decide_nothing():
     """Four processes share one processor, so .4 s of it take 1.6 s on the clock; the limit is .8 s."""
     reward = isolated("computes", timeout_s=0.8)
-    spin = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
-    neighbours = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(3)]
+    spin = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print('spins', flush=True)\n"
+        "while True: pass"
+    )
+    # In sessions of their own: Linux shares a processor among sessions first.
+    neighbours = [
+        subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE, start_new_session=True)
+        for _ in range(3)
+    ]
     try:
-        time.sleep(0.3)
+        for neighbour in neighbours:
+            neighbour.stdout.readline()
         began = time.monotonic()
         assert reward(samples(0.2, 0.2)) == [1.0, 1.0] and not reward.failures
         assert time.monotonic() - began > 0.8

@@ -118,7 +118,7 @@ def run(way: str, clip: Path, rollouts: int, cache_mib: int) -> dict[str, Any]:
     reader = VideoReader(cache_bytes=cache_mib * 2**20)
     processes, read = ["self"], reopened_frames(clip)
     if way == "kept":
-        reader._worker._start()
+        reader._worker.start()
         processes, read = ["self", str(reader._worker.pid)], kept_frames(reader, clip)
     start, before, memory = cpu(processes[1:]), cpu(processes), peak_mib("self")
     shapes = [shown(read, look) for look in plan]

@@ -46,10 +46,11 @@ def test_cache_is_reused_and_keyed_by_recipe(base):
     assert dataclasses.replace(SHORT, seed=1).key != SHORT.key
 
 
-def test_a_cut_cache_file_says_how_to_mend_it(base):
+def test_a_damaged_cache_file_says_how_to_mend_it(base):
+    """One of another size is made anew; this damage is found when the file is read."""
     file = base.folder / "judge.safetensors"
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    file.write_bytes(bytes(len(whole)))
     with pytest.raises(RuntimeError, match=r"is damaged .*delete that folder and run again"):
         digits_base(SHORT)
     file.write_bytes(whole)

@@ -137,7 +137,7 @@ def test_contributions_are_learned_from_outcomes(tmp_path):
     store(tmp_path / "e", ["r"])
     task, scorer = TreeValues(str(tmp_path / "t"), str(tmp_path / "e"), paths="solutions"), Lookup()
     tree = {
-        "trainer": "step_reward", "task": {"name": "unused"}, "scorer": {"name": "unused"},
+        "trainer": "step_reward", "task": {"name": "tree_values"}, "scorer": {"name": "implicit_prm"},
         "loss": {"name": "return_decomposition", "balance": "solution"}, "optim": {"lr": 0.1, "weight_decay": 0.0},
         "run": {"output": str(tmp_path / "run"), "iterations": 80, "prompts_per_iteration": 2, "eval_every": 80,
                 "trackers": [], "report": False},
@@ -178,8 +178,8 @@ class Lookup:
 def test_a_value_model_learns_values_and_order(task, tmp_path):
     tree = {
         "trainer": "step_reward",
-        "task": {"name": "unused"},
-        "scorer": {"name": "unused"},
+        "task": {"name": "tree_values"},
+        "scorer": {"name": "implicit_prm"},
         "loss": {"name": "value_margin"},
         "optim": {"lr": 0.3},
         "run": {

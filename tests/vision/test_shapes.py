@@ -272,9 +272,19 @@ def test_pictures_on_disk_are_the_scenes_that_were_counted():
     assert count_kinds(found) == prompt.reference["scene"]
 
 
-def test_a_missing_picture_is_an_error_that_names_the_folder():
-    task = ShapesTask(train=2, held_out=1, seed=9)
-    Path(task.prompts[1].inputs["images"][0]).unlink()
+def test_a_missing_picture_is_drawn_again():
+    picture = Path(ShapesTask(train=2, held_out=1, seed=9).prompts[1].inputs["images"][0])
+    drawn = picture.read_bytes()
+    picture.unlink()
+    ShapesTask(train=2, held_out=1, seed=9)
+    assert picture.read_bytes() == drawn
+
+
+def test_damaged_scenes_are_an_error_that_names_the_folder():
+    """Damage that leaves the size of a file as it was is found when the file is read."""
+    folder = Path(ShapesTask(train=2, held_out=1, seed=9).prompts[1].inputs["images"][0]).parent
+    scenes = folder / "train.json"
+    scenes.write_text("{" * scenes.stat().st_size)
     with pytest.raises(RuntimeError, match="damaged.*delete that folder"):
         ShapesTask(train=2, held_out=1, seed=9)
 
@@ -376,6 +386,7 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path, monkeypatch):
 def test_a_damaged_base_is_an_error_that_names_the_folder(tmp_path, monkeypatch):
     folder = shutil.copytree(shapes_base(MICRO), tmp_path / MICRO.key)
     monkeypatch.setenv("MMRL_CACHE", str(tmp_path))
-    (folder / "model.safetensors").write_bytes(b"cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
     with pytest.raises(RuntimeError, match="damaged.*delete that folder"):
         shapes_base(MICRO)

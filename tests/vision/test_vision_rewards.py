@@ -360,7 +360,7 @@ def test_a_prompt_on_which_a_step_reward_raises_leaves_its_neighbours_alone():
     "raw, message",
     [
         (torch.ones(4), r"'r' returned shape \(4,\) for 5 steps"),
-        (1.0, "returned float, no numbers"),
+        (1.0, r"returned shape \(\) for 5 steps"),
         (None, "returned NoneType, no numbers"),
         (["a"] * 5, "returned list, no numbers"),
         (b"abcde", "returned bytes, no numbers"),
