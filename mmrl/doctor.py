@@ -14,10 +14,10 @@ from mmrl.recipe import PolicyConfig, TrainingConfig
 from mmrl.rollout import BranchPlan, Policy
 from mmrl.trainers import trainer_of
 from mmrl.trainers.branch_grpo import BranchGrpo, BranchGrpoConfig
+from mmrl.trainers.imitation import ImitationConfig
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.policy_update import current_logp
 from mmrl.trainers.rollouts import Rollouts
-from mmrl.trainers.sft import SftConfig
 from mmrl.trainers.verdicts import verdicts
 
 
@@ -73,7 +73,7 @@ def examine(config: TrainingConfig) -> Iterator[Line]:
 
 def _samples(config: PolicyConfig) -> bool:
     """The iterations sample: they read neither rollouts from disk nor references."""
-    if isinstance(config, SftConfig) and not config.samples:
+    if isinstance(config, ImitationConfig) and not config.samples:
         return False
     return config.model_dump().get("rollouts") is None
 

@@ -88,7 +88,7 @@ add_kind(
         (
             "mmrl.trainers.branch_grpo",
             "mmrl.trainers.sample_loss",
-            "mmrl.trainers.sft",
+            "mmrl.trainers.imitation",
             "mmrl.trainers.step_preference",
             "mmrl.trainers.step_reward",
         ),

@@ -238,7 +238,7 @@ class VisionPolicy:
         return self._as_rollout(prompts, tokens, nodes, {"written": True, "temperature": self.decoding.temperature})
 
     def beyond_limits(self, texts: Sequence[str]) -> list[str]:
-        """See `mmrl.trainers.imitation.Writer`: the longest completion, or the longest turn and their number."""
+        """See `mmrl.trainers.references.Writer`: the longest completion, or the longest turn and their number."""
         return [self._dialogue.beyond_limits(text, self.decoding) for text in texts]
 
     @property

@@ -13,7 +13,7 @@ from mmrl.prm.records import SECTIONS, Kind
 from mmrl.rewards.answer_text import boxed, normalise, unwrapped, without_thinking
 from mmrl.tags import between
 
-_FIRST_ERROR = """\
+_QUESTION_AND_SOLUTION = """\
 Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.
 
 [Question]
@@ -22,21 +22,22 @@ Below are a question and a solution to it. The solution is cut into paragraphs, 
 [Solution]
 {solution}
 
+"""
+
+_FIRST_ERROR = (
+    _QUESTION_AND_SOLUTION
+    + """\
 Go through the paragraphs in order and check each of them. Give the index of the first paragraph that holds an error, \
 or -1 if there is none, as your last line in the form \\boxed{{index}}."""
+)
 
-_CRITIQUE = """\
-Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.
-
-[Question]
-{question}
-
-[Solution]
-{solution}
-
+_CRITIQUE = (
+    _QUESTION_AND_SOLUTION
+    + """\
 Check the paragraphs in order. Write what you find about paragraph i as <analysis_i>...</analysis_i> and end it with \
 \\boxed{{correct}} or \\boxed{{incorrect}}. Stop after the first incorrect paragraph. Last, after all analyses, give \
 your verdict on the whole solution: \\boxed{{correct}} or \\boxed{{incorrect}}."""
+)
 
 _STEP = """\
 Below are a question and the beginning of a solution to it, cut into paragraphs that are counted from 0.
@@ -66,30 +67,20 @@ Compare each step of the student's solution with the part of the reference that 
 the step is right. Answer with a JSON list that has one object for every step, in order:
 [{{"student_step": 1, "reference": "what the step was compared with", "label": "CORRECT" or "INCORRECT"}}, ...]"""
 
-_SEVERITY = """\
-Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.
-
-[Question]
-{question}
-
-[Solution]
-{solution}
-
+_SEVERITY = (
+    _QUESTION_AND_SOLUTION
+    + """\
 How bad are the errors of each paragraph? Go through all of them in order. Write what you find about paragraph i as \
 <analysis_i>...</analysis_i> and end it with \\boxed{{none}}, \\boxed{{minor}}, \\boxed{{major}} or \
 \\boxed{{critical}}."""
+)
 
-_ASPECT = """\
-Below are a question and a solution to it. The solution is cut into paragraphs, counted from 0.
-
-[Question]
-{question}
-
-[Solution]
-{solution}
-
+_ASPECT = (
+    _QUESTION_AND_SOLUTION
+    + """\
 Whether the solution is right is not asked. Judge one aspect of it alone: {aspect}. Give a whole number from 0 \
 (worst) to 10 (best) as your last line in the form \\boxed{{number}}."""
+)
 
 Ask = Literal["first_error", "critique", "step", "reference", "severity", "aspect"]
 SEVERITIES = ("none", "minor", "major", "critical")  # MQM's classes; their index is the class

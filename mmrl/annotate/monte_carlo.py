@@ -130,5 +130,5 @@ def estimate_steps(
 def _outcomes(estimator: Estimator, solutions: Sequence[Solution]) -> list[bool | None]:
     """Whether each answer is right: as the record says, else as the verifier finds."""
     unknown = [state for record, state in solutions if record.final_correct is None]
-    verdicts = iter(estimator.judge([Sample(s.prompt, s.text, len(s.steps) - 1) for s in unknown]))
+    verdicts = iter(estimator.verify([Sample(s.prompt, s.text, len(s.steps) - 1) for s in unknown]))
     return [next(verdicts) if r.final_correct is None else r.final_correct for r, _ in solutions]

@@ -302,7 +302,7 @@ class Estimator:
         self.cost["reused"] += k * len(states) - (self.cost["completions"] - before)
         return [self.store.get(s) for s in states]
 
-    def judge(self, samples: Sequence[Sample]) -> list[bool | None]:
+    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """The verifier's verdicts; None where it has none.
 
         Raises:
@@ -324,7 +324,7 @@ class Estimator:
             for s, row in zip(states, found, strict=True)
             for c in row
         ]
-        verdicts = iter(self.judge(samples))
+        verdicts = iter(self.verify(samples))
         scored = [[Completion(c, next(verdicts), c.tokens) for c in row] for row in found]
         flat = [c for row in scored for c in row]
         self.cost["calls"] += 1

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
-from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, ranking, result, side_by_side
+from mmrl.search.core import (
+    Candidate,
+    SearchResult,
+    Turn,
+    best,
+    propose,
+    ranking,
+    result,
+    score_candidates,
+    side_by_side,
+)
 from mmrl.search.problem import Problem
 
 
@@ -39,7 +49,7 @@ def beam(
         children = [s for row in rows for s in row]
         if dedupe:
             children = list({s.text: s for s in reversed(children)}.values())[::-1]
-        found = yield from judge(problem, children, aggregate, lookahead=lookahead)
+        found = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
         done += [c for c in found if c.state.done]
         kept = [c for c in found if not c.state.done]
         if not kept or len(done) >= n or problem.spent(prompt):
@@ -71,7 +81,7 @@ def dvts(
     if n % width:
         raise ValueError(f"dvts: n={n} is no multiple of width={width}; subtrees have equal widths")
     (rows,) = yield from propose([State(prompt)], n, temperature=temperature, steps=1 if rounds > 1 else None)
-    found = yield from judge(problem, rows, aggregate, lookahead=lookahead)
+    found = yield from score_candidates(problem, rows, aggregate, lookahead=lookahead)
     final = [found[t * width : (t + 1) * width] for t in range(trees)]
     heads = keep_per_subtree([c.score for c in found], width)
     leaders = [found[i].state for i in heads]
@@ -81,7 +91,7 @@ def dvts(
             break
         steps = 1 if k < rounds - 1 else None
         grown = yield from propose([leaders[t] for t in live], width, temperature=temperature, steps=steps)
-        found = yield from judge(problem, [s for row in grown for s in row], aggregate, lookahead=lookahead)
+        found = yield from score_candidates(problem, [s for row in grown for s in row], aggregate, lookahead=lookahead)
         for j, t in enumerate(live):
             final[t] = found[j * width : (j + 1) * width]
             leaders[t] = final[t][best([c.score for c in final[t]])].state

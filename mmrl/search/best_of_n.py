@@ -7,7 +7,7 @@ from math import ceil
 
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
-from mmrl.search.core import SearchResult, Turn, judge, propose, result, side_by_side
+from mmrl.search.core import SearchResult, Turn, propose, result, score_candidates, side_by_side
 from mmrl.search.problem import Problem
 
 
@@ -29,7 +29,7 @@ def best_of_n(
     """
     states = (yield from propose([State(prompt)], n, temperature=temperature, steps=None))[0]
     shown = states if max_steps is None else [join_steps(s, max_steps) for s in states]
-    judged = yield from judge(problem, shown, aggregate)
+    judged = yield from score_candidates(problem, shown, aggregate)
     return result(problem, prompt, [replace(c, state=s) for c, s in zip(judged, states, strict=True)])
 
 

@@ -1,7 +1,8 @@
 """Searches as generators: each is written for one prompt, and all prompts take their turns in common batches.
 
-A search yields what it wants (`propose`, `judge`) and receives the answer; `side_by_side` collects the wishes of all
-prompts and serves equal ones with one call. So a search reads as if it were alone and costs as if it were batched.
+A search yields what it wants (`propose`, `score_candidates`) and receives the answer; `side_by_side` collects the
+wishes of all prompts and serves equal ones with one call. So a search reads as if it were alone and costs as if it
+were batched.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def propose(
     return (yield _Propose(states, n, temperature, steps, keep))
 
 
-def judge(
+def score_candidates(
     problem: Problem, states: Sequence[State], by: str, *, lookahead: int = 0, temperature: float | None = 0.0
 ) -> Turn[list[Candidate]]:
     """The states with their scores, aggregated by the aggregate called `by`, which are noted in the prompt's tree.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
-from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, result, side_by_side
+from mmrl.search.core import Candidate, SearchResult, Turn, best, propose, result, score_candidates, side_by_side
 from mmrl.search.problem import Problem
 
 
@@ -29,7 +29,7 @@ def greedy(
     for k in range(rounds):
         steps = 1 if k < rounds - 1 else None
         (children,) = yield from propose([state], n, temperature=temperature, steps=steps)
-        found = yield from judge(problem, children, aggregate, lookahead=lookahead)
+        found = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
         state = found[best([c.score for c in found])].state
         if problem.is_done(state) or problem.spent(prompt):
             break
@@ -65,7 +65,7 @@ def greedy_backtrack(
         state = path[-1].state if path else State(prompt)
         steps = 1 if len(path) < rounds - 1 else None
         (children,) = yield from propose([state], n, temperature=temperature, steps=steps)
-        found = yield from judge(problem, children, "last")
+        found = yield from score_candidates(problem, children, "last")
         chosen = first_good([c.score for c in found], positive=positive, negative=negative)
         if chosen is None and left and not problem.spent(prompt):
             left -= 1

@@ -10,7 +10,17 @@ from typing import Literal
 from mmrl.growth import ROOT, GrowingTree
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
-from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, ranking, result, side_by_side
+from mmrl.search.core import (
+    Candidate,
+    SearchResult,
+    Turn,
+    best,
+    propose,
+    ranking,
+    result,
+    score_candidates,
+    side_by_side,
+)
 from mmrl.search.problem import Problem
 from mmrl.search.votes import canonical_answer, weighted
 
@@ -178,7 +188,7 @@ def mcts(
             steps = 1 if len(path) < depth else None
             state = walked.paths[leaf].state
             (children,) = yield from propose([state], n, temperature=temperature, steps=steps)
-            found = yield from judge(problem, children, aggregate)
+            found = yield from score_candidates(problem, children, aggregate)
             for candidate in found:
                 own = policy_prior(problem.logps(candidate.state)) if prior == "policy" else 1.0
                 walked.add(leaf, candidate, own)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
-from mmrl.search.core import Candidate, SearchResult, Turn, best, judge, propose, result, side_by_side
+from mmrl.search.core import Candidate, SearchResult, Turn, best, propose, result, score_candidates, side_by_side
 from mmrl.search.problem import Problem
 
 
@@ -39,7 +39,7 @@ def pats(
     while depth < rounds:
         steps = 1 if depth < rounds - 1 else None
         (children,) = yield from propose([state], widths[mode], temperature=temperatures[mode], steps=steps)
-        found = yield from judge(problem, children, aggregate)
+        found = yield from score_candidates(problem, children, aggregate)
         top = found[best([c.score for c in found])]
         spent = problem.spent(prompt)
         accepted, mode = next_mode(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
-from mmrl.search.core import Candidate, SearchResult, Turn, judge, propose, result, side_by_side
+from mmrl.search.core import Candidate, SearchResult, Turn, propose, result, score_candidates, side_by_side
 from mmrl.search.problem import Problem
 from mmrl.search.votes import canonical_answer
 
@@ -33,7 +33,7 @@ def step_co(
     state = State(prompt)
     for _ in range(rounds + 1):
         (children,) = yield from propose([state], 1, temperature=temperature, steps=None)
-        (version,) = yield from judge(problem, children, aggregate)
+        (version,) = yield from score_candidates(problem, children, aggregate)
         versions.append(version)
         bad = next((t for t, p in enumerate(version.step_scores) if p < threshold), None)
         if version.score >= threshold or bad is None or _repeats(versions, canonical) or problem.spent(prompt):

@@ -29,9 +29,9 @@ from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Ste
 from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.imitation import ImitationConfig, cut_references, imitation_losses, references, unsolved
 from mmrl.trainers.online import OnlineConfig, OnlineScorer
 from mmrl.trainers.policy_update import Batch, Sums, build_batch, policy_loss, recompute_old_logp
+from mmrl.trainers.references import ReferenceConfig, cut_references, imitation_losses, references, unsolved
 from mmrl.trainers.refill import refill
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.stored import fields_given
@@ -49,7 +49,7 @@ class BranchGrpoConfig(PolicyConfig):
     credit: CreditConfig = CreditConfig()
     prune: PruneConfig = PruneConfig()
     loss: LossConfig = LossConfig()
-    imitation: ImitationConfig = ImitationConfig()
+    imitation: ReferenceConfig = ReferenceConfig()
 
 
 @register("trainers", "branch_grpo", config=BranchGrpoConfig)

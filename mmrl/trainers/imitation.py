@@ -1,112 +1,140 @@
-"""Learning from written solutions: prompts whose tree found no right answer imitate their reference (PROPA)."""
+"""Imitation: the policy learns written solutions, or the best of its own samples, by weighted log-likelihood.
+
+`source: reference` is supervised fine-tuning on the task's own solutions, the start that reinforcement learning of a
+new format needs. `source: samples` is rejection sampling: sample, keep what is above a threshold, learn it (RAFT, RFT,
+the self-training of STaR).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mmrl.capabilities import LimitedWriter, OutputWriter, require
-from mmrl.config import Section
+from mmrl.capabilities import Needs, OutputWriter
 from mmrl.prm.records import reference_solution
-from mmrl.rollout import Policy, Prompt, Rollout
-from mmrl.tree import StepTree
+from mmrl.recipe import PolicyConfig
+from mmrl.registry import register
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.trainers.base import PolicyTrainer
+from mmrl.trainers.idle import idle_loss
+from mmrl.trainers.references import best_leaves, cut_references, imitation_losses, references
+from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
 
 
-class ImitationConfig(Section):
-    """After the policy update, prompts without a right answer learn their reference solution (PROPA)."""
+class ImitationConfig(PolicyConfig):
+    """A recipe of imitation: the policy learns written solutions, or the best of its own samples."""
 
-    weight: float = Field(0.0, ge=0)  # of the negative log-likelihood per token; 0 = off
-    solved_at: float = 1.0  # outcome from which an answer counts as right
+    trainer: Literal["imitation"] = "imitation"
+    source: Literal["reference", "samples"] = "reference"
+    plan: dict[int, int] = Field(default_factory=lambda: {0: 4})  # of the samples
+    rollouts: Path | None = None  # stored ones in place of samples (`mmrl rollouts`, search, annotate)
+    keep_above: float = 0.0  # outcome above which a sample is learned
+    per_prompt: PositiveInt = 1  # at most so many samples of a prompt, the best ones
 
-
-def unsolved(rollout: Rollout, solved_at: float) -> list[Prompt]:
-    """Prompts none of whose finished leaves reaches `solved_at`; a prompt without finished leaves is unsolved."""
-    tree = rollout.tree
-    right = tree.is_finished & (tree.outcome >= solved_at)
-    solved = set(tree.group[right].tolist())
-    return [p for i, p in enumerate(rollout.prompts) if i not in solved]
-
-
-def references(policy: Policy, prompts: Sequence[Prompt]) -> Rollout | None:
-    """The written solutions of those prompts that have one, None when none has.
-
-    Raises:
-        ComponentError: the policy cannot write.
-    """
-    writer: OutputWriter = require("imitation", OutputWriter, policy, "policies")
-    known = [(p, text) for p in prompts if (text := reference_solution(p)) is not None]
-    return writer.write([p for p, _ in known], [t for _, t in known]) if known else None
+    @property
+    def samples(self) -> bool:
+        """Learns from rollouts, not from references."""
+        return self.source == "samples"
 
 
-_CHECKED = 2000  # references that are tokenised to see whether they fit
+@register("trainers", "imitation", config=ImitationConfig, recipe={"optim.lr": 2e-5})
+class ImitationTrainer(PolicyTrainer):
+    """The trainer behind `trainer: imitation`."""
 
+    def __init__(
+        self,
+        config: ImitationConfig,
+        policy: Policy | None = None,
+        task: Task | None = None,
+        rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: references are asked for but no prompt has one, or the policy cannot write them.
+        """
+        self.config = config
+        needs: Needs = {}
+        if config.source == "reference":
+            needs = {"source: reference (not source: samples)": OutputWriter}
+        rollouts = Rollouts(config, policy, task, rewards, policy_needs=needs)
+        super().__init__(rollouts)
+        self.plan = BranchPlan(config.plan)
+        self.prompts = list(self.rollouts.task.prompts)
+        if config.source == "reference" and config.rollouts is not None:
+            raise ValueError("stored rollouts are samples; with rollouts, set source=samples")
+        self.stored = self.rollouts.open_stored(config.rollouts)
+        self._cut = 0.0  # share of the references that sampling could not write
+        if config.source == "reference":
+            self._keep_solved()
+            self._cut = cut_references(self.policy, self.prompts)
+        elif self.stored is None:
+            self.policy.forecast(self.plan)  # a plan that does not fit is refused here
 
-def cut_references(policy: Policy, prompts: Sequence[Prompt]) -> float:
-    """Share of the written solutions, of the first ones, that are longer than the policy may sample; warns of them.
+    def _keep_solved(self) -> None:
+        asked = len(self.prompts)
+        self.prompts = [p for p in self.prompts if reference_solution(p) is not None]
+        if not self.prompts:
+            raise ValueError(
+                f"none of {asked} prompts has a reference solution (reference.solution or reference.steps); take "
+                "source: samples, or another task"
+            )
+        if len(self.prompts) < asked:
+            log.warning(
+                "%d of %d prompts have no reference solution and are not used", asked - len(self.prompts), asked
+            )
 
-    A model that learns them is cut whenever it writes what it has learnt.
-    """
-    if not isinstance(policy, LimitedWriter):
-        return 0.0
-    known = [(p.id, text) for p in prompts if (text := reference_solution(p)) is not None][:_CHECKED]
-    reasons = policy.beyond_limits([text for _, text in known])
-    cut = [(id, reason) for (id, _), reason in zip(known, reasons, strict=True) if reason]
-    if cut:
-        log.warning(
-            "%d of %d reference solutions are longer than sampling may write, so what is learnt from them is cut; "
-            "raise the limit. The first: prompt %r, %s", len(cut), len(known), *cut[0],
-        )  # fmt: skip
-    return len(cut) / max(len(known), 1)
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One optimizer step on the solutions of this iteration's prompts."""
+        self.rollouts.clear()
+        rollout, weight = self.solutions(iteration)
+        metrics: dict[str, float] = {}
+        with self.rollouts.timed("update"):
+            for _ in range(self.config.optim.updates_per_rollout):
+                metrics = self.update(rollout, weight)
+        self.rollouts.keep_tree(rollout, weight, iteration)
+        if not self.config.samples:
+            metrics["imitation/cut_frac"] = self._cut
+        return metrics | self.rollouts.metrics()
 
+    def solutions(self, iteration: int) -> tuple[Rollout, Tensor]:
+        """What this rank learns from: a rollout and (N,) how many chosen solutions go through each step."""
+        if self.config.samples:
+            rollout = self._samples(iteration)
+            leaves = best_leaves(rollout.tree, self.config.keep_above, self.config.per_prompt)
+            chosen = torch.zeros(len(rollout.tree), dtype=torch.float64).index_fill(0, leaves, 1.0)
+            return rollout, rollout.tree.accumulate(chosen)
+        written = references(self.policy, self.rollouts.prompts(iteration, self.prompts))
+        assert written is not None  # prompts without a solution were taken out
+        return written, torch.ones(len(written.tree), dtype=torch.float64)
 
-def best_leaves(tree: StepTree, above: float, per_prompt: int = 1) -> Tensor:
-    """(L,) ascending finished leaves with an outcome above `above`, of each prompt at most the `per_prompt` best.
+    def _samples(self, iteration: int) -> Rollout:
+        """This rank's rewarded rollout of the iteration, sampled or read."""
+        if self.stored is not None:
+            return self.rollouts.read(self.stored, iteration)
+        return self.rollouts.rewarded(self.rollouts.prompts(iteration, self.prompts), self.plan, iteration)
 
-    Equal outcomes: the earlier leaf first.
-    """
-    leaves = (tree.is_finished & (tree.outcome > above)).nonzero().flatten()
-    leaves = leaves[torch.argsort(tree.outcome[leaves], descending=True, stable=True)]
-    leaves = leaves[torch.argsort(tree.group[leaves], stable=True)]
-    count = torch.bincount(tree.group[leaves], minlength=tree.num_groups)
-    rank = torch.arange(len(leaves)) - (count.cumsum(0) - count)[tree.group[leaves]]
-    return leaves[rank < per_prompt].sort().values
-
-
-def imitation_losses(
-    policy: Policy,
-    rollout: Rollout,
-    denominator: float,
-    *,
-    weight: Tensor | None = None,
-    sums: list[Tensor] | None = None,
-) -> list[Callable[[], Tensor]]:
-    """Per micro-batch, the weighted negative log-likelihood of the rollout's trainable actions over `denominator`.
-
-    weight: (N,) of each step's actions, by default 1; steps of weight 0 are not run. sums: collects what the losses
-        were.
-    """
-    tree, trainable = rollout.tree, rollout.actions.trainable
-    owner = tree.step_of_action(trainable.numel())
-    each = torch.ones(len(tree)) if weight is None else weight
-    steps = torch.unique(owner[trainable & (owner >= 0)])
-    steps = steps[each[steps] > 0]
-    parts = policy.micro_batches(rollout, steps) if len(steps) else []
-    per_action = each[owner.clamp(min=0)].float()
-    return [partial(_loss, policy, rollout, denominator, per_action, part, sums) for part in parts]
-
-
-def _loss(
-    policy: Policy, rollout: Rollout, denominator: float, weight: Tensor, steps: Tensor, sums: list[Tensor] | None
-) -> Tensor:
-    new = policy.log_probs(rollout, steps)
-    loss = -(weight[new.index].to(new.logp.device) * new.logp).sum() / denominator
-    if sums is not None:
-        sums.append(loss.detach().cpu())
-    return loss
+    def update(self, rollout: Rollout, weight: Tensor) -> dict[str, float]:
+        """The mean negative log-likelihood per action over all ranks, and one optimizer step on it."""
+        tree, trainable = rollout.tree, rollout.actions.trainable
+        owner = tree.step_of_action(trainable.numel())
+        actions = float(weight[owner[trainable & (owner >= 0)]].sum())
+        learned = float((weight[tree.is_leaf]).sum())
+        total, learned, asked = self.loop.all_sum(actions, learned, len(rollout.prompts))
+        sums: list[Tensor] = []
+        losses = imitation_losses(self.policy, rollout, max(total, 1.0), weight=weight, sums=sums)
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, rollout))
+        loss = self.loop.all_sum(float(torch.stack(sums).sum()) if sums else 0.0)[0]
+        return {
+            "imitation/nll": loss, "policy/grad_norm": norm, "imitation/actions": total,
+            "imitation/solutions_per_prompt": learned / asked,
+        }  # fmt: skip

@@ -154,9 +154,9 @@ def test_unscored_completions_are_counted_and_stop_a_run_when_they_are_many(tmp_
 def test_half_is_correct_and_nan_is_no_verdict(tmp_path, values, want):
     with CompletionStore(tmp_path / "store.jsonl") as store:
         asking = Estimator(ToyExtender(), lambda samples: values, store)
-        assert asking.judge([None] * 3) == want
+        assert asking.verify([None] * 3) == want
         with pytest.raises(RewardError, match="returned 3 values for 2 samples"):
-            asking.judge([None] * 2)
+            asking.verify([None] * 2)
 
 
 def test_misuse_is_refused(tmp_path):

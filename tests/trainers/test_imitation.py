@@ -13,8 +13,8 @@ from vision_tiny import Words, vision_recipe
 from mmrl.config import load_config, parse_config
 from mmrl.rollout import Prompt
 from mmrl.trainers import trainer_of
-from mmrl.trainers.imitation import best_leaves, imitation_losses
-from mmrl.trainers.sft import ImitationTrainer, SftConfig
+from mmrl.trainers.imitation import ImitationConfig, ImitationTrainer
+from mmrl.trainers.references import best_leaves, imitation_losses
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
 from families import family_folder
@@ -32,7 +32,7 @@ class Solved(Words):
 
 
 def text_recipe(tmp_path, output, unsolved=0, **sections):
-    sections["task"] = {"name": "test_sft:Solved", "unsolved": unsolved}
+    sections["task"] = {"name": "test_imitation:Solved", "unsolved": unsolved}
     tree = vision_recipe(family_folder("text"), tmp_path, tmp_path / output, **sections)
     for key in ("credit", "loss"):
         del tree[key]
@@ -46,7 +46,7 @@ def latent_recipe(model, output, **sections):
 
 
 def run(tree):
-    trainer = ImitationTrainer(parse_config(tree, model=SftConfig))
+    trainer = ImitationTrainer(parse_config(tree, model=ImitationConfig))
     trainer.train()
     return trainer
 
@@ -64,7 +64,7 @@ def test_references_are_learned(tmp_path):
 
 
 def test_the_loss_is_the_mean_over_all_reference_tokens(tmp_path):
-    trainer = ImitationTrainer(parse_config(text_recipe(tmp_path, "r"), model=SftConfig))
+    trainer = ImitationTrainer(parse_config(text_recipe(tmp_path, "r"), model=ImitationConfig))
     rollout, weight = trainer.solutions(0)
     whole = trainer.policy.log_probs(rollout, torch.arange(len(rollout.tree)))
     first = trainer.iterate(0)
@@ -82,10 +82,10 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 def test_only_prompts_with_a_reference_are_used(tmp_path, caplog):
-    trainer = ImitationTrainer(parse_config(text_recipe(tmp_path, "r", unsolved=3), model=SftConfig))
+    trainer = ImitationTrainer(parse_config(text_recipe(tmp_path, "r", unsolved=3), model=ImitationConfig))
     assert len(trainer.prompts) == 5 and "3 of 8 prompts have no reference solution" in caplog.text
     with pytest.raises(ValueError, match="none of 8 prompts has a reference solution"):
-        ImitationTrainer(parse_config(text_recipe(tmp_path, "s", unsolved=8), model=SftConfig))
+        ImitationTrainer(parse_config(text_recipe(tmp_path, "s", unsolved=8), model=ImitationConfig))
 
 
 def test_a_policy_that_cannot_write_takes_samples(tiny_model, tmp_path):
@@ -93,7 +93,7 @@ def test_a_policy_that_cannot_write_takes_samples(tiny_model, tmp_path):
     with pytest.raises(
         ValueError, match="source: reference .* needs the protocol OutputWriter .*those that do: video, vision"
     ):
-        ImitationTrainer(parse_config(tree, model=SftConfig))
+        ImitationTrainer(parse_config(tree, model=ImitationConfig))
 
 
 def test_best_samples_raise_the_reward_of_a_diffusion_model(tiny_model, tmp_path):
@@ -121,7 +121,9 @@ def test_best_leaves_by_hand(t8):
 def test_shared_steps_count_once_per_chosen_solution(tiny_model, tmp_path):
     """Weights of a step add up the chosen leaves below it; unweighted steps have no part in the loss."""
     trainer = ImitationTrainer(
-        parse_config(latent_recipe(tiny_model, tmp_path / "r", per_prompt=2, policy={"noise": "all"}), model=SftConfig)
+        parse_config(
+            latent_recipe(tiny_model, tmp_path / "r", per_prompt=2, policy={"noise": "all"}), model=ImitationConfig
+        )
     )
     rollout, weight = trainer.solutions(0)
     for g in range(len(rollout.prompts)):
