@@ -1,12 +1,15 @@
 """The documentation: links lead somewhere, a guide begins with its first call, every command is one that would run."""
 
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
+from verbs import run_verb
 
 from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.cli import app
@@ -102,3 +105,29 @@ def check_recipe(verb, recipe, overrides):
     else:
         config = load_config(recipe, overrides)
         assert config.trainer == yaml.safe_load(Path(recipe).read_text())["trainer"]
+
+
+def test_the_first_recipe_runs(tmp_path, monkeypatch):
+    """The files of the start page as they stand there, with a tiny model in place of the one that is named."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "tests" / "vision")])
+    from families import family_folder, picture
+
+    blocks = fenced(ROOT / "docs" / "start" / "start.md")
+    row = next(json.loads(text) for language, text in blocks if not language and text.startswith("{"))
+    (tmp_path / "my_rewards.py").write_text(next(text for language, text in blocks if language == "python"))
+    (tmp_path / "my_recipe.yaml").write_text(next(text for language, text in blocks if language == "yaml"))
+    (tmp_path / "pictures").mkdir()
+    picture(0).save(tmp_path / "pictures" / row["images"][0])
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "policy.lora_rank=2",
+        "policy.dtype=float32",
+        "policy.max_new_tokens=8",
+        "run.iterations=1",
+        "run.cpu=true",
+    ]
+    model = f"policy.model={family_folder('qwen2_5_vl')}"
+    run_verb("train", "my_recipe.yaml", model, *small, "run.prompts_per_iteration=1")
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
