@@ -659,7 +659,7 @@ def test_every_annotation_keeps_its_trees(tmp_path, method):
 
 OWN = '''
 from mmrl.rollout import State
-from mmrl.search.core import judge, propose, result, side_by_side
+from mmrl.search.core import score_candidates, propose, result, side_by_side
 
 
 @side_by_side
@@ -668,7 +668,7 @@ def retry(problem, prompt, *, enough: float = 0.9, tries: int = 8):
     found = []
     for _ in range(tries):
         (states,) = yield from propose([State(prompt)], 1, steps=None)
-        found += yield from judge(problem, states, "min")
+        found += yield from score_candidates(problem, states, "min")
         if found[-1].score >= enough or problem.spent(prompt):
             break
     return result(problem, prompt, found)
