@@ -307,7 +307,7 @@ def _history(value: Any) -> list[Mapping[str, Any]]:
     if value and not isinstance(value, list):
         raise RowError(f"column 'history' is no list of turns: {str(value)[:60]!r}")
     turns: list[Mapping[str, Any]] = []
-    for entry in value if isinstance(value, list) else [value] if value else []:
+    for entry in value or []:
         if isinstance(entry, list) and len(entry) == 2:
             turns += [{"role": "user", "content": entry[0]}, {"role": "assistant", "content": entry[1]}]
         elif isinstance(entry, Mapping):

@@ -510,6 +510,7 @@ def _serve(connection: socket.socket, target: Target, *, is_fork: bool, built: b
         return new
 
     def answer(request: bytes) -> tuple[bytes, Sequence[np.ndarray]]:
+        """The header and the arrays of the answer to a request; a failure is a header too."""
         try:
             content = pickle.loads(request)
         except Exception as error:

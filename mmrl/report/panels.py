@@ -26,6 +26,7 @@ def curves(title: str, *metrics: str) -> Panel:
     """
 
     def draw(rows: Rows, others: Mapping[str, Rows]) -> str | None:
+        """The panel, see `Panel`."""
         lines: dict[str, tuple[list[float], list[float]]] = {}
         for name in metrics:
             x, y = series(rows, name)

@@ -41,6 +41,7 @@ def as_reward(function: Any) -> Any:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def reward(samples: Sequence[Sample], **chosen: Any) -> Any:
+        """What the function answers about the samples. chosen: options of the recipe, which go before columns."""
         for sample in samples:
             if (why := refusal(sample.prompt)) is not None:
                 raise KeyError(why)

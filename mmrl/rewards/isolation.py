@@ -78,6 +78,7 @@ class Isolated:
             raise
         target = find("rewards", reward).target if isinstance(reward, str) else reward
         self._compares = isinstance(target, GroupReward)
+        # A function tells before anything is sampled what it will never score; a class would have to be made here too.
         if isinstance(target, PromptChecker) and not isinstance(target, type):
             self.refusal = target.refusal
 
