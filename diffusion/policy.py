@@ -1,9 +1,9 @@
-"""A diffusion model as a Policy: rollouts by the branch sampler, log-probs by replaying the recorded course."""
+"""A diffusion model as a Policy: rollouts by the branch sampler, log-probs by replaying the recorded schedule."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,21 +11,18 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.adapters.base import Adapter, Cond, LatentScorer, Level
+from diffusion.adapters.base import Adapter, Cond, Level
+from diffusion.capabilities import ScoreLatents
 from diffusion.kernels import Interval, gaussian_kl, log_prob
 from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode, transition
-from diffusion.schedule import Course, Sampling, candidates, plan_course, record
+from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates, plan_schedule, record
 from mmrl.byte_cache import ByteCache
-from mmrl.capabilities import Found
 from mmrl.finite import check_finite
 from mmrl.reference import Reference, unwrap
 from mmrl.registry import declares, find, of_kind
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample, Sight
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
-
-# (latents (N, *D), their noise level, conditions, prompt of each (N,)) -> (N,) scores, such as LatentReward.score
-Judge = Callable[[Tensor, Level, Cond, Tensor], Tensor]
 
 # Defaults of a recipe whose policy denoises. Log-probs are means over a latent's elements, hence the narrow clip
 # range (BranchGRPO's script); Gaussian steps have a closed divergence; depths are aligned, hence its estimator; every
@@ -50,12 +47,12 @@ class DiffusionPolicy:
 
     Args:
         adapter: the model family.
-        sampling: how to sample; see `Sampling`.
+        sampling: how to sample; see `SamplingConfig`.
         max_batch: most latents per network call, in rollout and update. The update visits the states of a depth in
             the rollout's order and chunks, so both passes see the same batches and the first ratio is exactly 1.
     """
 
-    def __init__(self, adapter: Adapter, sampling: Sampling, max_batch: int = 256) -> None:
+    def __init__(self, adapter: Adapter, sampling: SamplingConfig, max_batch: int = 256) -> None:
         if max_batch < 1:
             raise ValueError(f"policy.max_batch={max_batch}: at least 1")
         self.adapter, self.sampling, self.max_batch = adapter, sampling, max_batch
@@ -71,8 +68,7 @@ class DiffusionPolicy:
         modality="latent",
         shardable=False,
         recipe=DENOISING_DEFAULTS,
-        search_scorer=LatentScorer,
-        options_of=Sampling,
+        options_of=SamplingConfig,
     )
     def build(
         cls,
@@ -92,12 +88,12 @@ class DiffusionPolicy:
                 the KL is the model with the adapter off, so that no second copy is kept.
             family: a row of `families`, or the dotted path of an adapter (`diffusion.adapters.base`) for a model of
                 another one; null goes by the class of the folder's denoiser.
-            sampling: fields of `Sampling`.
+            sampling: fields of `SamplingConfig`.
 
         Raises:
             ValueError: the folder holds no such model.
         """
-        policy = cls(_load_adapter(model, guidance_scale, family), Sampling(**sampling), max_batch)
+        policy = cls(_load_adapter(model, guidance_scale, family), SamplingConfig(**sampling), max_batch)
         if lora_rank:
             policy.add_lora(lora_rank)
         return policy
@@ -121,9 +117,9 @@ class DiffusionPolicy:
         return next(self.model.parameters()).device
 
     def _predict(
-        self, model: nn.Module, course: Course, cond: Cond, x: Tensor, i: int, own: Tensor
+        self, model: nn.Module, schedule: NoiseSchedule, cond: Cond, x: Tensor, i: int, own: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self._predict_level(model, course.levels[i], cond, x, own)
+        return self._predict_level(model, schedule.levels[i], cond, x, own)
 
     def _predict_level(
         self, model: nn.Module, level: Level, cond: Cond, x: Tensor, own: Tensor
@@ -185,46 +181,58 @@ class DiffusionPolicy:
 
     # ---- Policy -----------------------------------------------------------------------------------------------
 
-    def course(self, plan: BranchPlan, iteration: int = 0) -> Course:
+    def noise_schedule(self, plan: BranchPlan, iteration: int = 0) -> NoiseSchedule:
         """The steps a rollout will take; ValueError when the plan does not fit."""
-        return plan_course(self.sampling, plan, self.adapter.schedule(self.sampling.steps), iteration)
+        return plan_schedule(self.sampling, plan, self.adapter.schedule(self.sampling.steps), iteration)
 
     def forecast(self, plan: BranchPlan) -> Forecast:
         """Cost of one prompt; trained states are the states before noisy steps."""
-        course = self.course(plan)
-        noisy = [i for i, n in enumerate(course.noisy) if n]
-        cost = plan.forecast(len(course), trained_depths=noisy, full_steps=self.sampling.steps)
-        side = sum(plan.width(i) * (candidates(self.sampling, plan, course, i) - 1) for i in noisy)
+        schedule = self.noise_schedule(plan)
+        noisy = [i for i, n in enumerate(schedule.noisy) if n]
+        cost = plan.forecast(len(schedule), trained_depths=noisy, full_steps=self.sampling.steps)
+        side = sum(plan.width(i) * (candidates(self.sampling, plan, schedule, i) - 1) for i in noisy)
         return replace(cost, steps=cost.steps + side)
 
-    @torch.no_grad()
-    def rollout(
-        self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0, judge: Judge | None = None
-    ) -> Rollout:
-        """Sample a tree per prompt; all leaves of a prompt start from one initial latent.
+    def rollout(self, prompts: Sequence[Prompt], plan: BranchPlan, *, seed: int, iteration: int = 0) -> Rollout:
+        """Sample a tree per prompt; all leaves of a prompt start from one initial latent."""
+        return self._sample(prompts, plan, self.sampling, seed, iteration)
 
-        judge: of `Sampling.candidates` the one with its highest score goes on, not a random one: a search.
-        """
-        course, cond = self.course(plan, iteration), self._embed(prompts)
+    def sample_best(self, prompts: Sequence[Prompt], *, k: int, score: ScoreLatents, seed: int) -> Rollout:
+        """One sample per prompt; at every noisy step the best of k candidates goes on. k = 1 asks for no score."""
+        sampling = replace(self.sampling, candidates=k)
+        return self._sample(prompts, BranchPlan({}), sampling, seed, 0, score if k > 1 else None)
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        plan: BranchPlan,
+        sampling: SamplingConfig,
+        seed: int,
+        iteration: int,
+        score: ScoreLatents | None = None,
+    ) -> Rollout:
+        """score: of `sampling.candidates` the one with its highest score goes on; None = a random one."""
+        schedule = plan_schedule(sampling, plan, self.adapter.schedule(sampling.steps), iteration)
+        cond = self._embed(prompts)
         generators = [named_generator(seed, iteration, p.id) for p in prompts]
         init = torch.stack([self.adapter.init(g) for g in generators]).to(self._device)
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
-            return self._predict(self._bare, course, cond, x, i, own)
+            return self._predict(self._bare, schedule, cond, x, i, own)
 
         def choose(x: Tensor, level: Level, own: Tensor) -> Tensor:
-            assert judge is not None
-            return judge(x, level, cond, own)
+            assert score is not None
+            return score(x, level, cond, own)
 
-        best = None if judge is None else choose
-        forest = sample_forest(predict, init, plan, self.sampling, course, generators, best)
-        about = record(self.sampling, course) | {"prediction": self.adapter.prediction}
+        forest = sample_forest(predict, init, plan, sampling, schedule, generators, None if score is None else choose)
+        about = record(sampling, schedule) | {"prediction": self.adapter.prediction}
         about |= {"seed": seed, "iteration": iteration}
-        latents = {"latent": forest.latent} | ({"mean": forest.mean} if self.sampling.keep_mean else {})
-        payload = {"init": init.to(getattr(torch, self.sampling.storage)).cpu()}
+        latents = {"latent": forest.latent} | ({"mean": forest.mean} if sampling.keep_mean else {})
+        payload = {"init": init.to(getattr(torch, sampling.storage)).cpu()}
         return Rollout(
             list(prompts),
-            _as_tree(forest, len(course)),
+            _as_tree(forest, len(schedule)),
             Actions(forest.logp, ~forest.std.isnan(), latents),
             payload | {f"cond_{k}": v.cpu() for k, v in cond.items()},
             {"calls": forest.calls, "leaves": plan.leaves * len(prompts)},
@@ -235,7 +243,7 @@ class DiffusionPolicy:
     def complete(
         self, rollout: Rollout, places: Sequence[Place], n: int, *, seeds: Sequence[int], temperature: float | None
     ) -> list[list[Sample]]:
-        """Pictures from latents of a rollout, along the rest of its own course; see `mmrl.capabilities.Completer`.
+        """Pictures from latents of a rollout, along the rest of its own schedule; see `mmrl.capabilities.Completer`.
 
         A rollout of another policy is completed where both denoise the same latents by the same schedule.
 
@@ -244,14 +252,14 @@ class DiffusionPolicy:
         """
         if temperature not in (None, 0):
             raise ValueError(f"temperature={temperature}: denoising draws its own noise (null), or none (0: the ODE)")
-        sampling, course = self._replay(rollout)
+        sampling, schedule = self._replay(rollout)
         self._check_kind(rollout)
         if temperature == 0:
-            course = replace(course, noisy=[False] * len(course))
+            schedule = replace(schedule, noisy=[False] * len(schedule))
         starts, at = [], []
         for i, place in enumerate(places):
             ahead = 0 if place.step < 0 else int(rollout.tree.depth[place.step]) + 1
-            if ahead < len(course):
+            if ahead < len(schedule):
                 stored = rollout.prompt_payload["init"] if place.step < 0 else rollout.actions.payload["latent"]
                 latent = stored[place.prompt if place.step < 0 else place.step]
                 starts.append(Start(place.prompt, ahead, latent.float().to(self._device)))
@@ -262,10 +270,10 @@ class DiffusionPolicy:
         cond = self._embed(rollout.prompts)
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
-            return self._predict(self._bare, course, cond, x, i, own)
+            return self._predict(self._bare, schedule, cond, x, i, own)
 
         generators = [torch.Generator().manual_seed(seeds[i]) for i in at]
-        latents = complete(predict, starts, n, sampling, course, generators)
+        latents = complete(predict, starts, n, sampling, schedule, generators)
         pictures = iter(self._finished(torch.cat(latents)))
         for i, own in zip(at, latents, strict=True):
             prompt = rollout.prompts[places[i].prompt]
@@ -282,8 +290,8 @@ class DiffusionPolicy:
         """
         if sight == "shuffled":
             raise ValueError("sight: shuffled is for clips; denoising knows its prompt or, blank, the empty one")
-        sampling, course = self._replay(rollout)
-        course, cond = replace(course, noisy=[False] * len(course)), _cond(rollout)
+        sampling, schedule = self._replay(rollout)
+        schedule, cond = replace(schedule, noisy=[False] * len(schedule)), _cond(rollout)
         other = self.adapter.unconditional(cond) if sight == "blank" else cond
         out = torch.empty(len(steps), dtype=torch.float64)
         for depth in rollout.tree.depth[steps].unique().tolist():
@@ -291,7 +299,7 @@ class DiffusionPolicy:
             x, own, inverse = _parent_states(rollout, steps[at])
             x = x.float().to(self._device)
             seen, blind = (
-                transition(sampling, course, depth, x, *self._predict(self._bare, course, c, x, depth, own)).mean
+                transition(sampling, schedule, depth, x, *self._predict(self._bare, schedule, c, x, depth, own)).mean
                 for c in (cond, other)
             )
             out[at] = ((seen - blind) ** 2).flatten(1).mean(1).double().cpu()[inverse]
@@ -320,12 +328,6 @@ class DiffusionPolicy:
                 f"this model denoises latents of shape {tuple(own)} and predicts {self.adapter.prediction}; the "
                 f"rollout has {tuple(shape)} of a model that predicts {made}. Give one of the same kind"
             )
-
-    def search(self, prompts: Sequence[Prompt], scorer: Any, *, n: int, k: int, seed: int) -> Found:
-        """n samples per prompt, the best of k candidates at every noisy step: `diffusion.search.best_of_k`."""
-        from diffusion.search import best_of_k
-
-        return best_of_k(self, prompts, scorer, n=n, k=k, seed=seed)
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
         """Steps of one depth at a time, siblings together, at most `max_batch` parent states each.
@@ -364,19 +366,19 @@ class DiffusionPolicy:
         return ActionLogProbs(**joined)
 
     def _log_probs_at(self, rollout: Rollout, steps: Tensor, depth: int, reference: bool) -> ActionLogProbs:
-        sampling, course = self._replay(rollout)
+        sampling, schedule = self._replay(rollout)
         x, own, inverse = _parent_states(rollout, steps)
         x, cond = x.float().to(self._device), _cond(rollout)
         model = self.model if torch.is_grad_enabled() else self._bare
-        step = transition(sampling, course, depth, x, *self._predict(model, course, cond, x, depth, own))
+        step = transition(sampling, schedule, depth, x, *self._predict(model, schedule, cond, x, depth, own))
         chosen = rollout.actions.payload["latent"][steps].float().to(self._device)
         inverse = inverse.to(self._device)
         logp = log_prob(chosen, step.mean[inverse], step.std, sampling.reduce)
-        extra = self._guard_terms(rollout, steps, step.mean[inverse], step.std, course.interval(depth))
+        extra = self._guard_terms(rollout, steps, step.mean[inverse], step.std, schedule.interval(depth))
         if not reference:
             return ActionLogProbs(steps, logp, **extra)
         with self._reference.applied(self.model, self._bare) as model:
-            ref = transition(sampling, course, depth, x, *self._predict(model, course, cond, x, depth, own))
+            ref = transition(sampling, schedule, depth, x, *self._predict(model, schedule, cond, x, depth, own))
         kl = gaussian_kl(step.mean, ref.mean, step.std, sampling.reduce)[inverse]
         ref_logp = log_prob(chosen, ref.mean[inverse], step.std, sampling.reduce)
         return ActionLogProbs(steps, logp, kl, ref_logp, **extra)
@@ -411,25 +413,25 @@ class DiffusionPolicy:
     def _pictures(self, model: nn.Module, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]) -> Tensor:
         """One ODE sample per prompt by `model`, each from a latent by its own generator."""
         levels = self.adapter.schedule(self.sampling.steps)
-        course = Course(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
+        schedule = NoiseSchedule(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
         cond = self._embed(prompts)
         init = torch.stack([self.adapter.init(g) for g in generators])
 
         def predict(x: Tensor, i: int, own: Tensor) -> tuple[Tensor, Tensor]:
-            return self._predict(model, course, cond, x, i, own)
+            return self._predict(model, schedule, cond, x, i, own)
 
-        return self._finished(sample_ode(predict, init.to(self._device), self.sampling, course))
+        return self._finished(sample_ode(predict, init.to(self._device), self.sampling, schedule))
 
     @torch.no_grad()
     def describe(self, rollout: Rollout, steps: Tensor) -> list[Tensor]:
         """(C, H, W) pictures in [0, 1]: a leaf's latent decoded, an inner step's clean estimate decoded."""
-        _, course = self._replay(rollout)
+        _, schedule = self._replay(rollout)
         x = rollout.actions.payload["latent"][steps].float()
         depth, own = rollout.tree.depth[steps], rollout.tree.group[steps]
         for d in depth.unique():
-            if int(d) + 1 < len(course):
+            if int(d) + 1 < len(schedule):
                 at = depth == d
-                x[at] = self._predict(self._bare, course, _cond(rollout), x[at], int(d) + 1, own[at])[0].cpu()
+                x[at] = self._predict(self._bare, schedule, _cond(rollout), x[at], int(d) + 1, own[at])[0].cpu()
         return list(self._decode(x))
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -438,7 +440,7 @@ class DiffusionPolicy:
 
     @torch.no_grad()
     def _finished(self, x: Tensor) -> Tensor:
-        """Decoded latents (N, *D) at the end of their course.
+        """Decoded latents (N, *D) at the end of their schedule.
 
         Raises:
             NotFiniteError: naming the denoising network, or the decoder where the latents are finite.
@@ -451,14 +453,14 @@ class DiffusionPolicy:
     def _decode(self, x: Tensor) -> Tensor:
         return torch.cat([self.adapter.decode(part.to(self._device)).cpu() for part in x.split(self.max_batch)])
 
-    def _replay(self, rollout: Rollout) -> tuple[Sampling, Course]:
-        return Sampling(**rollout.about["sampling"]), Course.from_record(rollout.about["course"])
+    def _replay(self, rollout: Rollout) -> tuple[SamplingConfig, NoiseSchedule]:
+        return SamplingConfig(**rollout.about["sampling"]), NoiseSchedule.from_record(rollout.about["course"])
 
 
 def _load_adapter(model: str, guidance_scale: float, family: str | None) -> Adapter:
     """The model of a folder, by the family of its denoiser."""
     if model == "digits":
-        from diffusion.tasks.digits_base import digits_base
+        from diffusion.digits_base import digits_base
 
         model = str(digits_base().folder)
     cls: type[Adapter] = find("families", family or _denoiser(Path(model))).target

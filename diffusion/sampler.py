@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.adapters.base import Level
 from diffusion.kernels import Transition, correlated_noise, log_prob, ode
-from diffusion.schedule import Course, Sampling, candidates
+from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates
 from mmrl.finite import check_finite
 from mmrl.registry import find
 from mmrl.rollout import BranchPlan
@@ -43,33 +43,35 @@ class Forest(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a completion begins: a latent (*D) before step `step` of the course, and its prompt."""
+    """Where a completion begins: a latent (*D) before step `step` of the schedule, and its prompt."""
 
     prompt: int
     step: int
     latent: Tensor
 
 
-def transition(sampling: Sampling, course: Course, i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Transition:
+def transition(
+    sampling: SamplingConfig, schedule: NoiseSchedule, i: int, x: Tensor, x0: Tensor, eps: Tensor
+) -> Transition:
     """The Gaussian of step i, by the rollout's kernel where it is drawn, by the ODE elsewhere. (N, *D) in and out.
 
-    The update calls this with the recorded sampling and course, so both passes share every line.
+    The update calls this with the recorded sampling and schedule, so both passes share every line.
     """
-    interval = course.interval(i)
-    if not course.noisy[i]:
+    interval = schedule.interval(i)
+    if not schedule.noisy[i]:
         out = ode(x, x0, eps, interval)
-        last = i == len(course) - 1
+        last = i == len(schedule) - 1
         return out._replace(mean=x0) if last and sampling.final_step == "x0" else out
     drawn: Transition = find("kernels", sampling.kernel).target(x, x0, eps, interval, **sampling.kernel_options)
-    return drawn._replace(std=drawn.std * course.std_scale[i])
+    return drawn._replace(std=drawn.std * schedule.std_scale[i])
 
 
 def sample_forest(
     predict: Predict,
     init: Tensor,
     plan: BranchPlan,
-    sampling: Sampling,
-    course: Course,
+    sampling: SamplingConfig,
+    schedule: NoiseSchedule,
     generators: list[torch.Generator],
     choose: Choose | None = None,
 ) -> Forest:
@@ -85,27 +87,27 @@ def sample_forest(
     own, parent = torch.arange(len(init)), torch.full((len(init),), -1)
     rows: dict[str, list[Tensor]] = {k: [] for k in Forest._fields if k != "calls"}
     made = calls = 0
-    for i in range(len(course)):
+    for i in range(len(schedule)):
         x0, eps = predict(x, i, own)
         calls += len(x)
-        step = transition(sampling, course, i, x, x0, eps)
-        tried = candidates(sampling, plan, course, i)
+        step = transition(sampling, schedule, i, x, x0, eps)
+        tried = candidates(sampling, plan, schedule, i)
         k = plan.factor(i) * tried
         own, parent = own.repeat_interleave(k), parent.repeat_interleave(k)
         mean = step.mean.repeat_interleave(k, 0)
-        x, logp = _draw(step, mean, k, course.noisy[i], sampling, generators)
-        score = choose(x, course.levels[i + 1], own) if choose is not None and tried > 1 else None
+        x, logp = _draw(step, mean, k, schedule.noisy[i], sampling, generators)
+        score = choose(x, schedule.levels[i + 1], own) if choose is not None and tried > 1 else None
         kept = _kept(len(x), tried, generators, score)
         side = torch.ones(len(x), dtype=torch.bool).index_fill(0, kept, False)
         row = {"parent": parent, "group": own, "latent": x.to(storage).cpu(), "logp": logp, "side": side}
         row |= {"mean": (mean if sampling.keep_mean else mean[:0]).cpu(), "depth": torch.full_like(own, i)}
-        row["std"] = torch.full((len(x),), step.std if course.noisy[i] else torch.nan)
+        row["std"] = torch.full((len(x),), step.std if schedule.noisy[i] else torch.nan)
         for name, value in row.items():
             rows[name].append(value)
         parent, made = made + kept, made + len(x)
         x, own = x[kept.to(x.device)], own[kept]
     forest = Forest(**{k: torch.cat(v) for k, v in rows.items()}, calls=calls)
-    _check_latents(forest, len(course))
+    _check_latents(forest, len(schedule))
     return forest
 
 
@@ -122,8 +124,8 @@ def complete(
     predict: Predict,
     starts: Sequence[Start],
     n: int,
-    sampling: Sampling,
-    course: Course,
+    sampling: SamplingConfig,
+    schedule: NoiseSchedule,
     generators: Sequence[torch.Generator],
 ) -> list[Tensor]:
     """Clean latents (k, *D) from each start: k = n where a step is still drawn, 1 where the rest is deterministic.
@@ -133,14 +135,14 @@ def complete(
     """
     storage = getattr(torch, sampling.storage)
     x, own, row = starts[0].latent.new_zeros((0, *starts[0].latent.shape)), torch.zeros(0, dtype=torch.long), []
-    for i in range(min(s.step for s in starts), len(course)):
-        joining = [j for j, s in enumerate(starts) if s.step == i for _ in range(n if any(course.noisy[i:]) else 1)]
+    for i in range(min(s.step for s in starts), len(schedule)):
+        joining = [j for j, s in enumerate(starts) if s.step == i for _ in range(n if any(schedule.noisy[i:]) else 1)]
         x = torch.cat([x, *(starts[j].latent[None] for j in joining)])
         own = torch.cat([own, torch.tensor([starts[j].prompt for j in joining], dtype=torch.long)])
         row += joining
-        step = transition(sampling, course, i, x, *predict(x, i, own))
+        step = transition(sampling, schedule, i, x, *predict(x, i, own))
         x = step.mean
-        if course.noisy[i]:
+        if schedule.noisy[i]:
             # those that joined before have n rows each, as has everything that joins while noise is to come
             noise = [torch.randn((n, *x.shape[1:]), generator=generators[j]) for j in dict.fromkeys(row)]
             x = x + step.std * torch.cat(noise).to(x.device)
@@ -150,7 +152,7 @@ def complete(
 
 
 def _draw(
-    step: Transition, mean: Tensor, k: int, noisy: bool, sampling: Sampling, generators: list[torch.Generator]
+    step: Transition, mean: Tensor, k: int, noisy: bool, sampling: SamplingConfig, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
     """Latents (N, *D) drawn around `mean`, and their log-probs (N,); `mean` itself and NaN on deterministic steps."""
     storage = getattr(torch, sampling.storage)
@@ -177,7 +179,7 @@ def _kept(n: int, tried: int, generators: list[torch.Generator], score: Tensor |
     return torch.arange(states) * tried + pick
 
 
-def _noise(shape: torch.Size, k: int, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+def _noise(shape: torch.Size, k: int, sampling: SamplingConfig, generators: list[torch.Generator]) -> Tensor:
     """(N, *D) noise drawn prompt by prompt; at a split of k > 1 siblings may share a part of it."""
     per_prompt = shape[0] // len(generators)
     parts = []
@@ -190,9 +192,9 @@ def _noise(shape: torch.Size, k: int, sampling: Sampling, generators: list[torch
     return torch.cat(parts)
 
 
-def sample_ode(predict: Predict, init: Tensor, sampling: Sampling, course: Course) -> Tensor:
+def sample_ode(predict: Predict, init: Tensor, sampling: SamplingConfig, schedule: NoiseSchedule) -> Tensor:
     """(N, *D) clean latents by the deterministic solver, one row per initial latent, every row its own prompt."""
-    quiet = replace(course, noisy=[False] * len(course))
+    quiet = replace(schedule, noisy=[False] * len(schedule))
     own, x = torch.arange(len(init)), init
     for i in range(len(quiet)):
         x0, eps = predict(x, i, own)

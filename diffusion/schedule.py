@@ -17,7 +17,7 @@ FinalStep = Literal["mean", "x0", "sample"]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How to sample; the whole of it is recorded in every rollout, and the update replays the record.
 
     steps: denoising steps T of a full rollout.
@@ -70,7 +70,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Course:
+class NoiseSchedule:
     """The steps of one rollout: n + 1 levels, and per step whether it is drawn and with what std scale."""
 
     levels: list[Level]
@@ -91,12 +91,12 @@ class Course:
         return {"levels": [list(v) for v in self.levels], "noisy": self.noisy, "std_scale": self.std_scale}
 
     @staticmethod
-    def from_record(record: dict[str, Any]) -> Course:
+    def from_record(record: dict[str, Any]) -> NoiseSchedule:
         """The inverse of `record`."""
-        return Course([Level(*v) for v in record["levels"]], list(record["noisy"]), list(record["std_scale"]))
+        return NoiseSchedule([Level(*v) for v in record["levels"]], list(record["noisy"]), list(record["std_scale"]))
 
 
-def noisy_steps(sampling: Sampling, splits: Sequence[int], iteration: int = 0) -> list[bool]:
+def noisy_steps(sampling: SamplingConfig, splits: Sequence[int], iteration: int = 0) -> list[bool]:
     """Per step of the full schedule: is the transition drawn? The last one only with `final_step="sample"`."""
     last = sampling.steps if sampling.final_step == "sample" else sampling.steps - 1
     noisy = set(splits)
@@ -109,12 +109,14 @@ def noisy_steps(sampling: Sampling, splits: Sequence[int], iteration: int = 0) -
     return [i in noisy for i in range(sampling.steps)]
 
 
-def candidates(sampling: Sampling, plan: BranchPlan, course: Course, i: int) -> int:
+def candidates(sampling: SamplingConfig, plan: BranchPlan, schedule: NoiseSchedule, i: int) -> int:
     """Latents drawn after a state at step i of which one goes on; 1 where the plan splits, since there all go on."""
-    return sampling.candidates if course.noisy[i] and plan.factor(i) == 1 else 1
+    return sampling.candidates if schedule.noisy[i] and plan.factor(i) == 1 else 1
 
 
-def plan_course(sampling: Sampling, plan: BranchPlan, levels: Sequence[Level], iteration: int = 0) -> Course:
+def plan_schedule(
+    sampling: SamplingConfig, plan: BranchPlan, levels: Sequence[Level], iteration: int = 0
+) -> NoiseSchedule:
     """Lay out a rollout.
 
     Raises:
@@ -146,9 +148,9 @@ def plan_course(sampling: Sampling, plan: BranchPlan, levels: Sequence[Level], i
         kept, noisy = [*levels[:first], *(levels[p] for p in picks)], noisy[:first] + [False] * tail
     scaled = sampling.split_noise == "scaled"
     scale = [sampling.split_scale if scaled and i in plan.splits else 1.0 for i in range(len(noisy))]
-    return Course(kept, noisy, scale)
+    return NoiseSchedule(kept, noisy, scale)
 
 
-def record(sampling: Sampling, course: Course) -> dict[str, Any]:
+def record(sampling: SamplingConfig, schedule: NoiseSchedule) -> dict[str, Any]:
     """What a rollout keeps so that its log-probs can be recomputed without the config that made it."""
-    return {"sampling": asdict(sampling), "course": course.record()}
+    return {"sampling": asdict(sampling), "course": schedule.record()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints, runtime_checkable
 
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 from mmrl.registry import ComponentError, Row, find, names
 from mmrl.rollout import (
     Answer,
-    BranchPlan,
     Continuation,
-    Forecast,
     OutcomeReward,
     Place,
     Prompt,
@@ -334,46 +331,6 @@ class PromptEncoder(Protocol):
 
     def encode(self, prompt: Prompt) -> Any:
         """The prompt as the model reads it; `ids` (T,) are its tokens."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a policy found, prompt by prompt.
-
-    samples: n independent ones per prompt. scores: the scorer's number for each; higher is better.
-    policy_calls: network rows, summed. scorer_calls: candidates scored on the way, without the `scores`.
-    rollout: what was grown, sample j of prompt p as its prompt p n + j, the candidates beside those that went on;
-        `Sample.step` are its leaves.
-    """
-
-    samples: list[list[Sample]]
-    scores: list[list[float]]
-    policy_calls: int
-    scorer_calls: int
-    rollout: Rollout | None = None
-
-
-@runtime_checkable
-class SampleSearcher(Protocol):
-    """A policy that searches along its own steps.
-
-    Its row can declare the fact `search_scorer`, the protocol that the scorers of its searches follow.
-    """
-
-    def search(self, prompts: Sequence[Prompt], scorer: Any, *, n: int, k: int, seed: int) -> Found:
-        """n samples per prompt; after each step that draws noise the best of k candidates by `scorer` goes on.
-
-        k = 1 is plain sampling. Depends on (seed, prompt id) alone.
-
-        Raises:
-            ValueError: a scorer or a sampling that does not fit.
-        """
-
-    def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
-        """One sample per prompt without exploration noise."""
-
-    def forecast(self, plan: BranchPlan) -> Forecast:
-        """Cost of one prompt under `plan`."""
 
 
 # ---- of tasks -------------------------------------------------------------------------------------------------------

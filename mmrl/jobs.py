@@ -28,7 +28,6 @@ from mmrl.capabilities import (
     PromptEncoder,
     RewardNamer,
     SampleJudge,
-    SampleSearcher,
     StepClassifier,
     admitted,
     build_with,
@@ -42,14 +41,14 @@ from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.records_io import read_records, write_records
 from mmrl.prm.scoring import check_scorer, check_trained, load_scorer, score_records, score_states, scorer_row
 from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
-from mmrl.registry import build, find
+from mmrl.registry import build, find, names
 from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
 from mmrl.search.recipe import SearchConfig
 from mmrl.search.run import search
-from mmrl.search.samples import best_of_k
+from mmrl.search.samples import search_samples
 from mmrl.trainers.task import Task, build_reward
 from mmrl.workdir import WorkDir
 
@@ -244,12 +243,12 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
     Raises:
         ConfigError: another process writes into the output.
     """
-    if config.method.name == "best_of_k":
-        return _best_of_k(config)
+    if config.method.name in names("sample_searches"):
+        return _search_samples(config)
     if config.scorer is not None:
         check_trained(check_scorer(config.scorer))
     find("searches", config.method.name).check(config.method.options, "method")
-    job = _Job(config, Extender, "best_of_k is for policies that search along their own steps")
+    job = _Job(config, Extender, f"{', '.join(names('sample_searches'))}: for policies without text")
     job.alone("mmrl search")
     scorer = job.scorer(config.scorer) if config.scorer else None
     prompts = admitted(scorer, job.prompts) if scorer else job.prompts
@@ -282,28 +281,29 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
 
 
 class _Candidates(Section):
-    """Options of `best_of_k`: samples per prompt, and numbers of candidates at every noisy step to compare."""
+    """Options of a search of samples: samples per prompt, and numbers of candidates at every noisy step to compare."""
 
     n: PositiveInt = 8
     k: tuple[PositiveInt, ...] = (4,)
 
 
-def _best_of_k(config: SearchConfig) -> dict[str, Any]:
+def _search_samples(config: SearchConfig) -> dict[str, Any]:
     """`run_search` for a policy that searches along its own steps."""
     if config.scorer is None or config.max_tokens is not None:
-        raise ConfigError("method.name='best_of_k' needs a `scorer` that ranks candidates, and has no tokens to limit")
+        raise ConfigError(
+            f"method.name={config.method.name!r} needs a `scorer` that ranks candidates, and has no tokens to limit"
+        )
     options = parse_config(config.method.options, "method", _Candidates).model_dump()
-    ranks = find("policies", config.policy.name).facts.get("search_scorer")
-    if ranks is not None:
-        refuse_row(f"a search of policy.name={config.policy.name!r}", ranks, scorer_row(config.scorer))
+    row = find("sample_searches", config.method.name)
+    refuse_row(f"method.name={row.name!r}", row.facts["scorer"], scorer_row(config.scorer))
     check_trained(config.scorer)
-    job = _Job(config, SampleSearcher, "best_of_n, greedy and others are for policies that write")
+    job = _Job(config, row.facts["policy"], "best_of_n, greedy and others are for policies that write")
     job.alone("mmrl search")
     scorer = job.scorer(config.scorer)
     with WorkDir(config.output).owned():
-        report = best_of_k(
-            job.prompts, job.policy, scorer, job.verifier, folder=config.output, **options,
-            judges=job.task.judges if isinstance(job.task, SampleJudge) else None,
+        report = search_samples(
+            job.prompts, job.policy, row.target, scorer, job.verifier, folder=config.output, method=row.name,
+            **options, judges=job.task.judges if isinstance(job.task, SampleJudge) else None,
             seed=config.seed, prompts_per_batch=config.batch,
             about={"policy": job.fingerprint, "scorer": _stamp(config.scorer)},
             rollouts=job.rollouts({"scorer": config.scorer}),

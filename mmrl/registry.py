@@ -129,6 +129,7 @@ add_kind(
         writes=_GROWN,
     )
 )
+add_kind(Kind("sample_searches", "search of samples", arguments=3, keywords=("n", "k", "seed")))
 add_kind(
     Kind(
         "annotations",

@@ -170,7 +170,7 @@ class Sandbox:
         """The built-in models under the names that they have in the cache, untrained."""
         import torch
 
-        from diffusion.tasks import digits_base
+        from diffusion import digits_base
         from mmrl.cache import made_once
         from video.tasks import clips_base, clips_model
         from vision.tasks import shapes_base, shapes_model
@@ -194,7 +194,7 @@ class Sandbox:
         """Stable Diffusion's folders as the recipes of LPO name them, and the latent rewards that judge."""
         from test_unet import save_pipeline
 
-        from diffusion.latent_reward import LatentReward
+        from diffusion.latent.reward import LatentReward
 
         for name, kind in (("stable-diffusion-v1-5", "sd"), ("stable-diffusion-xl-base-1.0", "xl")):
             if (self.root / name).exists():

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from diffusion.capabilities import CandidateSampler
 from mmrl.capabilities import (
     Chooser,
     ContrastReward,
     Extender,
     OutputWriter,
-    SampleSearcher,
     StepClassifier,
     StepWriter,
     build_with,
@@ -106,7 +106,7 @@ def row(name, kind="policies"):
     [
         ("Goes", Extender, True), ("NeverMade", Extender, True), ("told", Extender, True), ("untold", Extender, None),
         ("refusing", Extender, False), ("refusing", Chooser, False), ("Goes", Chooser, False),
-        ("Goes", SampleSearcher, False),
+        ("Goes", CandidateSampler, False),
     ],
 )  # fmt: skip
 def test_a_class_is_known_from_its_row(name, protocol, want):
@@ -121,7 +121,7 @@ def test_a_function_is_the_reward_itself():
 def test_what_the_shipped_components_can():
     assert having("policies", Extender) == having("policies", StepWriter) == ["vision"]  # a film is no text
     assert having("policies", OutputWriter) == ["video", "vision"]
-    assert having("policies", SampleSearcher) == ["diffusion"]
+    assert having("policies", CandidateSampler) == ["diffusion"]
     assert having("policies", Policy) == ["diffusion", "video", "vision"]
     assert having("rewards", ContrastReward) == ["temporal_contrast"]
     assert having("tasks", StepClassifier) == ["shapes"]

@@ -39,7 +39,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from diffusion.baselines import CleanReward
+from diffusion.clean_reward import CleanReward
 from mmrl.config import load_config
 from mmrl.demo import recipe_path
 from mmrl.recipe import TrainingConfig

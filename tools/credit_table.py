@@ -180,7 +180,7 @@ def diffusion_model(folder: Path) -> Path:
     """A DiT of the digits task."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from diffusion.tasks.digits_base import new_dit
+    from diffusion.digits_base import new_dit
 
     torch.manual_seed(0)
     new_dit(width=32, layers=1, heads=2).save_pretrained(folder / "transformer")

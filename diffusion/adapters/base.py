@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.kernels import Prediction
 from mmrl.registry import Kind, add_kind
-from mmrl.rollout import Prompt, Rollout
+from mmrl.rollout import Prompt
 
 Cond = dict[str, Tensor]  # every entry has one row per prompt
 
@@ -58,30 +58,3 @@ class Adapter(Protocol):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the model with save_pretrained."""
-
-
-@runtime_checkable
-class NoisePredictor(Protocol):
-    """A policy whose network can be asked about latents at any noise level; losses on whole samples need it."""
-
-    adapter: Adapter
-    max_batch: int  # latents per call
-
-    def levels(self) -> list[Level]:
-        """The noise levels at which the sampler calls the network, the noisiest first."""
-
-    def predict_at(
-        self, rollout: Rollout, x: Tensor, level: Level, own: Tensor, *, reference: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """(x0, eps), each (N, *D) float32, of latents `x` at one level; own: (N,) prompt of each.
-
-        Differentiable where gradients are on; with `reference`, by the initial model, without gradient.
-        """
-
-
-@runtime_checkable
-class LatentScorer(Protocol):
-    """A scorer of latents at any noise level; it chooses between candidates of a denoising step."""
-
-    def score(self, x: Tensor, level: Level, cond: Cond, own: Tensor) -> Tensor:
-        """(N,) higher is better, of latents x (N, *D); cond: conditions by prompt, own: (N,) prompt of each."""

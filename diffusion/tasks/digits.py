@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from diffusion.tasks.digits_base import DigitsBase, digits_base
+from diffusion.digits_base import DigitsBase, digits_base
 from mmrl.rollout import Prompt, Sample
 
 _base = lru_cache(maxsize=1)(digits_base)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from diffusion.adapters.base import Level
 from diffusion.adapters.dit import DiTAdapter
-from diffusion.latent_data import labelled_pairs, noised, pair_accuracy, ranked_pairs
-from diffusion.latent_reward import Space
+from diffusion.digits_base import DigitsBase, digits_base
+from diffusion.latent.data import labelled_pairs, noised, pair_accuracy, ranked_pairs
+from diffusion.latent.reward import Space
 from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Sampling
+from diffusion.schedule import SamplingConfig
 from diffusion.tasks.digits import LegibleSymmetric
-from diffusion.tasks.digits_base import DigitsBase, digits_base
 from mmrl.cache import cache_root, made_once
 from mmrl.prm.data import Labelled
 from mmrl.rollout import Prompt, Rollout, Sample
@@ -128,7 +128,7 @@ def digits_samples(base: DigitsBase, split: str, sets_per_class: int, size: int)
 
 def _make(base: DigitsBase, split: str, per_class: int, work: Path) -> None:
     log.info("drawing %d samples of the digits base (once)", 10 * per_class)
-    policy = DiffusionPolicy(DiTAdapter.from_pretrained(base.folder), Sampling())
+    policy = DiffusionPolicy(DiTAdapter.from_pretrained(base.folder), SamplingConfig())
     prompts = [Prompt(f"{split}/digit-{d}/{k}", {"label": d}) for d in range(10) for k in range(per_class)]
     samples = policy.generate(prompts, seed=0)
     x = torch.stack([s.output for s in samples]) * 2 - 1

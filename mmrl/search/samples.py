@@ -1,7 +1,7 @@
 """Best of k per step and best of n whole samples, for policies whose steps are no texts (denoising).
 
-The policy searches, since only it knows its steps; here its samples are verified and compared at stated cost. One pool
-of n samples per prompt and k says what every smaller number of samples would have given.
+A row of `sample_searches` grows them, since only the package of a policy knows its steps; here they are verified and
+compared at stated cost. One pool of n samples per prompt and k says what every smaller number would have given.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from mmrl.capabilities import Found, SampleSearcher
 from mmrl.rewards.scoring import score
-from mmrl.rollout import BranchPlan, OutcomeReward, Prompt, Rollout, Sample, check_prompts
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sample, check_prompts
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search import curves
 from mmrl.search.core import best
@@ -31,6 +31,35 @@ RULES = (
     "reward less that of one sample with k = 1, prompt by prompt. Intervals: 95 % percentile bootstrap over prompts. "
     "cost: per prompt."
 )
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The samples that a search returns, prompt by prompt.
+
+    samples: n independent ones per prompt. scores: the scorer's number for each; higher is better.
+    policy_calls: network rows, summed. scorer_calls: candidates scored on the way, without the `scores`.
+    rollout: the tree that was grown, sample j of prompt p as its prompt p n + j, with the candidates beside those that
+        went on; `Sample.step` are its leaves.
+    """
+
+    samples: list[list[Sample]]
+    scores: list[list[float]]
+    policy_calls: int
+    scorer_calls: int
+    rollout: Rollout | None = None
+
+
+class SampleSearch(Protocol):
+    """A row of `sample_searches`: n samples per prompt, the best of k candidates by `scorer` going on at each step.
+
+    k = 1 is plain sampling. Random numbers depend on (seed, prompt id) alone. Its facts `policy` and `scorer` are the
+    protocols that policy and scorer follow. Raises ValueError: a scorer or a sampling that does not fit.
+    """
+
+    def __call__(
+        self, policy: Any, prompts: Sequence[Prompt], scorer: Any, *, n: int, k: int, seed: int
+    ) -> SearchResult: ...
 
 
 @dataclass
@@ -45,13 +74,15 @@ class _Pool:
     seconds: float = 0.0
 
 
-def best_of_k(
+def search_samples(
     prompts: Sequence[Prompt],
-    policy: SampleSearcher,
+    policy: Policy,
+    search: SampleSearch,
     scorer: Any,
     verifier: OutcomeReward,
     *,
     folder: Path,
+    method: str = "best_of_k",
     n: int = 8,
     k: Sequence[int] = (4,),
     judges: Callable[[Sequence[Sample]], Mapping[str, float]] | None = None,
@@ -68,7 +99,8 @@ def best_of_k(
     `n4/k2` the best of 4 samples that went on with the best of 2 candidates at each step. See `RULES`.
 
     Args:
-        scorer: what `policy.search` takes. verifier: any number per sample; None leaves its prompt out, counted.
+        search, method: a row of `sample_searches`, and its name. scorer: what the row takes.
+        verifier: any number per sample; None leaves its prompt out, counted.
         n: samples per prompt; smaller numbers 1, 2, 4, .. come from the same pool.
         judges: numbers on a set of samples that show whether the scorer is being exploited.
         about: JSON values that name policy and scorer; a folder made with others is refused.
@@ -76,15 +108,16 @@ def best_of_k(
             batch per sample, since each of a prompt's samples began with noise of its own.
 
     Raises:
-        ValueError: n or a k below 1, no prompts, the folder holds another search, or a policy that cannot search so.
+        ValueError: n or a k below 1, no prompts, the folder holds another search, or a sampling without
+            candidates.
         RewardError: more than `max_unscored` of the samples of a batch have no verdict.
     """
     if not prompts or n < 1 or any(x < 1 for x in k):
-        raise ValueError(f"best_of_k: n={n} and k={list(k)} must be at least 1, and there must be prompts")
+        raise ValueError(f"{method}: n={n} and k={list(k)} must be at least 1, and there must be prompts")
     check_prompts(prompts)
     tried = sorted({1, *k})
     settings = {"n": n, "k": list(k)}
-    record = {"format": 1, "method": "best_of_k", "settings": settings, "seed": seed, "about": dict(about or {})}
+    record = {"format": 1, "method": method, "settings": settings, "seed": seed, "about": dict(about or {})}
     claim(folder, record)
     pools = {x: _Pool() for x in tried}
     plain = _Pool()
@@ -95,9 +128,11 @@ def best_of_k(
             batch = prompts[i : i + prompts_per_batch]
             _generate(plain, policy, batch, verifier, seed, max_unscored)
             for x, pool in pools.items():
-                found, verdicts = _fill(pool, policy.search, batch, scorer, verifier, (n, x, seed), max_unscored)
+                found, verdicts = _fill(
+                    pool, partial(search, policy), batch, scorer, verifier, (n, x, seed), max_unscored
+                )
                 if rollouts is not None and x == tried[-1]:
-                    for rollout in _trees(found, verdicts, batch, n):
+                    for rollout in _trees(found, verdicts, batch, n, method):
                         rollouts.append(rollout)
             advance(len(batch))
     _write_rows(folder / "results.jsonl", prompts, plain, pools)
@@ -109,7 +144,7 @@ def best_of_k(
 
 
 def _generate(
-    pool: _Pool, policy: SampleSearcher, prompts: Sequence[Prompt], verifier: OutcomeReward, seed: int, limit: float
+    pool: _Pool, policy: Policy, prompts: Sequence[Prompt], verifier: OutcomeReward, seed: int, limit: float
 ) -> None:
     start = time.perf_counter()
     samples = policy.generate(prompts, seed=seed)
@@ -120,13 +155,13 @@ def _generate(
 
 def _fill(
     pool: _Pool,
-    search: Callable[..., Found],
+    search: Callable[..., SearchResult],
     prompts: Sequence[Prompt],
     scorer: Any,
     verifier: OutcomeReward,
     how: tuple[int, int, int],
     limit: float,
-) -> tuple[Found, list[float]]:
+) -> tuple[SearchResult, list[float]]:
     """Add the samples of some prompts; returns them with their verdicts. how: n, k, seed."""
     n, k, seed = how
     start = time.perf_counter()
@@ -143,16 +178,18 @@ def _fill(
     return found, verdicts
 
 
-def _trees(found: Found, verdicts: Sequence[float], prompts: Sequence[Prompt], n: int) -> list[Rollout]:
+def _trees(
+    found: SearchResult, verdicts: Sequence[float], prompts: Sequence[Prompt], n: int, method: str
+) -> list[Rollout]:
     """Of each of the n samples, the trees of all prompts."""
     if found.rollout is None:
-        raise ValueError("this policy does not tell what it grew in a search; leave `rollouts` out")
+        raise ValueError("this search does not return the tree that it grew; leave `rollouts` out")
     tree = found.rollout.tree
     leaves = torch.tensor([s.step for own in found.samples for s in own])
     value = tree.value.clone()
     value[leaves] = torch.tensor([x for own in found.scores for x in own], dtype=torch.float64)
     tree = tree.with_outcomes(leaves, torch.tensor(verdicts, dtype=torch.float64)).replace(value=value)
-    about = dict(found.rollout.about) | {"grown_by": "best_of_k"}
+    about = dict(found.rollout.about) | {"grown_by": method}
     whole = replace(found.rollout, tree=tree, about=about)
     parts = [whole.select(range(j, len(whole.prompts), n)) for j in range(n)]
     return [replace(part, prompts=list(prompts)) for part in parts]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import TinyTask, brightness, recipe
 
 from diffusion.adapters.base import Level
-from diffusion.baselines import CleanReward
+from diffusion.clean_reward import CleanReward
 from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
 from diffusion.policy import DiffusionPolicy
 from mmrl import registry

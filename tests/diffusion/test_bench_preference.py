@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import TinyTask
 
-from diffusion.baselines import CleanReward
-from diffusion.latent_reward import LatentReward
+from diffusion.clean_reward import CleanReward
+from diffusion.latent.reward import LatentReward
 from diffusion.policy import DiffusionPolicy
 from diffusion.tasks.digits import LegibleSymmetric
 from mmrl.rollout import BranchPlan, Prompt, Sample

@@ -10,17 +10,17 @@ from tiny import recipe as latent_recipe
 from torch import nn
 
 from diffusion.adapters.dit import DiTAdapter
-from diffusion.latent_reward import LatentReward
+from diffusion.latent.reward import LatentReward
 from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Sampling
-from mmrl.capabilities import Found
+from diffusion.schedule import SamplingConfig
+from diffusion.search import best_of_k
 from mmrl.config import ConfigError, load_section, parse_config, trainer_config
 from mmrl.jobs import run_search
 from mmrl.registry import ComponentError
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.search.recipe import SearchConfig
-from mmrl.search.samples import best_of_k
+from mmrl.search.samples import SearchResult, search_samples
 from mmrl.trainers import trainer_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"
@@ -37,14 +37,14 @@ class Brightest:
 
 @pytest.fixture
 def policy(tiny_model):
-    return DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), Sampling(steps=STEPS, noise="all"))
+    return DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), SamplingConfig(steps=STEPS, noise="all"))
 
 
 # ---- the policy ---------------------------------------------------------------------------------------------------
 
 
 def test_plain_sampling_is_the_policy_s_own(policy):
-    found = policy.search(PROMPTS, Brightest(), n=2, k=1, seed=5)
+    found = best_of_k(policy, PROMPTS, Brightest(), n=2, k=1, seed=5)
     copies = [Prompt(f"{p.id}#{j}", p.inputs) for p in PROMPTS for j in (0, 1)]
     own = policy.samples(policy.rollout(copies, BranchPlan({}), seed=5))
     got = [s for samples in found.samples for s in samples]
@@ -54,7 +54,7 @@ def test_plain_sampling_is_the_policy_s_own(policy):
 
 
 def test_the_best_candidate_goes_on_and_is_paid_for(policy):
-    plain, searched = (policy.search(PROMPTS, Brightest(), n=2, k=k, seed=0) for k in (1, 4))
+    plain, searched = (best_of_k(policy, PROMPTS, Brightest(), n=2, k=k, seed=0) for k in (1, 4))
     better = [a > b for x, y in zip(searched.scores, plain.scores, strict=True) for a, b in zip(x, y, strict=True)]
     assert len(better) == 6 and all(better)
     assert searched.policy_calls == plain.policy_calls  # candidates share their parent's call
@@ -70,10 +70,10 @@ def test_scores_are_those_of_the_clean_latents(policy, tiny_model):
             seen.append((level.s, len(x), cond["label"][own].tolist()))
             return super().score(x, level, cond, own)
 
-    found = policy.search(PROMPTS[:2], Told(), n=2, k=3, seed=0)
-    twin = DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), Sampling(steps=STEPS, noise="all", candidates=3))
+    found = best_of_k(policy, PROMPTS[:2], Told(), n=2, k=3, seed=0)
+    twin = DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), SamplingConfig(steps=STEPS, noise="all"))
     copies = [Prompt(f"{p.id}#{j}", p.inputs) for p in PROMPTS[:2] for j in (0, 1)]
-    rollout = twin.rollout(copies, BranchPlan({}), seed=0, judge=Brightest().score)
+    rollout = twin.sample_best(copies, k=3, score=Brightest().score, seed=0)
     leaves = [s.step for s in twin.samples(rollout)]
     want = rollout.actions.payload["latent"][leaves].flatten(1).mean(1).tolist()
     assert [x for own in found.scores for x in own] == want
@@ -83,17 +83,17 @@ def test_scores_are_those_of_the_clean_latents(policy, tiny_model):
 
 
 def test_a_prompt_does_not_depend_on_its_company(policy):
-    many, one = policy.search(PROMPTS, Brightest(), n=2, k=3, seed=1), None
-    one = policy.search(PROMPTS[1:2], Brightest(), n=2, k=3, seed=1)
+    many, one = best_of_k(policy, PROMPTS, Brightest(), n=2, k=3, seed=1), None
+    one = best_of_k(policy, PROMPTS[1:2], Brightest(), n=2, k=3, seed=1)
     assert many.scores[1] == pytest.approx(one.scores[0], abs=1e-5)
-    assert many.scores[0] != pytest.approx(policy.search(PROMPTS[:1], Brightest(), n=2, k=3, seed=2).scores[0])
+    assert many.scores[0] != pytest.approx(best_of_k(policy, PROMPTS[:1], Brightest(), n=2, k=3, seed=2).scores[0])
 
 
 def test_a_saved_latent_reward_searches(policy, tiny_model, tmp_path):
     torch.manual_seed(1)
     reward = LatentReward.build(str(tiny_model))
     nn.init.normal_(reward._network.visual_projection.weight, std=1.0)
-    plain, searched = (policy.search(PROMPTS, reward, n=4, k=k, seed=0) for k in (1, 6))
+    plain, searched = (best_of_k(policy, PROMPTS, reward, n=4, k=k, seed=0) for k in (1, 6))
     assert sum(map(sum, searched.scores)) > sum(map(sum, plain.scores))
 
 
@@ -101,10 +101,10 @@ def test_what_cannot_be_searched(policy, tiny_model):
     with pytest.raises(
         ValueError, match="needs the protocol LatentScorer .*function does not have it; those that do: latent_reward"
     ):
-        policy.search(PROMPTS, brightness, n=1, k=2, seed=0)
-    split = DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), Sampling(steps=STEPS))
+        best_of_k(policy, PROMPTS, brightness, n=1, k=2, seed=0)
+    split = DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), SamplingConfig(steps=STEPS))
     with pytest.raises(ValueError, match="noise='split' draws noise where a plan splits"):
-        split.search(PROMPTS, Brightest(), n=1, k=2, seed=0)
+        best_of_k(split, PROMPTS, Brightest(), n=1, k=2, seed=0)
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
@@ -116,17 +116,18 @@ REWARDS = {"a": [0.25, 1.0, 0.5], "b": [0.5, 0.75, 0.0]}
 class Known:
     """Samples with known scores; their output is the reward, a k above 1 adds 1 to both."""
 
-    def search(self, prompts, scorer, *, n, k, seed):
-        more = float(k > 1)
-        samples = [[Sample(p, x + more, -1) for x in REWARDS[p.id][:n]] for p in prompts]
-        scores = [[x + more for x in SCORES[p.id][:n]] for p in prompts]
-        return Found(samples, scores, 10 * n * len(prompts), 7 * k * n * len(prompts) * (k > 1))
-
     def generate(self, prompts, *, seed):
         return [Sample(p, 0.125, -1) for p in prompts]
 
     def forecast(self, plan):
         return Forecast(1, 10, 10, 9, 10)
+
+
+def known_search(policy, prompts, scorer, *, n, k, seed):
+    more = float(k > 1)
+    samples = [[Sample(p, x + more, -1) for x in REWARDS[p.id][:n]] for p in prompts]
+    scores = [[x + more for x in SCORES[p.id][:n]] for p in prompts]
+    return SearchResult(samples, scores, 10 * n * len(prompts), 7 * k * n * len(prompts) * (k > 1))
 
 
 def told(samples):
@@ -140,7 +141,7 @@ def means(samples):
 def report(folder, verifier=told, **options):
     prompts = [Prompt("a", {}), Prompt("b", {})]
     rest = {"folder": folder, "n": 3, "k": (2,), "judges": means, "progress": False, "prompts_per_batch": 1}
-    return best_of_k(prompts, Known(), None, verifier, **rest | options)
+    return search_samples(prompts, Known(), known_search, None, verifier, **rest | options)
 
 
 def test_numbers_worked_out_by_hand(tmp_path):
@@ -229,16 +230,16 @@ def test_a_search_from_a_recipe(tiny_model, tmp_path):
         ({"scorer": None}, "needs a `scorer`"),
         (
             {"scorer": "vision_prm"},
-            "'diffusion' needs the protocol LatentScorer .*'vision_prm' does not .*: latent_reward$",
+            "'best_of_k' needs the protocol LatentScorer .*'vision_prm' does not .*: latent_reward$",
         ),
         ({"max_tokens": 9}, "no tokens to limit"),
         (
             {"method": {"name": "best_of_n"}},
-            "best_of_k is for policies that search along their own steps.*needs the protocol Extender.*: vision",
+            "best_of_k: for policies without text.*needs the protocol Extender.*: vision",
         ),
         (
             {"policy": {"name": "toy_extender:ToyExtender"}},
-            "best_of_n, greedy .* needs the protocol SampleSearcher .*: diffusion$",
+            "best_of_n, greedy .* needs the protocol CandidateSampler .*: diffusion$",
         ),
         ({"method": {"name": "best_of_k", "kk": 2}}, r"method: unknown key kk=2 \(did you mean k\?\)"),
     ],

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from diffusion.adapters.dit import DiTAdapter
+from diffusion.digits_base import Recipe, digits_base, digits_halves
 from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Sampling
+from diffusion.schedule import SamplingConfig
 from diffusion.tasks.digits import DigitsTask, LegibleSymmetric, diversity
-from diffusion.tasks.digits_base import Recipe, digits_base, digits_halves
 
 SHORT = Recipe(steps=20, width=32, layers=1, batch=32, classifier_steps=250)
 
@@ -84,7 +84,7 @@ def test_diversity_of_copies_is_zero():
 
 
 def test_policy_on_the_real_base(base):
-    policy = DiffusionPolicy(DiTAdapter.from_pretrained(base.folder), Sampling())
+    policy = DiffusionPolicy(DiTAdapter.from_pretrained(base.folder), SamplingConfig())
     task = DigitsTask(eval_per_class=2, base=base)
     samples = policy.generate(task.eval_prompts, seed=0)
     assert len(samples) == 20 and samples[0].output.shape == (1, 8, 8)

@@ -10,7 +10,7 @@ from tiny import recipe, write_recipe
 
 from diffusion.policy import DiffusionPolicy
 from diffusion.sampler import transition
-from diffusion.schedule import Course, Sampling
+from diffusion.schedule import NoiseSchedule, SamplingConfig
 from mmrl.config import parse_config
 from mmrl.readings import ReadingContext, fill
 from mmrl.readings.baseline import Baseline
@@ -52,15 +52,18 @@ def filled(rollout, policy, reading, writes=WRITES, **context):
 
 def by_hand(policy, rollout, place):
     """The ODE from one state, alone, step after step."""
-    sampling, course = Sampling(**rollout.about["sampling"]), Course.from_record(rollout.about["course"])
-    quiet = Course(course.levels, [False] * len(course), course.std_scale)
+    sampling, schedule = (
+        SamplingConfig(**rollout.about["sampling"]),
+        NoiseSchedule.from_record(rollout.about["course"]),
+    )
+    quiet = NoiseSchedule(schedule.levels, [False] * len(schedule), schedule.std_scale)
     first = 0 if place.step < 0 else int(rollout.tree.depth[place.step]) + 1
     source = rollout.prompt_payload["init"] if place.step < 0 else rollout.actions.payload["latent"]
     x = source[place.prompt if place.step < 0 else place.step][None]
     cond = policy.adapter.encode([rollout.prompts[place.prompt]])
     with torch.no_grad():
-        for i in range(first, len(course)):
-            x0, eps = policy.adapter.predict(policy.model, x, course.levels[i], cond, torch.tensor([0]))
+        for i in range(first, len(schedule)):
+            x0, eps = policy.adapter.predict(policy.model, x, schedule.levels[i], cond, torch.tensor([0]))
             x = transition(sampling, quiet, i, x, x0, eps).mean
     return float(policy.adapter.decode(x).mean())
 
@@ -136,11 +139,11 @@ def test_divergence_is_what_the_prompt_changes_in_the_next_latent(tiny_model):
     rollout = rewarded(policy)
     tree = rollout.tree
     got = filled(rollout, policy, divergence, ("tags.divergence",)).tree.tags["divergence"]
-    course, null = Course.from_record(rollout.about["course"]), policy.adapter.num_classes
+    schedule, null = NoiseSchedule.from_record(rollout.about["course"]), policy.adapter.num_classes
     for v in range(len(tree)):
         label, above = rollout.prompts[int(tree.group[v])].inputs["label"], int(tree.parent[v])
         x = rollout.actions.payload["latent"][above] if above >= 0 else rollout.prompt_payload["init"][tree.group[v]]
-        here, there = course.levels[int(tree.depth[v])], course.levels[int(tree.depth[v]) + 1]
+        here, there = schedule.levels[int(tree.depth[v])], schedule.levels[int(tree.depth[v]) + 1]
         with torch.no_grad():
             ends = []
             for k in (label, null):

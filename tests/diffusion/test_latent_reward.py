@@ -10,18 +10,18 @@ from tiny import TinyTask, brightness
 
 from diffusion.adapters.base import Level
 from diffusion.adapters.dit import DiTAdapter
-from diffusion.latent_data import (
+from diffusion.digits_base import DigitsBase, classifier_net, new_dit
+from diffusion.latent.data import (
     TreePairs,
     labelled_pairs,
     noised,
     pair_accuracy,
     ranked_pairs,
 )
-from diffusion.latent_features import caught
-from diffusion.latent_reward import LatentNetwork, LatentReward, Space, levels_of, space_of
+from diffusion.latent.features import caught
+from diffusion.latent.reward import LatentNetwork, LatentReward, Space, levels_of, space_of
 from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Sampling
-from diffusion.tasks.digits_base import DigitsBase, classifier_net, new_dit
+from diffusion.schedule import SamplingConfig
 from diffusion.tasks.digits_pairs import DigitsPairs
 from mmrl.credit import compose
 from mmrl.losses.reward import bradley_terry, preference, step_loss
@@ -357,7 +357,7 @@ PROMPTS = TinyTask().prompts[:3]
 
 
 def rewarded(folder, prompts=PROMPTS, seed=0):
-    p = DiffusionPolicy(DiTAdapter.from_pretrained(folder), Sampling(steps=5))
+    p = DiffusionPolicy(DiTAdapter.from_pretrained(folder), SamplingConfig(steps=5))
     rollout = p.rollout(prompts, PLAN, seed=seed)
     samples = p.samples(rollout)
     return write_outcomes(rollout, samples, torch.tensor(brightness(samples), dtype=torch.float64))

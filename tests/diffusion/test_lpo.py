@@ -12,10 +12,10 @@ from torch import nn
 from diffusion.adapters.base import Level
 from diffusion.adapters.dit import DiTAdapter
 from diffusion.kernels import to_x0_eps
-from diffusion.latent_reward import LatentReward
-from diffusion.lpo import LatentJudge
+from diffusion.latent.lpo import LatentJudge
+from diffusion.latent.reward import LatentReward
 from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Sampling, plan_course
+from diffusion.schedule import SamplingConfig, plan_schedule
 from mmrl.config import load_config, parse_config
 from mmrl.losses.preference import Side, preference_loss, preset
 from mmrl.preference import build_pairs, dynamic_threshold
@@ -64,9 +64,9 @@ class EpsilonAdapter:
 
 def policy(kind, folder, max_batch=256, **sampling):
     if kind == "flow":
-        return DiffusionPolicy(DiTAdapter.from_pretrained(folder), Sampling(**LPO | sampling), max_batch)
+        return DiffusionPolicy(DiTAdapter.from_pretrained(folder), SamplingConfig(**LPO | sampling), max_batch)
     ddim = {"steps": 20, "kernel": "ddim", "final_step": "sample"}
-    return DiffusionPolicy(EpsilonAdapter(), Sampling(**LPO | ddim | sampling), max_batch)
+    return DiffusionPolicy(EpsilonAdapter(), SamplingConfig(**LPO | ddim | sampling), max_batch)
 
 
 @pytest.fixture(params=["flow", "epsilon"])
@@ -95,7 +95,7 @@ def brightest(x, level, cond, own):
 def test_one_of_the_candidates_goes_on(kind, tiny_model):
     p = policy(kind, tiny_model)
     rollout = p.rollout(PROMPTS, BranchPlan({}), seed=0)
-    tree, noisy = rollout.tree, int(p.course(BranchPlan({})).noisy.count(True))
+    tree, noisy = rollout.tree, int(p.noise_schedule(BranchPlan({})).noisy.count(True))
     side = tree.tags["side"]
     steps = p.sampling.steps
     assert len(tree) == 3 * (4 * noisy + (steps - noisy)) == 3 * p.forecast(BranchPlan({})).steps
@@ -165,9 +165,9 @@ def test_saved_and_read_again(tiny_model, tmp_path):
 def test_candidates_need_noise(tiny_model):
     levels = DiTAdapter.from_pretrained(tiny_model).schedule(6)
     with pytest.raises(ValueError, match="policy.noise: all"):
-        plan_course(Sampling(steps=6, candidates=4), BranchPlan({0: 2}), levels)
+        plan_schedule(SamplingConfig(steps=6, candidates=4), BranchPlan({0: 2}), levels)
     with pytest.raises(ValueError, match="policy.candidates=0"):
-        Sampling(candidates=0)
+        SamplingConfig(candidates=0)
 
 
 # ---- densities --------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_the_published_loss():
 def lpo_recipe(model, judge, output, **sections):
     tree = recipe(model, output, **{"policy": LPO, **sections})
     tree |= {"trainer": "step_preference", "plan": {0: 2}, "loss": {"name": "lpo"}}
-    tree["step_rewards"] = [{"name": "diffusion.lpo:LatentJudge", "model": str(judge)}]
+    tree["step_rewards"] = [{"name": "latent_judge", "model": str(judge)}]
     tree["pairs"] = {"name": "extremes", "by": "step_reward", "squash": True, "threshold": 0.0, "spread": "std"}
     return parse_config(tree, model=StepPreferenceConfig)
 
@@ -295,7 +295,7 @@ def test_margin_0_and_log_2_before_the_first_update(tiny_model, judge_folder, tm
 
 def test_margin_0_and_log_2_on_an_epsilon_model(judge_folder, tmp_path):
     adapter = EpsilonAdapter()
-    p = DiffusionPolicy(adapter, Sampling(**LPO | {"steps": 20, "kernel": "ddim", "final_step": "sample"}))
+    p = DiffusionPolicy(adapter, SamplingConfig(**LPO | {"steps": 20, "kernel": "ddim", "final_step": "sample"}))
     config = lpo_recipe("unused", judge_folder, tmp_path / "r")
     config.step_rewards[0] = type(config.step_rewards[0])(name="test_lpo:mean_latent")
     trainer = StepPreferenceTrainer(config, policy=p)
@@ -325,8 +325,8 @@ def test_the_judge_score_rises(tiny_model, tmp_path):
 @pytest.mark.parametrize("name", ["digits_lpo", "lpo_sd15", "lpo_sdxl"])
 def test_recipes_are_read(name):
     config = load_config(CONFIGS / f"{name}.yaml")
-    sampling = {k: v for k, v in config.policy.options.items() if k in Sampling.__dataclass_fields__}
-    assert Sampling(**sampling).candidates == 4 and config.plan is not None
+    sampling = {k: v for k, v in config.policy.options.items() if k in SamplingConfig.__dataclass_fields__}
+    assert SamplingConfig(**sampling).candidates == 4 and config.plan is not None
     assert preset(config.loss.name, **config.loss.options).clip == 0.1 and config.pairs.options["spread"] == "std"
 
 
@@ -335,7 +335,7 @@ def test_recipes_are_read(name):
 
 def test_the_best_candidate_goes_on_with_a_judge(kind, tiny_model):
     p = policy(kind, tiny_model)
-    rollout = p.rollout(PROMPTS, BranchPlan({}), seed=0, judge=brightest)
+    rollout = p.sample_best(PROMPTS, k=4, score=brightest, seed=0)
     tree, mean = rollout.tree, rollout.actions.payload["latent"].flatten(1).mean(1)
     for members in (tree.sib == s for s in tree.sib.unique()):
         assert bool((~tree.tags["side"])[members][mean[members].argmax()])
@@ -355,6 +355,6 @@ def test_the_judge_of_a_search_is_told_level_and_prompt(tiny_model):
         seen.append((len(x), level.s, cond["label"][own].tolist()))
         return x.flatten(1).mean(1)
 
-    p.rollout([Prompt("a", {"label": 3}), Prompt("b", {"label": 7})], BranchPlan({}), seed=0, judge=judge)
+    p.sample_best([Prompt("a", {"label": 3}), Prompt("b", {"label": 7})], k=4, score=judge, seed=0)
     levels = p.adapter.schedule(6)
     assert seen == [(8, levels[i + 1].s, [3] * 4 + [7] * 4) for i in range(5)]

@@ -11,9 +11,9 @@ from tiny import TinyTask, recipe, write_recipe
 from verbs import run_verb
 
 from diffusion.adapters.dit import DiTAdapter
-from diffusion.latent_reward import LatentReward
+from diffusion.latent.reward import LatentReward
 from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Sampling
+from diffusion.schedule import SamplingConfig
 from mmrl.config import load_config, parse_config, trainer_config
 from mmrl.preference import Pairs
 from mmrl.rollout import BranchPlan, Rollout
@@ -93,7 +93,7 @@ def test_a_latent_reward_learns_from_it_and_feeds_preferences(tiny_model, disk, 
     run_verb("train", write_recipe(tmp_path / "r.yaml", held))
     accuracy = [r["eval/pair_acc"] for r in metrics(tmp_path / "run") if "eval/pair_acc" in r]
     assert accuracy[-1] > max(accuracy[0], 0.5)
-    judge = {"name": "diffusion.lpo:LatentJudge", "model": str(tmp_path / "run" / "model")}
+    judge = {"name": "latent_judge", "model": str(tmp_path / "run" / "model")}
     by_judge = preference(tiny_model, tmp_path / "lpo", step_rewards=[judge], run={"iterations": 1},
                           pairs={"name": "extremes", "by": "step_reward", "squash": True})  # fmt: skip
     run_verb("train", write_recipe(tmp_path / "lpo.yaml", by_judge), f"rollouts={disk / 'train'}")
@@ -119,7 +119,7 @@ def moved(model, output):
 def test_the_published_recipes_name_one_sampling():
     """Rollouts of digits_branch.yaml are what digits_tree_preference.yaml reads: same policy options, same plan."""
     a, b = (load_config(CONFIGS / f"{n}.yaml") for n in ("digits_branch", "digits_tree_preference"))
-    options = [Sampling(**{k: v for k, v in c.policy.options.items() if k != "model"}) for c in (a, b)]
+    options = [SamplingConfig(**{k: v for k, v in c.policy.options.items() if k != "model"}) for c in (a, b)]
     assert options[0] == options[1] and a.plan == b.plan and a.task == b.task
     assert a.run.prompts_per_iteration == b.run.prompts_per_iteration
 
@@ -252,7 +252,7 @@ class VelocityDiT(DiTAdapter):
 
 def test_rollouts_say_what_their_network_predicts(tiny_model, rollout):
     assert rollout.about["prediction"] == "flow"
-    p = DiffusionPolicy(VelocityDiT.from_pretrained(tiny_model), Sampling(steps=5))
+    p = DiffusionPolicy(VelocityDiT.from_pretrained(tiny_model), SamplingConfig(steps=5))
     other = p.rollout(TinyTask().prompts[:2], BranchPlan({0: 2}), seed=0)
     assert other.about["prediction"] == "v"
     with pytest.raises(ValueError, match="predicts 'flow'; the policy predicts 'v'"):

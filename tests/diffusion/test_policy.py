@@ -4,7 +4,7 @@ from tiny import TinyTask, brightness
 
 from diffusion.adapters.dit import DiTAdapter
 from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Sampling, noisy_steps, plan_course
+from diffusion.schedule import SamplingConfig, noisy_steps, plan_schedule
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan, Prompt, Rollout
 
@@ -14,7 +14,7 @@ PLAN = BranchPlan({0: 2, 2: 2})
 
 def policy(folder, max_batch=256, guidance=1.0, **sampling):
     return DiffusionPolicy(
-        DiTAdapter.from_pretrained(folder, guidance), Sampling(**{"steps": 6} | sampling), max_batch
+        DiTAdapter.from_pretrained(folder, guidance), SamplingConfig(**{"steps": 6} | sampling), max_batch
     )
 
 
@@ -199,14 +199,14 @@ def test_evaluation_is_deterministic_and_uses_no_exploration_noise(tiny_model):
 
 
 def test_window_slides_and_is_never_empty():
-    s = Sampling(steps=10, noise="window", window_size=4, window_every=25)
+    s = SamplingConfig(steps=10, noise="window", window_size=4, window_every=25)
     starts = [noisy_steps(s, (), i).index(True) for i in range(0, 400, 25)]
     assert starts == [0, 1, 2, 3, 4, 5] * 2 + [0, 1, 2, 3]
     assert all(sum(noisy_steps(s, (), i)) == 4 for i in range(0, 400, 25))
-    assert all(sum(noisy_steps(Sampling(steps=3, noise="window"), (), i)) == 2 for i in range(100))
-    assert noisy_steps(Sampling(steps=6), [0, 3]) == [True, False, False, True, False, False]
-    assert sum(noisy_steps(Sampling(steps=6, noise="all"), [])) == 5
-    assert sum(noisy_steps(Sampling(steps=6, noise="all", final_step="sample"), [])) == 6
+    assert all(sum(noisy_steps(SamplingConfig(steps=3, noise="window"), (), i)) == 2 for i in range(100))
+    assert noisy_steps(SamplingConfig(steps=6), [0, 3]) == [True, False, False, True, False, False]
+    assert sum(noisy_steps(SamplingConfig(steps=6, noise="all"), [])) == 5
+    assert sum(noisy_steps(SamplingConfig(steps=6, noise="all", final_step="sample"), [])) == 6
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_bad_options():
         ({"window_size": 0}, "at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            Sampling(**options)
+            SamplingConfig(**options)
 
 
 def test_unknown_label_names_the_prompt(tiny_model):
@@ -245,5 +245,5 @@ def test_unknown_label_names_the_prompt(tiny_model):
 
 def test_tail_keeps_the_schedule_up_to_the_last_noisy_step(tiny_model):
     p = policy(tiny_model, steps=20, tail=2)
-    course = plan_course(p.sampling, BranchPlan({0: 2, 9: 2}), p.adapter.schedule(20))
-    assert [round(v.s, 3) for v in course.levels[9:]] == [0.55, 0.5, 0.25, 0.0] and len(course) == 12
+    schedule = plan_schedule(p.sampling, BranchPlan({0: 2, 9: 2}), p.adapter.schedule(20))
+    assert [round(v.s, 3) for v in schedule.levels[9:]] == [0.55, 0.5, 0.25, 0.0] and len(schedule) == 12

@@ -19,11 +19,11 @@ from diffusers import (
 from tiny import recipe
 
 from diffusion.adapters.unet import UNetAdapter
-from diffusion.latent_reward import LatentReward
-from diffusion.lpo import LatentJudge
+from diffusion.latent.lpo import LatentJudge
+from diffusion.latent.reward import LatentReward
 from diffusion.policy import DiffusionPolicy
 from diffusion.sampler import sample_ode
-from diffusion.schedule import Course, Sampling
+from diffusion.schedule import NoiseSchedule, SamplingConfig
 from diffusion.tasks.text_prompts import TextPrompts
 from mmrl.config import ConfigError, load_config, parse_config
 from mmrl.prm.scoring import good_logits
@@ -160,7 +160,7 @@ def test_our_ddim_is_that_of_diffusers(every_folder, guidance):
         return adapter.predict(adapter.model, x, levels[i], cond, own)
 
     with torch.no_grad():
-        got = sample_ode(predict, init, Sampling(steps=6), Course(levels, [False] * 6, [1.0] * 6))
+        got = sample_ode(predict, init, SamplingConfig(steps=6), NoiseSchedule(levels, [False] * 6, [1.0] * 6))
     torch.testing.assert_close(got, want.images, atol=1e-4, rtol=1e-4)
     assert float((got - init).abs().mean()) > 0.1
 
@@ -269,7 +269,7 @@ def test_a_latent_reward_on_the_same_folder_reads_its_rollouts(folder, tmp_path)
     reward.save(tmp_path / "judge")
     found = LatentJudge(str(tmp_path / "judge"), told="before")(rollout)
     assert bool(found.isfinite().all())
-    judged = p.rollout(PROMPTS, BranchPlan({}), seed=0, judge=reward.score)
+    judged = p.sample_best(PROMPTS, k=p.sampling.candidates, score=reward.score, seed=0)
     assert len(judged.tree) == len(rollout.tree)
 
 

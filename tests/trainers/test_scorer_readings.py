@@ -212,7 +212,7 @@ def test_red_telescopes_to_the_last_score_less_that_of_the_prompt(tmp_path):
 
 
 def test_a_latent_reward_is_a_critic_of_denoising(tiny_model, tmp_path):
-    from diffusion.schedule import Course
+    from diffusion.schedule import NoiseSchedule
 
     critic = {"name": "score", "scorer": {"name": "latent_reward", "model": str(tiny_model)}, "root": True}
     tree = recipe(
@@ -225,7 +225,7 @@ def test_a_latent_reward_is_a_critic_of_denoising(tiny_model, tmp_path):
     )
     trainer = BranchGrpo(parse_config(tree))
     rollout = trainer.sample(0)
-    prm, first = trainer._online.scorer, Course.from_record(rollout.about["course"]).levels[0]
+    prm, first = trainer._online.scorer, NoiseSchedule.from_record(rollout.about["course"]).levels[0]
     label = torch.tensor([p.inputs["label"] for p in rollout.prompts])
     with torch.no_grad():
         t = torch.full((len(label),), float(first[2]))

@@ -55,7 +55,7 @@ def make(request, tiny_model, tmp_path):
             return latent(tiny_model, tmp_path / name, **sections)
         return token(tmp_path, tmp_path / name, **sections)
 
-    pictures = {"name": "diffusion.baselines:CleanReward", "reward": "tiny:brightness", "model": str(tiny_model)}
+    pictures = {"name": "clean_reward", "reward": "tiny:brightness", "model": str(tiny_model)}
     maker.step_reward = {"latent": pictures, "token": {"name": "vision_tiny:step_digits"}}[request.param]
     maker.middle = {"latent": 0.5, "token": 0.05}[request.param]  # of the step rewards of an untrained model
     maker.weights = lambda name: load_file(tmp_path / name / "model" / MODEL[request.param])

@@ -373,7 +373,7 @@ def rewrite(folder, **changes):
 @pytest.mark.parametrize("kind", ["shape", "schedule"])
 def test_a_latent_reward_of_another_space_is_told(tiny_model, tmp_path, kind):
     """LPO with a judge of larger latents, and with one that was trained on an epsilon model."""
-    from diffusion.latent_reward import LatentReward
+    from diffusion.latent.reward import LatentReward
 
     LatentReward.build(str(tiny_model)).save(tmp_path / "judge")
     (file,) = (tmp_path / "judge").glob("*.json")
@@ -385,7 +385,7 @@ def test_a_latent_reward_of_another_space_is_told(tiny_model, tmp_path, kind):
                                "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # fmt: skip
         record["prediction"] = "epsilon"
     file.write_text(json.dumps(record))
-    judge = {"name": "diffusion.latent_reward:LatentReward.build", "model": str(tmp_path / "judge")}
+    judge = {"name": "diffusion.latent.reward:LatentReward.build", "model": str(tmp_path / "judge")}
     tree = latent(tiny_model, tmp_path / "r", trainer="step_preference", step_rewards=[judge])
     del tree["loss"]
     told = {"shape": r"latents of shape \(1, 8, 8\) and got \(1, 4, 4\)", "schedule": "another schedule|'epsilon'"}[

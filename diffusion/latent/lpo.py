@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Level
-from diffusion.latent_reward import LatentReward
-from diffusion.schedule import Course
+from diffusion.latent.reward import LatentReward
+from diffusion.schedule import NoiseSchedule
 from mmrl.registry import declares
 from mmrl.rollout import Rollout
 
@@ -51,14 +51,14 @@ class LatentJudge:
         Raises:
             ValueError: latents of another shape or schedule than the judge was trained on.
         """
-        tree, course = rollout.tree, Course.from_record(rollout.about["course"])
-        last = len(course) - 1 if self._last is None else self._last
+        tree, schedule = rollout.tree, NoiseSchedule.from_record(rollout.about["course"])
+        last = len(schedule) - 1 if self._last is None else self._last
         judged = torch.bincount(tree.sib)[tree.sib] > 1
         judged &= (tree.depth >= self._first) & (tree.depth <= last)
         out = torch.full((len(tree),), torch.nan, dtype=torch.float64)
         for depth in tree.depth[judged].unique().tolist():
             steps = (judged & (tree.depth == depth)).nonzero().flatten()
-            level = course.levels[depth + (self._told == "after")]
+            level = schedule.levels[depth + (self._told == "after")]
             out[steps] = self._scores(rollout, steps, level)
         return out
 

@@ -1,7 +1,6 @@
-"""Published methods to compare with, on the sampler and rollouts of the others: their losses as terms of a rollout.
+"""Losses on whole samples as rows of `sample_losses`: a rewarded rollout becomes the terms of a published loss.
 
-`trainer: sample_loss` runs Diffusion-DPO, ReFL and DiffusionNFT; DDPO is a plan and an estimator of branch
-GRPO, SPO a preset of step preferences with `CleanReward` as its judge.
+`trainer: sample_loss` runs them; their arithmetic is in `diffusion.losses`.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.adapters.base import Level, NoisePredictor
+from diffusion.adapters.base import Level
+from diffusion.capabilities import NoisePredictor
 from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
-from diffusion.policy import DiffusionPolicy
-from diffusion.schedule import Course
+from diffusion.schedule import NoiseSchedule
 from mmrl.capabilities import DifferentiableReward, require
 from mmrl.credit import estimate
 from mmrl.preference import build_pairs
-from mmrl.registry import build, declares, register
+from mmrl.registry import register
 from mmrl.rollout import Rollout, Sample
 from mmrl.seeding import named_generator
 from mmrl.trainers.sample_loss import Rewards, Term
@@ -95,11 +94,11 @@ def refl(
         ValueError: a reward without gradient.
     """
     score = _differentiable(rewards)
-    course = Course.from_record(rollout.about["course"])
-    first = max(1, math.ceil(len(course) * (1 - window)))
-    step = int(torch.randint(first, len(course), (), generator=named_generator("refl", *key)))
+    schedule = NoiseSchedule.from_record(rollout.about["course"])
+    first = max(1, math.ceil(len(schedule) * (1 - window)))
+    step = int(torch.randint(first, len(schedule), (), generator=named_generator("refl", *key)))
     states = (rollout.tree.depth == step - 1).nonzero().flatten()
-    term = partial(_refl_term, policy, rollout, score, course.levels[step], target, weight)
+    term = partial(_refl_term, policy, rollout, score, schedule.levels[step], target, weight)
     return [Term(len(p), partial(term, p)) for p in states.split(policy.max_batch)]
 
 
@@ -214,45 +213,3 @@ def _noised(
             generator = named_generator("noised", *key, i, rollout.prompts[g].id)
             noise[own == g] = torch.randn((int((own == g).sum()), *shape), generator=generator)
         yield known[i], noise
-
-
-@declares(reads=("actions.latent",), fits="latents")
-class CleanReward:
-    """A step reward for denoising steps: an outcome reward on the clean picture predicted after each step.
-
-    The step-aware judge of SPO with a reward that knows no noise: one network row and one decoding per step, which a
-    latent reward saves.
-
-    Args:
-        reward: of the group `mmrl.rewards`, or a dotted path; called in this process.
-        model: what predicts the clean picture, frozen; as `policy.model`.
-        first_depth, last_depth: denoising steps that are judged; others cost nothing and get NaN.
-    """
-
-    def __init__(
-        self,
-        reward: str = "legible_symmetric",
-        model: str = "digits",
-        first_depth: int = 0,
-        last_depth: int | None = None,
-    ) -> None:
-        self._policy = DiffusionPolicy.build(model)
-        self._reward = build("rewards", "step_rewards.reward", reward, {})
-        self._first, self._last = first_depth, last_depth
-
-    @property
-    def model(self) -> nn.Module:
-        """The network that predicts."""
-        return self._policy.model
-
-    def __call__(self, rollout: Rollout) -> Tensor:
-        """(N,) float64, NaN where the reward has no opinion."""
-        tree = rollout.tree
-        last = int(tree.depth.max()) if self._last is None else self._last
-        steps = ((tree.depth >= self._first) & (tree.depth <= last)).nonzero().flatten()
-        pictures, owner = self._policy.describe(rollout, steps), tree.group[steps].tolist()
-        rows = zip(owner, pictures, steps.tolist(), strict=True)
-        scores = self._reward([Sample(rollout.prompts[g], x, i) for g, x, i in rows])
-        out = torch.full((len(tree),), math.nan, dtype=torch.float64)
-        out[steps] = torch.tensor([math.nan if r is None else r for r in scores], dtype=torch.float64)
-        return out

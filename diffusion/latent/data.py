@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.adapters.base import Cond, Level
-from diffusion.latent_reward import levels_of
+from diffusion.latent.reward import levels_of
 from mmrl.preference.scores import step_scores
 from mmrl.prm.data import Labelled
 from mmrl.rollout import Actions, Prompt, Rollout

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond, Level
-from diffusion.latent_features import Family
-from diffusion.schedule import Course
+from diffusion.latent.features import Family
+from diffusion.schedule import NoiseSchedule
 from mmrl.finite import check_finite
 from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.reference import unwrap
@@ -189,7 +189,7 @@ class LatentReward:
             ValueError: the folder holds neither, or `enhance` contradicts a saved model.
         """
         if model == "digits":
-            from diffusion.tasks.digits_base import digits_base
+            from diffusion.digits_base import digits_base
 
             model = str(digits_base().folder)
         folder = Path(model)
@@ -221,11 +221,11 @@ class LatentReward:
         """(G,) float64 sigmoid of the score of each prompt's initial noise.
 
         Raises:
-            ValueError: the rollout has no initial latents or no recorded course.
+            ValueError: the rollout has no initial latents or no recorded schedule.
         """
         if "init" not in rollout.prompt_payload or "course" not in rollout.about:
             raise ValueError("the rollout has no initial noise with its level: only a diffusion policy's own has")
-        level = Course.from_record(rollout.about["course"]).levels[0]
+        level = NoiseSchedule.from_record(rollout.about["course"]).levels[0]
         own = torch.arange(len(rollout.prompts))
         return self.score(rollout.prompt_payload["init"], level, _conditions(rollout), own).sigmoid().double()
 
@@ -325,12 +325,12 @@ def _conditions(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def levels_of(rollout: Rollout) -> Tensor:
-    """(N, 3) float64 (a, s, t) of the state after each step: its own, or by its depth in the recorded course."""
+    """(N, 3) float64 (a, s, t) of the state after each step: its own, or by its depth in the recorded schedule."""
     if "level" in rollout.actions.payload:
         return rollout.actions.payload["level"].double()
     if "course" not in rollout.about:
-        raise ValueError("the rollout has no noise levels: neither a recorded course nor `level` per step")
-    table = torch.tensor(Course.from_record(rollout.about["course"]).levels, dtype=torch.float64)
+        raise ValueError("the rollout has no noise levels: neither a recorded schedule nor `level` per step")
+    table = torch.tensor(NoiseSchedule.from_record(rollout.about["course"]).levels, dtype=torch.float64)
     return table[rollout.tree.depth + 1]
 
 
