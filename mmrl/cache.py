@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from mmrl.workdir import publish
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ def cache_root() -> Path:
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, filled by `make(work)` if it is not there as it was made: one process makes it, others wait.
 
-    `make` writes beside the target and the folder is renamed at the end, so a stopped run leaves nothing half made. It
-    is made anew where a file is missing or has another size.
+    It is published when `make` ends: a stopped run leaves nothing half made. It is made anew where a file is missing
+    or has another size.
     """
     if _is_whole(folder):
         return folder
@@ -36,14 +37,11 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         if not _is_whole(folder):
             if folder.exists():
                 log.warning("%s is damaged and made anew", folder)
-                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-            work = folder.with_name(folder.name + ".part")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            make(work)
-            sizes = {str(f.relative_to(work)): f.stat().st_size for f in work.rglob("*") if f.is_file()}
-            (work / SIZES).write_text(json.dumps(sizes))
-            work.rename(folder)
+            with publish(folder) as work:
+                work.mkdir()
+                make(work)
+                sizes = {str(f.relative_to(work)): f.stat().st_size for f in work.rglob("*") if f.is_file()}
+                (work / SIZES).write_text(json.dumps(sizes))
     return folder
 
 

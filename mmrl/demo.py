@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrl.registry import build, names, register
+from mmrl.workdir import write_json
 
 Overrides = Sequence[str]
 
@@ -131,7 +131,7 @@ def _prm(demo: Demo, folder: Path, overrides: Overrides) -> None:
     _train(demo.shown, folder, [*data, policy.replace("policy", "scorer"), *overrides])
     told = [policy, f"scorer={_run(folder, demo.shown) / 'model'}", f"output={found}"]
     report = run_search(load_section(recipe_path("vision/shapes_search.yaml"), SearchConfig, told))
-    (_run(folder, demo.shown) / "search.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(_run(folder, demo.shown) / "search.json", report)
 
 
 for _name, _built_in in {

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from mmrl.cache import cache_root
 from mmrl.jsonl import RowError
+from mmrl.workdir import publish
 
 
 def medium_path(value: object, where: str, kind: str = "image") -> str:
@@ -65,12 +64,9 @@ def is_embedded(path: str | Path) -> bool:
 def _stored(data: bytes) -> Path:
     file = embedded_folder() / hashlib.sha256(data).hexdigest()
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # several processes may store one picture: each writes its own file, and the last to rename is no other
-        handle, part = tempfile.mkstemp(dir=file.parent)
-        with open(handle, "wb") as f:
-            f.write(data)
-        os.replace(part, file)
+        # several processes may store one picture, and whoever comes last writes the same bytes
+        with publish(file, shared=True) as part:
+            part.write_bytes(data)
     return file
 
 

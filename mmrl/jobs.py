@@ -50,7 +50,7 @@ from mmrl.search.recipe import SearchConfig
 from mmrl.search.run import search
 from mmrl.search.samples import search_samples
 from mmrl.trainers.task import Task, build_reward
-from mmrl.workdir import WorkDir
+from mmrl.workdir import WorkDir, write_lines
 
 log = logging.getLogger(__name__)
 
@@ -225,12 +225,13 @@ def run_score(
 ) -> dict[str, Any]:
     """Scores of the solutions in a file, one row each: id, scores (null where a question cannot be taken)."""
     records, bad = read_format(data, format, unlabelled=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before anything is scored
     scores = score_records(on_device(load_scorer(scorer)), records)
-    with out.open("w") as f:
-        for r, s in zip(records, scores, strict=True):
-            row = None if s is None else [None if x != x else x for x in s]
-            f.write(json.dumps({"id": r.id, "scores": row}) + "\n")
+    rows = []
+    for record, values in zip(records, scores, strict=True):
+        known = None if values is None else [None if x != x else x for x in values]
+        rows.append(json.dumps({"id": record.id, "scores": known}))
+    write_lines(out, rows)
     return {
         "records": len(records), "unscored": sum(s is None for s in scores), "quarantined": len(bad),
         "unreadable_rows": count_reasons(bad),
@@ -263,7 +264,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         return [[0.0 if x != x else x for x in row] for row in rows]  # too long, or a marker inside: ranks last
 
     encode = job.policy.encode if isinstance(job.policy, PromptEncoder) else None
-    with WorkDir(config.output).owned():
+    with job.files, WorkDir(config.output).owned():
         report = search(
             prompts, job.policy, scores if scorer else None, job.verifier, folder=config.output,
             method=config.method.name, settings=config.method.options, aggregations=config.aggregates,
@@ -300,7 +301,7 @@ def _search_samples(config: SearchConfig) -> dict[str, Any]:
     job = _Job(config, row.facts["policy"], "best_of_n, greedy and others are for policies that write")
     job.alone("mmrl search")
     scorer = job.scorer(config.scorer)
-    with WorkDir(config.output).owned():
+    with job.files, WorkDir(config.output).owned():
         report = search_samples(
             job.prompts, job.policy, row.target, scorer, job.verifier, folder=config.output, method=row.name,
             **options, judges=job.task.judges if isinstance(job.task, SampleJudge) else None,
@@ -397,7 +398,11 @@ class _Job:
             "seed": config.seed, "processes": 1, "grown_by": config.method.model_dump(mode="json"),
             "made_by": self.fingerprint, **(about or {}),
         }  # fmt: skip
-        return RolloutFolder(config.rollouts, record, write=self.rank == 0)
+        if self.rank == 0:
+            self.files.enter_context(WorkDir(config.rollouts).owned())
+        folder = RolloutFolder(config.rollouts, record, write=self.rank == 0)
+        self.wait()
+        return folder
 
     def alone(self, what: str) -> None:
         """ConfigError when several processes were started for what one does."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmrl.config import ConfigError
 from mmrl.rollout import Rollout
+from mmrl.workdir import WorkDir, discard, publish, tidy
 
 RECIPE = "recipe.json"  # beside the rollouts: what made them
 
@@ -27,35 +26,25 @@ class RolloutFolder:
     def __init__(self, root: str | Path, record: Mapping[str, Any], *, write: bool = True) -> None:
         self.root = Path(root)
         if write:
-            self._open(json.loads(json.dumps(record)))
+            self._open(record)
 
-    def _open(self, record: dict[str, Any]) -> None:
-        file = self.root / RECIPE
-        if file.exists():
-            known = json.loads(file.read_text())
-            changed = [f"{k}: {known.get(k)} -> {record[k]}" for k in record if record[k] != known.get(k)]
-            if changed:
-                raise ConfigError(
-                    f"{self.root} holds rollouts of another recipe: {'; '.join(changed)}. Use another folder"
-                )
-        elif any(self.root.glob("*/rollout.json")):
+    def _open(self, record: Mapping[str, Any]) -> None:
+        if any(self.root.glob("*/rollout.json")) and not (self.root / RECIPE).exists():
             raise ConfigError(
                 f"{self.root} holds rollouts without {RECIPE}, so what made them is unknown; use another folder"
             )
-        self.root.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=1) + "\n")
+        WorkDir(self.root).identify(RECIPE, record, "holds rollouts of another recipe")
+        tidy(self.root)
 
     def place(self, batch: int, rank: int = 0) -> Path:
         """The folder of a batch."""
         return self.root / f"{batch:06d}-{rank:02d}"
 
     def save(self, rollout: Rollout, batch: int, rank: int = 0) -> Path:
-        """Write a batch under another name and rename it: complete or absent, never half."""
+        """Write a batch: complete or absent, never half."""
         folder = self.place(batch, rank)
-        part = folder.with_name(f".{folder.name}.part")
-        for old in (part, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        rollout.save(part).rename(folder)
+        with publish(folder) as part:
+            rollout.save(part)
         return folder
 
     @property
@@ -73,7 +62,7 @@ class RolloutFolder:
         for folder in self.batches:
             batch, _, own = folder.name.partition("-")
             if int(own) == rank and int(batch) >= batches:
-                shutil.rmtree(folder)
+                discard(folder)
 
     def keep(self, ids: Collection[str]) -> set[str]:
         """Drop the trees of all other prompts; returns the ids of those that are there."""
@@ -83,7 +72,7 @@ class RolloutFolder:
             kept = [i for i, p in enumerate(rollout.prompts) if p.id in ids]
             found |= {rollout.prompts[i].id for i in kept}
             if not kept:
-                shutil.rmtree(folder)
+                discard(folder)
             elif len(kept) < len(rollout.prompts):
                 self.save(rollout.select(kept), int(folder.name.partition("-")[0]))
         return found

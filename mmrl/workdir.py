@@ -1,26 +1,48 @@
-"""Whose folder: one process at a time writes what a verb can go on with, and all ranks see the same folder."""
+"""Work folders: whose one is, and what is left in it when the process that writes is killed.
+
+A folder belongs to one process at a time, and to one set of settings for good (`WorkDir`). A file or folder in it is
+replaced as a whole (`publish`), and a file of lines grows by whole lines (`append`).
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import secrets
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from mmrl.config import ConfigError
 
+log = logging.getLogger(__name__)
+
 PATIENCE_S = 30.0  # NFS clients look for new files every so many seconds
+_PART, _OLD, _GONE = ".part", ".old", ".gone"  # being written, moved aside for a new one, being removed
+
+
+# ---- whose folder ---------------------------------------------------------------------------------------------------
 
 
 class WorkDir:
-    """A folder that a process takes before it writes into it, and gives free afterwards."""
+    """A folder that a process takes before it writes into it, and gives free afterwards.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._lock = FileLock(root / ".lock")
+    Args:
+        root: the folder, made when it is claimed.
+        rank: of several processes that share the folder by agreement, each holds a lock of its own.
+    """
+
+    def __init__(self, root: str | Path, rank: int = 0) -> None:
+        self.root = Path(root)
+        # one lock per path: a process that holds it may claim the folder again in an inner block
+        self._lock = FileLock(self.root / (f".lock-{rank}" if rank else ".lock"), is_singleton=True)
 
     def claim(self) -> str:
         """Take the folder for this process; returns a token that other ranks must find.
@@ -65,3 +87,182 @@ class WorkDir:
             yield
         finally:
             self.release()
+
+    def identify(self, name: str, settings: Mapping[str, Any], what: str, free: Collection[str] = ()) -> None:
+        """Note in the file `name` what decides the contents of the folder, or check that it is what was noted before.
+
+        Args:
+            name: ends in .json or .yaml. settings: JSON values, sections as mappings.
+            what: said of a folder of other settings: "holds another search".
+            free: settings, as dotted paths, that may change.
+
+        Raises:
+            ConfigError: the folder was made with other settings, each of which is named, or the file is damaged.
+        """
+        file = self.root / name
+        if file.exists():
+            changed = _differences(_read_settings(file), json.loads(json.dumps(settings)), free)
+            if changed:
+                raise ConfigError(f"{self.root} {what}: {'; '.join(changed)}. Use another folder")
+        if file.suffix == ".yaml":
+            write_text(file, yaml.safe_dump(settings, sort_keys=False))
+        else:
+            write_json(file, settings)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+        settings = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); use another folder") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} is damaged (it holds no sections); use another folder")
+    return json.loads(json.dumps(settings))  # keys become texts, as in the settings that it is compared with
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str], within: str = "") -> list[str]:
+    """`path: old -> new` of every setting that differs; one that is not there counts as null."""
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        path, a, b = f"{within}{key}", old.get(key), new.get(key)
+        if path in free or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += _differences(a, b, free, f"{path}.")
+        else:
+            changed.append(f"{path}: {a} -> {b}")
+    return changed
+
+
+# ---- what is replaced -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def publish(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
+    """Gives a place beside `path`, where the block writes a file or makes a folder; then it takes the name `path`.
+
+    It is flushed to the disk before. A process that is killed, or an error in the block, leaves what was at `path`.
+
+    Args:
+        path: devices and pipes (/dev/stdout) are written to as they are, links stay links.
+        shared: several processes may write it at once, of whom the last one wins.
+    """
+    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(path, f".{secrets.token_hex(4)}" if shared else "")
+    if part.is_dir():
+        shutil.rmtree(part)
+    try:
+        yield part
+        _flush(part)
+    except BaseException:
+        _remove(part)
+        raise
+    if part.is_dir() and path.exists():
+        old = _beside(path, _OLD)
+        _remove(old)
+        path.rename(old)
+        part.rename(path)
+        _remove(old)
+    else:
+        os.replace(part, path)
+    _flush_entry(path.parent)
+
+
+def part_of(path: Path, suffix: str = "") -> Path:
+    """The place beside `path` where `publish` has it written, for ranks that write parts of one folder."""
+    return _beside(path, suffix + _PART)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`publish` a text."""
+    with publish(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`publish` a JSON value, indented for readers."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> int:
+    """`publish` a text of lines, one after the other; returns how many there were."""
+    count = 0
+    with publish(path) as part, part.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line + "\n")
+            count += 1
+    return count
+
+
+def discard(path: Path) -> None:
+    """Remove a folder as a whole: a process that is killed leaves all of it, or nothing under its name."""
+    gone = _beside(path, _GONE)
+    _remove(gone)
+    path.rename(gone)
+    _remove(gone)
+
+
+def tidy(folder: Path) -> None:
+    """Finish what a killed process left in a folder: what it was writing or removing goes, what it had moved aside for
+    a new one that is not there comes back."""
+    for left_over in folder.glob(".*"):
+        name = left_over.stem[1:]
+        if left_over.suffix == _OLD and not (folder / name).exists():
+            left_over.rename(folder / name)
+        elif left_over.suffix in (_PART, _OLD, _GONE):
+            _remove(left_over)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file, or a folder with all that is in it, to the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            _flush(entry)
+    _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- what grows -----------------------------------------------------------------------------------------------------
+
+
+def append(file: Path, rows: Iterable[Any]) -> None:
+    """Add JSON values as lines to a file; half a line of a killed process at its end is cut off before."""
+    cut_half_line(file)
+    with file.open("a", encoding="utf-8") as out:
+        out.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cut_half_line(file: Path) -> None:
+    """Cut off what follows the last end of a line, of a process that was killed while it wrote."""
+    if not file.exists() or file.stat().st_size == 0:
+        return
+    with file.open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        if f.read(1) != b"\n":
+            f.seek(0)
+            whole = f.read().rfind(b"\n") + 1
+            log.warning("%s: the last line was cut by a kill; %d bytes removed", file, f.tell() - whole)
+            f.truncate(whole)

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmrl.workdir import publish
 from vision.vllm_media import Medium, engine_input, take_positions
 
 _MAX_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # adapter sizes vLLM has room for
@@ -299,11 +300,9 @@ class Server:
             raise RuntimeError("server engine without `exchange`: name a folder that trainer and server both see")
         old, self._version = self._weights_folder(), self._version + 1
         folder = self._weights_folder()
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_torch_state_dict({name: w.detach().cpu() for name, w in weights}, part)
-        part.rename(folder)
+        with publish(folder) as part:
+            part.mkdir()
+            save_torch_state_dict({name: w.detach().cpu() for name, w in weights}, part)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
         self._http("/collective_rpc", reload)
         self._forget()

@@ -24,6 +24,7 @@ from mmrl.bench.base import Benchmark, Result, Score, Scored, data_files, rememb
 from mmrl.jsonl import Quarantined, count_reasons
 from mmrl.prm.metrics import bootstrap, evaluate_steps
 from mmrl.registry import build
+from mmrl.workdir import write_text
 
 
 def run_bench(
@@ -73,8 +74,7 @@ def run_bench(
     }  # fmt: skip
     report = _finite(report)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     show(name, result, settings, bad)
     return report
 

@@ -12,7 +12,6 @@ Only `id`, `question` and `steps` are needed; `kind` is "unknown" when missing a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from mmrl.jsonl import Quarantined, RowError, broken_text, read_rows
 from mmrl.pictures import ImageError, check_image
 from mmrl.prm.records import Counts, Kind, SolutionRecord, Step
 from mmrl.rows import images, integer, is_number, optional_text, plain_text
+from mmrl.workdir import write_lines
 
 _KINDS = get_args(Kind)
 _KEYS = frozenset(SolutionRecord.__dataclass_fields__)
@@ -62,20 +62,15 @@ def write_records(path: str | Path, records: Iterable[SolutionRecord], media_roo
 
     The file appears when it is complete. Raises RowError with the record's id if one is not valid.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    count = 0
-    with part.open("w", encoding="utf-8") as f:
-        for record in records:
-            row = record_to_json(check_record(record, unlabelled=True))
-            if media_root is not None:
-                for kind in ("images", "videos"):
-                    row[kind] = [_relative(p, Path(media_root)) for p in row[kind]]
-            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    os.replace(part, path)
-    return count
+
+    def line(record: SolutionRecord) -> str:
+        row = record_to_json(check_record(record, unlabelled=True))
+        if media_root is not None:
+            for kind in ("images", "videos"):
+                row[kind] = [_relative(p, Path(media_root)) for p in row[kind]]
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+    return write_lines(path, map(line, records))
 
 
 def record_to_json(record: SolutionRecord) -> dict[str, Any]:

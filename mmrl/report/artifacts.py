@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmrl.rollout import Prompt, Rollout, Sample
+from mmrl.workdir import publish
 
 PER_ROW = 10  # samples kept per row of the grid
 MAX_ROWS = 12
@@ -25,18 +26,19 @@ MAX_ROWS = 12
 def save_samples(samples: Sequence[Sample], rewards: Sequence[float], folder: Path) -> None:
     """The first samples of every kind of prompt (same inputs), with their rewards, into `folder`."""
     rows: dict[str, dict[str, Any]] = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
-        key = json.dumps(dict(sample.prompt.inputs), sort_keys=True)
-        if key not in rows:
-            if len(rows) == MAX_ROWS:
-                continue
-            shown = prompt_picture(sample.prompt, folder, f"prompt_{i:04d}")
-            rows[key] = {"title": prompt_title(sample.prompt), "prompt": shown, "cells": []}
-        cells = rows[key]["cells"]
-        if len(cells) < PER_ROW:
-            cells.append({"output": save_output(sample.output, folder, f"{i:04d}"), "reward": reward})
-    (folder / "samples.json").write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+    with publish(folder) as part:
+        part.mkdir()
+        for i, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
+            key = json.dumps(dict(sample.prompt.inputs), sort_keys=True)
+            if key not in rows:
+                if len(rows) == MAX_ROWS:
+                    continue
+                shown = prompt_picture(sample.prompt, part, f"prompt_{i:04d}")
+                rows[key] = {"title": prompt_title(sample.prompt), "prompt": shown, "cells": []}
+            cells = rows[key]["cells"]
+            if len(cells) < PER_ROW:
+                cells.append({"output": save_output(sample.output, part, f"{i:04d}"), "reward": reward})
+        (part / "samples.json").write_text(json.dumps(list(rows.values()), indent=1) + "\n")
 
 
 def prompt_title(prompt: Prompt) -> str:
@@ -62,12 +64,13 @@ def save_tree(rollout: Rollout, adv: Tensor, describe: Callable[[Rollout, Tensor
     keep = rollout.tree.group == 0
     one = rollout.select([0])
     one = one.with_tree(one.tree.replace(tags=one.tree.tags | {"adv": adv[keep]}))
-    one.save(folder)
-    prompt_picture(one.prompts[0], folder, "prompt")
     steps = shown_steps(one)
     outputs = describe(one, steps)
-    shown = {int(s): save_output(o, folder, f"step_{int(s):04d}") for s, o in zip(steps, outputs, strict=True)}
-    (folder / "outputs.json").write_text(json.dumps(shown, indent=1) + "\n")
+    with publish(folder) as part:
+        one.save(part)
+        prompt_picture(one.prompts[0], part, "prompt")
+        shown = {int(s): save_output(o, part, f"step_{int(s):04d}") for s, o in zip(steps, outputs, strict=True)}
+        (part / "outputs.json").write_text(json.dumps(shown, indent=1) + "\n")
 
 
 def shown_steps(rollout: Rollout) -> Tensor:

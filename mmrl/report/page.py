@@ -19,6 +19,7 @@ from mmrl.report.artifacts import data_uri
 from mmrl.report.panels import Rows, series
 from mmrl.report.search_panel import search_panel
 from mmrl.report.tree_picture import draw_tree
+from mmrl.workdir import write_text
 
 _SAMPLED = (
     "Evaluation without exploration noise, on fixed prompts. A reward that rises while a judge or the diversity falls "
@@ -50,8 +51,7 @@ def write_overview(runs: Sequence[tuple[str, Path, Sequence[Path]]], out: Path) 
     """One page of several runs, each (title, run, runs to compare with); returns `out`."""
     env = Environment(loader=PackageLoader("mmrl.report", "templates"), autoescape=select_autoescape())
     sections = [_section(*run) for run in runs]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(env.get_template("report.html").render(title=" + ".join(r[0] for r in runs), sections=sections))
+    write_text(out, env.get_template("report.html").render(title=" + ".join(r[0] for r in runs), sections=sections))
     return out
 
 

@@ -25,6 +25,7 @@ from mmrl.search.core import SearchResult, number
 from mmrl.search.measures import measure
 from mmrl.search.problem import Problem, Scorer
 from mmrl.search.votes import canonical_answer
+from mmrl.workdir import WorkDir, append, cut_half_line, write_json
 
 
 def search(
@@ -73,33 +74,35 @@ def search(
         "format": 1, "method": method, "settings": dict(settings or {}), "seed": seed,
         "max_tokens": limits.max_tokens, "about": dict(about or {}),
     }  # fmt: skip
-    rows = _open(folder, record, prompts)
+    if not prompts:
+        raise ValueError("search: no prompts")
     problem = Problem(extender, scorer, limits, seed, prompt_tokens=prompt_tokens, stop=stop)
-    if rollouts is not None:
-        _check_trees(rollouts, folder, rows)
-    todo = [p for p in prompts if p.id not in rows]
-    with (folder / "results.jsonl").open("a") as file, bar(len(prompts), len(rows), progress) as advance:
-        for i in range(0, len(todo), prompts_per_batch):
-            batch = todo[i : i + prompts_per_batch]
-            begin_iteration(extender, scorer)
-            results = run(problem, batch)
-            new = _rows(results, batch, verifier, canonical, whole_trees=rollouts is not None)
-            _check_unscored([*rows.values(), *new], max_unscored)
-            if rollouts is not None:  # before the rows: a prompt with a row has its tree
-                heats = {r.temperature for r in results}
-                told = {"temperature": heats.pop()} if len(heats) == 1 and None not in heats else {}
-                about_trees = {"grown_by": method, "seed": seed, **told}
-                rollouts.append(rollout_for(extender, [r.tree for r in results], about_trees))
-            for row in new:
-                file.write(json.dumps(row) + "\n")
-                rows[row["id"]] = row
-            file.flush()
-            problem.forget(batch)
-            advance(len(batch))
-    pool = bool(kind.facts.get("pool"))
-    numbers = measure([rows[p.id] for p in prompts], aggregations=aggregations, pool=pool, seed=seed)
-    report = record | numbers
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    with owned(folder, record):
+        results_file = folder / "results.jsonl"
+        rows = _known_rows(results_file, prompts)
+        if rollouts is not None:
+            _check_trees(rollouts, folder, rows)
+        todo = [p for p in prompts if p.id not in rows]
+        with bar(len(prompts), len(rows), progress) as advance:
+            for i in range(0, len(todo), prompts_per_batch):
+                batch = todo[i : i + prompts_per_batch]
+                begin_iteration(extender, scorer)
+                results = run(problem, batch)
+                new = _rows(results, batch, verifier, canonical, whole_trees=rollouts is not None)
+                _check_unscored([*rows.values(), *new], max_unscored)
+                if rollouts is not None:  # before the rows: a prompt with a row has its tree
+                    heats = {r.temperature for r in results}
+                    told = {"temperature": heats.pop()} if len(heats) == 1 and None not in heats else {}
+                    about_trees = {"grown_by": method, "seed": seed, **told}
+                    rollouts.append(rollout_for(extender, [r.tree for r in results], about_trees))
+                append(results_file, new)
+                rows |= {row["id"]: row for row in new}
+                problem.forget(batch)
+                advance(len(batch))
+        pool = bool(kind.facts.get("pool"))
+        numbers = measure([rows[p.id] for p in prompts], aggregations=aggregations, pool=pool, seed=seed)
+        report = record | numbers
+        write_json(folder / "report.json", report)
     return report
 
 
@@ -167,42 +170,36 @@ def _check_unscored(rows: Sequence[Mapping[str, Any]], limit: float) -> None:
         )
 
 
-def _open(folder: Path, record: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
-    """Prepare the folder; the rows that it already holds for these prompts."""
-    if not prompts:
-        raise ValueError("search: no prompts")
-    claim(folder, record)
-    results = folder / "results.jsonl"
-    rows = _read(results) if results.exists() else {}
-    for p in prompts:
-        if p.id in rows and rows[p.id]["prompt"] != _digest(p):
-            raise ValueError(f"{results}: prompt {p.id!r} was searched with another question; take another folder")
-    return {p.id: rows[p.id] for p in prompts if p.id in rows}
+@contextmanager
+def owned(folder: Path, record: Mapping[str, Any]) -> Iterator[None]:
+    """The folder of a search, which search.json describes, for this process alone.
+
+    Raises:
+        ConfigError: it holds another search, or another process has it.
+    """
+    work = WorkDir(folder)
+    with work.owned():
+        work.identify("search.json", record, "holds another search")
+        yield
 
 
-def claim(folder: Path, record: Mapping[str, Any]) -> None:
-    """Make the folder and note in search.json what is searched there; ValueError when it holds another search."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = folder / "search.json"
-    if known.exists():
-        old, new = json.loads(known.read_text()), json.loads(json.dumps(record))
-        changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in new if old.get(k) != new.get(k)]
-        if changed:
-            raise ValueError(f"{folder} holds another search ({'; '.join(changed)}); take another folder")
-    known.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _read(results: Path) -> dict[str, dict[str, Any]]:
-    whole, _, cut = results.read_text().rpartition("\n")
-    if cut:  # a kill in the middle of a line: that prompt is searched again
-        results.write_text(whole + "\n" if whole else "")
+def _known_rows(results: Path, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    """The rows that a results file already holds for these prompts; a prompt whose row was cut is searched again."""
+    if not results.exists():
+        return {}
+    cut_half_line(results)
+    digests = {p.id: _digest(p) for p in prompts}
     rows: dict[str, dict[str, Any]] = {}
-    for i, line in enumerate(whole.splitlines(), start=1):
+    for i, line in enumerate(results.read_text().splitlines(), start=1):
         try:
             row = json.loads(line)
-            rows[row["id"]] = row
+            name, digest = row["id"], row["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{results}, line {i}: no result of a search ({error}); remove the line") from error
+        if digests.get(name, digest) != digest:
+            raise ValueError(f"{results}: prompt {name!r} was searched with another question; take another folder")
+        if name in digests:
+            rows[name] = row
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sam
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search import curves
 from mmrl.search.core import best
-from mmrl.search.run import bar, claim
+from mmrl.search.run import bar, owned
+from mmrl.workdir import write_json, write_lines
 
 RULES = (
     "reward: expected verdict of the sample that the scorer ranks first among n of the pool, over all choices of n; "
@@ -118,12 +119,11 @@ def search_samples(
     tried = sorted({1, *k})
     settings = {"n": n, "k": list(k)}
     record = {"format": 1, "method": method, "settings": settings, "seed": seed, "about": dict(about or {})}
-    claim(folder, record)
     pools = {x: _Pool() for x in tried}
     plain = _Pool()
-    if rollouts is not None:
-        rollouts.keep(())
-    with bar(len(prompts), 0, progress) as advance:
+    with owned(folder, record), bar(len(prompts), 0, progress) as advance:
+        if rollouts is not None:
+            rollouts.keep(())
         for i in range(0, len(prompts), prompts_per_batch):
             batch = prompts[i : i + prompts_per_batch]
             _generate(plain, policy, batch, verifier, seed, max_unscored)
@@ -135,11 +135,12 @@ def search_samples(
                     for rollout in _trees(found, verdicts, batch, n, method):
                         rollouts.append(rollout)
             advance(len(batch))
-    _write_rows(folder / "results.jsonl", prompts, plain, pools)
-    calls = policy.forecast(BranchPlan({})).independent_calls
-    numbers = _measure(plain, pools, calls, judges, seed)
-    report = record | {"prompts": len(prompts), **numbers, "rules": RULES}
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        rows = _result_rows(prompts, plain, pools)
+        write_lines(folder / "results.jsonl", map(json.dumps, rows))
+        calls = policy.forecast(BranchPlan({})).independent_calls
+        numbers = _measure(plain, pools, calls, judges, seed)
+        report = record | {"prompts": len(prompts), **numbers, "rules": RULES}
+        write_json(folder / "report.json", report)
     return report
 
 
@@ -199,14 +200,13 @@ def _verdicts(samples: Sequence[Sample], verifier: OutcomeReward, limit: float) 
     return list(score(samples, {"verifier": (verifier, 1.0)}, limit).total.tolist())
 
 
-def _write_rows(file: Path, prompts: Sequence[Prompt], plain: _Pool, pools: Mapping[int, _Pool]) -> None:
-    """A line per prompt; null stands for a missing verdict."""
-    with file.open("w") as out:
-        for i, p in enumerate(prompts):
-            row: dict[str, Any] = {"id": p.id, "generate": _known(plain.rewards[i])[0]}
-            for k, pool in pools.items():
-                row[f"k{k}"] = {"scores": pool.scores[i], "rewards": _known(pool.rewards[i])}
-            out.write(json.dumps(row) + "\n")
+def _result_rows(prompts: Sequence[Prompt], plain: _Pool, pools: Mapping[int, _Pool]) -> Iterator[dict[str, Any]]:
+    """A row per prompt; null stands for a missing verdict."""
+    for i, p in enumerate(prompts):
+        row: dict[str, Any] = {"id": p.id, "generate": _known(plain.rewards[i])[0]}
+        for k, pool in pools.items():
+            row[f"k{k}"] = {"scores": pool.scores[i], "rewards": _known(pool.rewards[i])}
+        yield row
 
 
 def _known(values: Sequence[float]) -> list[float | None]:

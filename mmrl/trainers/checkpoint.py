@@ -11,12 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from mmrl.config import ConfigError
 from mmrl.sharding import tied_names
+from mmrl.workdir import discard, part_of, publish, tidy
 
 log = logging.getLogger(__name__)
 
@@ -57,25 +56,22 @@ class Checkpoints:
         write: Callable[[Path], object],
         wait: Callable[[], object],
     ) -> None:
-        """`write` into a folder beside the target on all ranks, then flush and rename it; keep the newest `keep`.
+        """`write` into a folder beside the target on all ranks, then publish it; keep the newest `keep`.
 
         All ranks must call it.
         """
         final = self.folder / f"{iteration:06d}"
-        part = self.folder / f".{iteration:06d}.part"
         try:
+            with publish(final) if is_main else nullcontext(part_of(final)) as part:
+                if is_main:
+                    tidy(self.folder)
+                    part.mkdir()
+                wait()
+                write(part)
+                wait()
+                if is_main:
+                    _seal(part)
             if is_main:
-                for left_over in self.folder.glob(".*.part"):
-                    shutil.rmtree(left_over)
-                part.mkdir(parents=True)
-            wait()
-            write(part)
-            wait()
-            if is_main:
-                _seal(part)
-                shutil.rmtree(final, ignore_errors=True)
-                part.rename(final)
-                _flush(self.folder)
                 self._rotate(iteration, keep)
         except OSError as error:
             raise OSError(error.errno, f"the checkpoint {final} was not written: {error}") from error
@@ -85,7 +81,7 @@ class Checkpoints:
         """Keep the newest `keep` up to `iteration`: later ones are damaged or foreign, and stand for none of them."""
         own = [p for p in self._found() if int(p.name) <= iteration and (p / MANIFEST).is_file()]
         for old in own[:-keep]:
-            shutil.rmtree(old)
+            discard(old)
 
     def newest(self) -> Path | None:
         """The newest sound checkpoint, None when there is none at all; damaged ones are told and passed over.
@@ -247,23 +243,11 @@ def _own_errors() -> Iterator[None]:
 
 
 def _seal(folder: Path) -> None:
-    """Flush every file to the disk and write the manifest."""
+    """Write the manifest: size and hash of every file."""
     manifest: dict[str, tuple[int, str]] = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _flush(file)
         manifest[str(file.relative_to(folder))] = file.stat().st_size, _digest(file)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _flush(folder / MANIFEST)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system write a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(file: Path) -> str:

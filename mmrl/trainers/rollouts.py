@@ -48,7 +48,7 @@ from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.stored import StoredRollouts
 from mmrl.trainers.task import Task, build_readings, build_rewards, build_step_rewards, check_heads, producers
-from mmrl.workdir import WorkDir
+from mmrl.workdir import WorkDir, publish
 
 log = logging.getLogger(__name__)
 
@@ -334,7 +334,8 @@ class Rollouts:
         """The trained model in its ecosystem's format, under model/."""
         state = self.loop.full_state()  # on all ranks
         if self.loop.is_main:
-            self.policy.save(self.loop.folder.root / "model", state)
+            with publish(self.loop.folder.root / "model") as part:
+                self.policy.save(part, state)
 
     def keep_tree(self, rollout: Rollout, mark: Tensor, iteration: int) -> None:
         """The tree of the first prompt, with a number (N,) per step, of the first and the last iteration."""

@@ -10,19 +10,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmrl.config import ConfigError
 from mmrl.jsonl import read_metrics
 from mmrl.recipe import TrainingConfig
 from mmrl.trainers.checkpoint import Checkpoints
-from mmrl.workdir import WorkDir
+from mmrl.workdir import WorkDir, append, write_json, write_lines
 
 log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: nothing that changes the numbers.
-_FREE = {"output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
-         "processes", "cpu", "trackers", "report", "max_unscored"}  # fmt: skip
+_FREE = {
+    f"run.{key}"
+    for key in (
+        "output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
+        "processes", "cpu", "trackers", "report", "max_unscored",
+    )
+}  # fmt: skip
 
 # What decides numbers: pixels are pillow's, frames av's and decord's.
 _PACKAGES = (
@@ -44,23 +47,15 @@ class RunFolder(WorkDir):
         Raises:
             ConfigError: it holds a run and `run.resume` is off, or that run had another recipe.
         """
-        known = self.root / "config.yaml"
-        if known.exists():
-            if not config.run.resume:
-                raise ConfigError(
-                    f"{self.root} already holds a run; continue it with run.resume=true or choose another run.output"
-                )
-            changed = _differences(_read(known), yaml.safe_load(config.dump()))
-            if changed:
-                raise ConfigError(
-                    f"{self.root} was made by another recipe: {'; '.join(changed)}. Use a new run.output"
-                )
-        self.root.mkdir(parents=True, exist_ok=True)
+        if (self.root / "config.yaml").exists() and not config.run.resume:
+            raise ConfigError(
+                f"{self.root} already holds a run; continue it with run.resume=true or choose another run.output"
+            )
+        self.identify("config.yaml", config.model_dump(mode="json"), "was made by another recipe", free=_FREE)
         now, record = environment(), self.root / "environment.json"
         if record.exists():
             self._compare(record, now["packages"])
-        _replace(known, config.dump())
-        _replace(record, json.dumps(now, indent=1) + "\n")
+        write_json(record, now)
 
     def _compare(self, record: Path, packages: dict[str, str | None]) -> None:
         """Say which versions have changed since the run began or was last resumed."""
@@ -80,36 +75,13 @@ class RunFolder(WorkDir):
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""
-        with self.metrics.open("a") as f:
-            f.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+        append(self.metrics, [{"iteration": iteration, **metrics}])
 
     def truncate_metrics(self, iteration: int) -> None:
         """Keep the rows up to `iteration`; a resumed run writes the rest again."""
         if self.metrics.exists():
             rows = [row for row in read_metrics(self.metrics) if row["iteration"] <= iteration]
-            _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write beside the target and rename: whole or unchanged."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text)
-    part.rename(file)
-
-
-def _read(config: Path) -> dict[str, Any]:
-    """The recipe of the run that the folder holds.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    try:
-        tree = yaml.safe_load(config.read_text())
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{config} is damaged ({error}); use another run.output") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{config} is damaged (it holds no sections); use another run.output")
-    return tree
+            write_lines(self.metrics, map(json.dumps, rows))
 
 
 def environment() -> dict[str, Any]:
@@ -131,14 +103,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    changed = []
-    for section in old.keys() | new.keys():
-        a, b = old.get(section), new.get(section)
-        if section == "run" and isinstance(a, dict) and isinstance(b, dict):
-            a, b = ({k: v for k, v in x.items() if k not in _FREE} for x in (a, b))
-        if a != b:
-            changed.append(f"{section}: {a} -> {b}")
-    return sorted(changed)

@@ -28,6 +28,7 @@ from mmrl.rollout import Prompt, StepScorer, check_prompts
 from mmrl.sharding import check_launcher
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
+from mmrl.workdir import publish
 
 log = logging.getLogger(__name__)
 
@@ -203,4 +204,5 @@ class StepRewardTrainer:
         """The scorer in its own format, under model/."""
         state = self.loop.full_state()  # on all ranks
         if self.loop.is_main:
-            self.scorer.save(self.loop.folder.root / "model", state)
+            with publish(self.loop.folder.root / "model") as part:
+                self.scorer.save(part, state)

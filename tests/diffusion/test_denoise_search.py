@@ -192,7 +192,7 @@ def test_numbers_below_1(tmp_path, options):
 def test_a_folder_holds_one_search(tmp_path):
     report(tmp_path)
     report(tmp_path)
-    with pytest.raises(ValueError, match="holds another search .*'n': 2"):
+    with pytest.raises(ValueError, match="holds another search: settings.n: 3 -> 2"):
         report(tmp_path, n=2)
 
 

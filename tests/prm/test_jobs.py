@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 from processes import run_ranks
 from toy_extender import Killed, ToyExtender, chain, first_wrong, numbers, planted, verify, write
@@ -20,7 +21,6 @@ from mmrl.prm.data import StepRecords
 from mmrl.prm.records_io import read_records, record_to_json, write_records
 from mmrl.rollout import Continuation, Prompt, Rollout
 from mmrl.tree import StepTree
-from mmrl.workdir import WorkDir
 
 JUDGE = {"name": "judge", "votes": 2, "solutions": 3}
 METHODS = {
@@ -469,7 +469,8 @@ def test_wrong_searches_are_told(tmp_path, method, sections, message):
 
 def test_a_search_in_whose_folder_somebody_writes_is_refused(tmp_path):
     method = {"name": "best_of_n", "n": 4}
-    with WorkDir(tmp_path / "out").owned(), pytest.raises(ConfigError, match="another process writes into .*out;"):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="another process writes into .*out;"):
         searched(tmp_path, method)
     assert searched(tmp_path, method)[1]
 

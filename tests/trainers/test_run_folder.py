@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tiny_model, 
     assert full.returncode == 2 and "Traceback" not in full.stderr
     assert "No space left on device; make room and repeat the command, with run.resume=true" in full.stderr
 
-    part.unlink()
+    part.unlink(missing_ok=True)
     assert run_command("train", file, "run.resume=true").returncode == 0
     assert rows(tmp_path / "run") == rows(whole)
 

@@ -13,6 +13,7 @@ from mmrl.prm.records import SolutionRecord
 from mmrl.prm.records_io import check_markers, check_record, record_from_json, record_to_json, with_media
 from mmrl.questions import check_unread
 from mmrl.registry import build_section, check_section, register
+from mmrl.workdir import write_lines
 
 
 @register("formats", "records")
@@ -84,12 +85,8 @@ def convert(
         try:
             if export is not record_to_json and (record.videos or record.history):
                 raise RowError("films and earlier turns: this format holds none")
-            lines.append(json.dumps(export(record), ensure_ascii=False, allow_nan=False) + "\n")
+            lines.append(json.dumps(export(record), ensure_ascii=False, allow_nan=False))
         except RowError as error:
             bad.append(Quarantined(str(path), number, f"{error} ({record.id})"))
     check_share(Path(path), bad, len(lines), max_bad)
-    part = Path(f"{out}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(out)
-    return len(lines), bad
+    return write_lines(out, lines), bad
