@@ -364,7 +364,7 @@ class StepClassifier(Protocol):
     """A task that can tell the kind of a step from its text."""
 
     def step_kind(self, text: str) -> str:
-        """One of `mmrl.prm.records.Kind`."""
+        """One of `mmrl.reasoning.records.Kind`."""
 
 
 # ---- of rewards on outcomes -----------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def list_(
 @app.command()
 def annotate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Label the steps of solutions: Monte Carlo, OmegaPRM, judges, scorers."""
-    from mmrl.annotate.recipe import AnnotateConfig
     from mmrl.config import load_section
+    from mmrl.reasoning.annotate.recipe import AnnotateConfig
 
     config = load_section(recipe, AnnotateConfig, overrides or [])
     from mmrl.jobs import run_annotate
@@ -140,7 +140,7 @@ def convert(
     max_bad: Annotated[float, typer.Option(help="Share of bad rows above which nothing is written")] = 0.05,
 ) -> None:
     """Write step-labelled solutions in another of the published formats."""
-    from mmrl.prm.formats import convert as convert_file
+    from mmrl.reasoning.formats import convert as convert_file
 
     count, bad = convert_file(data, out, _section(format_), _section(to), media_root=media_root, max_bad=max_bad)
     typer.echo(f"{count} rows, {len(bad)} set aside: {out}")
@@ -173,7 +173,7 @@ def bench(
 ) -> None:
     """Measure a step scorer on a public benchmark's file."""
     from mmrl.jobs import run_benchmark
-    from mmrl.prm.scoring import aggregate_of
+    from mmrl.scorers.scoring import aggregate_of
 
     chosen = _section(scorer)
     run_benchmark(

@@ -118,9 +118,9 @@ def _train(recipe: str, folder: Path, overrides: Overrides, seed: int = 0) -> No
 
 def _prm(demo: Demo, folder: Path, overrides: Overrides) -> None:
     """Annotate with the policy, train the scorer on that, search with both. Overrides are for the training."""
-    from mmrl.annotate.recipe import AnnotateConfig
     from mmrl.config import load_section
     from mmrl.jobs import run_annotate, run_search
+    from mmrl.reasoning.annotate.recipe import AnnotateConfig
     from mmrl.search.recipe import SearchConfig
 
     train, test, found = (_run(folder, name) for name in ("shapes_annotate", "shapes_exact", "shapes_search"))

@@ -14,15 +14,6 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from mmrl.annotate.direct import annotate_directly
-from mmrl.annotate.inject import with_errors
-from mmrl.annotate.monte_carlo import MonteCarlo
-from mmrl.annotate.omega import Omega
-from mmrl.annotate.output import summary, write_report
-from mmrl.annotate.recipe import AnnotateConfig
-from mmrl.annotate.run import LabelRule, annotate, merge_ranks
-from mmrl.annotate.select import unsure
-from mmrl.annotate.store import CompletionStore
 from mmrl.capabilities import (
     Extender,
     PromptEncoder,
@@ -36,15 +27,26 @@ from mmrl.capabilities import (
 )
 from mmrl.config import ConfigError, Section, parse_config
 from mmrl.jsonl import Quarantined, count_reasons
-from mmrl.prm.formats import read_format
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.records_io import read_records, write_records
-from mmrl.prm.scoring import check_scorer, check_trained, load_scorer, score_records, score_states, scorer_row
+from mmrl.reasoning.annotate.direct import annotate_directly
+from mmrl.reasoning.annotate.inject import with_errors
+from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
+from mmrl.reasoning.annotate.omega import Omega
+from mmrl.reasoning.annotate.output import summary, write_report
+from mmrl.reasoning.annotate.recipe import AnnotateConfig
+from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
+from mmrl.reasoning.annotate.select import unsure
+from mmrl.reasoning.annotate.store import CompletionStore
+from mmrl.reasoning.canonical import canonical_answer
+from mmrl.reasoning.formats import read_format
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.records_io import read_records, write_records
+from mmrl.reasoning.solutions import score_records
 from mmrl.recipe import JobConfig, PolicyConfig, RewardConfig, TrainingConfig
 from mmrl.registry import build, find, names
 from mmrl.report.search_panel import disagreements
 from mmrl.rollout import OutcomeReward, Prompt, State, StepReward
 from mmrl.rollout_folder import RolloutFolder
+from mmrl.scorers.scoring import check_scorer, check_trained, load_scorer, score_states, scorer_row
 from mmrl.search.budget import Budget
 from mmrl.search.recipe import SearchConfig
 from mmrl.search.run import search
@@ -272,7 +274,7 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
             budget=Budget(config.max_tokens, parameters(job.policy), parameters(scorer)),
             prompt_tokens=(lambda p: len(encode(p).ids)) if encode else None,
             about={"policy": job.fingerprint, "scorer": _stamp(config.scorer or "")},
-            rollouts=job.rollouts({"scorer": config.scorer}),
+            canonical=canonical_answer, rollouts=job.rollouts({"scorer": config.scorer}),
         )  # fmt: skip
         report["unusable_prompts"] = job.lost + len(job.prompts) - len(prompts)
         rows = [json.loads(line) for line in (config.output / "results.jsonl").read_text().splitlines()]
@@ -318,7 +320,7 @@ def run_benchmark(
     name: str, data: Path, scorer: str | Mapping[str, Any], out: Path | None, **options: Any
 ) -> dict[str, Any]:
     """A scorer, by name, folder or section, on a public benchmark's file; prints the table."""
-    from mmrl.bench.run import find_bench, run_bench
+    from mmrl.reasoning.bench.run import find_bench, run_bench
 
     lenient = find_bench(name).lenient  # what has no score counts against the scorer
     model = on_device(load_scorer(scorer))

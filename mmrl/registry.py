@@ -99,15 +99,15 @@ add_kind(Kind("policies", "policy"))
 add_kind(Kind("tasks", "task"))
 add_kind(Kind("rewards", "reward", arguments=1, writes=("outcome",), adapt="mmrl.rewards.completions:as_reward"))
 add_kind(Kind("scorers", "step reward", arguments=1, writes=("step_reward",)))
-add_kind(Kind("readings", "reading", ("mmrl.readings",), arguments=2))
+add_kind(Kind("readings", "reading", ("mmrl.readings", "mmrl.reasoning.readings"), arguments=2))
 add_kind(Kind("transforms", "transform", ("mmrl.credit.transforms",), arguments=1))
 add_kind(Kind("step_losses", "step loss", ("mmrl.losses.reward",), arguments=2, keywords=("path",)))
 add_kind(Kind("preferences", "preference loss", ("mmrl.losses.preference",)))
 add_kind(Kind("sample_losses", "sample loss", arguments=4))
-add_kind(Kind("aggregates", "aggregate", ("mmrl.prm.aggregate",), arguments=1))
-add_kind(Kind("formats", "record format", ("mmrl.prm.formats",), arguments=2))
-add_kind(Kind("exporters", "exporter", ("mmrl.prm.formats",), arguments=1))
-add_kind(Kind("benchmarks", "benchmark", ("mmrl.bench.run",)))
+add_kind(Kind("aggregates", "aggregate", ("mmrl.scorers.aggregate",), arguments=1))
+add_kind(Kind("formats", "record format", ("mmrl.reasoning.formats",), arguments=2))
+add_kind(Kind("exporters", "exporter", ("mmrl.reasoning.formats",), arguments=1))
+add_kind(Kind("benchmarks", "benchmark", ("mmrl.reasoning.bench.run",)))
 add_kind(Kind("panels", "report panel", ("mmrl.report.panels",), arguments=2))
 add_kind(Kind("demos", "demo", ("mmrl.demo",)))
 add_kind(Kind("pairs", "pair builder", ("mmrl.preference.builders",), arguments=1))
@@ -134,13 +134,13 @@ add_kind(
     Kind(
         "annotations",
         "annotation method",
-        ("mmrl.annotate.direct", "mmrl.annotate.monte_carlo", "mmrl.annotate.omega"),
+        ("mmrl.reasoning.annotate.direct", "mmrl.reasoning.annotate.monte_carlo", "mmrl.reasoning.annotate.omega"),
         keywords=("context",),
         writes=_GROWN,
     )
 )
-add_kind(Kind("refinements", "refinement", ("mmrl.annotate.refine",), arguments=1, keywords=("context",)))
-add_kind(Kind("label_rules", "label rule", ("mmrl.annotate.targets",), arguments=1, keywords=("start",)))
+add_kind(Kind("refinements", "refinement", ("mmrl.reasoning.annotate.refine",), arguments=1, keywords=("context",)))
+add_kind(Kind("label_rules", "label rule", ("mmrl.reasoning.annotate.targets",), arguments=1, keywords=("start",)))
 add_kind(
     Kind(
         "estimators",

@@ -99,8 +99,8 @@ components that have it. `mmrl.registry.declares(lacks=(Protocol,))` says that a
 class has the methods.
 
 The least: `Policy`, `OutcomeReward` and `StepReward` of `mmrl.rollout`, `Task` of `mmrl.trainers.task`; for a
-step-reward model `StepScorer` of `mmrl.rollout` and `LabelledTask` of `mmrl.prm.data`. Shapes: G prompts, N steps,
-A actions, S steps or places asked for.
+step-reward model `StepScorer` of `mmrl.rollout` and `LabelledTask` of `mmrl.scorers.labelled`. Shapes: G prompts, N
+steps, A actions, S steps or places asked for.
 
 """
 
@@ -153,7 +153,7 @@ def page(name: str) -> str:
 
 def _capabilities_page() -> str:
     from mmrl import capabilities
-    from mmrl.prm.data import StepMeasurer
+    from mmrl.scorers.labelled import StepMeasurer
 
     classes: list[type] = [StepMeasurer]
     for value in vars(capabilities).values():

@@ -414,7 +414,7 @@ class StepScorer(StepReward, Protocol):
         """(S, C) float32, differentiable, one row per step in the order of `steps`. C = 1: the logit of "good"."""
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the model and the record of how it reads steps; `mmrl.prm.scoring.load_scorer` reads it."""
+        """Write the model and the record of how it reads steps; `mmrl.scorers.scoring.load_scorer` reads it."""
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
@@ -424,3 +424,12 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
         if p.id in seen:
             raise ValueError(f"prompt {i}: id {p.id!r} occurs twice; ids name groups, make them unique")
         seen.add(p.id)
+
+
+def reference_solution(prompt: Prompt) -> str | None:
+    """The written solution that a prompt brings: `reference["solution"]`, or the lines of `reference["steps"]`."""
+    reference = prompt.reference if isinstance(prompt.reference, Mapping) else {}
+    if isinstance(reference.get("solution"), str):
+        return str(reference["solution"])
+    steps = reference.get("steps")
+    return "\n".join(map(str, steps)) if isinstance(steps, list) and steps else None

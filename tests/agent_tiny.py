@@ -13,12 +13,12 @@ from mmrl.registry import declares
 from mmrl.rollout import Prompt, Sample
 from video.encoding import VideoEncoder, Views
 from video.environment import Episode, VideoEnvironment
-from video.reader import VideoReader
-from vision.backbone import trainable_model
-from vision.loading import load_processor, tokenizer_of
+from video.reading.reader import VideoReader
+from vision.forward.backbone import trainable_model
+from vision.inputs.loading import load_processor, tokenizer_of
+from vision.inputs.settings import Settings
+from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
-from vision.settings import Settings
-from vision.step_rule import step_rule
 
 sys.path[:0] = [str(Path(__file__).parent / "vision"), str(Path(__file__).parent / "video")]
 

@@ -10,10 +10,10 @@ from typing import Any
 from PIL import Image
 
 from diffusion.tasks.text_prompts import load_prompts as load_texts
-from mmrl.bench.base import Benchmark
-from mmrl.prm.formats import read_format as read_solutions
-from mmrl.prm.records_io import check_record, read_records, record_to_json
-from mmrl.questions import Columns
+from mmrl.reasoning.bench.base import Benchmark
+from mmrl.reasoning.formats import read_format as read_solutions
+from mmrl.reasoning.questions import Columns
+from mmrl.reasoning.records_io import check_record, read_records, record_to_json
 from mmrl.registry import find
 from video.formats import read_format as read_films
 from video.formats.ui_s1 import read_trajectories, step_prompts

@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 
 import torch
-
-import mmrl.workdir
 from mmrl.bench.run import run_bench
-from mmrl.cache import made_once
-from mmrl.config import parse_config
-from mmrl.jobs import run_score
 from mmrl.prm.formats import convert
 from mmrl.prm.records import SolutionRecord, Step
 from mmrl.prm.records_io import write_records
-from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rewards.answers import ExactAnswer
+
+import mmrl.workdir
+from mmrl.cache import made_once
+from mmrl.config import parse_config
+from mmrl.jobs import run_score
+from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rollout import Actions, Prompt, Rollout, Sample
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.run import search

@@ -249,7 +249,7 @@ class Sandbox:
         from test_bench_pairs import mp_files
         from test_bench_steps import h2v, pb_row
 
-        from mmrl.bench.pairs import SECTIONS
+        from mmrl.reasoning.bench.pairs import SECTIONS
 
         subsets = [s for members in SECTIONS.values() for s in members]
         pairs = [{"id": 1, "prompt": "Q", "chosen": "good", "rejected": "bad", "subset": s} for s in subsets]

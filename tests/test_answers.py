@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl.rewards.answer_text import boxed, choice_letter, extract_answer, normalise
-from mmrl.rewards.answers import ExactAnswer, MathAnswer, MultipleChoice
+from mmrl.reasoning.answer_text import boxed, choice_letter, extract_answer, normalise
+from mmrl.reasoning.answers import ExactAnswer, MathAnswer, MultipleChoice
 from mmrl.rollout import Prompt, Sample
 
 

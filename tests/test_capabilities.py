@@ -27,13 +27,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("mmrl", "vision", "video", "diffusion", "tools")
 # (file, function): why an object that is no component is asked there for an attribute that it may lack
 ALLOWED = {
-    ("mmrl/pictures.py", "check_frames"): "pictures of PIL: formats of one frame do not say so",
+    ("mmrl/reasoning/pictures.py", "check_frames"): "pictures of PIL: formats of one frame do not say so",
     ("mmrl/registry.py", "_origin"): "name of a function, a class or any other constant, for a message",
     ("mmrl/registry.py", "_declaration"): "what a decorator noted on a function or class",
     ("mmrl/rewards/isolation.py", "Isolated.__init__"): "name of a function or an object, for a message",
     ("mmrl/rewards/isolation.py", "as_values"): "an answer of foreign code, which may be an array of any library",
     ("mmrl/rewards/isolation.py", "as_number"): "a number of foreign code, which may be an array of any library",
-    ("vision/foreign.py", "attribute"): "objects of transformers, PIL and vLLM, which differ by family and release",
+    (
+        "vision/inputs/foreign.py",
+        "attribute",
+    ): "objects of transformers, PIL and vLLM, which differ by family and release",
 }
 
 

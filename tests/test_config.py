@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.config import ConfigError, load_config, load_section, parse_config
+from mmrl.reasoning.annotate.recipe import AnnotateConfig
 from mmrl.registry import ComponentError, build, find
 from mmrl.search.recipe import SearchConfig
 

@@ -11,9 +11,9 @@ import typer
 import yaml
 from verbs import run_verb
 
-from mmrl.annotate.recipe import AnnotateConfig
 from mmrl.cli import app
 from mmrl.config import load_config, load_section
+from mmrl.reasoning.annotate.recipe import AnnotateConfig
 from mmrl.registry import kinds
 from mmrl.search.recipe import SearchConfig
 

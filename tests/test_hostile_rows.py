@@ -8,9 +8,9 @@ import pytest
 from hostile_rows import BROKEN, HOSTILE, LONG, READERS, lengthened, mutated, write_media
 
 from mmrl.jsonl import read_rows
-from mmrl.prm.formats import read_format
+from mmrl.reasoning.formats import read_format
+from mmrl.reasoning.rows import without_image_marks, without_marks
 from mmrl.registry import rows
-from mmrl.rows import without_image_marks, without_marks
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,22 @@ from typing import get_args
 
 import pytest
 
-from mmrl.annotate.judge import parse_critique, parse_first_error, parse_grade, parse_severities, parse_verdict
-from mmrl.annotate.spare import read_spare
-from mmrl.prm.generative import stated_verdict
-from mmrl.prm.step_texts import Layout, parse
-from mmrl.rewards.answer_text import choice_letter, compare, extract_answer, final_line, normalise, unwrapped
+from mmrl.reasoning.annotate.judge import (
+    parse_critique,
+    parse_first_error,
+    parse_grade,
+    parse_severities,
+    parse_verdict,
+)
+from mmrl.reasoning.annotate.spare import read_spare
+from mmrl.reasoning.answer_text import choice_letter, compare, extract_answer, final_line, normalise, unwrapped
+from mmrl.reasoning.canonical import canonical_answer
+from mmrl.reasoning.generative import stated_verdict
+from mmrl.reasoning.step_texts import Layout, parse
 from mmrl.rollout import Prompt, Sample
-from mmrl.search.votes import canonical_answer
+from video.acting.syntax import parse_turn
 from video.rewards.plans import parse_plan
 from video.rewards.turns import last_answer, turns_of
-from video.syntax import parse_turn
 from vision.rewards import is_boxed, is_chain_of_step, is_line_trace, is_valid_reasoning, parse_boxes, step_bodies
 
 N = 16_000

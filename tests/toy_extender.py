@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mmrl.prm.records import SolutionRecord, Step
+from mmrl.reasoning.records import SolutionRecord, Step
 from mmrl.rollout import Continuation, Prompt, Sample, State
 
 _APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}

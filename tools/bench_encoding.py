@@ -5,8 +5,8 @@
 
 Every pass of an iteration asks for all its prompts in one order: admission, rollout, log-probs of the policy that
 sampled, and two updates with a reference each make six. "recent use" is an encoder whose iterations never begin: it
-keeps what was used last, up to vision.prompts.ENCODED_BYTES. One thread. The command fails where an iteration that was
-begun encodes a prompt twice, or where both give other pixels.
+keeps what was used last, up to vision.inputs.prompts.ENCODED_BYTES. One thread. The command fails where an iteration
+that was begun encodes a prompt twice, or where both give other pixels.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def measure(sizes: Sequence[int], side: int) -> list[tuple[str, ...]]:
 
 def run(hf: Any, processor: Any, prompts: Sequence[Any], *, begun: bool) -> tuple[int, float, list[Any]]:
     """Encodings and CPU seconds of an iteration, and the pixels of its last pass."""
-    from vision.prompts import PromptEncoder
-    from vision.settings import Settings
+    from vision.inputs.prompts import PromptEncoder
+    from vision.inputs.settings import Settings
 
     encoded = 0
 

@@ -78,9 +78,9 @@ def measure(args: argparse.Namespace, group: str, mode: str) -> dict[str, float]
     """Seconds and extra MiB of one update after a warm-up on a small one."""
     import torch
 
-    from vision.attention import style_of
-    from vision.network import Network, run_job
-    from vision.passes import build_job
+    from vision.forward.attention import style_of
+    from vision.forward.network import Network, run_job
+    from vision.forward.passes import build_job
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, group: str, mode: str) -> dict[str, float]
 
 
 def _row_tokens(tree) -> int:
-    from vision.packing import rows_of
+    from vision.forward.packing import rows_of
 
     return sum(len(r) for r in rows_of(tree.packed, tree.parent, "rows"))
 
@@ -147,8 +147,8 @@ def new_tree(hf, branches: tuple[int, ...], image_tokens: int, prompt_tokens: in
     """A random prompt with one square image, and a tree whose completions have `completion` tokens in all."""
     import torch
 
-    from vision.growth import Pixels, PromptTokens
-    from vision.passes import TokenTree
+    from vision.forward.passes import TokenTree
+    from vision.inputs.tokens import Pixels, PromptTokens
 
     side = round((4 * image_tokens) ** 0.5)
     grid = torch.tensor([[1, side, side]])

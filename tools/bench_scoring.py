@@ -151,9 +151,9 @@ def score(way: str, hf: Any, processor: Any, prompt: Any, beams: Sequence[Beam],
     """CPU seconds and the score of every step, by a scorer that has not seen the picture yet."""
     import torch
 
-    from mmrl.prm.slots import StepFormat
+    from mmrl.reasoning.slots import StepFormat
+    from vision.inputs.settings import Settings
     from vision.prm import VisionPrm
-    from vision.settings import Settings
 
     scorer = VisionPrm(hf, processor, StepFormat(), "linear", Settings(max_prompt_tokens=4096))
     scorer.admit([prompt])  # makes the pixels
@@ -168,7 +168,7 @@ def score(way: str, hf: Any, processor: Any, prompt: Any, beams: Sequence[Beam],
 
 def by_packing(scorer: Any, prompt: Any, beams: Sequence[Beam], depths: Sequence[int]) -> tuple[float, Scores]:
     """Score the beams as they stand after each number of steps in `depths`, the last one all steps."""
-    from mmrl.prm.scoring import score_solutions
+    from mmrl.scorers.scoring import score_solutions
 
     start, scores = time.process_time(), []
     for depth in depths:
@@ -208,7 +208,7 @@ def by_rows(
 
 def watch(hf: Any) -> Counter[str]:
     """Counts from now on: `encoder_calls`, `pictures` in them, and `tokens` of the language model, padding too."""
-    from vision.loading import vision_tower
+    from vision.inputs.loading import vision_tower
 
     seen: Counter[str] = Counter()
 
@@ -256,7 +256,7 @@ def new_processor(side: int) -> Any:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-    from vision.loading import image_only
+    from vision.inputs.loading import image_only
 
     special = ["<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|unk|>"]
     tokens = [*special, "\n", *(f"w{i}" for i in range(8, 4096))]

@@ -155,7 +155,7 @@ def train_trl(config: BranchGrpoConfig) -> list[Step]:
     from trl import GRPOTrainer
 
     from mmrl.registry import build
-    from vision.loading import load_model, load_processor, save
+    from vision.inputs.loading import load_model, load_processor, save
 
     steps: list[Step] = []
 
@@ -187,7 +187,7 @@ def trl_arguments(config: BranchGrpoConfig, model: Any, processor: Any) -> Any:
     """The recipe in TRL's words: one generation and one optimisation step per batch, all of it at once."""
     from trl import GRPOConfig
 
-    from vision.loading import banned_ids, eos_ids
+    from vision.inputs.loading import banned_ids, eos_ids
 
     o, loss, run, policy = config.optim, config.loss, config.run, config.policy.options
     banned = banned_ids(model.config, processor.tokenizer, keep=eos_ids(model, processor.tokenizer))

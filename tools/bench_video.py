@@ -8,8 +8,8 @@ frame, and all this a second time. Rollouts on one question look at the same pla
 most often, and three frames in each. What is asked for is the same for both ways, which take turns in processes of
 their own.
 
-kept      one `video.reader.VideoReader`, its worker process included; what that takes to start, once per run of a
-          trainer, is shown apart.
+kept      one `video.reading.reader.VideoReader`, its worker process included; what that takes to start, once per run
+          of a trainer, is shown apart.
 reopened  what published agents do: a decord reader for every call, frames at full size, Pillow's bicubic resize.
 
 Seconds are CPU seconds; medians. MiB is the peak resident memory beyond what it was
@@ -35,7 +35,7 @@ import decord
 import numpy as np
 from PIL import Image
 
-from video.reader import VideoReader
+from video.reading.reader import VideoReader
 
 WAYS = ("kept", "reopened")
 SEGMENTS = 10

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from video.reader import VideoDecodeError, VideoReader
+from video.reading.reader import VideoDecodeError, VideoReader
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".wmv", ".gif", ".3gp"}
 _EQUAL = 1.0  # mean difference of a pixel, of 255
@@ -58,7 +58,7 @@ def main() -> None:
     given = {"timeout_s": args.timeout, "cache_bytes": 0}
     with (
         VideoReader(backend=args.backend, **given) as reader,
-        VideoReader(backend="video.backends:read_sequence", **given) as sequence,
+        VideoReader(backend="video.reading.backends:read_sequence", **given) as sequence,
     ):
         draw = random.Random(args.seed)
         findings = [checked(path, reader, sequence, args.probes, draw) for path in shown_progress(paths)]

@@ -3,9 +3,9 @@
     mmrl rollouts configs/diffusion/digits_branch.yaml --out runs/tree run.iterations=25
     python tools/implicit_advantage.py runs/tree --updates 25 75 150
 
-Trains a `mmrl.prm.implicit.ImplicitPrm` on the outcomes of stored rollouts, one update per batch as `online:` does,
-and measures on trees of 4 x 4 x 4 x 4 leaves that nothing was trained on. There the advantage of a step is the mean
-reward of the leaves below it minus that of its siblings' (64, 16, 4 and 1 leaves below the step), so at the first
+Trains a `mmrl.scorers.implicit.ImplicitPrm` on the outcomes of stored rollouts, one update per batch as `online:`
+does, and measures on trees of 4 x 4 x 4 x 4 leaves that nothing was trained on. There the advantage of a step is the
+mean reward of the leaves below it minus that of its siblings' (64, 16, 4 and 1 leaves below the step), so at the first
 forks it is known up to the noise of such means.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mmrl.config import load_config
 from mmrl.losses.reward import step_loss
-from mmrl.prm.implicit import ImplicitPrm
 from mmrl.rollout import BranchPlan, Policy, Rollout
+from mmrl.scorers.implicit import ImplicitPrm
 from mmrl.trainers.branch_grpo import BranchGrpoConfig
 from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.stored import StoredRollouts

@@ -27,17 +27,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrl.annotate.direct import by_scorer
-from mmrl.annotate.labels import labels_up_to, local_first_error, mc_first_error
-from mmrl.annotate.recipe import AnnotateConfig
-from mmrl.annotate.refine import consensus, scan
-from mmrl.annotate.targets import mc_values
 from mmrl.config import load_config, load_section
 from mmrl.demo import recipe_path
-from mmrl.prm.metrics import bootstrap, first_error, first_error_of_labels, first_error_score, rank_auc
-from mmrl.prm.records import SolutionRecord
-from mmrl.prm.records_io import read_records, write_records
-from mmrl.prm.scoring import load_scorer, score_records
+from mmrl.reasoning.annotate.direct import by_scorer
+from mmrl.reasoning.annotate.labels import labels_up_to, local_first_error, mc_first_error
+from mmrl.reasoning.annotate.recipe import AnnotateConfig
+from mmrl.reasoning.annotate.refine import consensus, scan
+from mmrl.reasoning.annotate.targets import mc_values
+from mmrl.reasoning.records import SolutionRecord
+from mmrl.reasoning.records_io import read_records, write_records
+from mmrl.reasoning.solutions import score_records
+from mmrl.scorers.metrics import bootstrap, first_error, first_error_of_labels, first_error_score, rank_auc
+from mmrl.scorers.scoring import load_scorer
 from mmrl.search.recipe import SearchConfig
 
 NEVER = 10**9

@@ -10,13 +10,13 @@ from mmrl.reference import bare
 from mmrl.registry import declares
 from video.encoding import VideoEncoder, Views
 from video.environment import Syntax, VideoEnvironment
-from video.reader import VideoReader
-from vision.backbone import trainable_model
-from vision.engine_sync import vllm_engine
-from vision.loading import load_processor, tokenizer_of
+from video.reading.reader import VideoReader
+from vision.forward.backbone import trainable_model
+from vision.growth.engine_sync import vllm_engine
+from vision.inputs.loading import load_processor, tokenizer_of
+from vision.inputs.settings import TOKEN_DEFAULTS, Settings
+from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
-from vision.settings import TOKEN_DEFAULTS, Settings
-from vision.step_rule import step_rule
 
 
 @declares(
@@ -58,7 +58,8 @@ def video_agent(
         views: how many frames are shown, how large; see `video.encoding.Views`.
         manipulations: modules to import whose `@manipulation` functions the agent may call too.
         decode_timeout_s: of one read of a clip. frame_cache_mb: decoded frames kept.
-        settings: fields of `vision.settings.Settings`: at most `max_steps` turns of at most `max_new_tokens` tokens.
+        settings: fields of `vision.inputs.settings.Settings`: at most `max_steps` turns of at most `max_new_tokens`
+        tokens.
     """
     chosen = Settings(**settings)
     if chosen.max_prompt_tokens >= max_context:

@@ -20,13 +20,13 @@ from mmrl.byte_cache import ByteCache
 from mmrl.reference import bare
 from mmrl.rollout import Prompt
 from mmrl.seeding import named_generator
-from video.actions import Look, pixel_box
-from video.patches import Norm, patchify, resize
-from video.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
-from video.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
-from vision.growth import Pixels, PromptTokens
-from vision.prompts import PromptEncoder, PromptError, Turn, size_in_bytes, turns_of
-from vision.settings import Settings
+from video.acting.actions import Look, pixel_box
+from video.reading.patches import Norm, patchify, resize
+from video.reading.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
+from video.reading.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
+from vision.inputs.prompts import PromptEncoder, PromptError, Turn, size_in_bytes, turns_of
+from vision.inputs.settings import Settings
+from vision.inputs.tokens import Pixels, PromptTokens
 
 SMALLEST_DECODED = 64  # side in pixels: below, decord's own scaling fails at times
 OBSERVED_BYTES = 2**28  # of observations kept: group members often look at the same place

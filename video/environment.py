@@ -8,11 +8,11 @@ from typing import Literal
 from PIL import Image
 
 from mmrl.rollout import Prompt
-from video.actions import Look, Problem, VideoState, act, parse_turn, problem_text
+from video.acting.actions import Look, Problem, VideoState, act, parse_turn, problem_text
 from video.encoding import VideoEncoder, picture
-from video.reader import VideoDecodeError, VideoInfo
-from vision.environment import Answered
-from vision.growth import PromptTokens
+from video.reading.reader import VideoDecodeError, VideoInfo
+from vision.growth.environment import Answered
+from vision.inputs.tokens import PromptTokens
 
 Syntax = Literal["videocom", "tool_call"]
 
@@ -36,7 +36,7 @@ class Episode:
 
 
 class VideoEnvironment:
-    """Observations of manipulations; see `vision.environment.Environment`.
+    """Observations of manipulations; see `vision.growth.environment.Environment`.
 
     Args:
         encoder: makes tokens of looks.

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from mmrl.readings import ReadingContext
 from mmrl.readings.base import Values
-from mmrl.readings.texts import item_table
+from mmrl.reasoning.readings.texts import item_table
 from mmrl.registry import declares
 from mmrl.rollout import Rollout
-from video.actions import Coords, Syntax
+from video.acting.actions import Coords, Syntax
 from video.rewards.calls import Call, Kind, Reading
 
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mmrl.jsonl import RowError, broken_text
-from mmrl.questions import Turn, check_marks, check_text, with_options
+from mmrl.reasoning.questions import Turn, check_marks, check_text, with_options
+from mmrl.reasoning.rows import IMAGE_MARK
 from mmrl.rollout import Prompt
-from mmrl.rows import IMAGE_MARK
+from video.acting.segments import segment_count
 from video.rewards.answers import answer_score, answer_type_of, number, option_letter
-from video.segments import segment_count
 
 if TYPE_CHECKING:
-    from video.clip import VideoInfo
+    from video.reading.clip import VideoInfo
 
 Unit = Literal["unit", "pixels"]
 TurnBoxes = Literal["seen", "pixels"]
@@ -59,7 +59,7 @@ class BoxLabel:
 class VideoSample:
     """A question, its media (a video or pictures), and what is known: any of the rest may be missing.
 
-    history: turns before the question, as in `mmrl.questions.Question`; a film stands in front of them.
+    history: turns before the question, as in `mmrl.reasoning.questions.Question`; a film stands in front of them.
     segments: [start, end] seconds that hold the answer; segment_ids: the same by 1-based number.
     frames: 0-based ranges, both ends included. turns: a written solution, one text per turn; `turn_boxes` says whether
     boxes in it are pixels of the frame as the model sees it ("seen") or of the annotated size ("pixels").

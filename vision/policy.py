@@ -31,22 +31,23 @@ from mmrl.rollout import (
 from mmrl.seeding import named_generator
 from mmrl.sharding import is_sharded
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
-from vision.answers import AnswerTrees
-from vision.backbone import Backbone, trainable_model
-from vision.completion import Completions
-from vision.dialogue import Dialogue, MultiTurn, Spelling
-from vision.engine_hf import grow_in_parts, sampling_mode
-from vision.engine_sync import SyncedEngine, vllm_engine
-from vision.environment import Environment
-from vision.growth import Decoding, GrowthRequest, Node, PromptTokens
-from vision.loading import banned_ids, eos_ids, load_processor, save, tokenizer_of
-from vision.network import Network, kl_job, run_job
-from vision.packing import ancestors
-from vision.passes import Job, TokenTree, build_job
-from vision.prompts import PromptEncoder
-from vision.rollout_trees import RolloutTrees, step_batches
-from vision.settings import TOKEN_DEFAULTS, Settings
-from vision.step_rule import StepRule, step_rule
+from vision.forward.backbone import Backbone, trainable_model
+from vision.forward.network import Network, kl_job, run_job
+from vision.forward.packing import ancestors
+from vision.forward.passes import Job, TokenTree, build_job
+from vision.growth.answers import AnswerTrees
+from vision.growth.completion import Completions
+from vision.growth.dialogue import Dialogue, MultiTurn, Spelling
+from vision.growth.engine_hf import grow_in_parts, sampling_mode
+from vision.growth.engine_sync import SyncedEngine, vllm_engine
+from vision.growth.environment import Environment
+from vision.growth.requests import Decoding, GrowthRequest, Node
+from vision.growth.rollout_trees import RolloutTrees, step_batches
+from vision.inputs.loading import banned_ids, eos_ids, load_processor, save, tokenizer_of
+from vision.inputs.prompts import PromptEncoder
+from vision.inputs.settings import TOKEN_DEFAULTS, Settings
+from vision.inputs.step_rule import StepRule, step_rule
+from vision.inputs.tokens import PromptTokens
 
 
 class VisionPolicy:
@@ -54,7 +55,7 @@ class VisionPolicy:
 
     Args:
         hf: a transformers image-text or causal language model, or a PEFT model around one.
-        processor: from `vision.loading.load_processor`.
+        processor: from `vision.inputs.loading.load_processor`.
         rule: where a step ends.
         settings: everything else; see `Settings`.
         engine: samples in place of the transformers model, which then only trains.

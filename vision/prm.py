@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from mmrl.finite import check_finite
 from mmrl.losses.reward import good_logit
-from mmrl.prm.scoring import RECORD, probabilities
-from mmrl.prm.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
+from mmrl.reasoning.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
 from mmrl.reference import Adapted, bare, unwrap
 from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout
+from mmrl.scorers.scoring import RECORD, probabilities
 from mmrl.sharding import is_sharded
-from vision.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
-from vision.growth import PromptTokens
-from vision.loading import banned_ids, eos_ids, load_processor, save
-from vision.network import Network, StepHead, read_job
-from vision.passes import TokenTree, build_reading
-from vision.settings import Settings
+from vision.forward.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
+from vision.forward.network import Network, StepHead, read_job
+from vision.forward.passes import TokenTree, build_reading
+from vision.inputs.loading import banned_ids, eos_ids, load_processor, save
+from vision.inputs.settings import Settings
+from vision.inputs.tokens import PromptTokens
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,11 @@ class VisionPrm:
     """A StepScorer on any transformers image-text (or text) model.
 
     Steps are read from a rollout's texts, outer white space left out, and tokenised apart from the markers, so each
-    step has exactly one slot (`mmrl.prm.slots`). Steps that share a prefix share its computation, and a picture is
-    encoded once. Scores depend on the steps before and on the step itself, on nothing after it.
+    step has exactly one slot (`mmrl.reasoning.slots`). Steps that share a prefix share its computation, and a picture
+    is encoded once. Scores depend on the steps before and on the step itself, on nothing after it.
 
     Args:
-        hf: the model, PEFT or not. processor: from `vision.loading.load_processor`.
+        hf: the model, PEFT or not. processor: from `vision.inputs.loading.load_processor`.
         format: how steps are laid out and read. head: "tokens" compares the logits of the format's two tokens,
             "linear" is one logit on the last hidden state, "likelihood" adds the step's own mean log-prob to it
             (`StepHead`), "buffer" gives FreePRM's three classes right, wrong, buffer.

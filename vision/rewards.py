@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrl.prm.step_texts import header_parts
+from mmrl.reasoning.answer_text import boxed, extract_answer, normalise, without_thinking
+from mmrl.reasoning.answers import completion
+from mmrl.reasoning.step_texts import header_parts
 from mmrl.registry import declares
-from mmrl.rewards.answer_text import boxed, extract_answer, normalise, without_thinking
-from mmrl.rewards.answers import completion
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 

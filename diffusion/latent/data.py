@@ -13,8 +13,8 @@ from torch import Tensor
 from diffusion.adapters.base import Cond, Level
 from diffusion.latent.reward import levels_of
 from mmrl.preference.scores import step_scores
-from mmrl.prm.data import Labelled
 from mmrl.rollout import Actions, Prompt, Rollout
+from mmrl.scorers.labelled import Labelled
 from mmrl.tree import UNFINISHED, StepTree
 from mmrl.tree_ops import backup
 

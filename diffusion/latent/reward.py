@@ -22,10 +22,10 @@ from diffusion.adapters.base import Cond, Level
 from diffusion.latent.features import Family
 from diffusion.schedule import NoiseSchedule
 from mmrl.finite import check_finite
-from mmrl.prm.scoring import RECORD, probabilities
 from mmrl.reference import unwrap
 from mmrl.registry import declares, find, of_kind
 from mmrl.rollout import Prompt, Rollout
+from mmrl.scorers.scoring import RECORD, probabilities
 
 LOG_SCALE = 2.6592  # ln(1 / 0.07), as CLIP and LRM start
 

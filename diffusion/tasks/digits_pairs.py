@@ -24,8 +24,8 @@ from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import SamplingConfig
 from diffusion.tasks.digits import LegibleSymmetric
 from mmrl.cache import cache_root, made_once
-from mmrl.prm.data import Labelled
 from mmrl.rollout import Prompt, Rollout, Sample
+from mmrl.scorers.labelled import Labelled
 from mmrl.seeding import named_generator
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, check_share, lines, read_rows, set_aside
-from mmrl.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, check_json, last_question
+from mmrl.reasoning.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, check_json, last_question
+from mmrl.reasoning.rows import rest, row_id, text
 from mmrl.rollout import Prompt
-from mmrl.rows import rest, row_id, text
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from mmrl.growth import GrowingTree
-from mmrl.prm.aggregate import aggregate
 from mmrl.rollout import Prompt, State, check_prompts
+from mmrl.scorers.aggregate import aggregate
 from mmrl.search.budget import Budget
 from mmrl.search.problem import Problem
 

@@ -22,7 +22,7 @@ from mmrl.search.core import (
     side_by_side,
 )
 from mmrl.search.problem import Problem
-from mmrl.search.votes import canonical_answer, weighted
+from mmrl.search.votes import weighted, whole_text
 
 Form = Literal["uct", "puct", "alphazero"]
 
@@ -163,7 +163,7 @@ def mcts(
     temperature: float | None = None,
     aggregate: str = "last",
     answer: Literal["visits", "weighted", "mean"] = "visits",
-    canonical: Callable[[Prompt, str], str | None] = canonical_answer,
+    canonical: Callable[[Prompt, str], str | None] = whole_text,
 ) -> Turn[SearchResult]:
     """Each iteration walks down by the selection score, gives the open leaf it meets n children, and backs up a value.
 

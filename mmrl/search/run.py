@@ -24,7 +24,6 @@ from mmrl.search.budget import Budget
 from mmrl.search.core import SearchResult, number
 from mmrl.search.measures import measure
 from mmrl.search.problem import Problem, Scorer
-from mmrl.search.votes import canonical_answer
 from mmrl.workdir import WorkDir, append, cut_half_line, write_json
 
 
@@ -44,7 +43,7 @@ def search(
     max_unscored: float = 0.2,
     prompt_tokens: Callable[[Prompt], int] | None = None,
     stop: Callable[[str], bool] | None = None,
-    canonical: Callable[[Prompt, str], str | None] = canonical_answer,
+    canonical: Callable[[Prompt, str], str | None],
     about: Mapping[str, Any] | None = None,
     rollouts: RolloutFolder | None = None,
     progress: bool = True,

@@ -8,7 +8,7 @@ from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 from mmrl.search.core import Candidate, SearchResult, Turn, propose, result, score_candidates, side_by_side
 from mmrl.search.problem import Problem
-from mmrl.search.votes import canonical_answer
+from mmrl.search.votes import whole_text
 
 
 @register("searches", "step_co", source="StepCo, with a fresh sample in place of its revision prompt")
@@ -21,7 +21,7 @@ def step_co(
     aggregate: str = "last",
     threshold: float = 0.5,
     rounds: int = 5,
-    canonical: Callable[[Prompt, str], str | None] = canonical_answer,
+    canonical: Callable[[Prompt, str], str | None] = whole_text,
 ) -> Turn[SearchResult]:
     """Write a solution; while it scores below `threshold`, propose anew from before its first step below it.
 

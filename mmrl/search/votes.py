@@ -7,38 +7,19 @@ seen first.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Literal
 
-from mmrl.rewards.answer_text import choice_letter, extract_answer, final_line, normalise
 from mmrl.rollout import Prompt
 from mmrl.search.core import best
 
 Answers = Sequence[str | None]
-_NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/\d{1,40})?")
 
 
-def canonical_answer(prompt: Prompt, text: str) -> str | None:
-    """The answer that `text` states in a form in which equal answers are equal strings, None without one.
-
-    For a prompt with options their letter; else the normal form, numbers by their value to 10 decimals, so that 1/2
-    and 0.50 are one answer.
-    """
-    options = prompt.inputs.get("options")
-    if options:
-        return choice_letter(extract_answer(text) or final_line(text), options)
-    stated = extract_answer(text)
-    if stated is None:
-        return None
-    plain = normalise(stated)
-    # matched before Fraction reads it: an exponent written by a policy could ask for a number of a billion digits
-    if not _NUMBER.fullmatch(plain) or re.search(r"/0+$", plain):
-        return plain
-    value = Fraction(plain)
-    return str(value) if value.denominator == 1 else f"{float(value):.10f}".rstrip("0").rstrip(".")
+def whole_text(prompt: Prompt, text: str) -> str:
+    """Two answers are equal where their texts are: for searches that are told nothing better."""
+    return text.strip()
 
 
 def best_of_n(answers: Answers, scores: Sequence[float]) -> str | None:

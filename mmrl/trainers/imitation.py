@@ -18,10 +18,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from mmrl.capabilities import Needs, OutputWriter
-from mmrl.prm.records import reference_solution
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout, reference_solution
 from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.references import best_leaves, cut_references, imitation_losses, references

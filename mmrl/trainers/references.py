@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mmrl.capabilities import LimitedWriter, OutputWriter, require
 from mmrl.config import Section
-from mmrl.prm.records import reference_solution
-from mmrl.rollout import Policy, Prompt, Rollout
+from mmrl.rollout import Policy, Prompt, Rollout, reference_solution
 from mmrl.tree import StepTree
 
 log = logging.getLogger(__name__)

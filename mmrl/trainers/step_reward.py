@@ -19,12 +19,12 @@ from torch import Tensor
 from mmrl.capabilities import Illustrator, begin_iteration, build_with, refuse_row
 from mmrl.config import Component
 from mmrl.losses.reward import RewardLossConfig, StepLoss, last_labels, smooth, step_loss
-from mmrl.prm.data import Labelled, LabelledTask, StepMeasurer, solution_forest
-from mmrl.prm.metrics import evaluate_steps
-from mmrl.prm.scoring import probabilities
 from mmrl.recipe import TrainingConfig
 from mmrl.registry import find, register
 from mmrl.rollout import Prompt, StepScorer, check_prompts
+from mmrl.scorers.labelled import Labelled, LabelledTask, StepMeasurer, solution_forest
+from mmrl.scorers.metrics import evaluate_steps
+from mmrl.scorers.scoring import probabilities
 from mmrl.sharding import check_launcher
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop
@@ -32,7 +32,7 @@ from mmrl.workdir import publish
 
 log = logging.getLogger(__name__)
 
-# what an evaluation logs, and the AUC of every kind of step; mmrl.prm.metrics.evaluate_steps has the others
+# what an evaluation logs, and the AUC of every kind of step; mmrl.scorers.metrics.evaluate_steps has the others
 MEASURES = ("macro_f1", "f1_right", "f1_wrong", "first_error_f1", "ece")
 
 

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from mmrl.capabilities import ContrastReward, RewardNamer, follows, refuse_needs
 from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
-from mmrl.prm.scoring import check_trained
 from mmrl.readings import Reading
 from mmrl.recipe import PolicyConfig, RewardConfig
 from mmrl.registry import build, find
 from mmrl.rewards import Isolated
 from mmrl.rollout import OutcomeReward, Prompt, StepReward
+from mmrl.scorers.scoring import check_trained
 
 
 class Task(Protocol):

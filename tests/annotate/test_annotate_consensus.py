@@ -2,10 +2,10 @@ import random
 
 import pytest
 
-from mmrl.annotate.consensus import consensus, consensus_report, filter_records, vote
-from mmrl.annotate.labels import local_first_error, mc_first_error
-from mmrl.annotate.targets import mc_values
-from mmrl.prm.records import Counts, SolutionRecord, Step
+from mmrl.reasoning.annotate.consensus import consensus, consensus_report, filter_records, vote
+from mmrl.reasoning.annotate.labels import local_first_error, mc_first_error
+from mmrl.reasoning.annotate.targets import mc_values
+from mmrl.reasoning.records import Counts, SolutionRecord, Step
 
 
 def test_worked_examples():

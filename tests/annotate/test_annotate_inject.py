@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from mmrl.annotate.inject import inject_error, places
-from mmrl.prm.records import Counts, SolutionRecord, Step
+from mmrl.reasoning.annotate.inject import inject_error, places
+from mmrl.reasoning.records import Counts, SolutionRecord, Step
 
 STEPS = (
     Step("There are 6 red circles to the left of a blue square.", "perception"),

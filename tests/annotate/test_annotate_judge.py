@@ -1,7 +1,7 @@
 import pytest
 
-from mmrl.annotate.direct import parse_labels
-from mmrl.annotate.judge import (
+from mmrl.reasoning.annotate.direct import parse_labels
+from mmrl.reasoning.annotate.judge import (
     judge_prompt,
     paragraphs,
     parse_critique,
@@ -10,8 +10,8 @@ from mmrl.annotate.judge import (
     parse_severities,
     parse_verdict,
 )
-from mmrl.annotate.spare import read_spare
-from mmrl.prm.records import Step
+from mmrl.reasoning.annotate.spare import read_spare
+from mmrl.reasoning.records import Step
 
 
 def test_paragraphs_count_from_zero():

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrl.annotate.denoise import pseudo_labels, scan_labels, scan_use
-from mmrl.annotate.labels import (
+from mmrl.reasoning.annotate.denoise import pseudo_labels, scan_labels, scan_use
+from mmrl.reasoning.annotate.labels import (
     after_error,
     label_mc,
     labels_up_to,
     local_first_error,
     mc_first_error,
 )
-from mmrl.annotate.targets import (
+from mmrl.reasoning.annotate.targets import (
     advantage,
     estimate,
     hard_ge,
@@ -25,7 +25,7 @@ from mmrl.annotate.targets import (
     signs,
     soft,
 )
-from mmrl.prm.records import Counts, SolutionRecord, Step
+from mmrl.reasoning.records import Counts, SolutionRecord, Step
 
 
 def test_estimate_of_six_of_eight():

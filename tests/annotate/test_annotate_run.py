@@ -6,11 +6,11 @@ import pytest
 from toy_extender import Killed, ToyExtender, chain, first_wrong, planted, verify
 from verbs import stored_rollouts
 
-from mmrl.annotate.monte_carlo import MonteCarlo
-from mmrl.annotate.omega import Omega
-from mmrl.annotate.run import LabelRule, annotate, merge_ranks
-from mmrl.prm.records import Counts, SolutionRecord, Step
-from mmrl.prm.records_io import record_from_json
+from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
+from mmrl.reasoning.annotate.omega import Omega
+from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
+from mmrl.reasoning.records import Counts, SolutionRecord, Step
+from mmrl.reasoning.records_io import record_from_json
 from mmrl.registry import names
 from mmrl.rollout import Prompt
 from mmrl.rollout_folder import RolloutFolder

@@ -1,7 +1,7 @@
 import pytest
 
-from mmrl.annotate.refine import information
-from mmrl.annotate.select import is_confident
+from mmrl.reasoning.annotate.refine import information
+from mmrl.reasoning.annotate.select import is_confident
 
 SURE, UNSURE = ((0.98, 0.96), (0.97, 0.95)), ((0.98, 0.70), (0.97, 0.80))
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_extender import ToyExtender, chain, first_wrong, planted, verify
 
-from mmrl.annotate.consensus import consensus
-from mmrl.annotate.labels import label_mc, mc_first_error
-from mmrl.annotate.monte_carlo import (
+from mmrl.reasoning.annotate.consensus import consensus
+from mmrl.reasoning.annotate.labels import label_mc, mc_first_error
+from mmrl.reasoning.annotate.monte_carlo import (
     MonteCarlo,
     as_state,
     estimate_steps,
@@ -16,9 +16,9 @@ from mmrl.annotate.monte_carlo import (
     step_text,
     whole_steps,
 )
-from mmrl.annotate.store import CompletionStore, Estimator
-from mmrl.annotate.targets import mc_values
-from mmrl.prm.records import Counts, SolutionRecord, Step, record_of
+from mmrl.reasoning.annotate.store import CompletionStore, Estimator
+from mmrl.reasoning.annotate.targets import mc_values
+from mmrl.reasoning.records import Counts, SolutionRecord, Step, record_of
 from mmrl.rollout import Prompt, State
 
 QUESTION = chain("q", 6)  # seven steps

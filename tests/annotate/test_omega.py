@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_extender import ToyExtender, chain, first_wrong, numbers, verify, write
 
-from mmrl.annotate.omega import (
+from mmrl.growth import rollout_of
+from mmrl.reasoning.annotate.omega import (
     Omega,
     OmegaTree,
     exploration,
@@ -17,9 +18,8 @@ from mmrl.annotate.omega import (
     traverse,
     tree_json,
 )
-from mmrl.annotate.store import CompletionStore, Estimator
-from mmrl.growth import rollout_of
-from mmrl.prm.records import Counts
+from mmrl.reasoning.annotate.store import CompletionStore, Estimator
+from mmrl.reasoning.records import Counts
 from mmrl.rollout import Continuation, Prompt, State
 
 QUESTION = chain("q", 7)  # eight steps

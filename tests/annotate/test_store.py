@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy_extender import ToyExtender, chain, verify
 
-from mmrl.annotate.store import Completion, CompletionStore, Estimator, Tally, prefix_key
+from mmrl.reasoning.annotate.store import Completion, CompletionStore, Estimator, Tally, prefix_key
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Continuation, Prompt, State
 

@@ -4,7 +4,7 @@ import pytest
 from bench_tiny import constant, write
 from PIL import Image
 
-from mmrl.bench import mpbench, pairs
+from mmrl.reasoning.bench import mpbench, pairs
 
 
 def by_text(records):

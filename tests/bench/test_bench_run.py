@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from bench_tiny import by_label, constant, write
 
-from mmrl.bench.prmbench import CLASSES
-from mmrl.bench.run import run_bench
+from mmrl.reasoning.bench.prmbench import CLASSES
+from mmrl.reasoning.bench.run import run_bench
 
 DATA = Path(__file__).parents[1] / "data" / "prm"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from bench_tiny import by_label, constant, scripted, write
 
-from mmrl.bench import hard2verify, prmbench, processbench, visualprocessbench
-from mmrl.bench.base import Item, Scored, remembered, score_items, thresholds, tune
-from mmrl.prm.records import SolutionRecord, Step
+from mmrl.reasoning.bench import hard2verify, prmbench, processbench, visualprocessbench
+from mmrl.reasoning.bench.base import Item, Scored, remembered, score_items, thresholds, tune
+from mmrl.reasoning.records import SolutionRecord, Step
 
 DATA = Path(__file__).parents[1] / "data" / "prm"
 

@@ -12,9 +12,9 @@ from tiny import TinyTask, brightness, recipe
 from diffusion.policy import DiffusionPolicy
 from mmrl.config import parse_config
 from mmrl.losses.reward import step_loss
-from mmrl.prm.implicit import ImplicitPrm
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan
+from mmrl.scorers.implicit import ImplicitPrm
 from mmrl.trainers.branch_grpo import BranchGrpo, BranchGrpoConfig
 from mmrl.tree import FINISHED, INTERNAL, StepTree
 from mmrl.tree_ops import path_sum

@@ -25,12 +25,12 @@ from diffusion.schedule import SamplingConfig
 from diffusion.tasks.digits_pairs import DigitsPairs
 from mmrl.credit import compose
 from mmrl.losses.reward import bradley_terry, preference, step_loss
-from mmrl.prm.data import solution_forest
-from mmrl.prm.scoring import good_logits, load_scorer
 from mmrl.registry import find
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rewards.steps import score_steps
 from mmrl.rollout import BranchPlan, Prompt, Rollout
+from mmrl.scorers.labelled import solution_forest
+from mmrl.scorers.scoring import good_logits, load_scorer
 from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}

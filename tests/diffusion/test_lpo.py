@@ -19,9 +19,9 @@ from diffusion.schedule import SamplingConfig, plan_schedule
 from mmrl.config import load_config, parse_config
 from mmrl.losses.preference import Side, preference_loss, preset
 from mmrl.preference import build_pairs, dynamic_threshold
-from mmrl.prm.scoring import good_logits
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan, Prompt, Rollout
+from mmrl.scorers.scoring import good_logits
 from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"

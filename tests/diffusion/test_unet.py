@@ -26,8 +26,8 @@ from diffusion.sampler import sample_ode
 from diffusion.schedule import NoiseSchedule, SamplingConfig
 from diffusion.tasks.text_prompts import TextPrompts
 from mmrl.config import ConfigError, load_config, parse_config
-from mmrl.prm.scoring import good_logits
 from mmrl.rollout import BranchPlan, Prompt, Rollout
+from mmrl.scorers.scoring import good_logits
 from mmrl.trainers import trainer_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl.prm.aggregate import aggregate
 from mmrl.registry import names
+from mmrl.scorers.aggregate import aggregate
 
 PLAIN = names("aggregates")
 SYMMETRIC = sorted(set(PLAIN) - {"last", "first_below", "min_then_last"})

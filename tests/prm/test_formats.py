@@ -7,9 +7,9 @@ import pytest
 from verbs import run_verb
 
 from mmrl.jsonl import RowError
-from mmrl.prm.formats import read_format
-from mmrl.prm.records import Counts, SolutionRecord, Step
-from mmrl.prm.records_io import check_record
+from mmrl.reasoning.formats import read_format
+from mmrl.reasoning.records import Counts, SolutionRecord, Step
+from mmrl.reasoning.records_io import check_record
 from mmrl.registry import build, find, rows
 
 DATA = Path(__file__).parents[1] / "data" / "prm"

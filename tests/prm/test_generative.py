@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrl.prm.data import solution_forest
-from mmrl.prm.generative import CHOICES, VERDICT, GenerativePrm, stated_verdict
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.scoring import load_scorer, score_records, score_solutions
+from mmrl.reasoning.generative import CHOICES, VERDICT, GenerativePrm, stated_verdict
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.solutions import score_records
 from mmrl.rollout import Continuation, Prompt, State
+from mmrl.scorers.labelled import solution_forest
+from mmrl.scorers.scoring import load_scorer, score_solutions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
 from families import family_folder, picture
 
 P = Prompt("p", {"question": "how {many}?", "images": []}, "2")
 
-NAME = "mmrl.prm.generative:GenerativePrm.build"
+NAME = "mmrl.reasoning.generative:GenerativePrm.build"
 
 
 class Judge:

@@ -12,19 +12,20 @@ from torch import nn
 
 from mmrl.config import parse_config
 from mmrl.losses.reward import step_loss
-from mmrl.prm.data import labelled_forest, solution_forest
-from mmrl.prm.implicit import ImplicitPrm
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.scoring import load_scorer, score_solutions
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.solutions import labelled_forest
 from mmrl.registry import ComponentError
 from mmrl.rollout import ActionLogProbs, Actions, Prompt, Rollout
+from mmrl.scorers.implicit import ImplicitPrm
+from mmrl.scorers.labelled import solution_forest
+from mmrl.scorers.scoring import load_scorer, score_solutions
 from mmrl.trainers.step_reward import StepRewardTrainer
 from mmrl.tree import FINISHED, INTERNAL, StepTree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
 from families import family_folder, picture
 
-NAME = "mmrl.prm.implicit:ImplicitPrm.build"
+NAME = "mmrl.scorers.implicit:ImplicitPrm.build"
 
 
 class Table:

@@ -15,10 +15,10 @@ from processes import run_ranks
 from toy_extender import Killed, ToyExtender, chain, first_wrong, numbers, planted, verify, write
 from verbs import run_verb
 
-from mmrl.annotate.refine import information
 from mmrl.config import ConfigError
-from mmrl.prm.data import StepRecords
-from mmrl.prm.records_io import read_records, record_to_json, write_records
+from mmrl.reasoning.annotate.refine import information
+from mmrl.reasoning.records_io import read_records, record_to_json, write_records
+from mmrl.reasoning.solutions import StepRecords
 from mmrl.rollout import Continuation, Prompt, Rollout
 from mmrl.tree import StepTree
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl.prm.metrics import (
+from mmrl.scorers.metrics import (
     bootstrap,
     brier,
     ece,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmrl.jsonl import RowError, count_reasons, entries
-from mmrl.prm.records import Counts, SolutionRecord, Step
-from mmrl.prm.records_io import check_record, read_records, record_from_json, record_to_json, write_records
+from mmrl.reasoning.records import Counts, SolutionRecord, Step
+from mmrl.reasoning.records_io import check_record, read_records, record_from_json, record_to_json, write_records
 
 GOOD = {"id": "a", "question": "Q?", "steps": ["one", {"text": "two", "kind": "reasoning"}], "labels": [1, 0]}
 FULL = SolutionRecord(

@@ -6,14 +6,14 @@ import pytest
 import torch
 from toy_extender import ToyExtender, chain, verify
 
-from mmrl.annotate.monte_carlo import MonteCarlo
-from mmrl.annotate.run import LabelRule, annotate
 from mmrl.growth import ROOT, GrowingTree, rollout_of
-from mmrl.prm.data import StepRecords
-from mmrl.prm.formats import read_format
-from mmrl.prm.formats.rollouts import solutions_of
-from mmrl.prm.records import Counts
-from mmrl.prm.records_io import read_records
+from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
+from mmrl.reasoning.annotate.run import LabelRule, annotate
+from mmrl.reasoning.formats import read_format
+from mmrl.reasoning.formats.rollouts import solutions_of
+from mmrl.reasoning.records import Counts
+from mmrl.reasoning.records_io import read_records
+from mmrl.reasoning.solutions import StepRecords
 from mmrl.rollout import Prompt
 from mmrl.rollout_folder import RolloutFolder
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrl.prm.data import StepRecords, labelled_forest, solution_forest
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.scoring import aggregate_of, load_scorer, score_records, score_solutions, score_states
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.solutions import StepRecords, labelled_forest, score_records
 from mmrl.registry import ComponentError
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, State
+from mmrl.scorers.labelled import solution_forest
+from mmrl.scorers.scoring import aggregate_of, load_scorer, score_solutions, score_states
 
 
 class Lengths:
@@ -155,7 +156,7 @@ def test_the_saved_record_names_the_aggregation(tmp_path):
 
 
 def test_records_of_a_question_are_one_prompt(tmp_path):
-    from mmrl.prm.records_io import write_records
+    from mmrl.reasoning.records_io import write_records
 
     rows = [
         record("1", "q", "a", labels=(1,)),
@@ -172,9 +173,9 @@ def test_records_of_a_question_are_one_prompt(tmp_path):
 
 
 def test_labels_of_ignored_kinds_are_not_trained_on(tmp_path):
-    from mmrl.prm.data import StepRecords
-    from mmrl.prm.records import SolutionRecord, Step
-    from mmrl.prm.records_io import write_records
+    from mmrl.reasoning.records import SolutionRecord, Step
+    from mmrl.reasoning.records_io import write_records
+    from mmrl.reasoning.solutions import StepRecords
 
     steps = (Step("red = 3", "perception"), Step("3 + 1 = 4", "reasoning"))
     for name in ("train", "eval"):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl.prm.data import solution_forest
-from mmrl.prm.slots import IGNORED, SlotError, SlotIds, StepFormat, lay_out, slot_ids
+from mmrl.reasoning.slots import IGNORED, SlotError, SlotIds, StepFormat, lay_out, slot_ids
 from mmrl.rollout import Prompt
-from vision.loading import load_model
+from mmrl.scorers.labelled import solution_forest
+from vision.inputs.loading import load_model
+from vision.inputs.settings import Settings
 from vision.prm import VisionPrm
-from vision.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
 from families import family_folder, make, tokenizer_for

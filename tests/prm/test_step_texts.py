@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verbs import run_verb
 
-from mmrl.annotate.judge import paragraphs
-from mmrl.prm.step_texts import (
+from mmrl.reasoning.annotate.judge import paragraphs
+from mmrl.reasoning.step_texts import (
     Layout,
     ParsedStep,
     StepParseError,
@@ -17,8 +17,8 @@ from mmrl.prm.step_texts import (
     parse,
     read_numbered_tags,
 )
-from mmrl.tags import between
-from vision.step_rule import step_rule, token_texts
+from mmrl.reasoning.tags import between
+from vision.inputs.step_rule import step_rule, token_texts
 
 SPECIAL = (
     "<|reasoning_start|><|reasoning_step_start|><|reasoning_step_name_start|>Look<|reasoning_step_name_end|>"
@@ -413,7 +413,7 @@ def test_a_vocabulary_without_the_separator_is_refused():
 
 
 def test_responses_become_solutions_and_back(tmp_path):
-    from mmrl.prm.formats import read_format
+    from mmrl.reasoning.formats import read_format
 
     source = tmp_path / "responses.jsonl"
     rows = [{"id": "a", "question": "How many?", "response": WORKED["tags"][0], "answer": "2"},

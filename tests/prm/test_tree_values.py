@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from mmrl.config import parse_config
-from mmrl.prm.data import solution_forest
-from mmrl.prm.tree_values import TreeValues
 from mmrl.rollout import Actions, Prompt, Rollout
+from mmrl.scorers.labelled import solution_forest
+from mmrl.scorers.tree_values import TreeValues
 from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 

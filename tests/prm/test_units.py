@@ -5,8 +5,8 @@ import torch
 
 from mmrl.growth import ROOT, GrowingTree, rollout_of
 from mmrl.preference.scores import step_scores
-from mmrl.prm.units import contract_edges, with_pairs
 from mmrl.rollout import Prompt
+from mmrl.scorers.units import contract_edges, with_pairs
 
 
 def build(nested, name="p"):

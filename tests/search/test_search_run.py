@@ -7,8 +7,8 @@ from known_tree import KnownTree, complete_tree, is_best
 from verbs import stored_rollouts
 
 from mmrl.credit import compose
+from mmrl.reasoning.answers import ExactAnswer
 from mmrl.registry import names
-from mmrl.rewards.answers import ExactAnswer
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Prompt
 from mmrl.rollout_folder import RolloutFolder

@@ -2,10 +2,11 @@ import math
 
 import pytest
 
-from mmrl.prm.aggregate import aggregate
+from mmrl.reasoning.canonical import canonical_answer
 from mmrl.rollout import Prompt
+from mmrl.scorers.aggregate import aggregate
 from mmrl.search.core import best
-from mmrl.search.votes import best_of_n, canonical_answer, hmr, majority, weighted, wrf, wrf_support
+from mmrl.search.votes import best_of_n, hmr, majority, weighted, wrf, wrf_support
 
 ANSWERS, SCORES = ["7", "7", "4", "4", "9"], [0.3, 0.2, 0.6, 0.4, 0.95]
 

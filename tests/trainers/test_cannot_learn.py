@@ -17,8 +17,8 @@ from mmrl.cli import app
 from mmrl.config import ConfigError, load_config, parse_config
 from mmrl.doctor import examine
 from mmrl.finite import NotFiniteError, check_finite
-from mmrl.prm.data import labelled_forest
-from mmrl.prm.records import SolutionRecord, Step
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.solutions import labelled_forest
 from mmrl.registry import ComponentError
 from mmrl.rollout import BranchPlan, Prompt
 from mmrl.trainers import trainer_of

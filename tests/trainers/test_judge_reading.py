@@ -9,13 +9,13 @@ import pytest
 import torch
 from vision_tiny import vision_recipe
 
-from mmrl.annotate.judge import SEVERITIES, judge_prompt, parse_grade, parse_severities
 from mmrl.config import parse_config
-from mmrl.prm.data import solution_forest
 from mmrl.readings import ReadingContext
-from mmrl.readings.judge import JudgeReading
+from mmrl.reasoning.annotate.judge import SEVERITIES, judge_prompt, parse_grade, parse_severities
+from mmrl.reasoning.readings.judge import JudgeReading
 from mmrl.registry import ComponentError
 from mmrl.rollout import Continuation, Prompt
+from mmrl.scorers.labelled import solution_forest
 from mmrl.trainers.branch_grpo import BranchGrpo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))

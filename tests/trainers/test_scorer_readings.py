@@ -13,12 +13,12 @@ from vision_tiny import vision_recipe
 
 from mmrl.config import ConfigError, parse_config
 from mmrl.credit.estimate import apply_transform
-from mmrl.prm.data import solution_forest
-from mmrl.prm.scoring import load_scorer, score_solutions
 from mmrl.readings import ReadingContext, write
 from mmrl.readings.scorers import AttributionReading, ImplicitReading, ScoreReading
 from mmrl.registry import ComponentError
 from mmrl.rollout import Prompt
+from mmrl.scorers.labelled import solution_forest
+from mmrl.scorers.scoring import load_scorer, score_solutions
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.tree_ops import path_sum
 

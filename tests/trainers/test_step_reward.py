@@ -13,11 +13,12 @@ from tiny import write_recipe
 
 from mmrl.config import parse_config
 from mmrl.losses.reward import step_loss
-from mmrl.prm.data import Labelled, labelled_forest
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.scoring import load_scorer
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.solutions import labelled_forest
 from mmrl.registry import ComponentError
 from mmrl.rollout import Prompt
+from mmrl.scorers.labelled import Labelled
+from mmrl.scorers.scoring import load_scorer
 from mmrl.trainers.step_reward import RewardModelConfig, StepRewardTrainer
 
 TESTS = Path(__file__).parents[1]

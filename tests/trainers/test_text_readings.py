@@ -10,10 +10,10 @@ from vision_tiny import vision_recipe
 
 from mmrl.config import parse_config
 from mmrl.credit.estimate import apply_transform
-from mmrl.prm.data import solution_forest
 from mmrl.readings import ReadingContext, fill
-from mmrl.readings.texts import Events, Evidence
+from mmrl.reasoning.readings.texts import Events, Evidence
 from mmrl.rollout import Prompt
+from mmrl.scorers.labelled import solution_forest
 from mmrl.trainers.branch_grpo import BranchGrpo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))

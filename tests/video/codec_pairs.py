@@ -14,8 +14,8 @@ import av
 import numpy as np
 from make_clips import painted
 
-from video.clip_index import index_clip
-from video.reader import ReadLimits, VideoDecodeError, VideoReader
+from video.reading.clip_index import index_clip
+from video.reading.reader import ReadLimits, VideoDecodeError, VideoReader
 
 _DEVICES = ("_qsv", "_nvenc", "_amf", "_v4l2m2m")
 # lists of other files, pictures, networks and devices

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from video.backends import read_av
+from video.reading.backends import read_av
 
 
 def die(path, clip, wanted, size):

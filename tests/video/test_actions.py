@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from video.actions import (
+from video.acting.actions import (
     MANIPULATIONS,
     Look,
     Problem,
@@ -24,7 +24,7 @@ from video.actions import (
     render,
     tool_specs,
 )
-from video.segments import frame_at, segment_count, segment_table
+from video.acting.segments import frame_at, segment_count, segment_table
 
 
 def clip(frames=300, fps=10.0, size=(280, 560), **options):

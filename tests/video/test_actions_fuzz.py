@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from video.actions import MANIPULATIONS, Look, Problem, Turn, VideoAction, VideoState, act, parse_turn, problem_text
+from video.acting.actions import (
+    MANIPULATIONS,
+    Look,
+    Problem,
+    Turn,
+    VideoAction,
+    VideoState,
+    act,
+    parse_turn,
+    problem_text,
+)
 
 SYNTAXES = ("videocom", "tool_call")
 

@@ -19,9 +19,9 @@ from mmrl.rollout import BranchPlan, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.rollouts import Rollouts
 from video.encoding import Views
-from video.reader import VideoDecodeError
+from video.reading.reader import VideoDecodeError
 from video.rewards import TemporalContrast
-from vision.prompts import PromptError
+from vision.inputs.prompts import PromptError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -75,7 +75,7 @@ def test_positions_are_those_of_the_models_own_rule_along_every_conversation(cli
     policy = agent(str(family_folder("qwen2_5_vl")))
     rollout = policy.rollout(prompts(clip), BranchPlan({0: 4}), seed=0)
     trees, _, _ = policy._trees.of_steps(rollout, torch.arange(len(rollout.tree)))
-    from vision.packing import rows_of
+    from vision.forward.packing import rows_of
 
     for tree in trees:
         for take in rows_of(tree.packed, tree.parent, "rows"):

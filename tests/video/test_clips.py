@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mmrl.rollout import Sample
-from video.actions import VideoState, act, parse_turn
-from video.reader import VideoReader
+from video.acting.actions import VideoState, act, parse_turn
+from video.reading.reader import VideoReader
 from video.tasks.clips import ClipAnswer, ClipsTask
 from video.tasks.clips_base import said_logits, solved
 from video.tasks.clips_model import new_model, new_processor

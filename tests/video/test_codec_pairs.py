@@ -7,7 +7,7 @@ import av
 import pytest
 from codec_pairs import Pair, read_all, read_alone, table, write_pair
 
-from video.reader import VideoReader
+from video.reading.reader import VideoReader
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "video_reading.md"
 

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from unpatch import unpatchify
 
-from video.labels import RED, WHITE, ink, number, paint
-from video.patches import CLIP, HALF, patchify, resize
-from video.sampling import smart_resize
+from video.acting.labels import RED, WHITE, ink, number, paint
+from video.reading.patches import CLIP, HALF, patchify, resize
+from video.reading.sampling import smart_resize
 
 
 def noise(*shape, seed=0):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from make_clips import number, write_avi, write_clip
 
 from mmrl.byte_cache import ByteCache
-from video.clip_index import index_clip
-from video.reader import ReadLimits, VideoDecodeError, VideoInfo, VideoReader
+from video.reading.clip_index import index_clip
+from video.reading.reader import ReadLimits, VideoDecodeError, VideoInfo, VideoReader
 
 SIZE = (96, 128)
 
@@ -399,7 +399,7 @@ def test_a_pickled_reader_reads(bars):
 def test_no_worker_outlives_its_program(bars, end):
     script = f"""
         import os
-        from video.reader import VideoReader
+        from video.reading.reader import VideoReader
         reader = VideoReader()
         reader.read({str(bars)!r}, [0])
         print(reader._worker.pid, flush=True)

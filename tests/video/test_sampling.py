@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video.sampling import (
+from video.reading.sampling import (
     clip_range,
     frame_cap,
     frame_index,

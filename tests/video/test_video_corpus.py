@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from make_clips import cut_bytes, cut_copy, number, painted, write_avi, write_clip, write_sound
 
-from video.clip_index import index_clip
-from video.key_pictures import key_check
-from video.reader import ReadLimits, VideoDecodeError, VideoReader
+from video.reading.clip_index import index_clip
+from video.reading.key_pictures import key_check
+from video.reading.reader import ReadLimits, VideoDecodeError, VideoReader
 
 VARIABLE = [i / 30 for i in range(60)] + [2 + 0.149 * i for i in range(50)] + [9.6]  # 111 frames, 9.7 s
 OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
@@ -496,7 +496,7 @@ def test_packets_tell_key_pictures_apart(tmp_path, codec, kind):
 @pytest.mark.parametrize("kind", ["ts", "flv"])
 def test_late_frames_of_containers_without_a_table_are_sought(tmp_path, monkeypatch, kind):
     """Their packets come before their pictures are shown, by which a seek must begin earlier."""
-    from video import backends
+    from video.reading import backends
 
     path = write_clip(tmp_path / f"a.{kind}", rate=25, frames=96)
     clip = index_clip(str(path), ReadLimits())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmrl.config import parse_config
-from mmrl.prm.data import solution_forest
 from mmrl.readings import ReadingContext, fill
 from mmrl.rollout import Prompt
+from mmrl.scorers.labelled import solution_forest
 from mmrl.trainers.branch_grpo import BranchGrpo
 from video.readings import VideoEvidence
 

@@ -294,7 +294,7 @@ def test_task_looks_into_clips_where_labels_need_it(root):
 
 def test_probing_sets_unreadable_clips_aside(root):
     film(root / "clips/a.mp4")
-    from video.actions import parse_turn
+    from video.acting.actions import parse_turn
     from video.tasks.video_jsonl import VideoJsonlTask
 
     file = str(DATA / "video_r1.json")

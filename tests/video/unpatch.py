@@ -1,8 +1,8 @@
-"""The inverse of `video.patches.patchify`, for tests that look at the frames a model was given."""
+"""The inverse of `video.reading.patches.patchify`, for tests that look at the frames a model was given."""
 
 import numpy as np
 
-from video.patches import CLIP
+from video.reading.patches import CLIP
 
 
 def unpatchify(rows, grid, *, patch, merge, temporal=2, norm=CLIP):

@@ -146,7 +146,7 @@ def processor_for(family: str, tokenizer: Any) -> Any:
     """The family's image-only processor; the tokenizer itself for text."""
     import transformers
 
-    from vision.loading import image_only
+    from vision.inputs.loading import image_only
 
     if family == "text":
         return tokenizer

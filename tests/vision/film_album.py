@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from mmrl.rollout import Prompt
-from video.patches import Norm, patchify
-from vision.environment import Answered
-from vision.growth import Pixels
+from video.reading.patches import Norm, patchify
+from vision.growth.environment import Answered
+from vision.inputs.tokens import Pixels
 
 SECONDS = 5.0  # between a film's rows in time: it ends far behind its height and width
 

@@ -31,13 +31,13 @@ class Twin:
     """An engine with a model of its own, which knows the trained weights by `sync` or `sync_lora` alone."""
 
     def __init__(self, folder: str) -> None:
-        from vision.loading import load_model
+        from vision.inputs.loading import load_model
 
         self.base = load_model(folder)
         self.hf: Any = self.base
 
     def open(self, request: Any) -> Any:
-        from vision.engine_hf import TransformersEngine
+        from vision.growth.engine_hf import TransformersEngine
 
         return TransformersEngine(self.hf).open(request)
 
@@ -89,7 +89,7 @@ def main(recipe: str, overrides: Sequence[str]) -> None:
     options: dict[str, Any] = {}
     section = getattr(config, "policy", None)
     if section is not None:
-        from vision.engine_sync import SyncedEngine
+        from vision.growth.engine_sync import SyncedEngine
         from vision.policy import VisionPolicy
 
         policy = VisionPolicy.build(**section.options)

@@ -7,10 +7,11 @@ import torch
 from families import tokenizer_for
 
 from mmrl.rollout import BranchPlan
-from vision.driver import grow
-from vision.growth import Decoding, GrowthRequest, PromptTokens, Start, TokenSample
-from vision.packing import ancestors
-from vision.step_rule import step_rule
+from vision.forward.packing import ancestors
+from vision.growth.driver import grow
+from vision.growth.requests import Decoding, GrowthRequest, Start, TokenSample
+from vision.inputs.step_rule import step_rule
+from vision.inputs.tokens import PromptTokens
 
 TOKENIZER = tokenizer_for("text")
 RULE = step_rule(TOKENIZER, "line")

@@ -21,24 +21,24 @@ import agent_tiny  # noqa: F401  # makes the next module importable
 from make_clips import write_clip
 # ruff: isort: on
 
-import mmrl.prm.scoring
+import mmrl.scorers.scoring
 import video.encoding
-import vision.backbone
-import vision.environment
-import vision.network
-import vision.prompts
+import vision.forward.backbone
+import vision.forward.network
+import vision.growth.environment
+import vision.inputs.prompts
 from mmrl.byte_cache import ByteCache
 from mmrl.config import parse_config
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.scoring import score_records
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.solutions import score_records
 from mmrl.rollout import Prompt
 from mmrl.trainers import trainer_of
 from mmrl.tree import StepTree
 from video.encoding import VideoEncoder
-from video.reader import VideoReader
-from vision.backbone import by_prompt, closure, micro_batches
+from video.reading.reader import VideoReader
+from vision.forward.backbone import by_prompt, closure, micro_batches
+from vision.inputs.prompts import PromptEncoder
 from vision.prm import VisionPrm
-from vision.prompts import PromptEncoder
 
 EVERYTHING = {
     "loss": {"kl": 0.1, "kl_form": "k3", "recompute_old_logp": True},
@@ -110,7 +110,10 @@ def count_encodings(monkeypatch, encoder=PromptEncoder):
     """Prompts that became tokens, and pictures that went through an image encoder."""
     prompts = Count(monkeypatch, encoder, "_encode", lambda self, prompt: [(id(self), prompt.id)])
     towers = Count(
-        monkeypatch, vision.network, "_encode", lambda model, part: [(id(model), pixels.key) for pixels in part]
+        monkeypatch,
+        vision.forward.network,
+        "_encode",
+        lambda model, part: [(id(model), pixels.key) for pixels in part],
     )
     return prompts, towers
 
@@ -136,9 +139,9 @@ def by_phase(trainer, *counts):
 
 def small_caches(monkeypatch, prompts):
     """Room for so many of the test's prompts between iterations."""
-    monkeypatch.setattr(vision.prompts, "ENCODED_BYTES", prompts * 100_000)
-    monkeypatch.setattr(vision.backbone, "FEATURE_BYTES", prompts * 2_000)
-    monkeypatch.setattr(vision.environment, "OBSERVED_BYTES", prompts * 100_000)
+    monkeypatch.setattr(vision.inputs.prompts, "ENCODED_BYTES", prompts * 100_000)
+    monkeypatch.setattr(vision.forward.backbone, "FEATURE_BYTES", prompts * 2_000)
+    monkeypatch.setattr(vision.growth.environment, "OBSERVED_BYTES", prompts * 100_000)
     monkeypatch.setattr(video.encoding, "OBSERVED_BYTES", prompts * 100_000)
 
 
@@ -212,7 +215,7 @@ def test_training_a_reward_model_encodes_each_question_once(tmp_path, monkeypatc
 
 def test_scoring_encodes_each_question_once(tmp_path, monkeypatch):
     small_caches(monkeypatch, prompts=2)
-    monkeypatch.setattr(mmrl.prm.scoring, "QUESTIONS_AT_ONCE", 5)
+    monkeypatch.setattr(mmrl.scorers.scoring, "QUESTIONS_AT_ONCE", 5)
     prompts, towers = count_encodings(monkeypatch)
     records = []
     for i in range(12):
@@ -222,7 +225,7 @@ def test_scoring_encodes_each_question_once(tmp_path, monkeypatch):
     scorer = VisionPrm.build(model=str(family_folder("qwen2_5_vl")), max_tokens=200)
     in_parts = score_records(scorer, records)
     assert set(prompts.calls.values()) == set(towers.calls.values()) == {1} and len(prompts.calls) == 12
-    monkeypatch.setattr(mmrl.prm.scoring, "QUESTIONS_AT_ONCE", 12)
+    monkeypatch.setattr(mmrl.scorers.scoring, "QUESTIONS_AT_ONCE", 12)
     for some, all_at_once in zip(in_parts, score_records(scorer, records), strict=True):
         assert some == pytest.approx(all_at_once, abs=1e-6)
 
@@ -341,6 +344,6 @@ def test_a_pass_over_a_forest_takes_as_long_as_there_are_steps(monkeypatch, prom
 
 
 def test_the_benchmark_counts_both_ways(monkeypatch):
-    monkeypatch.setattr(vision.prompts, "ENCODED_BYTES", 3 * 80_000)
+    monkeypatch.setattr(vision.inputs.prompts, "ENCODED_BYTES", 3 * 80_000)
     [[prompts, _, recent, _, kept, *_]] = bench_encoding.measure([6], 56)
     assert (prompts, recent, kept) == ("6", "36", "6")

@@ -14,18 +14,18 @@ from families import picture, processor_for, tokenizer_for
 
 from mmrl.losses.mismatch import mismatch, truncated_importance
 from mmrl.rollout import BranchPlan, Prompt
-from vision.driver import grow
-from vision.engine_hf import TransformersEngine
-from vision.engine_sync import SyncedEngine
-from vision.engine_vllm import VllmEngine
-from vision.growth import Decoding, GrowthRequest
-from vision.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of
-from vision.lora import add_lora
-from vision.network import masked_scores
+from vision.forward.lora import add_lora
+from vision.forward.network import masked_scores
+from vision.growth.driver import grow
+from vision.growth.engine_hf import TransformersEngine
+from vision.growth.engine_sync import SyncedEngine
+from vision.growth.engine_vllm import VllmEngine
+from vision.growth.requests import Decoding, GrowthRequest
+from vision.inputs.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of
+from vision.inputs.prompts import PromptEncoder
+from vision.inputs.settings import Settings
+from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
-from vision.prompts import PromptEncoder
-from vision.settings import Settings
-from vision.step_rule import step_rule
 
 pytestmark = [
     pytest.mark.vllm,

@@ -7,11 +7,11 @@ import torch
 from families import FAMILIES, family_folder
 
 from mmrl.growth import ROOT, GrowingTree, rollout_of
-from mmrl.prm.data import solution_forest
 from mmrl.rollout import Prompt, State
-from vision.loading import vision_tower
+from mmrl.scorers.labelled import solution_forest
+from vision.inputs.loading import vision_tower
+from vision.inputs.prompts import PromptError
 from vision.policy import VisionPolicy
-from vision.prompts import PromptError
 
 
 def build(family="qwen2_5_vl", newline=1.5, **options):

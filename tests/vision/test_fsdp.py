@@ -26,7 +26,7 @@ from mmrl.sharding import full_state, is_sharded, keep_float32, whole
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.policy_update import current_logp
 from mmrl.tree import UNFINISHED, StepTree
-from vision.loading import load_model, load_processor, save
+from vision.inputs.loading import load_model, load_processor, save
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -195,12 +195,12 @@ def test_sharding_that_is_not_in_force_is_told(tmp_path, monkeypatch, caplog, cl
 
 
 def test_a_gathered_adapter_is_saved_as_peft_saves_it(tmp_path, monkeypatch):
-    from vision.engine_sync import SyncedEngine
+    from vision.growth.engine_sync import SyncedEngine
     from vision.policy import VisionPolicy
 
     policy = VisionPolicy.build(model=str(family_folder("text")), lora_rank=2)
     policy.save(tmp_path)
-    monkeypatch.setattr("vision.engine_sync.is_sharded", lambda model: True)
+    monkeypatch.setattr("vision.growth.engine_sync.is_sharded", lambda model: True)
     seen = {}
 
     class Engine:
@@ -244,7 +244,7 @@ class Twin:
         self.hf, self.syncs = load_model(folder), 0
 
     def open(self, request):
-        from vision.engine_hf import TransformersEngine
+        from vision.growth.engine_hf import TransformersEngine
 
         return TransformersEngine(self.hf).open(request)
 
@@ -272,7 +272,7 @@ def shard(network, blocks):
 
 
 def work(file):
-    from vision.engine_sync import SyncedEngine
+    from vision.growth.engine_sync import SyncedEngine
     from vision.policy import VisionPolicy
 
     config = parse_config(json.loads(Path(file).read_text()))

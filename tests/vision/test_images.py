@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmrl.pictures import ImageError, Limits, check_image, resolve
-from vision.images import PixelBudget, image_key, load_image, smart_resize
+from mmrl.reasoning.pictures import ImageError, Limits, check_image, resolve
+from vision.inputs.images import PixelBudget, image_key, load_image, smart_resize
 
 QWEN2 = PixelBudget()
 PRM = PixelBudget(min_pixels=256 * 28 * 28, max_pixels=1280 * 28 * 28)

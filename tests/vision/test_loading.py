@@ -18,7 +18,7 @@ from families import (
     tokenizer_for,
 )
 
-from vision.loading import (
+from vision.inputs.loading import (
     banned_ids,
     eos_ids,
     image_token_id,

@@ -46,7 +46,7 @@ def test_a_trained_scorer_brings_clip_and_delta(tmp_path):
 
 def test_increments_are_neither_clipped_nor_differenced(tmp_path):
     section = {"name": "vision", "model": FOLDER, "max_new_tokens": 8, "max_steps": 4}
-    implicit = {"name": "mmrl.prm.implicit:ImplicitPrm.build", "policy": section}
+    implicit = {"name": "mmrl.scorers.implicit:ImplicitPrm.build", "policy": section}
     assert trainer(tmp_path, step_rewards=[implicit])._transforms == []
 
 

@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl.rollout import Prompt
-from vision.attention import FLEX, AttentionStyle, style_of, tree_attention
-from vision.growth import PromptTokens
-from vision.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of, vision_tower
-from vision.lora import add_lora
-from vision.network import Network, run_job
-from vision.packing import ancestors, choose_mode, cost, leaf_rows, pack, rows_of, split, tree_mask
-from vision.passes import TokenTree, build_job
+from vision.forward.attention import FLEX, AttentionStyle, style_of, tree_attention
+from vision.forward.lora import add_lora
+from vision.forward.network import Network, run_job
+from vision.forward.packing import ancestors, choose_mode, cost, leaf_rows, pack, rows_of, split, tree_mask
+from vision.forward.passes import TokenTree, build_job
+from vision.inputs.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of, vision_tower
+from vision.inputs.prompts import PromptEncoder
+from vision.inputs.settings import Settings
+from vision.inputs.tokens import PromptTokens
 from vision.policy import VisionPolicy
-from vision.prompts import PromptEncoder
-from vision.settings import Settings
 
 WORKED = ([-1, 0, 1, 1, 0], [torch.tensor(x) for x in ([0, 1], [2, 3], [4], [5, 6], [7])])  # AB; CD, F, GH; E
 

@@ -9,11 +9,11 @@ from families import FAMILIES, family_folder, make, picture
 from safetensors.torch import load_file
 
 from mmrl.losses.reward import good_logit
-from mmrl.prm.data import solution_forest
-from mmrl.prm.scoring import aggregate_of, load_scorer, score_solutions
-from mmrl.prm.slots import lay_out
+from mmrl.reasoning.slots import lay_out
 from mmrl.rollout import BranchPlan, Prompt
-from vision.loading import load_model, load_processor, tokenizer_of, vision_tower
+from mmrl.scorers.labelled import solution_forest
+from mmrl.scorers.scoring import aggregate_of, load_scorer, score_solutions
+from vision.inputs.loading import load_model, load_processor, tokenizer_of, vision_tower
 from vision.policy import VisionPolicy
 from vision.prm import VisionPrm
 

@@ -13,11 +13,12 @@ from verbs import run_verb
 from vision_tiny import vision_recipe
 
 from mmrl.config import load_config, parse_config
-from mmrl.prm.formats import read_format
-from mmrl.prm.records_io import read_records
-from mmrl.prm.scoring import load_scorer, score_records, score_solutions
+from mmrl.reasoning.formats import read_format
+from mmrl.reasoning.records_io import read_records
+from mmrl.reasoning.solutions import score_records
 from mmrl.registry import build, find
 from mmrl.rollout import Prompt
+from mmrl.scorers.scoring import load_scorer, score_solutions
 from mmrl.trainers import trainer_of
 from mmrl.trainers.branch_grpo import BranchGrpo
 from vision.policy import VisionPolicy

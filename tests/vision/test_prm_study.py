@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrl.prm.records import SolutionRecord, Step
+from mmrl.reasoning.records import SolutionRecord, Step
 
 TOOL = Path(__file__).parents[2] / "tools" / "prm_study.py"
 spec = importlib.util.spec_from_file_location("prm_study", TOOL)

@@ -13,16 +13,16 @@ from vision_tiny import vision_recipe
 
 import video.encoding
 from mmrl.config import ConfigError, parse_config
-from mmrl.prm.data import solution_forest
 from mmrl.rollout import BranchPlan, Prompt
+from mmrl.scorers.labelled import solution_forest
 from mmrl.trainers.branch_grpo import BranchGrpo
-from vision.engine_sync import SyncedEngine
-from vision.engine_vllm import VllmEngine
-from vision.loading import load_processor
+from vision.growth.engine_sync import SyncedEngine
+from vision.growth.engine_vllm import VllmEngine
+from vision.growth.vllm_backends import Reply
+from vision.inputs.loading import load_processor
+from vision.inputs.prompts import PromptError
 from vision.policy import VisionPolicy
 from vision.prm import VisionPrm
-from vision.prompts import PromptError
-from vision.vllm_backends import Reply
 
 
 @pytest.fixture(scope="module")

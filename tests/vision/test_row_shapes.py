@@ -20,17 +20,17 @@ from pyarrow import parquet
 
 from diffusion.tasks.text_prompts import TextPrompts
 from mmrl.jsonl import RowError
-from mmrl.prm.formats import convert, read_format
-from mmrl.prm.records import SolutionRecord, plain_steps
-from mmrl.prm.scoring import score_records
-from mmrl.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, Columns, check_answer, plain_options, read_question
-from mmrl.rewards.answers import MultipleChoice
+from mmrl.reasoning.answers import MultipleChoice
+from mmrl.reasoning.formats import convert, read_format
+from mmrl.reasoning.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, Columns, check_answer, plain_options, read_question
+from mmrl.reasoning.records import SolutionRecord, plain_steps
+from mmrl.reasoning.solutions import score_records
 from mmrl.rollout import Prompt, Sample
 from video.tasks.video_jsonl import VideoJsonlTask
-from vision.loading import load_model, load_processor
+from vision.inputs.loading import load_model, load_processor
+from vision.inputs.prompts import PromptEncoder, PromptError
+from vision.inputs.settings import Settings
 from vision.prm import VisionPrm
-from vision.prompts import PromptEncoder, PromptError
-from vision.settings import Settings
 from vision.tasks.jsonl import JsonlTask
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "data.md"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmrl.rollout import Actions, Prompt, Rollout, Sample
 from mmrl.tree import StepTree
-from vision.loading import load_model, load_processor
+from vision.inputs.loading import load_model, load_processor
 from vision.tasks.shapes import (
     ShapesAnswer,
     ShapesSteps,

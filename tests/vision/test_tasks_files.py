@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmrl.questions import with_options
+from mmrl.reasoning.answers import ExactAnswer, MultipleChoice
+from mmrl.reasoning.questions import with_options
 from mmrl.registry import ComponentError, build
-from mmrl.rewards.answers import ExactAnswer, MultipleChoice
 from mmrl.rollout import Prompt, Sample, check_prompts
-from vision.images import load_image
+from vision.inputs.images import load_image
 from vision.tasks.jsonl import JsonlTask
 from vision.tasks.puzzles import PuzzleTask, split_position
 
@@ -235,7 +235,7 @@ def test_unusable_puzzles(tmp_path):
 
 
 def test_letters_are_what_the_choice_reward_reads():
-    answers = pytest.importorskip("mmrl.rewards.answers")
+    answers = pytest.importorskip("mmrl.reasoning.answers")
     p = PuzzleTask(str(PUZZLES / "puzzlevqa.jsonl"), eval_share=0.4, seed=4).prompts[0]
     wrong = next(x for x in "ABC" if x != p.reference["answer"])
     texts = [f"So.\nanswer: ({p.reference['answer']})", f"answer: {p.reference['text']}", f"answer: {wrong}"]

@@ -12,16 +12,16 @@ from vision_tiny import vision_recipe
 from mmrl.config import parse_config
 from mmrl.losses.preference import token_rewards
 from mmrl.readings import ReadingContext, fill
-from mmrl.readings.answers import AnswerProbability
 from mmrl.readings.baseline import Baseline
 from mmrl.readings.contrast import divergence, instructed
 from mmrl.readings.monte_carlo import MonteCarlo
+from mmrl.reasoning.readings.answers import AnswerProbability
 from mmrl.registry import ComponentError
 from mmrl.rewards import score
 from mmrl.rollout import Answer, BranchPlan, Place, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
-from vision.answers import spell
+from vision.growth.answers import spell
 from vision.policy import VisionPolicy
 
 TREE = BranchPlan({0: 2, 1: 2, 2: 2})
@@ -100,9 +100,9 @@ def inner_places(rollout):
 def logits_of(policy, prompt, ids, pixels=True):
     """(P + n, V) logits of one unpacked row."""
     from mmrl.reference import bare
-    from vision.attention import style_of
-    from vision.network import _outputs
-    from vision.passes import TokenTree, build_reading
+    from vision.forward.attention import style_of
+    from vision.forward.network import _outputs
+    from vision.forward.passes import TokenTree, build_reading
 
     given = policy.encode(prompt)
     tokens = (given if pixels else given.blank).followed_by(torch.tensor(ids, dtype=torch.long))

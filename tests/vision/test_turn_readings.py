@@ -8,13 +8,13 @@ import torch
 from test_turns import policy_of, prompts
 
 from mmrl.readings import ReadingContext, fill
-from mmrl.readings.answers import AnswerProbability
 from mmrl.readings.contrast import divergence
 from mmrl.readings.monte_carlo import MonteCarlo
+from mmrl.reasoning.readings.answers import AnswerProbability
 from mmrl.rewards import score
 from mmrl.rollout import Answer, BranchPlan, Place
-from vision.answers import spell
-from vision.packing import ancestors
+from vision.forward.packing import ancestors
+from vision.growth.answers import spell
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import torch
 from families import family_folder, picture
 
 from mmrl.rollout import BranchPlan, Prompt, Rollout
-from vision.environment import Answered
-from vision.loading import load_model, load_processor, tokenizer_of
+from vision.growth.environment import Answered
+from vision.inputs.loading import load_model, load_processor, tokenizer_of
+from vision.inputs.settings import Settings
+from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
-from vision.settings import Settings
-from vision.step_rule import step_rule
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "text")
 

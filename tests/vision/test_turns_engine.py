@@ -10,19 +10,20 @@ from families import family_folder, picture, tokenizer_for
 from film_album import FilmAlbum, film, prompts, still
 
 from mmrl.rollout import BranchPlan, Place
-from vision.driver import grow
-from vision.engine_hf import TransformersEngine
-from vision.engine_sync import SyncedEngine
-from vision.engine_vllm import VllmEngine
-from vision.growth import Decoding, GrowthRequest, PromptTokens
-from vision.loading import load_model, load_processor, tokenizer_of
-from vision.network import masked_scores
-from vision.passes import TokenTree
+from vision.forward.network import masked_scores
+from vision.forward.passes import TokenTree
+from vision.growth.driver import grow
+from vision.growth.engine_hf import TransformersEngine
+from vision.growth.engine_sync import SyncedEngine
+from vision.growth.engine_vllm import VllmEngine
+from vision.growth.requests import Decoding, GrowthRequest
+from vision.growth.vllm_backends import Call, Reply, Server
+from vision.growth.vllm_media import media_of, rotary, take_positions
+from vision.inputs.loading import load_model, load_processor, tokenizer_of
+from vision.inputs.settings import Settings
+from vision.inputs.step_rule import step_rule
+from vision.inputs.tokens import PromptTokens
 from vision.policy import VisionPolicy
-from vision.settings import Settings
-from vision.step_rule import step_rule
-from vision.vllm_backends import Call, Reply, Server
-from vision.vllm_media import media_of, rotary, take_positions
 
 TOKENIZER = tokenizer_for("text")
 END = TOKENIZER.eos_token_id

@@ -11,12 +11,12 @@ from test_engine_vllm import EXACT, make
 
 from mmrl.losses.mismatch import mismatch
 from mmrl.rollout import BranchPlan
-from vision.engine_sync import SyncedEngine
-from vision.engine_vllm import VllmEngine
-from vision.loading import load_model, load_processor, tokenizer_of
+from vision.growth.engine_sync import SyncedEngine
+from vision.growth.engine_vllm import VllmEngine
+from vision.inputs.loading import load_model, load_processor, tokenizer_of
+from vision.inputs.settings import Settings
+from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
-from vision.settings import Settings
-from vision.step_rule import step_rule
 
 pytestmark = [
     pytest.mark.vllm,

@@ -17,7 +17,7 @@ from vision_tiny import vision_recipe
 from mmrl.config import parse_config
 from mmrl.rollout import BranchPlan, Prompt, Rollout
 from mmrl.trainers.branch_grpo import BranchGrpo
-from vision.loading import vision_tower
+from vision.inputs.loading import vision_tower
 from vision.policy import VisionPolicy, text_states
 
 TREE = BranchPlan({0: 2, 1: 2, 2: 2})
@@ -375,7 +375,7 @@ def test_a_reward_that_exits_leaves_its_samples_unscored(tmp_path):
 
 
 def test_saved_model_loads_in_transformers(tmp_path):
-    from vision.loading import load_model, load_processor
+    from vision.inputs.loading import load_model, load_processor
 
     trainer, _ = train(tmp_path)
     saved = load_model(tmp_path / "r" / "model")

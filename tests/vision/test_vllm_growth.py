@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mmrl.rollout import BranchPlan
-from vision.driver import grow as grow_with
-from vision.engine_vllm import VllmEngine
-from vision.growth import Decoding, GrowthRequest, PromptTokens
-from vision.step_rule import step_rule
-from vision.vllm_backends import Reply
+from vision.growth.driver import grow as grow_with
+from vision.growth.engine_vllm import VllmEngine
+from vision.growth.requests import Decoding, GrowthRequest
+from vision.growth.vllm_backends import Reply
+from vision.inputs.step_rule import step_rule
+from vision.inputs.tokens import PromptTokens
 
 TOKENIZER = tokenizer_for("text")
 RULE = step_rule(TOKENIZER, "line")

@@ -18,7 +18,7 @@ from mmrl.jsonl import (
     set_aside,
     split_entries,
 )
-from mmrl.pictures import check_image
+from mmrl.reasoning.pictures import check_image
 from mmrl.registry import find
 from video.formats import canonical, video_r1, videochat_r1, videocom  # noqa: F401 - enter their rows
 from video.formats._values import media_file

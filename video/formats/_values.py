@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmrl.embedded import is_embedded
 from mmrl.jsonl import RowError
+from mmrl.reasoning.embedded import is_embedded
+from mmrl.reasoning.rows import is_number, without_marks
 from mmrl.registry import Kind, add_kind
-from mmrl.rows import is_number, without_marks
 from video.records import Box
 
 # (row, where it stands) -> samples

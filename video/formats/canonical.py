@@ -7,8 +7,8 @@
      "turn_boxes": "seen"|"pixels", "frame_count": int, "duration": s, "size": [height, width], "meta": object}
 
 Only `question` and `video` or `images` are needed; what the fields mean is at `video.records.VideoSample`. Question,
-media and options may have all shapes of `mmrl.questions.read_question`, such as `messages` and `videos`. Keys beside
-these are kept in `meta`.
+media and options may have all shapes of `mmrl.reasoning.questions.read_question`, such as `messages` and `videos`.
+Keys beside these are kept in `meta`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import fields
 from typing import Any
 
 from mmrl.jsonl import RowError
-from mmrl.questions import Columns, read_question
+from mmrl.reasoning.questions import Columns, read_question
+from mmrl.reasoning.rows import rest, row_id
 from mmrl.registry import register
-from mmrl.rows import rest, row_id
 from video.formats._values import Row, box, pair, pairs, real, typed, whole
 from video.records import BoxLabel, VideoSample
 

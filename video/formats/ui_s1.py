@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, RowError, read_rows
-from mmrl.pictures import check_image
+from mmrl.reasoning.pictures import check_image
+from mmrl.reasoning.rows import optional_text, rest, rows, text
 from mmrl.rollout import Prompt
-from mmrl.rows import optional_text, rest, rows, text
 from video.formats._values import Row, box, media_file, pair, real, typed
 from video.records import Box
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mmrl.jsonl import RowError
-from mmrl.questions import plain_options
+from mmrl.reasoning.questions import plain_options
+from mmrl.reasoning.rows import optional_text, rest, row_id, text
 from mmrl.registry import register
-from mmrl.rows import optional_text, rest, row_id, text
 from video.formats._values import Row, typed, without_media_marks
 from video.records import VideoSample
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mmrl.jsonl import RowError
+from mmrl.reasoning.rows import rest, rows, text
 from mmrl.registry import register
-from mmrl.rows import rest, rows, text
 from video.formats._values import Row, pairs, real
 from video.records import VideoSample
 

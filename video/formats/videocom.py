@@ -7,8 +7,8 @@ import string
 from typing import Any
 
 from mmrl.jsonl import RowError
+from mmrl.reasoning.rows import rest, row_id, rows, text
 from mmrl.registry import register
-from mmrl.rows import rest, row_id, rows, text
 from video.formats._values import Row, box, pairs, typed, whole, without_media_marks
 from video.records import BoxLabel, VideoSample
 

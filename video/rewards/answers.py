@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mmrl.reasoning.answer_text import FULL_WIDTH, normalise, unboxed, unwrapped
 from mmrl.registry import Kind, add_kind, declares, find, register
-from mmrl.rewards.answer_text import FULL_WIDTH, normalise, unboxed, unwrapped
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
-from video.actions import Syntax
+from video.acting.actions import Syntax
 from video.rewards.turns import AnswerSyntax, count_calls, last_answer, turns_of
 from vision.rewards import is_think_answer
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mmrl.rollout import Prompt, Rollout
-from video.actions import Coords, Syntax, VideoAction, VideoState, act, parse_turn
+from video.acting.actions import Coords, Syntax, VideoAction, VideoState, act, parse_turn
+from video.acting.segments import frame_at
+from video.reading.sampling import smart_resize
 from video.rewards.answers import interval_iou, video_reference
-from video.sampling import smart_resize
-from video.segments import frame_at
 from vision.rewards import Box, iou
 
 Kind = Literal["segment", "frame", "box"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mmrl.registry import declares
 from mmrl.rollout import Prompt, Sample
-from video.actions import Syntax
+from video.acting.actions import Syntax
 from video.rewards.answers import VideoAnswer, VideoFormat
 from video.rewards.turns import count_calls, turns_of
 

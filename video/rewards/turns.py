@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from mmrl.rewards.answer_text import answer_in_tags, without_thinking
+from mmrl.reasoning.answer_text import answer_in_tags, without_thinking
 from mmrl.rollout import Sample
-from video.actions import Syntax, parse_turn
+from video.acting.actions import Syntax, parse_turn
 
 AnswerSyntax = Literal["tags", "videocom", "tool_call"]
 

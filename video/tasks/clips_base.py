@@ -48,7 +48,7 @@ from video.tasks.clips_scene import (
     second_of,
     solve,
 )
-from vision.loading import load_model, load_processor
+from vision.inputs.loading import load_model, load_processor
 from vision.tasks.shapes_scene import generator
 from vision.tasks.tiny_vl import END, PAD, SPECIAL, cosine, optimizer_of, pad_examples, progress, set_lr, update
 

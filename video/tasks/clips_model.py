@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from video.actions import Code, Look, VideoState, act, parse_turn, pixel_box
-from video.patches import patchify
+from video.acting.actions import Code, Look, VideoState, act, parse_turn, pixel_box
+from video.reading.patches import patchify
 from video.tasks.clips_scene import (
     ANSWER,
     COLOURS,
@@ -98,7 +98,8 @@ def new_model(width: int = 128, layers: int = 3) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Model and processor in one folder, for `vision.loading` and any program that reads transformers' format."""
+    """Model and processor in one folder, for `vision.inputs.loading` and any program that reads transformers'
+    format."""
     tiny_vl.save(model, new_processor(), folder)
 
 
@@ -242,7 +243,7 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, features: Tensor) 
 
 def look_positions(view: View, start: int) -> Tensor:
     """(3, tokens) M-RoPE positions (time, row, column) of a look behind `start` positions; text goes on behind the
-    largest, as `vision.prompts.PromptEncoder.rope` has it."""
+    largest, as `vision.inputs.prompts.PromptEncoder.rope` has it."""
     times = (torch.arange(view.times) * TOKENS_PER_SECOND * view.seconds).long().repeat_interleave(view.side**2)
     row, column = (x.repeat(view.times) for x in tiny_vl.rows_and_columns(view.side))
     return torch.stack([times, row, column]) + start

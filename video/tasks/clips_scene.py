@@ -1,10 +1,10 @@
 """What happens in a clip of the clips task, and how it is drawn.
 
-A clip has 32 frames, one each 2.5 seconds: 80 seconds, cut into 8 segments by `video.segments`. Throughout one segment
-a lamp along the lower edge glows. In one of that segment's frames a box appears in a cell of a 4 x 4 grid and lights
-up the ground. Its dots have a colour that only native pixels show: they and what lies between them average to the same
-grey for all colours. The ground's colour tells the place and two hands, along the upper and the left edge, the time.
-`contrast` is the opacity of lamp, box and light.
+A clip has 32 frames, one each 2.5 seconds: 80 seconds, cut into 8 segments by `video.acting.segments`. Throughout one
+segment a lamp along the lower edge glows. In one of that segment's frames a box appears in a cell of a 4 x 4 grid and
+lights up the ground. Its dots have a colour that only native pixels show: they and what lies between them average to
+the same grey for all colours. The ground's colour tells the place and two hands, along the upper and the left edge,
+the time. `contrast` is the opacity of lamp, box and light.
 """
 
 from __future__ import annotations

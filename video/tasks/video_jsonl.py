@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from mmrl.jsonl import RowError
+from mmrl.reasoning.answers import right_answer
 from mmrl.registry import of_kind
-from mmrl.rewards.answers import right_answer
 from mmrl.rollout import Answer, Prompt, Sample
 from video.formats import read_format
-from video.reader import VideoDecodeError, VideoReader
+from video.reading.reader import VideoDecodeError, VideoReader
+from video.reading.sampling import smart_resize
 from video.records import VideoSample, to_prompt, with_info, with_seen
 from video.rewards.turns import AnswerSyntax, last_answer, turns_of
-from video.sampling import smart_resize
 from vision.tasks.jsonl import states_answer
 
 _SYNTAXES: tuple[AnswerSyntax, ...] = ("tags", "videocom", "tool_call")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, read_rows
-from mmrl.pictures import check_image, resolve
-from mmrl.questions import Columns, check_answer, read_question, told_columns
-from mmrl.rewards.answer_text import choice_letter, extract_answer, final_line
-from mmrl.rewards.answers import right_answer
+from mmrl.reasoning.answer_text import choice_letter, extract_answer, final_line
+from mmrl.reasoning.answers import right_answer
+from mmrl.reasoning.pictures import check_image, resolve
+from mmrl.reasoning.questions import Columns, check_answer, read_question, told_columns
+from mmrl.reasoning.rows import row_id
 from mmrl.rollout import Answer, Prompt, Sample
-from mmrl.rows import row_id
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ class JsonlTask:
 
     A row becomes `inputs = {question, images, options, history}` (paths absolute; the last two only if the row has
     some; options are lettered lines at the question's end) and `reference = {answer, every other column}`. `id` is the
-    row's id, else `file:row`. The shapes of rows are `mmrl.questions.read_question`'s; docs/reference/data.md shows
-    them.
+    row's id, else `file:row`. The shapes of rows are `mmrl.reasoning.questions.read_question`'s;
+    docs/reference/data.md shows them.
 
     Set aside (`quarantined`) are rows without question, with a missing or unreadable picture, an id seen before, more
     or fewer `<image>` than pictures, media or turns that no policy of pictures shows, or a model's own placeholder in

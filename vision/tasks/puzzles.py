@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.jsonl import Quarantined, RowError
-from mmrl.questions import Columns
-from mmrl.rewards.answers import right_answer
+from mmrl.reasoning.answers import right_answer
+from mmrl.reasoning.questions import Columns
 from mmrl.rollout import Answer, Prompt, Sample
 from vision.tasks.jsonl import answered, load_prompts, row_prompt
 

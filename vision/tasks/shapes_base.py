@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmrl.cache import cache_root, made_once
-from vision.loading import load_model, load_processor
+from vision.inputs.loading import load_model, load_processor
 from vision.tasks.shapes_model import (
     END,
     PAD,

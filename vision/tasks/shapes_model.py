@@ -44,7 +44,8 @@ def new_model(width: int = 128, layers: int = 3) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Model and processor in one folder, for `vision.loading` and any program that reads transformers' format."""
+    """Model and processor in one folder, for `vision.inputs.loading` and any program that reads transformers'
+    format."""
     tiny_vl.save(model, new_processor(), folder)
 
 

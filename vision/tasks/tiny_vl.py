@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision.loading import image_only
+from vision.inputs.loading import image_only
 
 PATCH = 16  # pixels on a side
 END, PAD, UNKNOWN = "<|im_end|>", "<|pad|>", "<|unk|>"
@@ -144,7 +144,8 @@ def new_model(vocabulary: Vocabulary, *, width: int, layers: int, tokens_per_sec
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """Model and processor in one folder, for `vision.loading` and any program that reads transformers' format."""
+    """Model and processor in one folder, for `vision.inputs.loading` and any program that reads transformers'
+    format."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

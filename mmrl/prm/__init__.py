@@ -1,1 +1,0 @@
-"""Process reward models: records of labelled solutions, slots, scoring, aggregation, measures."""

@@ -1,0 +1,242 @@
+"""What a policy asks for and what it may ask for: actions, problems, looks, and the state of one video question.
+
+Everything is a frozen record of plain values: a branch of a search forks a state by keeping it, and states, looks and
+actions can be pickled, compared and hashed. Nothing here touches pixels.
+
+Coordinates. A `Look` speaks of the frame *as presented* (native size, rotation applied) in unit floats (x1, y1, x2,
+y2), so it does not matter at which size a frame is shown. A policy writes boxes in the units of `VideoState.coords`;
+`VideoState.unit_box` is the one place where they are converted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from video.acting.segments import Segment, segment_table
+from video.reading.sampling import clip_range
+
+Coords = Literal["norm1000", "unit", "pixels"]
+Code = Literal[
+    "parse_error", "unknown_action", "out_of_range", "empty_range", "inverted_box", "box_too_small",
+    "no_frame_selected", "whole_video", "duplicate_action", "budget_exceeded", "unreadable_frames",
+]  # fmt: skip
+Box = tuple[float, float, float, float]
+
+MIN_SHARE = 0.02  # a crop's side is at least this share of the frame's
+_EPS = 1e-9  # 0.12 - 0.1 falls short of 0.02
+
+
+@dataclass(frozen=True)
+class VideoAction:
+    """One call of a manipulation, as the policy wrote it: frames and segments 1-based, boxes in the policy's units.
+
+    phrase: what the policy says it looks for; free text that changes nothing, so it does not count in `==`.
+    """
+
+    name: str
+    args: Mapping[str, Any]
+    phrase: str = field(default="", compare=False)
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.args))))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a turn was refused: `message` for people and policies, `valid` the ranges or names that would have done."""
+
+    code: Code
+    message: str
+    valid: Mapping[str, Any] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.code, self.message))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What to show next. `VideoState.segment` and `VideoState.still` make them.
+
+    segment  [start, end) seconds, `frames` of them (None: as many as the agent shows by default);
+    frame    source frame `frame` (0-based) whole; start = end = its time;
+    crop     `box` of that frame, unit floats of the frame as presented.
+    """
+
+    kind: Literal["segment", "frame", "crop"]
+    start: float
+    end: float
+    frame: int | None = None
+    box: Box | None = None
+    frames: int | None = None
+
+
+@dataclass(frozen=True)
+class VideoState:
+    """What manipulations may refer to. Pure: `video.acting.actions.act` returns the next one; make the first with
+    `start`.
+
+    starts, duration: (T,) seconds at which the frames start, and the end of the last; size: (height, width) native.
+    segments: the table whose 1-based ids `find_segment` takes.
+    coords, seen: units of the policy's boxes; `seen` = (height, width) at which a single frame is shown to it.
+    min_side, pad: least side of a crop in native pixels; share of the frame added on each side of a crop.
+    turns_left: turns the policy may still write, the answering one included; tokens_left: of observations, None: any.
+    frame: 0-based frame last looked at, which zooms refer to; done: (name, looks) of every action carried out.
+    """
+
+    starts: tuple[float, ...] = field(repr=False)
+    duration: float
+    size: tuple[int, int]
+    segments: tuple[Segment, ...] = field(repr=False)
+    coords: Coords = "norm1000"
+    seen: tuple[int, int] | None = None
+    min_side: int = 28
+    pad: float = 0.0
+    turns_left: int = 5
+    tokens_left: int | None = None
+    frame: int | None = None
+    done: tuple[tuple[str, tuple[Look, ...]], ...] = ()
+
+    @classmethod
+    def start(
+        cls,
+        starts: Sequence[float] | np.ndarray,
+        duration: float,
+        size: tuple[int, int],
+        *,
+        coords: Coords = "norm1000",
+        seen: tuple[int, int] | None = None,
+        turns: int = 5,
+        tokens: int | None = None,
+        min_side: int = 28,
+        pad: float = 0.0,
+    ) -> VideoState:
+        """The state before the first turn; arguments as the fields, `seen` only needed for coords="pixels".
+
+        Raises:
+            ValueError: timestamps that are no ascending finite seconds from 0 on, a duration that ends before the
+                last frame starts, an empty size, unknown coords, pixels without `seen`, or a limit below 1.
+        """
+        times = tuple(float(t) for t in starts)
+        _check_clip(times, duration, size)
+        if coords not in get_args(Coords):
+            raise ValueError(f"coords={coords!r}: one of {', '.join(get_args(Coords))}")
+        if coords == "pixels" and (seen is None or min(seen) < 1):
+            raise ValueError(f"coords='pixels' needs seen=(height, width), the size the policy saw, got {seen}")
+        if turns < 1 or min_side < 1 or not 0 <= pad < 1 or (tokens is not None and tokens < 0):
+            raise ValueError(
+                f"turns={turns}, min_side={min_side}, pad={pad}, tokens={tokens}: turns and min_side are at least 1, "
+                "pad is in [0, 1), tokens is at least 0 or None"
+            )
+        table = segment_table(times, duration)
+        return cls(times, float(duration), size, table, coords, seen, min_side, pad, turns, tokens)
+
+    def segment(self, start: float, end: float, *, frames: int | None = None) -> Look:
+        """A look at [start, end) seconds."""
+        return Look("segment", float(start), float(end), frames=frames)
+
+    def still(self, frame: int, box: Box | None = None) -> Look:
+        """A look at one source frame (0-based) or, with a box in unit floats, at a part of it."""
+        time = self.starts[frame] if 0 <= frame < len(self.starts) else 0.0
+        return Look("frame" if box is None else "crop", time, time, frame, box)
+
+    def unit_box(self, box: Sequence[float]) -> Box:
+        """A box in the policy's units -> unit floats of the frame."""
+        across, down = self.scale
+        return (box[0] / across, box[1] / down, box[2] / across, box[3] / down)
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Width and height of a whole frame in the policy's units."""
+        if self.coords == "pixels" and self.seen is not None:
+            return self.seen[1], self.seen[0]
+        return (1000, 1000) if self.coords == "norm1000" else (1, 1)
+
+
+def _check_clip(starts: tuple[float, ...], duration: float, size: tuple[int, int]) -> None:
+    ascending = all(a <= b for a, b in pairwise(starts))
+    if not starts or not all(math.isfinite(t) for t in starts) or starts[0] < 0 or not ascending:
+        raise ValueError(
+            f"starts={starts[:5]}.. ({len(starts)} frames): ascending finite seconds from 0 on are needed"
+        )
+    if not (math.isfinite(duration) and duration > starts[-1]):
+        raise ValueError(f"duration={duration}: it is the end of the last frame, which starts at {starts[-1]} s")
+    if min(size) < 1:
+        raise ValueError(f"size={size}: (height, width) in pixels, both at least 1")
+
+
+# ---- may it be shown? -----------------------------------------------------------------------------------------------
+
+
+def look_problem(state: VideoState, look: Look) -> Problem | None:
+    """What is wrong with a look, if anything: the one check that every manipulation's looks go through."""
+    if look.kind == "segment":
+        return _segment_problem(state, look)
+    if look.frame is None or not 0 <= look.frame < len(state.starts):
+        shown = "no frame" if look.frame is None else f"frame {number(look.frame + 1)}"
+        return Problem("out_of_range", f"{shown} is not in the video.", {"frame": (1, len(state.starts))})
+    return None if look.kind == "frame" else _box_problem(state, look.box)
+
+
+def frame_range(state: VideoState, look: Look) -> tuple[int, int]:
+    """(first, last) frame of a look, both included, 0-based."""
+    if look.frame is not None:
+        return look.frame, look.frame
+    return clip_range(np.asarray(state.starts), look.start, look.end)
+
+
+def _segment_problem(state: VideoState, look: Look) -> Problem | None:
+    start, end = look.start, look.end
+    told, valid = f"{number(start)} to {number(end)} s", {"seconds": (0.0, state.duration)}
+    if not (0 <= start <= state.duration and 0 <= end <= state.duration):  # refuses NaN as well
+        return Problem("out_of_range", f"{told} is not inside the video.", valid)
+    if start >= end:
+        return Problem("empty_range", f"{told} holds nothing: the end must come after the start.", valid)
+    first, last = frame_range(state, look)
+    if look.frames is not None and not 1 <= look.frames <= last - first + 1:
+        wanted = f"{number(look.frames)} frames of {told} cannot be shown."
+        return Problem("out_of_range", wanted, {"frames": (1, last - first + 1)})
+    return None
+
+
+def _box_problem(state: VideoState, box: Box | None) -> Problem | None:
+    across, down = state.scale
+    valid: dict[str, Any] = {"x": (0, across), "y": (0, down)}
+    if box is None or not all(0 <= u <= 1 for u in box):  # refuses NaN as well
+        return Problem("out_of_range", "the box is not inside the frame.", valid)
+    x1, y1, x2, y2 = box
+    if x1 >= x2 or y1 >= y2:
+        return Problem("inverted_box", "a box is x1, y1, x2, y2 with x1 < x2 and y1 < y2.", valid)
+    wide, high = (min(1.0, max(state.min_side / side, MIN_SHARE)) for side in (state.size[1], state.size[0]))
+    if x2 - x1 < wide - _EPS or y2 - y1 < high - _EPS:
+        least = {"least width": _up(wide * across), "least height": _up(high * down)}
+        return Problem("box_too_small", "the box is too small to show anything.", least)
+    return None
+
+
+def _up(value: float) -> float:
+    """Rounded up to three decimals, so that a box of the told size is accepted."""
+    return math.ceil(value * 1000 - _EPS) / 1000
+
+
+def number(value: float) -> str:
+    """A number in few characters, whatever its size."""
+    if isinstance(value, int) and abs(value) >= 10**15:
+        return "a huge number"
+    return f"{value:.10g}"
+
+
+def pixel_box(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(x1, y1, x2, y2) whole pixels of a frame of `size` = (height, width), by round(u * side), at least one pixel.
+
+    Halves go up: `round` would send both ends of (0.5, 1.5) pixels to an even number, which may leave nothing.
+    """
+    height, width = size
+    x1, y1 = (min(math.floor(u * side + 0.5), side - 1) for u, side in ((box[0], width), (box[1], height)))
+    x2, y2 = math.floor(box[2] * width + 0.5), math.floor(box[3] * height + 0.5)
+    return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)

@@ -1,0 +1,307 @@
+"""The language model as one module whose forward applies a function to it, and the functions that are applied.
+
+Whatever wraps the module (DDP, autocast, FSDP) sees one call per micro-batch, images included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.byte_cache import ByteCache
+from mmrl.preference.scores import token_kl
+from mmrl.reference import bare
+from vision.forward.passes import Job, Pass
+from vision.inputs.foreign import attribute
+from vision.inputs.tokens import Pixels
+
+
+class Network(nn.Module):
+    """`network(run, *args)` is `run(hf, *args)`; `hf` is a transformers (or PEFT) model."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        super().__init__()
+        self.hf = hf
+        self._no_split_modules = attribute(hf, "_no_split_modules")  # what FSDP wraps
+
+    def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Apply `run` to the model."""
+        return run(self.hf, *args, **kwargs)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """Encoded images of one prompt: tokens (n, h) or (tiles, n, h); deep: one (n, h) per deep-stack layer."""
+
+    tokens: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep))
+
+    def to(self, device: torch.device | str) -> Features:
+        """The same on a device."""
+        return Features(self.tokens.to(device), tuple(t.to(device) for t in self.deep))
+
+    def sum(self) -> Tensor:
+        """() float32, depends on everything that was encoded."""
+        return torch.stack([t.float().sum() for t in (self.tokens, *self.deep)]).sum()
+
+
+def encode_images(hf: Any, images: Iterable[Pixels], cache: ByteCache | None = None) -> dict[str, Features]:
+    """Features by key; each distinct key is encoded once, those in `cache` not at all.
+
+    A cache is for frozen encoders alone. What it has lies in host memory: an iteration's pictures can be more than a
+    device has room for beside the model.
+    """
+    distinct = {p.key: p for p in images}
+    device = bare(hf).device
+    out: dict[str, Features] = {}
+    for key in distinct:
+        cached: Features | None = None if cache is None else cache.get(key)
+        if cached is not None:
+            out[key] = cached.to(device)
+    todo = [p for k, p in distinct.items() if k not in out]
+    for part in _stackable(todo):
+        for pixels, features in zip(part, _encode(bare(hf), part), strict=True):
+            out[pixels.key] = features
+            if cache is not None:
+                cache.put(pixels.key, features.to("cpu"), features.nbytes)
+    return out
+
+
+def freeze_idle(hf: Any, blank: Pixels, parameters: Iterable[nn.Parameter]) -> None:
+    """Stop training the image weights that no feature depends on (LLaVA reads an inner layer of its tower): they
+    would never have a gradient, and DDP waits for one."""
+    parameters = [p for p in parameters if p.requires_grad]
+    with torch.enable_grad():
+        features = encode_images(hf, [blank])[blank.key]
+        grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    for p, grad in zip(parameters, grads, strict=True):
+        p.requires_grad_(grad is not None)
+
+
+def _stackable(images: Sequence[Pixels]) -> list[list[Pixels]]:
+    """Parts that one encoder call can take: equal shapes but for the first dimension of images, tiles or patches."""
+    parts: dict[Any, list[Pixels]] = {}
+    for p in images:
+        shape = tuple((k, v.ndim, *v.shape[2 if _by_tile(p) else 1 :]) for k, v in sorted(p.tensors.items()))
+        parts.setdefault(shape, []).append(p)
+    return list(parts.values())
+
+
+def _by_tile(pixels: Pixels) -> bool:
+    """Idefics3 and SmolVLM: (1, tiles, C, H, W)."""
+    return "pixel_attention_mask" in pixels.tensors
+
+
+def _encode(model: Any, part: Sequence[Pixels]) -> list[Features]:
+    device, dtype = model.device, next(model.parameters()).dtype
+    dim = 1 if _by_tile(part[0]) else 0
+    tensors = {k: torch.cat([p.tensors[k] for p in part], dim).to(device) for k in part[0].tensors}
+    tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
+    encoded = model.get_image_features(**tensors, return_dict=True)
+    pooled = encoded.pooler_output
+    deep = attribute(encoded, "deepstack_features") or []
+    if isinstance(pooled, Tensor) and pooled.ndim == 3:  # (tiles, n, h), tiles of all images in order
+        tiles = [p.tensors["pixel_values"].shape[dim] for p in part]
+        return [Features(f) for f in pooled.split(tiles)]
+    counts = [len(p.tensors.get("image_grid_thw", p.tensors["pixel_values"])) for p in part]
+    out, at = [], 0
+    for n in counts:
+        layers = tuple(torch.cat(list(layer[at : at + n])) for layer in deep)
+        out.append(Features(torch.cat(list(pooled[at : at + n])), layers))
+        at += n
+    return out
+
+
+def encoder_outputs(shown: Sequence[Pixels], features: Sequence[Features]) -> dict[str, Any]:
+    """What the model takes in place of pixels, by kind of placeholder and in the order of these."""
+    kinds: dict[str, list[Features]] = {}
+    for pixels, one in zip(shown, features, strict=True):
+        kinds.setdefault(pixels.kind, []).append(one)
+    return {kind: _encoder_output(own) for kind, own in kinds.items()}
+
+
+def _encoder_output(features: Sequence[Features]) -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    tokens = torch.cat([f.tokens for f in features])
+    out = BaseModelOutputWithPooling(pooler_output=tokens if tokens.ndim == 3 else [tokens])
+    if features[0].deep:
+        out["deepstack_features"] = [(torch.cat(layer),) for layer in zip(*(f.deep for f in features), strict=True)]
+    return out
+
+
+# ---- log-probs -------------------------------------------------------------------------------------------------
+
+
+def run_job(
+    hf: Any, job: Job, temperature: float, banned: Sequence[int], cache: ByteCache | None, blank: Pixels | None
+) -> dict[str, Tensor]:
+    """Log-probs of the job's tokens under logits / temperature without the banned ids, in float32.
+
+    blank: an image whose features enter with weight 0 when the job shows none, so that a trained image encoder has
+        a gradient on every rank; None when the encoder is frozen.
+    Returns:
+        logp and entropy, (A,) float32 each.
+    """
+    rows, idle = _outputs(hf, job, cache, blank)
+    device = rows[0].device
+    logp, entropy = _score(rows, job.source.to(device), job.tokens.to(device), temperature, banned)
+    return {"logp": logp if idle is None else logp + idle, "entropy": entropy}
+
+
+def run_trees(hf: Any, job: Job, cache: ByteCache | None) -> tuple[Tensor, Any]:
+    """(A, V) logits at the places of a job of layout `packed`, and the cache of its rows, a tree each."""
+    assert job.rows is not None and job.prefix is None
+    by_key = encode_images(hf, job.rows.images, cache)
+    out = _call(hf, job.rows, [by_key[p.key] for p in job.rows.images], None, True, False)
+    return out.logits.flatten(0, 1)[job.source.to(out.logits.device)], out.past_key_values
+
+
+def kl_job(hf: Any, job: Job, other: Job, cache: ByteCache | None) -> Tensor:
+    """(A,) float32 KL(p || q) at the job's tokens, q from `other`, the same job seen otherwise; temperature 1."""
+    logits, others = (torch.cat(_outputs(hf, j, cache, None)[0]) for j in (job, other))
+    parts = job.source.to(logits.device).split(512)  # a vocabulary in float32, three times, for so many at once
+    return torch.cat([token_kl(logits[at], others[at]) for at in parts])
+
+
+class StepHead(nn.Module):
+    """(S, H) last hidden states at the slots -> (S, C) float32, linear; float32 whatever the backbone.
+
+    likelihood: add a learned multiple, at first 4, of the mean log-prob of the step's own tokens under the model
+        (C = 1). A small or frozen backbone knows at the position *before* a token which one is right, and a slot after
+        it cannot see that knowledge, which lies in the last layer. As defined here; mean log-prob as a step's
+        confidence is DRM's.
+    """
+
+    def __init__(self, width: int, outputs: int, likelihood: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        nn.init.normal_(self.linear.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+        nn.init.zeros_(self.linear.bias)
+        self.likelihood = nn.Parameter(torch.full((1,), 4.0)) if likelihood else None
+
+    def forward(self, hidden: Tensor, logp: Tensor | None = None) -> Tensor:
+        """logp: (S,) mean log-probs, for a head that takes them."""
+        out = self.linear(hidden.float())
+        return out if self.likelihood is None or logp is None else out + self.likelihood * logp[:, None]
+
+
+def read_job(
+    hf: Any, head: StepHead | None, job: Job, tokens: Sequence[int], owner: Tensor,
+    cache: ByteCache | None, blank: Pixels | None,
+) -> Tensor:  # fmt: skip
+    """(S, C) float32 outputs at the job's slots: `head` on the last hidden states, or without a head the logits of
+    two `tokens` as one difference, first minus second (C = 1).
+
+    owner (A,): the slot that each of the job's own tokens belongs to, for a head that takes likelihoods. blank as in
+    `run_job`.
+    """
+    rows, idle = _outputs(hf, job, cache, blank, hidden=head is not None)
+    picked = torch.cat(rows)[job.source.to(rows[0].device)]
+    if head is None:
+        out = picked[:, tokens[0]].float()[:, None] - picked[:, tokens[1]].float()[:, None]
+    else:
+        slots = len(picked) - len(job.tokens)
+        logp = _likelihood(hf, picked[slots:], job.tokens, owner, slots) if len(job.tokens) else None
+        out = head(picked[:slots], logp)
+    return out if idle is None else out + idle
+
+
+def _likelihood(hf: Any, hidden: Tensor, tokens: Tensor, owner: Tensor, slots: int) -> Tensor:
+    """(S,) float32 mean log-prob of each slot's tokens, from the hidden states that predict them; 0 without tokens."""
+    logp = bare(hf).get_output_embeddings()(hidden).float().log_softmax(-1)
+    own = logp.gather(1, tokens.to(logp.device)[:, None])[:, 0]
+    owner = owner.to(own.device)
+    return own.new_zeros(slots).index_add(0, owner, own) / torch.bincount(owner, minlength=slots).clamp(min=1)
+
+
+def _outputs(
+    hf: Any, job: Job, cache: ByteCache | None, blank: Pixels | None, hidden: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
+    """Logits, or last hidden states, of the job's passes as (rows, V or H) each, and a 0 that depends on the image
+    encoder where the job shows no image."""
+    shown = [p for x in (job.prefix, job.rows) if x is not None for p in x.images]
+    dummy = [blank] if blank is not None and not shown else []
+    if job.mode == "rows":  # what an ordinary trainer does: every row encodes its own images
+        features = [f for p in [*shown, *dummy] for f in _encode(bare(hf), [p])]
+    else:
+        by_key = encode_images(hf, [*shown, *dummy], cache)
+        features = [by_key[p.key] for p in [*shown, *dummy]]
+    outputs, at, past = [], 0, None
+    for x in (job.prefix, job.rows):
+        if x is None:
+            continue
+        n = len(x.images)
+        out = _call(hf, x, features[at : at + n], past, x is job.prefix, hidden)
+        at += n
+        outputs.append(out.last_hidden_state[:, x.keep.to(out.last_hidden_state.device)] if hidden else out.logits)
+        if x is job.prefix and job.rows is not None:
+            past = _fork(out.past_key_values, job, hf)
+    return [x.flatten(0, 1) for x in outputs], 0.0 * features[0].sum() if dummy else None
+
+
+def _fork(past: Any, job: Job, hf: Any) -> Any:
+    if past is None:
+        raise RuntimeError("the model returned no cache (gradient checkpointing is on); use policy.mode: packed")
+    past.batch_select_indices(job.cache_rows.to(bare(hf).device))  # type: ignore[union-attr]
+    return past
+
+
+def _call(hf: Any, x: Pass, features: Sequence[Features], past: Any, caching: bool, hidden: bool) -> Any:
+    device = bare(hf).device
+    extra: dict[str, Any] = {"mm_encoder_outputs": encoder_outputs(x.images, features)} if features else {}
+    if past is not None:
+        extra["past_key_values"] = past
+    if not hidden:
+        extra["logits_to_keep"] = x.keep.to(device)
+    model = bare(hf).base_model if hidden else hf  # without the output layer; PEFT's adapters lie inside
+    return model(
+        input_ids=x.ids.to(device), position_ids=x.positions.to(device), attention_mask=to_device(x.attention, device),
+        use_cache=caching or past is not None, **extra,
+    )  # fmt: skip
+
+
+def to_device(attention: Any, device: torch.device) -> Any:
+    """A mask, a dict of masks, or None on `device`; block masks are made there already."""
+    if isinstance(attention, Mapping):
+        return {k: v.to(device) for k, v in attention.items()}
+    return attention.to(device) if isinstance(attention, Tensor) else attention
+
+
+def _score(
+    rows: Sequence[Tensor], source: Tensor, tokens: Tensor, temperature: float, banned: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Each distinct row of logits is normalised once; siblings' first tokens read the same one."""
+    need, inverse = torch.unique(source, return_inverse=True)
+    offset, parts = 0, []
+    for r in rows:
+        own = need[(need >= offset) & (need < offset + len(r))] - offset
+        parts.append(r if len(own) == len(r) else r[own])
+        offset += len(r)
+    scores = masked_scores(torch.cat(parts) if len(parts) > 1 else parts[0], temperature, banned)
+    total = scores.logsumexp(-1)
+    logp = scores[inverse, tokens] - total[inverse]
+    with torch.no_grad():
+        p = torch.softmax(scores.detach(), -1)
+        entropy = total.detach() - (p * scores.detach().masked_fill(p == 0, 0.0)).sum(-1)
+    return logp, entropy[inverse]
+
+
+def masked_scores(logits: Tensor, temperature: float, banned: Sequence[int]) -> Tensor:
+    """(..., V) float32 logits / temperature with the banned ids at -inf; rollout and update share this line."""
+    scores = logits.float() / temperature
+    if banned:
+        scores = scores.index_fill(-1, torch.tensor(banned, device=scores.device), -torch.inf)
+    return scores
