@@ -22,7 +22,7 @@ from mmrl.search.core import (
     side_by_side,
 )
 from mmrl.search.problem import Problem
-from mmrl.search.votes import weighted, whole_text
+from mmrl.search.votes import weighted
 
 Form = Literal["uct", "puct", "alphazero"]
 
@@ -163,7 +163,7 @@ def mcts(
     temperature: float | None = None,
     aggregate: str = "last",
     answer: Literal["visits", "weighted", "mean"] = "visits",
-    canonical: Callable[[Prompt, str], str | None] = whole_text,
+    canonical: Callable[[Prompt, str], str | None] | None = None,
 ) -> Turn[SearchResult]:
     """Each iteration walks down by the selection score, gives the open leaf it meets n children, and backs up a value.
 
@@ -175,7 +175,12 @@ def mcts(
         prior: 1 for every child, or `policy_prior` of its step.
         backup: mean of the values added along the path, or MCTS-DPO's Q = v(node) - v(parent) + `children_value`.
         answer: the most visited path, a vote weighted by scores, or `propa_pick`.
+        canonical: (prompt, text) -> the answer that a vote compares; `mmrl search` gives the stated answer.
+    Raises:
+        ValueError: a vote without `canonical`.
     """
+    if answer == "weighted" and canonical is None:
+        raise ValueError("answer='weighted' counts equal answers: give canonical=, (prompt, text) -> answer")
     if iterations < 1 or depth < 1:
         raise ValueError(f"mcts: iterations={iterations} and depth={depth} must be at least 1")
     walked, select = _Walked(prompt), _selector(form, c)
@@ -227,7 +232,8 @@ def _selector(form: Form, c: float | None) -> Callable[[_Walked, int], float]:
     return scores[form]
 
 
-def _voted(found: Sequence[Candidate], canonical: Callable[[Prompt, str], str | None]) -> int:
+def _voted(found: Sequence[Candidate], canonical: Callable[[Prompt, str], str | None] | None) -> int:
+    assert canonical is not None  # checked before the search began
     answers = [canonical(c.state.prompt, c.state.text) for c in found]
     chosen = weighted(answers, [c.score for c in found])
     # unreadable answers do not vote; when there is nothing else the best of them stands

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_tree import TRAP, KnownTree, chain, complete_tree, leaves
 
+from mmrl.reasoning.canonical import canonical_answer
 from mmrl.registry import find, names
 from mmrl.rollout import Prompt, State
 from mmrl.search.beam import beam, dvts, keep_best, keep_per_subtree
@@ -233,10 +234,15 @@ def test_answers_of_tree_search():
         "a": (0.5, {"\\boxed{1}": (0.9, {})}), "b": (0.5, {"\\boxed{2}": (0.6, {})}), "c": (0.5, {"\\boxed{2}": (0.5, {})}),
     }  # fmt: skip
     policy = KnownTree(tree)
-    texts = {a: answer(one(mcts, policy, n=3, iterations=30, answer=a)).state.text for a in ("weighted", "mean")}
+    vote = {"canonical": canonical_answer}
+    texts = {
+        a: answer(one(mcts, policy, n=3, iterations=30, answer=a, **vote)).state.text for a in ("weighted", "mean")
+    }
     assert texts["mean"] == "a\\boxed{1}"
-    found = one(mcts, policy, n=3, iterations=4, answer="weighted")  # three copies of each path
+    found = one(mcts, policy, n=3, iterations=4, answer="weighted", **vote)  # three copies of each path
     assert answer(found).state.text == "b\\boxed{2}"  # 3 * .6 + 3 * .5 against 3 * .9
+    with pytest.raises(ValueError, match="canonical"):
+        one(mcts, policy, n=3, iterations=4, answer="weighted")
 
 
 def test_tree_search_without_an_end_answers_with_a_leaf():

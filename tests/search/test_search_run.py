@@ -8,6 +8,7 @@ from verbs import stored_rollouts
 
 from mmrl.credit import compose
 from mmrl.reasoning.answers import ExactAnswer
+from mmrl.reasoning.canonical import canonical_answer
 from mmrl.registry import names
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Prompt
@@ -23,7 +24,7 @@ PROMPTS = [Prompt(k, {"question": k}, {"answer": str(i % 4)}) for i, k in enumer
 
 def run(folder, prompts=PROMPTS, policy=None, verifier=None, **options):
     policy = policy or KnownTree(TREES, random=True)
-    options = {"settings": {"n": 8}, "progress": False} | options
+    options = {"settings": {"n": 8}, "progress": False, "canonical": canonical_answer} | options
     return search(
         prompts, policy, options.pop("scorer", policy.score), verifier or ExactAnswer(), folder=folder, **options
     )
