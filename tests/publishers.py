@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
-from mmrl.bench.run import run_bench
-from mmrl.prm.formats import convert
-from mmrl.prm.records import SolutionRecord, Step
-from mmrl.prm.records_io import write_records
-from mmrl.rewards.answers import ExactAnswer
 
 import mmrl.workdir
 from mmrl.cache import made_once
 from mmrl.config import parse_config
 from mmrl.jobs import run_score
+from mmrl.reasoning.answers import ExactAnswer
+from mmrl.reasoning.bench.run import run_bench
+from mmrl.reasoning.formats import convert
+from mmrl.reasoning.records import SolutionRecord, Step
+from mmrl.reasoning.records_io import write_records
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rollout import Actions, Prompt, Rollout, Sample
 from mmrl.rollout_folder import RolloutFolder
