@@ -16,6 +16,7 @@ from mmrl.config import parse_config
 from mmrl.jobs import run_score
 from mmrl.reasoning.answers import ExactAnswer
 from mmrl.reasoning.bench.run import run_bench
+from mmrl.reasoning.canonical import canonical_answer
 from mmrl.reasoning.formats import convert
 from mmrl.reasoning.records import SolutionRecord, Step
 from mmrl.reasoning.records_io import write_records
@@ -65,7 +66,7 @@ def search_of(folder: Path, version: int) -> None:
     trees = {"0": complete_tree(2, 2, 0)}
     policy = KnownTree(trees, random=True)
     prompts = [Prompt("0", {"question": "?"}, {"answer": "1"})]
-    search(prompts, policy, policy.score, ExactAnswer(), folder=folder, settings={"n": 2}, progress=False,
+    search(prompts, policy, policy.score, ExactAnswer(), folder=folder, settings={"n": 2}, progress=False, canonical=canonical_answer,
            aggregations=("min", "last")[: version + 1])  # fmt: skip
 
 
