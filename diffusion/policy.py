@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from diffusion.adapters.base import Adapter, Cond, Level
 from diffusion.capabilities import ScoreLatents
-from diffusion.kernels import Interval, gaussian_kl, log_prob
-from diffusion.sampler import Forest, Start, complete, sample_forest, sample_ode, transition
+from diffusion.kernels import gaussian_kl, log_prob
+from diffusion.sampler import Forest, Start, complete, kernel_stds, sample_forest, sample_ode, transition
 from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates, plan_schedule, record
 from mmrl.byte_cache import ByteCache
 from mmrl.finite import check_finite
@@ -35,7 +35,10 @@ DENOISING_DEFAULTS = {
 
 def _fields_written(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields of its rollouts; candidates at a step are forks without a plan that splits."""
-    return ("logp", "tags.std", "actions.latent", *(("forks",) if options["candidates"] > 1 else ()))
+    fields = ["logp", "tags.std", "actions.latent"]
+    fields += ["forks"] if options["candidates"] > 1 else []
+    fields += ["actions.mean"] if options["keep_mean"] else []
+    return tuple(fields)
 
 
 # of prompts embedded in an iteration: 200 of SDXL
@@ -65,6 +68,7 @@ class DiffusionPolicy:
     @classmethod
     @declares(
         writes=_fields_written,
+        may_write={"actions.mean": "keep_mean: true"},
         modality="latent",
         shardable=False,
         recipe=DENOISING_DEFAULTS,
@@ -359,11 +363,12 @@ class DiffusionPolicy:
             for d in rollout.tree.depth[trained].unique()
         ]
         joined = {}
-        for name in ("index", "logp", "kl", "ref_logp", "mean_shift", "std", "interval"):
+        for name in ("index", "logp", "kl", "ref_logp"):
             parts = [x for o in outs if (x := getattr(o, name)) is not None]
             if parts:
                 joined[name] = torch.cat(parts)
-        return ActionLogProbs(**joined)
+        extra = {name: torch.cat([o.extra[name] for o in outs]) for name in outs[0].extra}
+        return ActionLogProbs(**joined, extra=extra)
 
     def _log_probs_at(self, rollout: Rollout, steps: Tensor, depth: int, reference: bool) -> ActionLogProbs:
         sampling, schedule = self._replay(rollout)
@@ -374,25 +379,30 @@ class DiffusionPolicy:
         chosen = rollout.actions.payload["latent"][steps].float().to(self._device)
         inverse = inverse.to(self._device)
         logp = log_prob(chosen, step.mean[inverse], step.std, sampling.reduce)
-        extra = self._guard_terms(rollout, steps, step.mean[inverse], step.std, schedule.interval(depth))
+        extra = self._extra(rollout, steps, step.mean[inverse], step.std, depth)
         if not reference:
-            return ActionLogProbs(steps, logp, **extra)
+            return ActionLogProbs(steps, logp, extra=extra)
         with self._reference.applied(self.model, self._bare) as model:
             ref = transition(sampling, schedule, depth, x, *self._predict(model, schedule, cond, x, depth, own))
         kl = gaussian_kl(step.mean, ref.mean, step.std, sampling.reduce)[inverse]
         ref_logp = log_prob(chosen, ref.mean[inverse], step.std, sampling.reduce)
-        return ActionLogProbs(steps, logp, kl, ref_logp, **extra)
+        return ActionLogProbs(steps, logp, kl, ref_logp, extra=extra)
 
-    def _guard_terms(
-        self, rollout: Rollout, steps: Tensor, mean: Tensor, std: float, interval: Interval
-    ) -> dict[str, Tensor]:
-        """What GRPO-Guard needs, when the rollout kept its means."""
+    def _extra(self, rollout: Rollout, steps: Tensor, mean: Tensor, std: float, depth: int) -> dict[str, Tensor]:
+        """What rules of the loss can ask for of each transition; see `diffusion.loss_rules`."""
+        sampling, schedule = self._replay(rollout)
+        interval = schedule.interval(depth)
+        noisy_stds = [s for s in kernel_stds(sampling, schedule) if s > 0]
+        numbers = {
+            "std": std,
+            "relative_std": std * len(noisy_stds) / sum(noisy_stds),
+            "interval": interval.s - interval.s2,
+        }
+        extra = {name: torch.full((len(steps),), x, device=mean.device) for name, x in numbers.items()}
         old = rollout.actions.payload.get("mean")
-        if old is None:
-            return {}
-        shift = gaussian_kl(mean, old[steps].to(mean.device), std)
-        width = torch.full_like(shift, interval.s - interval.s2)
-        return {"mean_shift": shift, "std": torch.full_like(shift, std), "interval": width}
+        if old is not None:
+            extra["mean_shift"] = gaussian_kl(mean, old[steps].to(mean.device), std)
+        return extra
 
     def samples(self, rollout: Rollout) -> list[Sample]:
         """Decoded leaves, without the candidates that nothing follows."""

@@ -66,6 +66,13 @@ def transition(
     return drawn._replace(std=drawn.std * schedule.std_scale[i])
 
 
+def kernel_stds(sampling: SamplingConfig, schedule: NoiseSchedule) -> list[float]:
+    """Standard deviation of each step's transition, 0 where it draws no noise."""
+    # a kernel's std depends on the noise levels alone, so any latent will do
+    probe = torch.zeros(1, 1)
+    return [transition(sampling, schedule, i, probe, probe, probe).std for i in range(len(schedule))]
+
+
 def sample_forest(
     predict: Predict,
     init: Tensor,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mmrl.registry import ComponentError, writers
+from mmrl.registry import ComponentError, find, writers
 
 ANYTHING = "*"  # written by a component that declares nothing: it may write any field, so nothing can be refused
 
@@ -57,7 +57,13 @@ def _remedy(name: str) -> str:
     readings = writers(name)
     if readings:
         found.append(f"the readings {', '.join(readings)} (`readings:`)")
-    policies = writers(name, "policies")
+    policies = [_with_option(policy, name) for policy in writers(name, "policies")]
     if policies:
         found.append(f"the policies {', '.join(policies)}")
     return f"{name} is written by {' or '.join(found)}" if found else f"no component that is known writes {name}"
+
+
+def _with_option(policy: str, name: str) -> str:
+    """A policy that can write a field, with the option that makes it."""
+    options = find("policies", policy).facts.get("may_write", {})
+    return f"{policy} with {options[name]}" if isinstance(options, Mapping) and name in options else policy

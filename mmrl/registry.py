@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
@@ -102,6 +102,7 @@ add_kind(Kind("scorers", "step reward", arguments=1, writes=("step_reward",)))
 add_kind(Kind("readings", "reading", ("mmrl.readings", "mmrl.reasoning.readings"), arguments=2))
 add_kind(Kind("transforms", "transform", ("mmrl.credit.transforms",), arguments=1))
 add_kind(Kind("step_losses", "step loss", ("mmrl.losses.reward",), arguments=2, keywords=("path",)))
+add_kind(Kind("loss_rules", "loss rule", arguments=3))
 add_kind(Kind("preferences", "preference loss", ("mmrl.losses.preference",)))
 add_kind(Kind("sample_losses", "sample loss", arguments=4))
 add_kind(Kind("aggregates", "aggregate", ("mmrl.scorers.aggregate",), arguments=1))
@@ -625,7 +626,9 @@ def _open_options(target: Any) -> dict[str, Option]:
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    # the fields of a dataclass are written in the modules of its bases too, its __init__ knows the last one alone
+    by_init = inspect.isclass(target) and not is_dataclass(target)
+    return get_type_hints(target.__init__ if by_init else target, include_extras=True)
 
 
 def _group_of(hints: Mapping[str, Any], parameter: str) -> Any:

@@ -262,8 +262,7 @@ class ActionLogProbs:
     kl: exact divergence from the reference per action (differentiable), when the policy knows a closed form.
     ref_logp: log-probability under the reference.
     entropy: entropy of the action distribution (differentiable).
-    mean_shift, std, interval: for Gaussian steps, mean_D (mu - mu_old)^2 / (2 std^2) (differentiable), the step's
-        std, and the width of its noise interval; for ratio normalisation (GRPO-Guard).
+    extra: name -> (A,) float32, what else this policy knows of an action; a row of `loss_rules` asks for it by name.
     """
 
     index: Tensor
@@ -271,9 +270,7 @@ class ActionLogProbs:
     kl: Tensor | None = None
     ref_logp: Tensor | None = None
     entropy: Tensor | None = None
-    mean_shift: Tensor | None = None
-    std: Tensor | None = None
-    interval: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

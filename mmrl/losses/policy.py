@@ -7,13 +7,15 @@ number of processes cannot change the objective.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mmrl.config import Section
+from mmrl.config import Component, Section
+from mmrl.registry import ComponentError, find
 from mmrl.tree import StepTree
 from mmrl.tree_ops import path_sum
 
@@ -27,7 +29,8 @@ class LossConfig(Section):
 
     ratio: Literal["action", "step", "trajectory"] = "action"  # step and trajectory: the GSPO form
     surrogate: Literal["clip", "cispo", "sapo"] = "clip"
-    guard: bool = False  # GRPO-Guard ratio normalisation, for latent steps; needs policy.keep_mean
+    # of `mmrl list loss_rules`, in order: they change ratios and weights of actions before the surrogate
+    rules: list[Component] = Field(default_factory=list)
     # PPO's range; a policy whose log-probs are of another size declares its own (denoising: 0.001).
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
@@ -41,6 +44,38 @@ class LossConfig(Section):
     drop_zero_spread: bool = False  # leave groups with equal rewards out of the denominator as well
     recompute_old_logp: bool = False  # one extra pass; for engines whose log-probs differ from the trainer's
     importance_cap: PositiveFloat | None = None  # with it: weight actions by min(trainer / engine probability, cap)
+
+
+class LossRule(Protocol):
+    """A row of `loss_rules`: a policy-gradient method's change of each action's log-ratio and weight.
+
+    Called as `rule(log_ratio, weight, extra)`, both (A,), the log-ratio differentiable. Its fact `extra` names the
+    tensors that it asks for of `ActionLogProbs.extra`.
+    """
+
+    def __call__(self, log_ratio: Tensor, weight: Tensor, extra: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+
+
+def loss_rules(config: LossConfig) -> list[LossRule]:
+    """The rules of a recipe, each checking that the policy gives what it asks for."""
+    return [_checked_rule(c.name, c.options, f"loss.rules.{i}") for i, c in enumerate(config.rules)]
+
+
+def _checked_rule(name: str, options: Mapping[str, Any], where: str) -> LossRule:
+    row = find("loss_rules", name)
+    rule: LossRule = row.build(options, where)
+    needs: Mapping[str, str] = row.facts.get("extra", {})
+
+    def checked(log_ratio: Tensor, weight: Tensor, extra: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        for key, remedy in needs.items():
+            if key not in extra:
+                given = ", ".join(extra) or "none"
+                raise ComponentError(
+                    f"{where}: {name!r} needs {key!r} of every action; this policy gives {given}. {remedy}"
+                )
+        return rule(log_ratio, weight, extra)
+
+    return checked
 
 
 def clipped_surrogate(
@@ -73,15 +108,6 @@ def sapo(log_ratio: Tensor, adv: Tensor, tau_positive: float = 1.0, tau_negative
     tau = torch.where(adv >= 0, tau_positive, tau_negative)
     ratio = log_ratio.clamp(-20, 20).exp()
     return -adv * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
-
-
-def guarded_log_ratio(log_ratio: Tensor, mean_shift: Tensor, std: Tensor) -> Tensor:
-    """(A,) GRPO-Guard ratio normalisation for latent steps: (log_ratio + b) * std.
-
-    mean_shift: (A,) b = mean_D (mu_new - mu_old)^2 / (2 std^2), which removes E[log rho] = -b < 0; std: (A,) of the
-    step. The loss of the step is then divided by its interval h (`action scale` in the trainer).
-    """
-    return (log_ratio + mean_shift) * std
 
 
 def pooled_log_ratio(log_ratio: Tensor, segment: Tensor) -> Tensor:

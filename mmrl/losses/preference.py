@@ -379,28 +379,6 @@ class TReg(Preference):
     regulariser: float = 0.25
 
 
-@published("lpo", "LPO, 2025", "extremes", by="step_reward", squash=True, threshold=[0.35, 0.5])
-@dataclass(frozen=True)
-class Lpo(Preference):
-    """-ln sigmoid(beta (ln rho_w - ln rho_l)), rho = clamp(pi / pi_ref, 1 - .1, 1 + .1) of one transition, beta 500.
-
-    Log-probs are means over the latent's elements, hence the large beta. Pairs: best and worst of k candidates after
-    one latent by a latent reward model, dynamic threshold (LPO, 2025; as in the authors' code).
-    """
-
-    beta: PositiveFloat = 500.0
-    clip: Share | None = 0.1
-
-
-@published("spo", "SPO, 2024", "extremes", by="step_reward", squash=True, threshold=0.3, first_depth=4)
-@dataclass(frozen=True)
-class Spo(Preference):
-    """As `lpo` with beta 10: candidates are judged by a step-aware preference model on pictures (SPO, 2024)."""
-
-    beta: PositiveFloat = 10.0
-    clip: Share | None = 0.1
-
-
 def preset(name: str, **changes: Any) -> Preference:
     """The settings of a published method, some of them changed.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmrl.preference.builders import (
+    best_and_worst,
     best_path,
     contrastive,
     extremes,
@@ -15,7 +16,7 @@ from mmrl.preference.builders import (
     siblings,
 )
 from mmrl.preference.pairs import Pairs, fork_of, segment_steps
-from mmrl.preference.scores import dynamic_threshold, select_steps, step_scores, token_kl
+from mmrl.preference.scores import select_steps, step_scores
 from mmrl.registry import build
 from mmrl.tree import StepTree
 
@@ -32,6 +33,6 @@ def build_pairs(tree: StepTree, name: str, options: Mapping[str, Any]) -> Pairs:
 
 
 __all__ = [
-    "Pairs", "best_path", "build_pairs", "contrastive", "dynamic_threshold", "extremes", "first_wrong", "fork_of",
-    "leaves", "recalibrated", "segment_steps", "select_steps", "siblings", "step_scores", "token_kl",
+    "Pairs", "best_and_worst", "best_path", "build_pairs", "contrastive", "extremes", "first_wrong", "fork_of",
+    "leaves", "recalibrated", "segment_steps", "select_steps", "siblings", "step_scores",
 ]  # fmt: skip

@@ -16,17 +16,15 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from mmrl.preference.pairs import Pairs, fork_of
-from mmrl.preference.scores import Score, Spread, field_of, select_steps, step_scores, thresholds
+from mmrl.preference.scores import Score, field_of, select_steps, step_scores
 from mmrl.registry import register
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup, before, path_sum
 
 
 def _reads(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Fields that a builder reads with its options: steps to compare, their scores, and what thresholds go by."""
-    scores = [field_of(options[key]) for key in ("by", "divergence") if key in options]
-    noise = ["tags.std"] if options.get("spread") == "std" and not isinstance(options["threshold"], float) else []
-    return ("forks", *scores, *noise)
+    """Fields that a builder reads with its options: steps to compare, and their scores."""
+    return ("forks", *(field_of(options[key]) for key in ("by", "divergence") if key in options))
 
 
 @register("pairs", "siblings", reads=_reads)
@@ -52,28 +50,26 @@ def siblings(tree: StepTree, *, by: Score = "outcome", threshold: NonNegativeFlo
     return Pairs.of_steps(chosen, rejected, score[chosen] - score[rejected], counts)
 
 
-@register("pairs", "extremes", reads=_reads, source="LPO, SPO")
+@register("pairs", "extremes", reads=_reads, source="SPO")
 def extremes(
     tree: StepTree,
     *,
     by: Score = "outcome",
-    threshold: NonNegativeFloat | list[float] = 0.0,
-    spread: Spread = "depth",
+    threshold: NonNegativeFloat = 0.0,
     squash: bool = False,
     first_depth: NonNegativeInt = 0,
     last_depth: NonNegativeInt | None = None,
 ) -> Pairs:
-    """Best and worst of the siblings at every fork, when they differ by more than the threshold (LPO, SPO).
+    """Best and worst of the siblings at every fork, when they differ by more than the threshold (SPO).
 
     Args:
-        threshold: one number, or [low, high] from quiet to noisy steps. spread: what tells them apart (`thresholds`).
         squash: the gap is tanh((best - worst) / 2), the difference of the two's softmax probabilities.
         first_depth, last_depth: forks at other depths are left out.
     """
     allowed = tree.depth >= first_depth
     if last_depth is not None:
         allowed = allowed & (tree.depth <= last_depth)
-    return _extremes(tree, step_scores(tree, by), allowed, thresholds(tree, threshold, spread), squash)
+    return best_and_worst(tree, step_scores(tree, by), allowed, threshold, squash)
 
 
 @register("pairs", "best_path", reads=_reads, source="MCTS-DPO")
@@ -83,7 +79,7 @@ def best_path(tree: StepTree, *, by: Score = "outcome", threshold: NonNegativeFl
     top = _best_member(tree, score)
     off_path = path_sum(tree, (~top).long()) > 0  # a step on the path is the best of its siblings, as all above it
     above = torch.where(tree.parent >= 0, off_path[tree.parent.clamp(min=0)], False)
-    return _extremes(tree, score, ~above, thresholds(tree, threshold, "depth"), False)
+    return best_and_worst(tree, score, ~above, threshold)
 
 
 @register("pairs", "contrastive", reads=_reads, source="video-SALMONN-o1")
@@ -98,7 +94,7 @@ def contrastive(
     """Best and worst alternative at the k steps of each solution that diverge most (pDPO).
 
     divergence: score of a step that says how much it depends on the input, such as the KL between answers to clean and
-        to destroyed pictures (`token_kl`). A fork is used when a solution has one of its k steps there; k 2 as in the
+        to destroyed pictures. A fork is used when a solution has one of its k steps there; k 2 as in the
         authors' code, solutions of at most k steps use all, those with an unmeasured step none.
     """
     d = step_scores(tree, divergence)
@@ -107,7 +103,7 @@ def contrastive(
         path = _path(tree, leaf)
         if not bool(d[path].isnan().any()):
             picked[tree.sib[[path[i] for i in select_steps(d[path].tolist(), k)]]] = True
-    return _extremes(tree, step_scores(tree, by), picked[tree.sib], thresholds(tree, threshold, "depth"), False)
+    return best_and_worst(tree, step_scores(tree, by), picked[tree.sib], threshold)
 
 
 @register("pairs", "leaves", reads=("outcome", "forks"), source="DPO")
@@ -210,8 +206,16 @@ def _forks(tree: StepTree, allowed: Tensor, scored: Tensor) -> tuple[list[Tensor
     return families, {"forks": len(families), "unscored": every - len(families)}
 
 
-def _extremes(tree: StepTree, score: Tensor, allowed: Tensor, threshold: Tensor, squash: bool) -> Pairs:
-    """Best and worst of every family among the `allowed` steps; `threshold` (N,) is read at the best."""
+def best_and_worst(
+    tree: StepTree, score: Tensor, allowed: Tensor, threshold: float | Tensor, squash: bool = False
+) -> Pairs:
+    """Best and worst of every family of siblings, when their gap exceeds the threshold.
+
+    Args:
+        score: (N,), NaN is in no pair. allowed: (N,) bool, steps that may be in one.
+        threshold: one number, or (N,), read at the best. squash: the gap is tanh((best - worst) / 2).
+    """
+    least = torch.as_tensor(threshold, dtype=torch.float64).expand(len(tree))
     found: list[tuple[int, int]] = []
     gaps: list[float] = []
     forks, counts = _forks(tree, allowed, ~score.isnan())
@@ -221,7 +225,7 @@ def _extremes(tree: StepTree, score: Tensor, allowed: Tensor, threshold: Tensor,
         best, worst = int(members[own.argmax()]), int(members[own.argmin()])
         gap = float(own.max() - own.min())
         gap = math.tanh(gap / 2) if squash else gap
-        if gap > float(threshold[best]):
+        if gap > float(least[best]):
             found.append((best, worst))
             gaps.append(gap)
         else:

@@ -1,9 +1,9 @@
-"""What makes one step better than another: scores of steps, thresholds on their gaps, steps worth comparing."""
+"""What makes one step better than another: scores of steps, and steps worth comparing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import AfterValidator
@@ -12,8 +12,6 @@ from torch import Tensor
 from mmrl.registry import hint
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup
-
-Spread = Literal["depth", "std"]
 
 _SCORES = ("outcome", "best", "value", "step_reward", "ok")
 
@@ -51,7 +49,7 @@ def step_scores(tree: StepTree, by: str) -> Tensor:
     elif by == "ok":
         score = torch.full((len(tree),), torch.nan) if tree.ok is None else tree.ok.double()
     else:
-        score = _tag(tree, by.removeprefix("tags."))
+        score = tag_scores(tree, by.removeprefix("tags."))
     if len(tree) and bool(score.isnan().all()):
         raise ValueError(f"pairs.by={by!r}: no step of the rollout has one; {_REMEDY.get(by, 'write that tag')}")
     return score.double()
@@ -64,49 +62,14 @@ _REMEDY = {
 }  # fmt: skip
 
 
-def _tag(tree: StepTree, name: str) -> Tensor:
+def tag_scores(tree: StepTree, name: str) -> Tensor:
+    """(N,) float64, a tag as scores. Raises ValueError: no such tag, or several numbers per step."""
     if name not in tree.tags:
         raise ValueError(f"the rollout has no tag {name!r}; it has {', '.join(tree.tags) or 'none'}")
     x = tree.tags[name]
     if x.ndim != 1:
         raise ValueError(f"tag {name!r} has shape {tuple(x.shape)}; a score is one number per step")
     return x.double()
-
-
-def dynamic_threshold(
-    std: Tensor, low: float, high: float, *, std_min: float | None = None, std_max: float | None = None
-) -> Tensor:
-    """low + (std - std_min) / (std_max - std_min) (high - low): noisy steps must differ more (LPO).
-
-    Args:
-        std: (N,) standard deviation of each step's kernel. std_min, std_max: of the whole course, by default the
-            smallest and largest of `std`. Equal ones give `high`.
-    """
-    known = std[~std.isnan()].double()
-    a = float(known.min()) if std_min is None else std_min
-    b = float(known.max()) if std_max is None else std_max
-    if b <= a:
-        return torch.full_like(std, high, dtype=torch.float64)
-    return low + (std.double() - a) / (b - a) * (high - low)
-
-
-def thresholds(tree: StepTree, threshold: float | Sequence[float], spread: Spread) -> Tensor:
-    """(N,) the gap that a pair of each step must exceed: one number, or [low, high] from quiet to noisy steps.
-
-    spread: `std`: by the kernel's standard deviation, tag `std`. `depth`: from high at the first step to low at the
-        last, as noise falls along a denoising course.
-
-    Raises:
-        ValueError: not one or two numbers, low above high, or no tag `std`.
-    """
-    if isinstance(threshold, (int, float)):
-        return torch.full((len(tree),), float(threshold), dtype=torch.float64)
-    if len(threshold) != 2 or threshold[0] > threshold[1]:
-        raise ValueError(f"pairs.threshold={list(threshold)}: give one number, or [low, high] with low <= high")
-    low, high = threshold
-    if spread == "std":
-        return dynamic_threshold(_tag(tree, "std"), low, high)
-    return dynamic_threshold(-tree.depth.double(), low, high)
 
 
 def select_steps(divergences: Sequence[float], k: int = 2) -> list[int]:
@@ -118,12 +81,3 @@ def select_steps(divergences: Sequence[float], k: int = 2) -> list[int]:
         return list(range(len(divergences)))
     order = sorted(range(len(divergences)), key=lambda i: (-divergences[i], i))
     return sorted(order[:k])
-
-
-def token_kl(logits: Tensor, other: Tensor) -> Tensor:
-    """(...,) KL(softmax(logits) || softmax(other)) over the last dimension, float32.
-
-    The divergence of a step is its mean over the step's tokens, `other` from inputs made unreadable (pDPO).
-    """
-    p, q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)

@@ -21,9 +21,9 @@ from mmrl.credit.estimate import CreditConfig
 from mmrl.credit.select import PruneConfig, prune_depths, prune_width
 from mmrl.credit.table import estimator_of, transform_of
 from mmrl.fields import Stage
-from mmrl.losses.policy import LossConfig
+from mmrl.losses.policy import LossConfig, loss_rules
 from mmrl.recipe import PolicyConfig
-from mmrl.registry import register
+from mmrl.registry import find, register
 from mmrl.rewards.scoring import Scored
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, StepScorer
 from mmrl.trainers.base import PolicyTrainer
@@ -69,6 +69,7 @@ class BranchGrpo(PolicyTrainer):
             "allow_double_norm": config.credit.allow_double_norm, "counting": config.credit.counting,
         }  # fmt: skip
         self._estimators = [e.spec for e in config.credit.estimators]
+        self._rules = loss_rules(config.loss)
         readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
@@ -173,7 +174,9 @@ class BranchGrpo(PolicyTrainer):
         whole = self.config.loss.ratio == "trajectory"
         parts = self.policy.micro_batches(batch.rollout, batch.steps, whole_prompts=whole) if len(batch.steps) else []
         sums = Sums()
-        losses = [partial(policy_loss, self.policy, batch, self.config.loss, steps, sums) for steps in parts]
+        losses = [
+            partial(policy_loss, self.policy, batch, self.config.loss, steps, sums, self._rules) for steps in parts
+        ]
         norm = self.loop.update(losses, partial(idle_loss, self.policy, batch.rollout))
         total = self.loop.all_sum(*sums.values.values())
         metrics = {f"policy/{k}": v / batch.denominator for k, v in zip(sums.values, total, strict=True)}
@@ -267,7 +270,7 @@ def _check_group(config: BranchGrpoConfig) -> None:
 
 
 def _readers(config: BranchGrpoConfig) -> list[Stage]:
-    """The transforms and estimators of a recipe, with what they read and write."""
+    """Transforms, estimators and loss rules of a recipe, with what they read and write."""
     stages = []
     for i, spec in enumerate(config.credit.transforms or []):
         row, options = transform_of({"name": spec} if isinstance(spec, str) else spec)
@@ -277,6 +280,9 @@ def _readers(config: BranchGrpoConfig) -> list[Stage]:
         row, options = estimator_of(estimator.spec)
         row.check(options, where := f"credit.estimators.{i}")
         stages.append(Stage(where, f"estimator {row.name!r}", row.reads(options), ()))
+    for i, rule in enumerate(config.loss.rules):
+        row = find("loss_rules", rule.name)
+        stages.append(Stage(f"loss.rules.{i}", f"loss rule {row.name!r}", row.reads(rule.options), ()))
     return stages
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,10 +14,10 @@ from mmrl.credit.budget import informative_groups
 from mmrl.losses.mismatch import mismatch, truncated_importance
 from mmrl.losses.policy import (
     LossConfig,
+    LossRule,
     action_weights,
     cispo,
     clipped_surrogate,
-    guarded_log_ratio,
     kl_estimate,
     pooled_log_ratio,
     sapo,
@@ -118,16 +118,20 @@ def recompute_old_logp(
     return replace(batch, old_logp=train, weight=weight), mismatch(train[used], rollout[used])
 
 
-def policy_loss(policy: Policy, batch: Batch, config: LossConfig, steps: Tensor, sums: Sums) -> Tensor:
-    """The share of one micro-batch in the global loss; adds to `sums`."""
+def policy_loss(
+    policy: Policy, batch: Batch, config: LossConfig, steps: Tensor, sums: Sums, rules: Sequence[LossRule] = ()
+) -> Tensor:
+    """The share of one micro-batch in the global loss; adds to `sums`. rules: of the config, made once."""
     new = policy.log_probs(batch.rollout, steps, reference=config.kl > 0)
     device = new.logp.device
     weight = batch.weight[new.index].to(device)
     log_ratio = new.logp - batch.old_logp[new.index].to(device)
     rows, log_rho, share = ratio_rows(batch, new, log_ratio, config.ratio)
-    if config.guard:
-        log_rho, share = _guard(new, rows, log_rho, share)
-    adv, w = batch.adv[new.index[rows]].to(device), weight[rows.to(device)] * share.to(device)
+    share = share.to(device)
+    extra = {name: x[rows] for name, x in new.extra.items()}
+    for rule in rules:
+        log_rho, share = rule(log_rho, share, extra)
+    adv, w = batch.adv[new.index[rows]].to(device), weight[rows.to(device)] * share
     surrogate = _surrogate(config, log_rho, adv, new.logp[rows.to(device)])
     clipped = (log_rho.exp() - 1 > config.clip_high) | (log_rho.exp() - 1 < -config.clip_low)
     loss = (w * surrogate).sum()
@@ -181,13 +185,6 @@ def _surrogate(config: LossConfig, log_rho: Tensor, adv: Tensor, logp: Tensor) -
     if config.surrogate == "sapo":
         return sapo(log_rho, adv)
     return clipped_surrogate(log_rho, adv, config.clip_low, config.clip_high, config.dual_clip)
-
-
-def _guard(new: ActionLogProbs, rows: Tensor, log_rho: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """GRPO-Guard: normalised ratios, and each entry's loss divided by its noise interval."""
-    if new.mean_shift is None or new.std is None or new.interval is None:
-        raise ValueError("loss.guard needs the transition means of the rollout; set policy.keep_mean: true")
-    return guarded_log_ratio(log_rho, new.mean_shift[rows], new.std[rows]), share / new.interval[rows].cpu()
 
 
 def _kl(new: ActionLogProbs, form: Literal["exact", "k1", "k2", "k3"]) -> Tensor:

@@ -126,9 +126,12 @@ class StepPreferenceTrainer(PolicyTrainer):
         self._pairs = _pairs_of(config)
         self._build_pairs = build("pairs", "pairs", self._pairs.name, self._pairs.options)
         self._check_guide()
+        readers = _readers(config, self._pairs)
+        protocol = find("preferences", config.loss.name).facts.get("policy")
         rollouts = Rollouts(
             config, policy, task, rewards, reference=not self.settings.reference_free,
-            readers=_readers(config, self._pairs), given=fields_given(config.plan, config.rollouts),
+            readers=readers, given=fields_given(config.plan, config.rollouts),
+            policy_needs={} if protocol is None else {f"loss: preference loss {config.loss.name!r}": protocol},
         )  # fmt: skip
         super().__init__(rollouts)
         self.plan = BranchPlan(config.plan)

@@ -15,10 +15,11 @@ from diffusion.kernels import to_x0_eps
 from diffusion.latent.lpo import LatentJudge
 from diffusion.latent.reward import LatentReward
 from diffusion.policy import DiffusionPolicy
+from diffusion.preferences import dynamic_threshold
 from diffusion.schedule import SamplingConfig, plan_schedule
 from mmrl.config import load_config, parse_config
 from mmrl.losses.preference import Side, preference_loss, preset
-from mmrl.preference import build_pairs, dynamic_threshold
+from mmrl.preference import build_pairs
 from mmrl.rewards.scoring import write_outcomes
 from mmrl.rollout import BranchPlan, Prompt, Rollout
 from mmrl.scorers.scoring import good_logits
@@ -247,13 +248,13 @@ def test_best_and_worst_of_four_above_the_dynamic_threshold(kind, tiny_model):
     score = torch.full((len(tree),), torch.nan, dtype=torch.float64)
     score[family] = torch.tensor([20.1, 19.3, 20.9, 19.8], dtype=torch.float64).repeat(int(family.sum()) // 4)
     tree = tree.replace(step_reward=score)
-    lpo = {"by": "step_reward", "squash": True, "spread": "std"}
-    pairs = build_pairs(tree, "extremes", {**lpo, "threshold": [0.35, 0.5]})
+    lpo = {"by": "step_reward", "squash": True, "noise": "std"}
+    pairs = build_pairs(tree, "noise_extremes", {**lpo, "threshold": [0.35, 0.5]})
     assert len(pairs) == int(family.sum()) // 4 and torch.allclose(
         pairs.gap.double(), torch.tensor(0.8).tanh().double()
     )
     assert bool((score[pairs.chosen] == 20.9).all()) and bool((score[pairs.rejected] == 19.3).all())
-    some = build_pairs(tree, "extremes", {**lpo, "threshold": [0.35, 0.9]})
+    some = build_pairs(tree, "noise_extremes", {**lpo, "threshold": [0.35, 0.9]})
     std = tree.tags["std"]
     assert 0 < len(some) < len(pairs)
     assert float(std[some.chosen].max()) < float(std[pairs.chosen].max())  # the noisiest steps fall out
@@ -280,7 +281,7 @@ def lpo_recipe(model, judge, output, **sections):
     tree = recipe(model, output, **{"policy": LPO, **sections})
     tree |= {"trainer": "step_preference", "plan": {0: 2}, "loss": {"name": "lpo"}}
     tree["step_rewards"] = [{"name": "latent_judge", "model": str(judge)}]
-    tree["pairs"] = {"name": "extremes", "by": "step_reward", "squash": True, "threshold": 0.0, "spread": "std"}
+    tree["pairs"] = {"name": "noise_extremes", "by": "step_reward", "squash": True, "threshold": 0.0, "noise": "std"}
     return parse_config(tree, model=StepPreferenceConfig)
 
 
@@ -327,7 +328,7 @@ def test_recipes_are_read(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     sampling = {k: v for k, v in config.policy.options.items() if k in SamplingConfig.__dataclass_fields__}
     assert SamplingConfig(**sampling).candidates == 4 and config.plan is not None
-    assert preset(config.loss.name, **config.loss.options).clip == 0.1 and config.pairs.options["spread"] == "std"
+    assert preset(config.loss.name, **config.loss.options).clip == 0.1 and config.pairs.options["noise"] == "std"
 
 
 # ---- search -----------------------------------------------------------------------------------------------------

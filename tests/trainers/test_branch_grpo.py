@@ -160,20 +160,6 @@ def test_every_loss_option_is_what_it_says(tmp_path, loss):
     assert got == pytest.approx(loss_by_loops(rollout, credit.adv, new, config), rel=1e-4, abs=1e-6)
 
 
-def test_guard_trains_with_kept_means_and_says_what_it_misses(tiny_model, tmp_path):
-    run(
-        tiny_model,
-        tmp_path / "r",
-        loss={"guard": True},
-        policy={"keep_mean": True},
-        optim={"updates_per_rollout": 2},
-        run={"iterations": 1},
-    )
-    assert metrics(tmp_path / "r")[1]["policy/grad_norm"] > 0
-    with pytest.raises(ValueError, match="set policy.keep_mean: true"):
-        run(tiny_model, tmp_path / "s", loss={"guard": True}, run={"iterations": 1})
-
-
 def test_refill_replaces_groups_without_spread(tiny_model, tmp_path):
     """Every even class has equal rewards, so five of ten prompts are worth training on."""
     sections = {"rewards": [{"name": "tiny:constant_for_even", "timeout_s": 0}], "loss": {"kl": 0.0}}

@@ -21,6 +21,7 @@ from mmrl.rewards import score
 from mmrl.rollout import Answer, BranchPlan, Place, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
+from vision.forward.network import token_kl
 from vision.growth.answers import spell
 from vision.policy import VisionPolicy
 
@@ -261,6 +262,13 @@ def test_a_tree_is_read_in_one_pass(pictures, monkeypatch):
 
 
 # ---- divergence -----------------------------------------------------------------------------------------------------
+
+
+def test_token_kl_on_worked_numbers():
+    """Of logits, which may be shifted: only their softmax counts."""
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.34, 0.33, 0.33]]).log()
+    q = torch.tensor([[0.4, 0.4, 0.2], [0.33, 0.34, 0.33]]).log()
+    torch.testing.assert_close(token_kl(p, q + 3), torch.tensor([0.18379, 0.000299]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.byte_cache import ByteCache
-from mmrl.preference.scores import token_kl
 from mmrl.reference import bare
 from vision.forward.passes import Job, Pass
 from vision.inputs.foreign import attribute
@@ -174,6 +173,15 @@ def kl_job(hf: Any, job: Job, other: Job, cache: ByteCache | None) -> Tensor:
     logits, others = (torch.cat(_outputs(hf, j, cache, None)[0]) for j in (job, other))
     parts = job.source.to(logits.device).split(512)  # a vocabulary in float32, three times, for so many at once
     return torch.cat([token_kl(logits[at], others[at]) for at in parts])
+
+
+def token_kl(logits: Tensor, other: Tensor) -> Tensor:
+    """(...,) KL(softmax(logits) || softmax(other)) over the last dimension, float32.
+
+    The divergence of a step is its mean over the step's tokens, `other` from inputs made unreadable (pDPO).
+    """
+    p, q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 class StepHead(nn.Module):
