@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Adapter, Cond, Level
+from diffusion.adapters.conditions import split_rows, stack_rows
+from diffusion.adapters.pipeline import Dtype, HasPipeline
 from diffusion.capabilities import ScoreLatents
 from diffusion.kernels import gaussian_kl, log_prob
+from diffusion.loading import load_adapter
+from diffusion.lora import add_lora, checkpoint_gradients, load_lora
 from diffusion.sampler import Forest, Start, complete, kernel_stds, sample_forest, sample_ode, transition
 from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates, plan_schedule, record
 from mmrl.byte_cache import ByteCache
+from mmrl.capabilities import require
 from mmrl.finite import check_finite
 from mmrl.reference import Reference, unwrap
-from mmrl.registry import declares, find, of_kind
+from mmrl.registry import declares, of_kind
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample, Sight
 from mmrl.seeding import named_generator
 from mmrl.tree import INTERNAL, UNFINISHED, StepTree
@@ -78,37 +83,68 @@ class DiffusionPolicy:
         cls,
         model: str = "digits",
         max_batch: int = 256,
-        guidance_scale: float = 1.0,
+        adapter: Annotated[str, of_kind("adapters", options=False)] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        height: PositiveInt | None = None,
+        width: PositiveInt | None = None,
+        num_frames: PositiveInt | None = None,
+        call: dict[str, Any] | None = None,
+        dtype: Dtype | None = None,
+        frozen_dtype: Dtype | None = None,
+        offload_encoders: bool | None = None,
+        gradient_checkpointing: bool = False,
         lora_rank: int = 0,
-        family: Annotated[str, of_kind("families", options=False)] | None = None,
+        lora_alpha: PositiveFloat | None = None,
+        lora_targets: list[str] | str | None = None,
+        lora_start: str | None = None,
         **sampling: Any,
     ) -> DiffusionPolicy:
         """From a recipe's `policy:` section.
 
         Args:
-            model: "digits" (the built-in base, made on first use), a folder with a DiT's transformer/ and scheduler/,
-                or a saved Stable Diffusion (1.5, 2.1, XL) pipeline.
-            lora_rank: 0 trains all weights; above 0 trains LoRA on the attention projections, and the reference for
-                the KL is the model with the adapter off, so that no second copy is kept.
-            family: a row of `families`, or the dotted path of an adapter (`diffusion.adapters.base`) for a model of
-                another one; null goes by the class of the folder's denoiser.
+            model: "digits" (the built-in base, made on first use), the folder of a saved diffusers pipeline, or its
+                hub name.
+            adapter: a row of `adapters`, or the dotted path of one's own (`diffusion.adapters.base`); null goes by
+                the folder's index: its denoiser's own row, else diffusers' modular blocks.
+            guidance_scale: null is the adapter's own: none for a DiT and Stable Diffusion's UNets (1), for families
+                with blocks that of their pipeline, embedded or classifier-free.
+            negative_prompt: of classifier-free guidance, in rollout and update.
+            height, width, num_frames: of the outputs; null is the family's own.
+            call: further inputs of the family's pipeline, such as {max_sequence_length: 256}.
+            dtype: of what denoises. frozen_dtype: of encoders and decoder, by default the same.
+            offload_encoders: keep the text encoders on the CPU but while they read prompts.
+            gradient_checkpointing: less memory, one more forward pass in the update.
+            lora_rank: 0 trains all weights; above 0 trains LoRA, and the reference for the KL is the model with the
+                LoRA off, so that no second copy is kept. lora_alpha: by default twice the rank.
+            lora_targets: ends of module names or "all-linear"; null is the attention projections.
+            lora_start: a folder, file or hub name of a LoRA in diffusers' format to go on from.
             sampling: fields of `SamplingConfig`.
 
         Raises:
-            ValueError: the folder holds no such model.
+            ValueError: the folder holds no such model, or its adapter does not take a key that is set.
         """
-        policy = cls(_load_adapter(model, guidance_scale, family), SamplingConfig(**sampling), max_batch)
+        options = {
+            "guidance_scale": guidance_scale, "negative_prompt": negative_prompt, "height": height, "width": width,
+            "num_frames": num_frames, "call": call, "dtype": dtype, "frozen_dtype": frozen_dtype,
+            "offload_encoders": offload_encoders,
+        }  # fmt: skip
+        lora = {"lora_alpha": lora_alpha, "lora_targets": lora_targets, "lora_start": lora_start}
+        needless = [name for name, value in lora.items() if value is not None]
+        if needless and not lora_rank:
+            raise ValueError(f"policy.{needless[0]} is for LoRA; set policy.lora_rank")
+        policy = cls(load_adapter(model, adapter, options), SamplingConfig(**sampling), max_batch)
+        if gradient_checkpointing:
+            checkpoint_gradients(policy.model)
         if lora_rank:
-            policy.add_lora(lora_rank)
+            policy.add_lora(lora_rank, lora_alpha, lora_targets)
+        if lora_start is not None:
+            load_lora(policy.model, lora_start, require("policy.lora_start", HasPipeline, policy.adapter).pipeline)
         return policy
 
-    def add_lora(self, rank: int) -> None:
-        """Freeze the model and train LoRA of this rank on its attention projections."""
-        from peft import LoraConfig, get_peft_model
-
-        targets = ["to_q", "to_k", "to_v", "to_out.0"]
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets)
-        self.model = get_peft_model(self.model, config).eval()
+    def add_lora(self, rank: int, alpha: float | None = None, targets: Sequence[str] | str | None = None) -> None:
+        """Freeze the model and train LoRA of this rank; see `diffusion.lora.add_lora`."""
+        self.model = add_lora(self.model, rank, alpha, targets)
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -158,7 +194,7 @@ class DiffusionPolicy:
     def _embed(self, prompts: Sequence[Prompt]) -> Cond:
         """Conditions of prompts, a row each; every distinct prompt is embedded once an iteration."""
         keys = [(p.id, str(dict(p.inputs))) for p in prompts]
-        rows: dict[Any, dict[str, Tensor]] = {}
+        rows: dict[Any, Cond] = {}
         missing: dict[Any, Prompt] = {}
         for key, prompt in zip(keys, prompts, strict=True):
             cached = self._embedded.get(key)
@@ -167,13 +203,11 @@ class DiffusionPolicy:
             else:
                 rows[key] = cached
         if missing:
-            fresh = self.adapter.encode(list(missing.values()))
-            for i, key in enumerate(missing):
-                # a copy: a row of the batch would keep all of it
-                rows[key] = {name: x[i].clone() for name, x in fresh.items()}
-                size = sum(x.numel() * x.element_size() for x in rows[key].values())
-                self._embedded.put(key, rows[key], size)
-        return {name: torch.stack([rows[key][name] for key in keys]) for name in rows[keys[0]]}
+            fresh = split_rows(self.adapter.encode(list(missing.values())))
+            for key, row in zip(missing, fresh, strict=True):
+                rows[key] = row
+                self._embedded.put(key, row, sum(x.numel() * x.element_size() for x in row.values()))
+        return stack_rows([rows[key] for key in keys])
 
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
@@ -465,28 +499,6 @@ class DiffusionPolicy:
 
     def _replay(self, rollout: Rollout) -> tuple[SamplingConfig, NoiseSchedule]:
         return SamplingConfig(**rollout.about["sampling"]), NoiseSchedule.from_record(rollout.about["course"])
-
-
-def _load_adapter(model: str, guidance_scale: float, family: str | None) -> Adapter:
-    """The model of a folder, by the family of its denoiser."""
-    if model == "digits":
-        from diffusion.digits_base import digits_base
-
-        model = str(digits_base().folder)
-    cls: type[Adapter] = find("families", family or _denoiser(Path(model))).target
-    return cls.from_pretrained(model, guidance_scale)
-
-
-def _denoiser(folder: Path) -> str:
-    """The class of the denoiser that a diffusers folder holds."""
-    for part in ("unet", "transformer"):
-        config = folder / part / "config.json"
-        if config.exists():
-            return str(json.loads(config.read_text()).get("_class_name"))
-    raise ValueError(
-        f"policy.model={str(folder)!r}: no transformer/config.json there and no unet/config.json; give the folder of "
-        "a saved DiT or Stable Diffusion (1.5, 2.1, XL) pipeline, or name its `family`"
-    )
 
 
 def _as_tree(forest: Forest, num_steps: int) -> StepTree:

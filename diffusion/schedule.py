@@ -13,6 +13,7 @@ from mmrl.rollout import BranchPlan
 
 NoiseMode = Literal["split", "all", "window"]
 SplitNoise = Literal["correlated", "independent", "scaled"]
+PURE_NOISE = 0.999  # noise levels from here on count as pure noise
 FinalStep = Literal["mean", "x0", "sample"]
 
 
@@ -83,7 +84,8 @@ class NoiseSchedule:
     def interval(self, i: int) -> Interval:
         """The transition of step i for the kernels."""
         here, there = self.levels[i], self.levels[i + 1]
-        s_max = self.levels[1].s if self.levels[0].s >= 1 else 1.0
+        # UniPC's first flow level is .9999, where the flow kernel's noise would be as wild as at 1
+        s_max = self.levels[1].s if self.levels[0].s >= PURE_NOISE else 1.0
         return Interval(here.a, here.s, there.a, there.s, s_max)
 
     def record(self) -> dict[str, Any]:

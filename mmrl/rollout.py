@@ -126,13 +126,17 @@ class Actions:
             raise ValueError(f"action {int(bad.nonzero()[0])} is trainable but its logp is not finite")
 
 
+LENGTH = ".length"  # behind the name of a payload whose prompts differ in length; see `Rollout.prompt_payload`
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One forest with everything needed to reward, replay and train on it.
 
     prompts: G prompts with distinct ids. tree: N steps. actions: T actions.
     texts: (N,) what each step says, for policies that write; empty for others.
-    prompt_payload: name -> (G, ...), what the policy needs once per prompt (initial latent, prompt tokens).
+    prompt_payload: name -> (G, ...), what the policy needs once per prompt (initial latent, prompt tokens). Beside an
+        entry whose prompts differ in length stands NAME.length (G,), of how much is real; the rest is zeros.
     counts: what the rollout cost, summed over prompts: `calls` (network rows), `leaves`.
     about: JSON values that identify how it was made (seed, iteration, schedule, log-prob reduction).
     """
@@ -200,7 +204,7 @@ class Rollout:
                 torch.cat([r.actions.trainable for r in rollouts]),
                 {k: torch.cat([r.actions.payload[k] for r in rollouts]) for k in first.actions.payload},
             ),
-            {k: torch.cat([r.prompt_payload[k] for r in rollouts]) for k in first.prompt_payload},
+            {k: _of_all_prompts(k, [r.prompt_payload for r in rollouts]) for k in first.prompt_payload},
             counts,
             first.about,
             [t for r in rollouts for t in r.texts],
@@ -412,6 +416,20 @@ class StepScorer(StepReward, Protocol):
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the model and the record of how it reads steps; `mmrl.scorers.scoring.load_scorer` reads it."""
+
+
+def padded_rows(rows: Sequence[Tensor]) -> Tensor:
+    """(B, L, ...) of rows (L_i, ...), zeros behind the shorter ones."""
+    out = rows[0].new_zeros((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]))
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row)] = row
+    return out
+
+
+def _of_all_prompts(name: str, payloads: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """One entry of several rollouts' prompts, padded anew where it has lengths."""
+    parts = [payload[name] for payload in payloads]
+    return padded_rows([row for part in parts for row in part]) if name + LENGTH in payloads[0] else torch.cat(parts)
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:

@@ -57,7 +57,7 @@ def test_an_estimator_and_the_reading_it_needs(tiny_model, folder):
 def test_a_kernel_and_a_model_family(tiny_model, folder):
     tree = recipe(tiny_model, folder / "run", run={"iterations": 1}, policy={"noise": "all"})
     usual = Rollout.load(_stored(folder, tree, "usual"))
-    tree["policy"] |= {"kernel": "my_rows:quiet", "family": "my_rows:Mine"}
+    tree["policy"] |= {"kernel": "my_rows:quiet", "adapter": "my_rows:Mine"}
     quiet = Rollout.load(_stored(folder, tree, "quiet"))
     std = usual.tree.tags["std"]
     drawn = ~std.isnan()

@@ -77,3 +77,13 @@ def test_inconsistent_rollouts_are_refused():
         Actions(torch.tensor([0.0, float("nan")]), torch.tensor([True, True]))
     with pytest.raises(ValueError, match="2 groups for 3 prompts"):
         two_prompts(("a", "b", "c"))
+
+
+def test_prompts_of_different_length_are_padded_anew():
+    short, long = two_prompts(), two_prompts(("c", "d"))
+    for rollout, length in ((short, 2), (long, 3)):
+        rollout.prompt_payload["text"] = torch.ones(2, length, 4)
+        rollout.prompt_payload["text.length"] = torch.tensor([length, 1])
+    both = Rollout.concatenate([short, long]).prompt_payload
+    assert both["text"].shape == (4, 3, 4) and both["text.length"].tolist() == [2, 1, 3, 1]
+    assert bool(both["text"][:2, :2].all()) and not bool(both["text"][:2, 2:].any())

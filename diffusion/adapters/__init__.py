@@ -3,4 +3,4 @@
 Importing this package enters them into the registry.
 """
 
-from diffusion.adapters import dit, unet  # noqa: F401 - enter their rows
+from diffusion.adapters import blocks, dit, unet  # noqa: F401 - enter their rows

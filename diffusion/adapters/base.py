@@ -24,19 +24,19 @@ class Level(NamedTuple):
     t: float
 
 
-# Named by the class of the denoiser that a folder holds, as its config.json says.
-add_kind(Kind("families", "model family"))
+# Named by the class of the denoiser that a folder holds, or `blocks`.
+add_kind(Kind("adapters", "model adapter"))
 
 
 class Adapter(Protocol):
-    """N live nodes, B prompts, D any latent shape. `own` (N,) is the prompt of each node."""
+    """N live nodes, B prompts, D any latent shape. `own` (N,) is the prompt of each node.
+
+    One that a recipe names has a classmethod `from_pretrained(folder, **keys)` besides, whose keyword parameters are
+    the keys of `DiffusionPolicy.build` that it takes, such as guidance_scale.
+    """
 
     model: nn.Module
     prediction: Prediction  # what the network predicts; a latent reward judges only samples of its own kind
-
-    @classmethod
-    def from_pretrained(cls, folder: Path | str, guidance_scale: float = 1.0) -> Adapter:
-        """The model of a folder."""
 
     def encode(self, prompts: Sequence[Prompt]) -> Cond:
         """Conditioning, B rows, computed once and reused by all nodes and all updates."""
@@ -58,3 +58,11 @@ class Adapter(Protocol):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write the model with save_pretrained."""
+
+
+def text_of(prompt: Prompt) -> str:
+    """The text of a prompt; ValueError where it has none."""
+    text = prompt.inputs.get("prompt")
+    if not isinstance(text, str):
+        raise ValueError(f"prompt {prompt.id!r}: inputs.prompt is {text!r}; a text is needed (task text_prompts)")
+    return text

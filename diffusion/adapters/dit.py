@@ -15,7 +15,7 @@ from mmrl.registry import register
 from mmrl.rollout import Prompt
 
 
-@register("families", "DiTTransformer2DModel")
+@register("adapters", "DiTTransformer2DModel")
 class DiTAdapter:
     """`DiTTransformer2DModel` with `FlowMatchEulerDiscreteScheduler`; prompts carry `inputs["label"]`.
 

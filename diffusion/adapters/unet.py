@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from diffusion.adapters.base import Cond, Level
+from diffusion.adapters.base import Cond, Level, text_of
+from diffusion.adapters.pipeline import Dtype, PipelineAdapter, load_pipeline, pipeline_index
 from diffusion.kernels import Prediction, to_x0_eps
 from mmrl.registry import register
 from mmrl.rollout import Prompt
@@ -23,52 +23,74 @@ ENCODED_AT_ONCE = 32  # texts; the states of all layers are kept meanwhile
 DECODED_AT_ONCE = 8  # pictures; a VAE takes more memory for a picture of 512 pixels than the UNet for its latent
 
 
-@register("families", "UNet2DConditionModel")
-class UNetAdapter:
+@register("adapters", "UNet2DConditionModel")
+class UNetAdapter(PipelineAdapter):
     """A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; prompts carry `inputs["prompt"]`.
 
-    Only the UNet trains. Sampling is DDIM's grid on the folder's own schedule, latents have the UNet's own size and
-    are never clipped. guidance_scale 1 is plain conditional sampling; above 1 the empty prompt doubles every batch, in
-    the update too. The empty prompt is the pipeline's: encoded, or zeros where it says force_zeros_for_empty_prompt.
+    Written by hand: Stable Diffusion 1.5 and 2.1 have no modular blocks, and SDXL's step along their scheduler, while
+    here a latent reward and its policy share one noise schedule.
+
+    Only the UNet trains. Sampling is DDIM's grid on the folder's own schedule, latents are never clipped.
+
+    Args:
+        guidance_scale: 1 is plain conditional sampling; above 1 the negative prompt doubles every batch, in the update
+            too.
+        negative_prompt: the empty one is the pipeline's: encoded, or zeros where it says force_zeros_for_empty_prompt.
+        height, width: of pictures; by default the UNet's own.
+        offload_encoders: see `PipelineAdapter`.
     """
 
-    def __init__(self, pipeline: Any, guidance_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        guidance_scale: float = 1.0,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        offload_encoders: bool = False,
+    ) -> None:
         from diffusers import DDIMScheduler
 
-        self.pipeline, self.guidance_scale = pipeline, guidance_scale
-        self.model: nn.Module = pipeline.unet.eval()
+        self.xl = "text_encoder_2" in pipeline.components
+        super().__init__(pipeline, ["unet"], ["text_encoder", "text_encoder_2"], offload_encoders)
+        self.guidance_scale, self._negative_prompt = guidance_scale, negative_prompt
         # DDIMScheduler would clip latents to [-1, 1] where a folder does not say otherwise
         self.scheduler: Any = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, thresholding=False
         )
         self.prediction = _prediction(pipeline)
-        self.xl = "text_encoder_2" in pipeline.components
-        for frozen in (pipeline.vae, *(encoder for _, encoder in self._text_models())):
-            frozen.eval().requires_grad_(False)
-        c = pipeline.unet.config
-        size = c.sample_size if isinstance(c.sample_size, Sequence) else (c.sample_size, c.sample_size)
+        c, scale = pipeline.unet.config, pipeline.vae_scale_factor
+        own = c.sample_size if isinstance(c.sample_size, Sequence) else (c.sample_size, c.sample_size)
+        size = (height // scale if height else own[0], width // scale if width else own[1])
+        if (height or 0) % scale or (width or 0) % scale:
+            raise ValueError(f"policy.height={height}, policy.width={width}: multiples of {scale} are needed")
         self.shape: tuple[int, int, int] = (c.in_channels, *size)
         self._cut: set[str] = set()  # prompts that were reported as too long
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, guidance_scale: float = 1.0) -> UNetAdapter:
-        """Load a saved pipeline, in float32 and without its safety checker.
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        guidance_scale: float = 1.0,
+        *,
+        dtype: Dtype = "float32",
+        frozen_dtype: Dtype | None = None,
+        **options: Any,
+    ) -> UNetAdapter:
+        """A saved pipeline or its hub name, without its safety checker.
 
         Raises:
             ValueError: a folder of another pipeline, or of one whose noise this adapter cannot place.
         """
-        import diffusers
-
-        index = Path(folder) / "model_index.json"
-        name = json.loads(index.read_text()).get("_class_name") if index.exists() else None
+        name = pipeline_index(folder).get("_class_name")
         if name not in PIPELINES:
-            told = f"model_index.json says {name}" if index.exists() else "there is no model_index.json"
+            told = f"model_index.json says {name}" if name else "there is no model_index.json"
             raise ValueError(f"policy.model={str(folder)!r}: {told}; it must be a saved {' or '.join(PIPELINES)}")
         unused: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
         if name == PIPELINES[0]:
             unused |= {"safety_checker": None, "requires_safety_checker": False}
-        pipeline = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, **unused)
-        return cls(pipeline, guidance_scale)
+        return cls(load_pipeline(folder, dtype, frozen_dtype, **unused), guidance_scale, **options)
 
     # ---- text -------------------------------------------------------------------------------------------------
 
@@ -80,7 +102,7 @@ class UNetAdapter:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> Cond:
-        """Text, pooled text and those of the empty prompt, one row per prompt; a latent reward reads them too.
+        """Text, pooled text and those of the negative prompt, one row per prompt; a latent reward reads them too.
 
         text, null_text: (B, L, C). pooled, null_pooled: (B, P). time_ids, with SDXL: (B, 6), its size conditions for
         a whole picture of the UNet's own size.
@@ -89,12 +111,13 @@ class UNetAdapter:
             ValueError: a prompt without text.
         """
         self._tell_cut(prompts)
-        texts = [*(_text(p) for p in prompts), ""]
+        texts = [*(text_of(p) for p in prompts), self._negative_prompt]
         starts = range(0, len(texts), ENCODED_AT_ONCE)
-        parts = [self._encode_texts(texts[i : i + ENCODED_AT_ONCE]) for i in starts]
+        with self.encoding():
+            parts = [self._encode_texts(texts[i : i + ENCODED_AT_ONCE]) for i in starts]
         text, pooled = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         null_text, null_pooled = text[-1:], pooled[-1:]
-        if self.xl and self.pipeline.config.force_zeros_for_empty_prompt:
+        if self.xl and not self._negative_prompt and self.pipeline.config.force_zeros_for_empty_prompt:
             null_text, null_pooled = torch.zeros_like(null_text), torch.zeros_like(null_pooled)
         n = len(prompts)
         cond = {"text": text[:-1], "pooled": pooled[:-1]}
@@ -106,19 +129,19 @@ class UNetAdapter:
         return cond
 
     def unconditional(self, cond: Cond) -> Cond:
-        """The pipeline's empty prompt."""
+        """The negative prompt, by default the pipeline's empty one."""
         return {**cond, "text": cond["null_text"], "pooled": cond["null_pooled"]}
 
     def _encode_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, L, C) and (B, P): the last states and their pooled one, in SDXL the last but one of both encoders."""
-        device = next(self.model.parameters()).device
+        device = self.device
         out = []
         for tokenizer, encoder in self._text_models():
             room = {"truncation": True, "padding": "max_length", "max_length": tokenizer.model_max_length}
             ids = tokenizer(list(texts), return_tensors="pt", **room)
             mask = ids.get("attention_mask") if encoder.config.to_dict().get("use_attention_mask", False) else None
             mask = None if mask is None else mask.to(device)
-            out.append(encoder.to(device)(ids["input_ids"].to(device), attention_mask=mask, output_hidden_states=True))
+            out.append(encoder(ids["input_ids"].to(device), attention_mask=mask, output_hidden_states=True))
         if self.xl:
             return torch.cat([o.hidden_states[-2] for o in out], -1), out[-1].text_embeds
         return out[0].last_hidden_state, out[0].pooler_output
@@ -127,7 +150,7 @@ class UNetAdapter:
         """Warn, once per prompt, of words the text encoder will not see."""
         tokenizer = self.pipeline.tokenizer
         for p in prompts:
-            n = len(tokenizer(_text(p), verbose=False)["input_ids"])  # its own warning speaks of errors to come
+            n = len(tokenizer(text_of(p), verbose=False)["input_ids"])  # its own warning speaks of errors to come
             if n > tokenizer.model_max_length and p.id not in self._cut:
                 self._cut.add(p.id)
                 told = "prompt %r has %d tokens; the text encoder reads the first %d"
@@ -151,7 +174,8 @@ class UNetAdapter:
 
     def predict(self, model: nn.Module, x: Tensor, level: Level, cond: Cond, own: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, eps) from what the UNet predicts, guided in its own terms as the pipelines do."""
-        rows = {k: v.to(x.device)[own] for k, v in cond.items()}
+        dtype = next(self.model.parameters()).dtype
+        rows = {k: v.to(x.device)[own].to(dtype) for k, v in cond.items()}
         text, pooled = rows["text"], rows["pooled"]
         guided = self.guidance_scale != 1.0
         latents = x
@@ -163,7 +187,7 @@ class UNetAdapter:
             ids = rows["time_ids"]
             added = {"text_embeds": pooled, "time_ids": torch.cat([ids, ids]) if guided else ids}
         time = torch.full((len(latents),), level.t, device=x.device)
-        out: Tensor = model(latents, time, encoder_hidden_states=text, added_cond_kwargs=added).sample
+        out: Tensor = model(latents.to(dtype), time, encoder_hidden_states=text, added_cond_kwargs=added).sample
         if guided:
             null, full = out.float().chunk(2)
             out = null + self.guidance_scale * (full - null)
@@ -173,25 +197,8 @@ class UNetAdapter:
         """(N, 3, H, W) pictures in [0, 1] of latents, a few at a time; gradients flow."""
         vae: Any = self.pipeline.vae.to(x0.device)
         latents = x0.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        pictures = [vae.decode(part).sample for part in latents.split(DECODED_AT_ONCE)]
+        pictures = [vae.decode(part.to(vae.dtype)).sample for part in latents.split(DECODED_AT_ONCE)]
         return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1)
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """The whole pipeline; with LoRA `folder/lora/pytorch_lora_weights.safetensors`, for `load_lora_weights`."""
-        from peft import PeftModel
-
-        if isinstance(model, PeftModel):
-            _save_lora(model, folder / "lora")
-            return
-        self.pipeline.register_modules(unet=model)
-        self.pipeline.save_pretrained(folder)
-
-
-def _text(prompt: Prompt) -> str:
-    text = prompt.inputs.get("prompt")
-    if not isinstance(text, str):
-        raise ValueError(f"prompt {prompt.id!r}: inputs.prompt is {text!r}; a text is needed (task text_prompts)")
-    return text
 
 
 def _prediction(pipeline: Any) -> Prediction:
@@ -213,18 +220,3 @@ def _prediction(pipeline: Any) -> Prediction:
     if c.get("latents_mean") is not None:
         raise ValueError("policy.model: a VAE with latents_mean is not supported; its latents are scaled per channel")
     return cast(Prediction, kind)
-
-
-def _save_lora(model: Any, folder: Path) -> None:
-    """In diffusers' format. The LoRA's configuration goes along: without it a pipeline would take alpha = rank."""
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import get_peft_model_state_dict
-
-    found = get_peft_model_state_dict(model)
-    weights = {k.removeprefix("base_model.model."): v.detach().cpu().contiguous() for k, v in found.items()}
-    StableDiffusionLoraLoaderMixin.save_lora_weights(
-        folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(weights),
-        unet_lora_adapter_metadata=model.peft_config["default"].to_dict(),
-    )

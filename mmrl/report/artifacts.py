@@ -1,7 +1,7 @@
 """What a run leaves for people to look at: samples of every evaluation, and rollout trees with their pictures.
 
-Outputs are pictures, (C, H, W) tensors in [0, 1] or PIL images, kept as PNG, or texts, kept as they are; a turn of an
-agent is a text with the picture of what it made the environment show.
+Outputs are pictures, (C, H, W) tensors in [0, 1] or PIL images, kept as PNG, films, (F, C, H, W), kept as PNG that
+moves, or texts, kept as they are; a turn of an agent is a text with the picture of what it made the environment show.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mmrl.workdir import publish
 
 PER_ROW = 10  # samples kept per row of the grid
 MAX_ROWS = 12
+FRAME_MS = 125  # of a film on a page; its own rate is not known here
 
 
 def save_samples(samples: Sequence[Sample], rewards: Sequence[float], folder: Path) -> None:
@@ -89,8 +90,12 @@ def save_output(output: Any, folder: Path, name: str) -> dict[str, str]:
         return {"text": text} | ({} if picture is None else save_output(picture, folder, name))
     if isinstance(output, str):
         return {"text": output}
-    picture = output if isinstance(output, Image.Image) else to_image(output)
-    picture.save(folder / f"{name}.png")
+    if isinstance(output, Tensor) and output.ndim == 4:
+        first, *others = [to_image(frame) for frame in output]
+        first.save(folder / f"{name}.png", save_all=True, append_images=others, duration=FRAME_MS, loop=0)
+    else:
+        picture = output if isinstance(output, Image.Image) else to_image(output)
+        picture.save(folder / f"{name}.png")
     return {"picture": f"{name}.png"}
 
 

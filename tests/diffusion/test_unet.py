@@ -336,10 +336,12 @@ def test_folders_that_are_something_else(folders, tiny_model, tmp_path):
     (tmp_path / "b" / "transformer").mkdir(parents=True)
     (tmp_path / "b" / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(
-        ValueError, match="unknown model family 'FluxTransformer2DModel'.*known: DiTTransformer2DModel, UNet2D"
+        ValueError,
+        match="is a FluxTransformer2DModel without model_index.json, for which there is no adapter: rows .*"
+        r"\(DiTTransformer2DModel, UNet2DConditionModel\), nor blocks",
     ):
         policy(tmp_path / "b")
-    with pytest.raises(ValueError, match="no transformer/config.json there and no unet/config.json"):
+    with pytest.raises(ValueError, match="no model_index.json there and no transformer/config.json or unet/config"):
         policy(tmp_path)
 
 
