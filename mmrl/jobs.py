@@ -31,11 +31,11 @@ from mmrl.reasoning.annotate.direct import annotate_directly
 from mmrl.reasoning.annotate.inject import with_errors
 from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
 from mmrl.reasoning.annotate.omega import Omega
-from mmrl.reasoning.annotate.output import summary, write_report
+from mmrl.reasoning.annotate.output import summary
 from mmrl.reasoning.annotate.recipe import AnnotateConfig
 from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
 from mmrl.reasoning.annotate.select import unsure
-from mmrl.reasoning.annotate.store import CompletionStore
+from mmrl.reasoning.annotate.store import STORE, CompletionStore
 from mmrl.reasoning.canonical import canonical_answer
 from mmrl.reasoning.formats import read_format
 from mmrl.reasoning.records import SolutionRecord, Step
@@ -52,7 +52,7 @@ from mmrl.search.recipe import SearchConfig
 from mmrl.search.run import search
 from mmrl.search.samples import search_samples
 from mmrl.trainers.task import Task, build_reward
-from mmrl.workdir import WorkDir, write_lines
+from mmrl.workdir import WorkDir, write_json, write_lines
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
         if not given:
             raise ValueError("active: the scorers are sure of every solution; lower active.d_std or raise active.d_p")
     name, options = config.method.name, config.method.options
-    with job.files:
+    with job.files, WorkDir(config.output, job.rank).owned():
         if _completes(name):
             items: Any = job.prompts if given is None else job.takes(given)
             report = _annotate_on_all_ranks(config, job, items, build("annotations", "method", name, options), rule)
@@ -174,11 +174,12 @@ def _finish(config: AnnotateConfig, job: _Job, report: dict[str, Any]) -> dict[s
             planted = with_errors(records, seed=config.seed, **config.inject.model_dump())
             records, report["injected"] = [*records, *planted], len(planted)
         write_records(file, records)
-        made = summary({}, report["items"], file, [], {})
+        with file.open() as lines:
+            made = summary({}, report["items"], lines, [], {})
         report |= {k: made[k] for k in ("records", "steps", "labels", "first_error", "final_correct_frac")}
     if "readings" in vars(job):
         report["cost"]["judge"] = job.readings.spent
-    write_report(told, report)
+    write_json(told, report)
     if not report["records"]:
         first = "; ".join(f"{q['id']}: {q['reason']}" for q in report["quarantined"][:3])
         what = "refine left none" if "refined" in report else "the method found no question to learn from"
@@ -280,7 +281,8 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
         rows = [json.loads(line) for line in (config.output / "results.jsonl").read_text().splitlines()]
         report["unreadable_steps"] = unread  # met in this run; they count as score 0
         report["examples"] = disagreements(rows, prompts)
-        return write_report(config.output / "report.json", report)
+        write_json(config.output / "report.json", report)
+    return report
 
 
 class _Candidates(Section):
@@ -313,7 +315,8 @@ def _search_samples(config: SearchConfig) -> dict[str, Any]:
         )  # fmt: skip
         report["unusable_prompts"] = job.lost
         report["parameters"] = {"policy": parameters(job.policy), "scorer": parameters(scorer)}
-        return write_report(config.output / "report.json", report)
+        write_json(config.output / "report.json", report)
+    return report
 
 
 def run_benchmark(
@@ -386,7 +389,7 @@ class _Job:
     @cached_property
     def readings(self) -> CompletionStore:
         """What a judge has said so far."""
-        store = CompletionStore(self.config.output / "judge" / "store.jsonl", fingerprint=self.fingerprint)
+        store = CompletionStore(self.config.output / "judge" / STORE, fingerprint=self.fingerprint)
         return self.files.enter_context(store)
 
     def rollouts(self, about: Mapping[str, Any] | None = None) -> RolloutFolder | None:

@@ -1,7 +1,8 @@
 """Work folders: whose one is, and what is left in it when the process that writes is killed.
 
 A folder belongs to one process at a time, and to one set of settings for good (`WorkDir`). A file or folder in it is
-replaced as a whole (`publish`), and a file of lines grows by whole lines (`append`).
+replaced as a whole (`publish`), a file of lines grows by whole lines (`append`), and what several processes write at
+once goes into an SQLite database (`open_database`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import logging
 import os
 import secrets
 import shutil
+import sqlite3
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,91 @@ def cut_half_line(file: Path) -> None:
             whole = f.read().rfind(b"\n") + 1
             log.warning("%s: the last line was cut by a kill; %d bytes removed", file, f.tell() - whole)
             f.truncate(whole)
+
+
+# ---- what several processes write at once ---------------------------------------------------------------------------
+
+# SQLite's write-ahead log needs memory that all its processes share, which machines do not
+_NETWORK_DISKS = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "beegfs", "gpfs", "glusterfs", "orangefs",
+    "fuse.sshfs", "fuse.glusterfs", "fuse.juicefs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse",
+}  # fmt: skip
+_DATABASE_FORMAT = 1
+
+
+def open_database(
+    file: Path, schema: str, rank: int = 0, *, fill: Callable[[sqlite3.Connection], object] | None = None
+) -> sqlite3.Connection:
+    """A connection to an SQLite database that several processes may write at once.
+
+    What was committed is there when the process is killed; after a power failure the last of it may be missing.
+    On a network disk, where SQLite cannot be shared, every rank has a database of its own, `NAME-RANK.sqlite` from
+    rank 1 on, until `absorb_ranks`.
+
+    Args:
+        schema: SQL that makes the tables. fill: puts the first rows into a new database.
+
+    Raises:
+        ConfigError: it is no database, of a later version, or another process has it for itself.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    alone = filesystem(file.parent) in _NETWORK_DISKS
+    if alone and rank:
+        file = file.with_name(f"{file.stem}-{rank}{file.suffix}")
+        log.warning("%s is on a network disk: this rank keeps what it writes in a file of its own", file)
+    with FileLock(f"{file}.lock"):  # one process makes it, others wait
+        database = sqlite3.connect(file, timeout=1.0 if alone else 60.0)
+        try:
+            if alone:
+                database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            (found,) = database.execute("PRAGMA user_version").fetchone()
+            if found > _DATABASE_FORMAT:
+                raise sqlite3.DatabaseError("a later version of mmrl wrote it")
+            if not found:
+                database.executescript(schema)
+                with database:
+                    if fill is not None:
+                        fill(database)
+                    database.execute(f"PRAGMA user_version = {_DATABASE_FORMAT}")
+        except BaseException as error:
+            database.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise ConfigError(f"{file} cannot be used: {error}; name another folder") from error
+            raise
+    return database
+
+
+def absorb_ranks(database: sqlite3.Connection, tables: Iterable[str]) -> None:
+    """Take what other ranks, which have ended, wrote into databases of their own into that of rank 0.
+
+    Raises:
+        ConfigError: another process still writes one of them.
+    """
+    file = Path(database.execute("PRAGMA database_list").fetchone()[2])
+    for other in sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")):
+        try:
+            database.execute("ATTACH ? AS other", (str(other),))
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{other} cannot be read: {error}; run its rank to the end first") from error
+        with database:
+            for table in tables:
+                database.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM other.{table}")
+        database.execute("DETACH other")
+        other.unlink()
+
+
+def filesystem(folder: Path) -> str:
+    """The kind of file system that a folder lies on, such as ext4 or nfs4; empty where the system does not tell."""
+    mounts = Path("/proc/mounts")
+    if not mounts.exists():
+        return ""
+    real, longest, kind = os.path.realpath(folder), -1, ""
+    for line in mounts.read_text().splitlines():
+        _, point, this_kind, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        # of two mounts at one place the later one covers the earlier
+        if Path(real).is_relative_to(point) and len(point) >= longest:
+            longest, kind = len(point), this_kind
+    return kind

@@ -6,9 +6,12 @@ import pytest
 from toy_extender import Killed, ToyExtender, chain, first_wrong, planted, verify
 from verbs import stored_rollouts
 
+from mmrl import workdir
+from mmrl.config import ConfigError
 from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
 from mmrl.reasoning.annotate.omega import Omega
 from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
+from mmrl.reasoning.annotate.store import CompletionStore
 from mmrl.reasoning.records import Counts, SolutionRecord, Step
 from mmrl.reasoning.records_io import record_from_json
 from mmrl.registry import names
@@ -17,6 +20,7 @@ from mmrl.rollout_folder import RolloutFolder
 from mmrl.trainers.stored import StoredRollouts
 
 PROMPTS = [chain(f"q{i}", 5) for i in range(7)]
+DATA = Path(__file__).parents[1] / "data" / "annotate"  # of two and four of PROMPTS, by version 0.1
 METHODS = {"mc": MonteCarlo(k=4, solutions=3), "early": MonteCarlo(4, 3, True), "omega": Omega(k=4, min_words=3)}
 
 
@@ -46,7 +50,7 @@ def test_questions_become_labelled_solutions(tmp_path):
     assert report["steps"] == len(labels) and report["items"] == 7 and report["quarantined"] == []
     assert sum(report["first_error"].values()) == len(rows)
     assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")} == {
-        "store.jsonl", "records.jsonl", "report.json"
+        "store.sqlite", "store.jsonl", "records.jsonl", "report.json"
     }  # fmt: skip
 
 
@@ -67,13 +71,27 @@ def test_killed_at_any_call_and_started_again_equals_uninterrupted(tmp_path, nam
         assert first.calls - 1 + second.calls == whole.calls
 
 
-def test_a_line_cut_by_a_kill_is_paid_again_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("cut, paid", [(0, 0), (20, 4)])
+def test_a_store_of_an_earlier_version_goes_on_and_a_line_that_a_kill_cut_is_paid_again(tmp_path, cut, paid):
+    run(tmp_path / "new", items=PROMPTS[:2])
+    (tmp_path / "old").mkdir()
+    written = (DATA / "store.jsonl").read_bytes()
+    (tmp_path / "old" / "store.jsonl").write_bytes(written[: len(written) - cut])
+    policy = ToyExtender(slips=0.5)
+    run(tmp_path / "old", policy, items=PROMPTS[:2])
+    assert policy.completions == paid
+    for file in ("records.jsonl", "store.jsonl"):
+        assert (tmp_path / "old" / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
+
+
+def test_what_is_exported_is_all_that_is_known(tmp_path):
+    """Without the database an annotation goes on from the lines that it wrote from it."""
     run(tmp_path)
-    want, store = (tmp_path / "records.jsonl").read_bytes(), tmp_path / "store.jsonl"
-    store.write_bytes(store.read_bytes()[:-20])
+    want = {file: (tmp_path / file).read_bytes() for file in ("records.jsonl", "store.jsonl")}
+    (tmp_path / "store.sqlite").unlink()
     policy = ToyExtender(slips=0.5)
     run(tmp_path, policy)
-    assert policy.completions == 4 and (tmp_path / "records.jsonl").read_bytes() == want
+    assert policy.completions == 0 and {file: (tmp_path / file).read_bytes() for file in want} == want
 
 
 def test_another_batch_size_gives_the_same_records(tmp_path):
@@ -186,6 +204,25 @@ def test_ranks_share_the_work_by_question_and_merge(tmp_path):
     assert sorted(records(tmp_path / "two"), key=lambda r: r.id) == sorted(
         records(tmp_path / "alone"), key=lambda r: r.id
     )
+
+
+def test_on_a_network_disk_ranks_write_files_of_their_own(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(workdir, "filesystem", lambda folder: "nfs4")
+    alone = ToyExtender(slips=0.5)
+    run(tmp_path / "alone", alone)
+    for rank in range(2):
+        run(tmp_path / "two", rank=rank, world=2)
+    assert (tmp_path / "two" / "store-1.sqlite").exists() and "store-1.sqlite is on a network disk" in caplog.text
+    with CompletionStore(tmp_path / "two" / "store-1.sqlite"), pytest.raises(ConfigError, match="store-1.* locked"):
+        merge_ranks(tmp_path / "two", 2)  # rank 1 has not ended
+    merge_ranks(tmp_path / "two", 2)
+    assert not (tmp_path / "two" / "store-1.sqlite").exists()
+    assert (tmp_path / "two" / "store.jsonl").read_bytes() == (tmp_path / "alone" / "store.jsonl").read_bytes()
+    assert sorted(records(tmp_path / "two"), key=lambda r: r.id) == sorted(
+        records(tmp_path / "alone"), key=lambda r: r.id
+    )
+    with CompletionStore(tmp_path / "two" / "store.sqlite"), pytest.raises(ConfigError, match="locked"):
+        run(tmp_path / "two")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ QUESTION = chain("q", 6)  # seven steps
 
 @contextmanager
 def asking(folder, policy, **options):
-    with CompletionStore(folder / "store.jsonl") as store:
+    with CompletionStore(folder / "store.sqlite") as store:
         yield Estimator(policy, verify, store, **options)
 
 
@@ -103,7 +103,7 @@ def test_a_prefix_without_a_verdict_is_unknown_and_does_not_stop_early(tmp_path)
             calls[0] += 1
             return super().extend(*args, **options)
 
-    with CompletionStore(tmp_path / "store.jsonl") as store:
+    with CompletionStore(tmp_path / "store.sqlite") as store:
         (record,) = estimate_steps(
             Estimator(Counting(), shy, store),
             [(planted(QUESTION, 2), as_state(planted(QUESTION, 2)))],

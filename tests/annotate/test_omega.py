@@ -27,7 +27,7 @@ QUESTION = chain("q", 7)  # eight steps
 
 @contextmanager
 def asking(folder, policy, verifier=verify, **options):
-    with CompletionStore(folder / "store.jsonl") as store:
+    with CompletionStore(folder / "store.sqlite") as store:
         yield Estimator(policy, verifier, store, **options)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,9 +18,9 @@ from mmrl.reasoning.annotate.denoise import pseudo_labels
 from mmrl.reasoning.annotate.judge import judge_prompt, parse_critique, parse_first_error
 from mmrl.reasoning.annotate.labels import Labels, labels_up_to, local_first_error
 from mmrl.reasoning.annotate.monte_carlo import Solution, as_state, sample_solutions
-from mmrl.reasoning.annotate.output import LineFile, progress_bar, summary, write_report
+from mmrl.reasoning.annotate.output import progress_bar, summary
 from mmrl.reasoning.annotate.spare import read_spare
-from mmrl.reasoning.annotate.store import CompletionStore, Estimator
+from mmrl.reasoning.annotate.store import STORE, CompletionStore, Estimator
 from mmrl.reasoning.annotate.trees import solution_trees
 from mmrl.reasoning.records import SolutionRecord, Step
 from mmrl.reasoning.records_io import check_record, record_to_json
@@ -28,6 +29,7 @@ from mmrl.registry import register
 from mmrl.rollout import OutcomeReward, Prompt, Sample, State, StepReward, reference_solution
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.scorers.scoring import ScorerSpec
+from mmrl.workdir import WorkDir, publish, write_json
 
 log = logging.getLogger(__name__)
 
@@ -180,44 +182,57 @@ def annotate_directly(
 ) -> dict[str, Any]:
     """Label solutions by `labeller`; questions are solved `solutions` times each first. Files as `run.annotate`'s.
 
-    Sampled solutions are kept in `store.jsonl`, so none is paid twice. rollouts: where they go as trees, with their
+    Sampled solutions are kept in `store.sqlite`, so none is paid twice. rollouts: where they go as trees, with their
     verdicts as outcomes and the labels as step rewards.
     """
     folder = Path(folder)
     prompts = [i for i in items if isinstance(i, Prompt)]
     given = [(i, as_state(i, separator)) for i in items if isinstance(i, SolutionRecord)]
     bad: list[dict[str, str]] = []
-    store = CompletionStore(folder / "store.jsonl", fingerprint=fingerprint, keep=True) if prompts else None
-    with store or nullcontext(), progress_bar(len(items), progress) as advance:
+    with ExitStack() as files:
+        files.enter_context(WorkDir(folder).owned())
+        store, estimator = None, None
+        if prompts:
+            store = files.enter_context(CompletionStore(folder / STORE, fingerprint=fingerprint))
+            estimator = Estimator(extender, verifier, store, seed=seed, batch=batch)
         cost = dict.fromkeys(("calls", "completions", "unscored", "tokens", "reused"), 0)
-        folder.mkdir(parents=True, exist_ok=True)
-        out = LineFile(folder / "records.jsonl")
-        estimator = Estimator(extender, verifier, store, seed=seed, batch=batch) if store else None
-        for a in range(0, len(items), batch):
-            part = given[a : a + batch]
-            if estimator:
-                found = sample_solutions(estimator, prompts[a : a + batch], solutions, separator=separator)
-                written = [solution for own in found for solution in own]
-                part, cost = [(r, s) for r, s in written if r.steps], estimator.cost
-                bad += [{"id": r.id, "reason": "no step: the policy wrote nothing"} for r, _ in written if not r.steps]
-            labelled: list[Solution] = []
-            for (record, state), labels in zip(part, labeller([r for r, _ in part]), strict=True):
-                labelled.append((replace(record, labels=labels), state))
-                if labels is None or all(y is None for y in labels):
-                    bad.append({"id": record.id, "reason": "no label could be made of what the labeller said"})
-                    continue
-                soft = any(y not in (0.0, 1.0, None) for y in labels)
-                made = replace(
-                    record, labels=labels, label_kind="soft" if soft else "hard", scope="local",
-                    first_error=None if soft else local_first_error(labels),
-                )  # fmt: skip
-                out.write(record_to_json(check_record(made)))
-            if rollouts is not None and (trees := solution_trees(store, labelled)):
-                rollouts.save(rollout_for(extender, trees, {"grown_by": "solutions", "seed": seed}), a // batch)
-            advance(len(part) if given else min(batch, len(prompts) - a), cost)
-        out.finish()
+        advance = files.enter_context(progress_bar(len(items), progress))
+        with publish(folder / "records.jsonl") as file, file.open("w") as out:
+            for a in range(0, len(items), batch):
+                part = given[a : a + batch]
+                if estimator:
+                    found = sample_solutions(estimator, prompts[a : a + batch], solutions, separator=separator)
+                    written = [solution for own in found for solution in own]
+                    part, cost = [(r, s) for r, s in written if r.steps], estimator.cost
+                    bad += [
+                        {"id": r.id, "reason": "no step: the policy wrote nothing"} for r, _ in written if not r.steps
+                    ]
+                labelled: list[Solution] = []
+                for (record, state), labels in zip(part, labeller([r for r, _ in part]), strict=True):
+                    labelled.append((replace(record, labels=labels), state))
+                    if labels is None or all(y is None for y in labels):
+                        bad.append({"id": record.id, "reason": "no label could be made of what the labeller said"})
+                        continue
+                    out.write(json.dumps(_row(record, labels), allow_nan=False) + "\n")
+                if rollouts is not None and (trees := solution_trees(store, labelled)):
+                    rollouts.save(rollout_for(extender, trees, {"grown_by": "solutions", "seed": seed}), a // batch)
+                advance(len(part) if given else min(batch, len(prompts) - a), cost)
         if rollouts is not None:
             rollouts.trim(math.ceil(len(items) / batch))
-    paid = store.spent if store else cost
-    report = summary(dict(about or {}), len(items), out.path, bad, {"run": cost, "paid": paid})
-    return write_report(folder / "report.json", report)
+        if store:
+            store.export(folder / "store.jsonl")
+        with (folder / "records.jsonl").open() as records:
+            costs = {"run": cost, "paid": store.spent if store else cost}
+            report = summary(dict(about or {}), len(items), records, bad, costs)
+        write_json(folder / "report.json", report)
+    return report
+
+
+def _row(record: SolutionRecord, labels: Labels) -> dict[str, Any]:
+    """The record with its labels, as it is written."""
+    soft = any(y not in (0.0, 1.0, None) for y in labels)
+    labelled = replace(
+        record, labels=labels, label_kind="soft" if soft else "hard", scope="local",
+        first_error=None if soft else local_first_error(labels),
+    )  # fmt: skip
+    return record_to_json(check_record(labelled))

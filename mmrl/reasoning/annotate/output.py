@@ -1,43 +1,55 @@
-"""What an annotation leaves: line files that appear when complete, the report, the progress bar."""
+"""The output of an annotation: rows that all ranks make, the report, the progress bar."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from mmrl.reasoning.annotate.store import CompletionStore
 
-class LineFile:
-    """JSON lines that appear under their name when they are complete."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.part = path, path.with_name(path.name + ".part")
-        self._out = self.part.open("wb")
+class Results:
+    """Rows of one rank, by the file that they go into when all ranks have ended; kept in the store until then."""
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Add one row."""
-        self.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+    def __init__(self, store: CompletionStore, rank: int) -> None:
+        self._database, self._rank, self._count = store.database, rank, 0
+        with self._database:
+            self._database.execute("DELETE FROM results WHERE rank = ?", (rank,))
 
-    def append(self, lines: bytes) -> None:
-        """Add whole lines."""
-        self._out.write(lines)
+    def write(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Add (file, row)s."""
+        lines = []
+        for file, row in rows:
+            lines.append((file, self._rank, self._count, json.dumps(row, allow_nan=False)))
+            self._count += 1
+        with self._database:
+            self._database.executemany("INSERT INTO results VALUES (?, ?, ?, ?)", lines)
 
-    def finish(self) -> None:
-        """Give the file its name."""
-        self._out.close()
-        os.replace(self.part, self.path)
+
+def lines_of(store: CompletionStore, file: str, ranks: Iterable[int]) -> Iterator[str]:
+    """The lines of a file, rank by rank."""
+    for rank in ranks:
+        rows = store.database.execute(
+            "SELECT line FROM results WHERE file = ? AND rank = ? ORDER BY number", (file, rank)
+        )
+        yield from (line for (line,) in rows)
 
 
 def summary(
-    settings: Mapping[str, Any], items: int, records: Path, bad: Sequence[Mapping[str, str]], costs: Mapping[str, Any]
+    settings: Mapping[str, Any],
+    items: int,
+    records: Iterable[str],
+    bad: Sequence[Mapping[str, str]],
+    costs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What an annotation made: items, records, balance of labels, first errors, cost, what was set aside and why."""
-    with records.open("rb") as f:
-        rows = [json.loads(line) for line in f]
+    """What an annotation made: items, records, balance of labels, first errors, cost, what was set aside and why.
+
+    records: JSON lines.
+    """
+    rows = [json.loads(line) for line in records]
     labels = [y for row in rows for y in row["labels"]]
     known = [y for y in labels if y is not None]
     finals = [row["final_correct"] for row in rows if row["final_correct"] is not None]
@@ -57,14 +69,6 @@ def summary(
         "cost": dict(costs),
         "quarantined": list(bad),
     }
-
-
-def write_report(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """Write a report, complete or not at all; returns it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(part, path)
-    return report
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from mmrl.jsonl import RowError
 from mmrl.reasoning.annotate.labels import After, label_mc
 from mmrl.reasoning.annotate.monte_carlo import MonteCarlo, Solution, as_state, estimate_steps, sample_solutions
 from mmrl.reasoning.annotate.omega import Omega, omega_trees, traverse, tree_json
-from mmrl.reasoning.annotate.output import LineFile, progress_bar, summary, write_report
-from mmrl.reasoning.annotate.store import CompletionStore, Estimator, prefix_key
+from mmrl.reasoning.annotate.output import Results, lines_of, progress_bar, summary
+from mmrl.reasoning.annotate.store import STORE, CompletionStore, Estimator, prefix_key
 from mmrl.reasoning.annotate.trees import solution_trees
 from mmrl.reasoning.records import SolutionRecord, record_of
 from mmrl.reasoning.records_io import check_record, record_to_json
 from mmrl.registry import find
 from mmrl.rollout import OutcomeReward, Prompt, State
 from mmrl.rollout_folder import RolloutFolder
+from mmrl.workdir import WorkDir, absorb_ranks, write_json, write_lines
 
 Item = Prompt | SolutionRecord
 Bad = dict[str, str]  # id, reason
@@ -93,9 +94,9 @@ def annotate(
 ) -> dict[str, Any]:
     """Label the steps of solutions by completing their prefixes; started again, it goes on where it was.
 
-    Writes into `folder`: `store.jsonl` (all completions, the state of a stopped run), `records.jsonl`, `report.json`,
-    and `trees.jsonl` for OmegaPRM. Of several ranks each takes the questions of its own, writes `..-RANK` files, and
-    `merge_ranks` makes one of them.
+    Writes into `folder`: `store.sqlite` (all completions, the state of a stopped run), and at its end `store.jsonl`
+    (the same), `records.jsonl`, `report.json`, and `trees.jsonl` for OmegaPRM. Of several ranks each takes the
+    questions of its own, and `merge_ranks` writes the files when all have ended.
 
     Args:
         items: questions, from which `method.solutions` solutions each are sampled (Monte Carlo) or a tree is grown
@@ -111,7 +112,7 @@ def annotate(
         rollouts: where the trees of completions go, a batch at a time: values, visits and outcomes.
     Returns:
         The report: items, records, quarantined (id, reason), labels, cost of this run (`run`) and of the whole folder
-        (`paid`).
+        (`paid`); with several ranks that of this one.
     Raises:
         ValueError: OmegaPRM for solutions, nothing to do, too many bad items, a rank beyond `world`.
         RewardError: the verifier broke its contract or left too many completions unscored.
@@ -122,71 +123,73 @@ def annotate(
     good = [i for i in good if int(prefix_key(State(_prompt(i)))[:8], 16) % world == rank]
     bad = bad if rank == 0 else []  # counted once
     count = len(good) + len(bad)
-    folder, tag = Path(folder), f"-{rank}" if world > 1 else ""
-    (folder / f"report{tag}.json").unlink(missing_ok=True)
+    folder = Path(folder)
     sampling = fingerprint if temperature is None else f"{fingerprint} temperature {temperature}"
     keep = keep or isinstance(method, Omega) or rollouts is not None
-    store = CompletionStore(folder / f"store{tag}.jsonl", fingerprint=sampling, keep=keep)
-    with store, progress_bar(len(good), progress and rank == 0) as advance:
-        estimator = Estimator(
-            extender, verifier, store, seed=seed, temperature=temperature, batch=batch, max_unscored=max_unscored,
-            on_call=lambda: advance(0, estimator.cost),
-        )  # fmt: skip
-        files = {n: LineFile(folder / f"{n}{tag}.jsonl") for n in _file_names(method)}
-        for i in range(0, len(good), batch):
-            part = good[i : i + batch]
-            begin_iteration(extender)
-            rows, solutions, trees = _work(estimator, part, method, rule, separator)
-            _write(files, rows, rule, bad)
+    with WorkDir(folder, rank).owned():
+        (folder / "report.json").unlink(missing_ok=True)
+        store = CompletionStore(folder / STORE, fingerprint=sampling, keep=keep, rank=rank)
+        with store, progress_bar(len(good), progress and rank == 0) as advance:
+            estimator = Estimator(
+                extender, verifier, store, seed=seed, temperature=temperature, batch=batch, max_unscored=max_unscored,
+                on_call=lambda: advance(0, estimator.cost),
+            )  # fmt: skip
+            results = Results(store, rank)
+            for i in range(0, len(good), batch):
+                part = good[i : i + batch]
+                begin_iteration(extender)
+                rows, solutions, trees = _work(estimator, part, method, rule, separator)
+                results.write(_labelled_rows(rows, rule, bad))
+                if rollouts is not None:
+                    trees += solution_trees(store, solutions)
+                if rollouts is not None and trees:
+                    told: dict[str, Any] = {"grown_by": type(method).__name__.lower(), "seed": seed}
+                    told |= {} if temperature is None else {"temperature": temperature}
+                    rollouts.save(rollout_for(extender, trees, told), i // batch, rank)
+                advance(len(part), estimator.cost)
             if rollouts is not None:
-                trees += solution_trees(store, solutions)
-            if rollouts is not None and trees:
-                told: dict[str, Any] = {"grown_by": type(method).__name__.lower(), "seed": seed}
-                told |= {} if temperature is None else {"temperature": temperature}
-                rollouts.save(rollout_for(extender, trees, told), i // batch, rank)
-            advance(len(part), estimator.cost)
-        if rollouts is not None:
-            rollouts.trim(math.ceil(len(good) / batch), rank)
-        for file in files.values():
-            file.finish()
-        costs = {"run": estimator.cost, "paid": store.spent}
-    about = {"method": type(method).__name__, **asdict(method), "rule": asdict(rule)}
-    report = summary(about, count, folder / f"records{tag}.jsonl", bad, costs)
-    return write_report(folder / f"report{tag}.json", report)
+                rollouts.trim(math.ceil(len(good) / batch), rank)
+            about = {"method": type(method).__name__, **asdict(method), "rule": asdict(rule)}
+            costs = {"run": estimator.cost, "paid": store.spent}
+            report = summary(about, count, lines_of(store, "records", [rank]), bad, costs)
+            results.write([("report", report | {"files": _file_names(method)})])
+        return report if world > 1 else merge_ranks(folder, 1)
 
 
-def _write(files: Mapping[str, LineFile], made: Iterable[tuple[str, Any]], rule: LabelRule, bad: list[Bad]) -> None:
-    """What was made into its files, records with their labels; those without any go to `bad`."""
-    for name, item in made:
+def _labelled_rows(
+    rows: Iterable[tuple[str, Any]], rule: LabelRule, bad: list[Bad]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(file, row) of what was made, records with their labels; those without any go to `bad`."""
+    for name, item in rows:
         row = _labelled(item, rule, bad) if isinstance(item, SolutionRecord) else item
         if row is not None:
-            files[name].write(row)
+            yield name, row
 
 
 def merge_ranks(folder: str | Path, world: int) -> dict[str, Any]:
-    """`records.jsonl`, `report.json` (and `trees.jsonl`) of all ranks, in rank order; call it when all have ended.
+    """Write the files and the report of all ranks, in rank order; call it when all have ended.
 
     Raises:
         ValueError: a rank has not finished.
     """
     folder = Path(folder)
-    missing = [r for r in range(world) if not (folder / f"report-{r}.json").is_file()]
-    if missing:
-        raise ValueError(f"{folder}: ranks {missing} have no report; run them to their end first")
-    reports = [json.loads((folder / f"report-{r}.json").read_text()) for r in range(world)]
-    for name in ("records", "trees"):
-        if (folder / f"{name}-0.jsonl").is_file():
-            out = LineFile(folder / f"{name}.jsonl")
-            for r in range(world):
-                out.append((folder / f"{name}-{r}.jsonl").read_bytes())
-            out.finish()
-    with CompletionStore(folder / "store.jsonl") as store:
+    with WorkDir(folder).owned(), CompletionStore(folder / STORE) as store:
+        absorb_ranks(store.database, ("completions", "results"))
+        found = [list(lines_of(store, "report", [rank])) for rank in range(world)]
+        missing = [rank for rank, lines in enumerate(found) if not lines]
+        if missing:
+            raise ValueError(f"{folder}: ranks {missing} have no report; run them to their end first")
+        reports = [json.loads(line) for (line,) in found]
+        for name in reports[0]["files"]:
+            write_lines(folder / f"{name}.jsonl", lines_of(store, name, range(world)))
+        store.export(folder / "store.jsonl")
         run = {k: sum(r["cost"]["run"][k] for r in reports) for k in reports[0]["cost"]["run"]}
         costs = {"run": run, "paid": store.spent}
-    bad = [b for r in reports for b in r["quarantined"]]
-    items = sum(r["items"] for r in reports)
-    report = summary(reports[0]["settings"], items, folder / "records.jsonl", bad, costs)
-    return write_report(folder / "report.json", report)
+        bad = [b for r in reports for b in r["quarantined"]]
+        items = sum(r["items"] for r in reports)
+        report = summary(reports[0]["settings"], items, lines_of(store, "records", range(world)), bad, costs)
+    write_json(folder / "report.json", report)
+    return report
 
 
 # ---- the work on one batch of items ---------------------------------------------------------------------------------

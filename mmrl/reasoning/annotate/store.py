@@ -1,4 +1,4 @@
-"""What annotation has paid for: completions of prefixes with their verdicts, in a file that only grows.
+"""What annotation has paid for: completions of prefixes with their verdicts, in a database that only grows.
 
 A prefix is known by what decides its value: the question, its answer, the text written so far, and a fingerprint of
 policy and sampling. Whoever asks for the value of a prefix again, later, in another solution or after a kill, gets
@@ -11,21 +11,22 @@ import hashlib
 import json
 import logging
 import math
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from mmrl.capabilities import Extender
 from mmrl.reasoning.records import Counts
 from mmrl.rewards.scoring import RewardError, wrong_count
 from mmrl.rollout import Continuation, OutcomeReward, Sample, State
+from mmrl.workdir import open_database, write_lines
 
 log = logging.getLogger(__name__)
 
+STORE = "store.sqlite"  # in the folder of an annotation
 _ENOUGH = 200  # completions after which a share of unscored ones means something
 
 
@@ -70,49 +71,36 @@ def prefix_key(state: State, fingerprint: str = "") -> str:
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Where one line lies and what it counts; completions stay on disk. start: how many were drawn before."""
-
-    start: int
-    drawn: int
-    correct: int
-    total: int
-    tokens: int
-    file: Path
-    offset: int
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS completions (
+    key TEXT, draw INTEGER,           -- of one prefix, in the order in which they were drawn
+    prompt TEXT, after INTEGER,       -- for readers: the prompt's id, and how many steps the prefix has
+    correct INTEGER, tokens INTEGER,  -- correct: 1, 0, or NULL without a verdict
+    entry TEXT,                       -- JSON, see `_entry`; NULL where texts are not kept
+    PRIMARY KEY (key, draw)
+);
+CREATE TABLE IF NOT EXISTS results (          -- see `output.Results`
+    file TEXT, rank INTEGER, number INTEGER, line TEXT, PRIMARY KEY (file, rank, number)
+);
+"""
 
 
 class CompletionStore:
-    """An append-only JSON-lines file of completions; other files `store*.jsonl` beside it are read, never written.
+    """Completions in an SQLite database, to which all ranks of an annotation add; see `workdir.open_database`.
 
-    A last line that a kill cut is removed from the own file and ignored in the others. When two files hold the same
-    draws of a prefix (two ranks paid for it), they count once.
+    A new one begins with what earlier versions left in `store*.jsonl` files beside it.
 
     Args:
-        file: written by this process alone; a lock beside it sees to that.
+        file: `store.sqlite` in the folder of the annotation. rank: of this process.
         fingerprint: names policy and sampling settings; prefixes stored under another one are not used.
         keep: keep the texts of completions. Those of empty prefixes, which are solutions, are kept in any case.
     Raises:
-        ValueError: another process writes the file, or a line that is not the last is broken.
+        ValueError: the file cannot be used, or a `store*.jsonl` has a broken line that is not the last.
     """
 
-    def __init__(self, file: str | Path, *, fingerprint: str = "", keep: bool = True) -> None:
+    def __init__(self, file: str | Path, *, fingerprint: str = "", keep: bool = True, rank: int = 0) -> None:
         self.file, self.fingerprint, self.keep = Path(file), fingerprint, keep
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(f"{self.file}.lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"{self.file} is being written by another process; give every rank its own file"
-            ) from error
-        try:
-            self._rows, self._spent = _read_all(self.file)
-            self._out = self.file.open("ab")
-        except BaseException:
-            self._lock.release()
-            raise
+        self.database = open_database(self.file, _SCHEMA, rank, fill=self._take_earlier)
 
     def __enter__(self) -> Self:
         return self
@@ -123,9 +111,8 @@ class CompletionStore:
         self.close()
 
     def close(self) -> None:
-        """Close the file and let another process write it."""
-        self._out.close()
-        self._lock.release()
+        """Close the database."""
+        self.database.close()
 
     def key(self, state: State) -> str:
         """The state's name in this store."""
@@ -133,8 +120,11 @@ class CompletionStore:
 
     def get(self, state: State) -> Tally:
         """What is known of a state; all zeros when nothing is."""
-        rows = self._rows.get(self.key(state), [])
-        return Tally(*(sum(getattr(r, n) for r in rows) for n in ("correct", "total", "drawn", "tokens")))
+        numbers = self.database.execute(
+            "SELECT total(correct), count(correct), count(*), total(tokens) FROM completions WHERE key = ?",
+            (self.key(state),),
+        ).fetchone()
+        return Tally(*map(int, numbers))
 
     def completions(self, state: State) -> list[Completion]:
         """The completions of a state, in the order in which they were drawn.
@@ -142,40 +132,95 @@ class CompletionStore:
         Raises:
             ValueError: their texts were not kept.
         """
-        found: list[Completion] = []
-        for row in self._rows.get(self.key(state), []):
-            with row.file.open("rb") as f:
-                f.seek(row.offset)
-                texts = json.loads(f.readline())["completions"]
-            if texts is None:
-                raise ValueError(
-                    f"{row.file}: completions of prompt {state.prompt.id!r} after {len(state.steps)} steps were not "
-                    "kept; annotate in another folder with keep=True"
-                )
-            found += map(_completion, texts)
-        return found
+        entries = self.database.execute(
+            "SELECT entry FROM completions WHERE key = ? ORDER BY draw", (self.key(state),)
+        ).fetchall()
+        if (None,) in entries:
+            raise ValueError(
+                f"{self.file}: completions of prompt {state.prompt.id!r} after {len(state.steps)} steps were not "
+                "kept; annotate in another folder with keep=True"
+            )
+        return [_completion(json.loads(entry)) for (entry,) in entries]
 
-    def add(self, state: State, new: Sequence[Completion]) -> None:
-        """Append completions of a state; they are on disk when this returns."""
-        key, before = self.key(state), self.get(state).drawn
-        scored = [c.correct for c in new if c.correct is not None]
-        numbers = {
-            "start": before, "drawn": len(new), "correct": sum(scored), "total": len(scored),
-            "tokens": sum(c.tokens for c in new),
-        }  # fmt: skip
+    def add(self, state: State, new: Sequence[Completion], first: int | None = None) -> None:
+        """Keep completions of a state; a kill after this returns does not lose them.
+
+        Args:
+            first: how many there were when these were drawn. Where another process has added the same draws
+                meanwhile, its own stay. None: add behind what is there.
+        """
+        start = self.get(state).drawn if first is None else first
         kept = self.keep or not state.text
-        texts = [_entry(c) for c in new] if kept else None
-        about = {"key": key, "prompt": state.prompt.id, "after": len(state.steps)}
-        row = _Row(**numbers, file=self.file, offset=self._out.tell())
-        self._out.write(json.dumps(about | numbers | {"completions": texts}).encode() + b"\n")
-        self._out.flush()
-        self._rows.setdefault(key, []).append(row)
-        _count(self._spent, row)
+        rows = [
+            (
+                self.key(state), start + i, state.prompt.id, len(state.steps), c.correct, c.tokens,
+                json.dumps(_entry(c)) if kept else None,
+            )
+            for i, c in enumerate(new)
+        ]  # fmt: skip
+        with self.database:
+            self.database.executemany(_ADD, rows)
 
     @property
     def spent(self) -> dict[str, int]:
-        """What the folder's files have cost: prefixes, completions, unscored, tokens; paid twice counts twice."""
-        return {"prefixes": len(self._rows)} | self._spent
+        """What is in the store: prefixes, completions, unscored, tokens."""
+        numbers = self.database.execute(
+            "SELECT count(DISTINCT key), count(*), count(*) - count(correct), total(tokens) FROM completions"
+        ).fetchone()
+        return dict(zip(("prefixes", "completions", "unscored", "tokens"), map(int, numbers), strict=True))
+
+    def export(self, file: Path) -> None:
+        """Publish everything as JSON lines, one per prefix."""
+        write_lines(file, (line for (line,) in self.database.execute(_EXPORT)))
+
+    def _take_earlier(self, database: sqlite3.Connection) -> None:
+        """Add the completions of `store*.jsonl` files, which ranks of earlier versions wrote."""
+        for file in sorted(self.file.parent.glob("store*.jsonl")):
+            log.info("the completions of %s are taken into %s", file, self.file)
+            with file.open("rb") as f:
+                for number, line in enumerate(f, start=1):
+                    if not line.endswith(b"\n"):
+                        break  # cut by a kill
+                    try:
+                        database.executemany(_ADD, _earlier_rows(json.loads(line)))
+                    except (ValueError, KeyError, TypeError) as error:
+                        raise ValueError(
+                            f"{file} line {number} is broken ({error}); delete that line and run again"
+                        ) from error
+        # draws that follow on none, since the file of another rank is gone
+        behind = (
+            "DELETE FROM completions WHERE draw >= (SELECT count(*) FROM completions c WHERE c.key = completions.key)"
+        )
+        while database.execute(behind).rowcount:
+            pass
+
+
+_ADD = "INSERT OR IGNORE INTO completions VALUES (?, ?, ?, ?, ?, ?, ?)"
+_EXPORT = """
+SELECT json_object(
+    'key', key, 'prompt', prompt, 'after', after, 'start', 0, 'drawn', count(*),
+    'correct', CAST(total(correct) AS INTEGER), 'total', count(correct), 'tokens', sum(tokens),
+    'completions', json(CASE WHEN count(entry) = count(*) THEN json_group_array(json(entry)) END)
+)
+FROM (SELECT * FROM completions ORDER BY key, draw) GROUP BY key ORDER BY key
+"""
+
+
+def _earlier_rows(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The rows of a line: `drawn` completions of a prefix from `start` on, or, without texts, rows that add up so."""
+    entries = row["completions"]
+    if entries is None:
+        wrong, unscored = row["total"] - row["correct"], row["drawn"] - row["total"]
+        verdicts = [True] * row["correct"] + [False] * wrong + [None] * unscored
+        entries = [None] * row["drawn"]
+        tokens = [row["tokens"], *[0] * (row["drawn"] - 1)]
+    else:
+        verdicts, tokens = [e[1] for e in entries], [e[2] for e in entries]
+    rows = []
+    for i, (correct, cost, entry) in enumerate(zip(verdicts, tokens, entries, strict=True)):
+        text = None if entry is None else json.dumps(entry)
+        rows.append((row["key"], row["start"] + i, row["prompt"], row["after"], correct, cost, text))
+    return rows
 
 
 def _entry(completion: Completion) -> list[Any]:
@@ -193,51 +238,6 @@ def _completion(entry: Sequence[Any]) -> Completion:
     steps, correct, tokens, truncated, *sampled = entry
     ids, logps = (tuple(map(tuple, x)) for x in sampled) if sampled else ((), ())
     return Completion(Continuation(tuple(steps), logps, True, truncated, ids), correct, tokens)
-
-
-def _count(spent: dict[str, int], row: _Row) -> None:
-    spent["completions"] += row.drawn
-    spent["unscored"] += row.drawn - row.total
-    spent["tokens"] += row.tokens
-
-
-def _read_all(own: Path) -> tuple[dict[str, list[_Row]], dict[str, int]]:
-    """Rows of every key that follow on each other, and what all rows cost. A half line of the own file is cut off."""
-    found, end = _read(own) if own.is_file() else ([], 0)
-    if own.is_file() and end < own.stat().st_size:
-        log.warning("%s: the last line was cut by a kill; %d bytes removed", own, own.stat().st_size - end)
-        with own.open("r+b") as f:
-            f.truncate(end)
-    for other in sorted(own.parent.glob("store*.jsonl")):
-        if other != own:
-            found += _read(other)[0]
-    rows: dict[str, list[_Row]] = {}
-    spent = dict.fromkeys(("completions", "unscored", "tokens"), 0)
-    for key, row in sorted(found, key=lambda pair: (pair[1].start, -pair[1].drawn)):
-        chain = rows.setdefault(key, [])
-        if row.start == sum(r.drawn for r in chain):  # else another file has these draws
-            chain.append(row)
-        _count(spent, row)
-    return rows, spent
-
-
-def _read(file: Path) -> tuple[list[tuple[str, _Row]], int]:
-    """Key and row of every whole line, and where the last one ends."""
-    found, offset = [], 0
-    with file.open("rb") as f:
-        for number, line in enumerate(f, start=1):
-            if not line.endswith(b"\n"):
-                break  # a rank is writing it, or was killed
-            try:
-                row: dict[str, Any] = json.loads(line)
-                numbers = {k: int(row[k]) for k in ("start", "drawn", "correct", "total", "tokens")}
-                found.append((str(row["key"]), _Row(**numbers, file=file, offset=offset)))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{file} line {number} is broken ({error}); delete that line and run again"
-                ) from error
-            offset += len(line)
-    return found, offset
 
 
 class Estimator:
@@ -333,7 +333,7 @@ class Estimator:
         self.cost["unscored"] += sum(c.correct is None for c in flat)
         self._check_unscored(states[0])
         for state, completions in zip(states, scored, strict=True):
-            self.store.add(state, completions)
+            self.store.add(state, completions, drawn)
         if self.on_call:
             self.on_call()
 
