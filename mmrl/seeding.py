@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 
 
@@ -15,3 +16,9 @@ def named_generator(*name: int | str) -> torch.Generator:
     """
     digest = hashlib.sha256("/".join(map(str, name)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def numpy_generator(*name: object) -> np.random.Generator:
+    """NumPy's generator seeded by a hash of `name`."""
+    digest = hashlib.sha256("/".join(map(str, name)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))

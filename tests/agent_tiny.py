@@ -16,7 +16,7 @@ from video.environment import Episode, VideoEnvironment
 from video.reading.reader import VideoReader
 from vision.forward.backbone import trainable_model
 from vision.inputs.loading import load_processor, tokenizer_of
-from vision.inputs.settings import Settings
+from vision.inputs.options import PolicyOptions
 from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
 
@@ -41,10 +41,10 @@ class Scripted(VideoEnvironment):
         return super().picture(state, self.said(text))
 
 
-@declares(options_of=Settings)
-def agent(model: str, train_vision: bool = False, scripted: bool = True, **settings: Any) -> VisionPolicy:
-    told = {"max_new_tokens": 6, "max_steps": 4, "max_prompt_tokens": 2000, "temperature": 0.9} | settings
-    chosen = Settings(**told)
+@declares(options_of=PolicyOptions)
+def agent(model: str, train_vision: bool = False, scripted: bool = True, **options: Any) -> VisionPolicy:
+    told = {"max_new_tokens": 6, "max_steps": 4, "max_prompt_tokens": 2000, "temperature": 0.9} | options
+    chosen = PolicyOptions(**told)
     processor = load_processor(model)
     hf = trainable_model(model, "float32", "sdpa", 0, train_vision, False)
     views = Views(4, 4, 64 * 64, 64 * 64, 64 * 64, 16 * 16)

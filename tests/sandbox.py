@@ -173,6 +173,7 @@ class Sandbox:
         from diffusion import digits_base
         from mmrl.cache import made_once
         from video.tasks import clips_base, clips_model
+        from vision import save_model
         from vision.tasks import shapes_base, shapes_model
 
         cache = self.root / "cache"
@@ -184,7 +185,7 @@ class Sandbox:
             clips_model.new_model().save_pretrained(work)
             clips_model.new_processor().save_pretrained(work)
 
-        made_once(shapes, partial(shapes_model.save, shapes_model.new_model()))
+        made_once(shapes, partial(save_model, shapes_model.new_model(), shapes_model.new_processor()))
         made_once(clips, make_clips)
         short = digits_base.Recipe(steps=1, width=16, layers=1, heads=2, classifier_steps=1)
         digits_base.digits_base(short)

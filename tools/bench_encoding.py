@@ -66,8 +66,8 @@ def measure(sizes: Sequence[int], side: int) -> list[tuple[str, ...]]:
 
 def run(hf: Any, processor: Any, prompts: Sequence[Any], *, begun: bool) -> tuple[int, float, list[Any]]:
     """Encodings and CPU seconds of an iteration, and the pixels of its last pass."""
+    from vision.inputs.options import PolicyOptions
     from vision.inputs.prompts import PromptEncoder
-    from vision.inputs.settings import Settings
 
     encoded = 0
 
@@ -77,7 +77,7 @@ def run(hf: Any, processor: Any, prompts: Sequence[Any], *, begun: bool) -> tupl
             encoded += 1
             return super()._encode(prompt)
 
-    encode = Counting(hf, processor, Settings(max_prompt_tokens=4096))
+    encode = Counting(hf, processor, PolicyOptions(max_prompt_tokens=4096))
     start = time.process_time()
     if begun:
         encode.begin_iteration()

@@ -152,10 +152,10 @@ def score(way: str, hf: Any, processor: Any, prompt: Any, beams: Sequence[Beam],
     import torch
 
     from mmrl.reasoning.slots import StepFormat
-    from vision.inputs.settings import Settings
+    from vision.inputs.options import PolicyOptions
     from vision.prm import VisionPrm
 
-    scorer = VisionPrm(hf, processor, StepFormat(), "linear", Settings(max_prompt_tokens=4096))
+    scorer = VisionPrm(hf, processor, StepFormat(), "linear", PolicyOptions(max_prompt_tokens=4096))
     scorer.admit([prompt])  # makes the pixels
     with torch.no_grad():
         if way == "packed":

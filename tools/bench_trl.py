@@ -155,7 +155,7 @@ def train_trl(config: BranchGrpoConfig) -> list[Step]:
     from trl import GRPOTrainer
 
     from mmrl.registry import build
-    from vision.inputs.loading import load_model, load_processor, save
+    from vision.inputs.loading import load_model, load_processor, save_model
 
     steps: list[Step] = []
 
@@ -179,7 +179,7 @@ def train_trl(config: BranchGrpoConfig) -> list[Step]:
         callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    save(model, processor, config.run.output / "model")
+    save_model(model, processor, config.run.output / "model")
     return steps
 
 

@@ -154,25 +154,27 @@ def learn_breaks(model: Any, words: int, mark: int, end: int) -> None:
 
 def vision_model(folder: Path) -> Path:
     """A Qwen2.5-VL of the shapes task that writes short lines."""
+    from vision import save_model
     from vision.tasks import shapes_model as shapes
 
     torch.manual_seed(0)
     model = shapes.new_model(width=64, layers=1)
     ids = {word: i for i, word in enumerate(shapes.VOCABULARY)}
     learn_breaks(model, len(ids), ids["\n"], ids["<|im_end|>"])
-    shapes.save(model, folder)
+    save_model(model, shapes.new_processor(), folder)
     return folder
 
 
 def video_model(folder: Path) -> Path:
     """A Qwen2.5-VL of the clips task that takes short turns."""
     from video.tasks import clips_model as clips
+    from vision import save_model
 
     torch.manual_seed(0)
     model = clips.new_model(width=64, layers=1)
     ids = clips.WORDS.ids
     learn_breaks(model, len(ids), ids["<|im_end|>"], ids["<|im_end|>"])
-    clips.save(model, folder)
+    save_model(model, clips.new_processor(), folder)
     return folder
 
 

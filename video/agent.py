@@ -11,12 +11,16 @@ from mmrl.registry import declares
 from video.encoding import VideoEncoder, Views
 from video.environment import Syntax, VideoEnvironment
 from video.reading.reader import VideoReader
-from vision.forward.backbone import trainable_model
-from vision.growth.engine_sync import vllm_engine
-from vision.inputs.loading import load_processor, tokenizer_of
-from vision.inputs.settings import TOKEN_DEFAULTS, Settings
-from vision.inputs.step_rule import step_rule
-from vision.policy import VisionPolicy
+from vision import (
+    TOKEN_DEFAULTS,
+    PolicyOptions,
+    VisionPolicy,
+    load_processor,
+    step_rule,
+    tokenizer_of,
+    trainable_model,
+    vllm_engine,
+)
 
 
 @declares(
@@ -26,7 +30,7 @@ from vision.policy import VisionPolicy
     modality="conversation",
     lacks=(Extender, StepWriter),  # a state or a step as text lacks what the environment showed
     recipe=TOKEN_DEFAULTS,
-    options_of=Settings,
+    options_of=PolicyOptions,
 )  # fmt: skip
 def video_agent(
     model: str = "clips",
@@ -44,7 +48,7 @@ def video_agent(
     manipulations: tuple[str, ...] = (),
     decode_timeout_s: float = 60.0,
     frame_cache_mb: int = 512,
-    **settings: Any,
+    **options: Any,
 ) -> VisionPolicy:
     """From a recipe's `policy:` section, name `video`.
 
@@ -58,10 +62,10 @@ def video_agent(
         views: how many frames are shown, how large; see `video.encoding.Views`.
         manipulations: modules to import whose `@manipulation` functions the agent may call too.
         decode_timeout_s: of one read of a clip. frame_cache_mb: decoded frames kept.
-        settings: fields of `vision.inputs.settings.Settings`: at most `max_steps` turns of at most `max_new_tokens`
+        options: fields of `vision.PolicyOptions`: at most `max_steps` turns of at most `max_new_tokens`
         tokens.
     """
-    chosen = Settings(**settings)
+    chosen = PolicyOptions(**options)
     if chosen.max_prompt_tokens >= max_context:
         raise ValueError(
             f"policy.max_context={max_context} must exceed policy.max_prompt_tokens={chosen.max_prompt_tokens}: a "

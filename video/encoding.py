@@ -24,9 +24,7 @@ from video.acting.actions import Look, pixel_box
 from video.reading.patches import Norm, patchify, resize
 from video.reading.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
 from video.reading.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
-from vision.inputs.prompts import PromptEncoder, PromptError, Turn, size_in_bytes, turns_of
-from vision.inputs.settings import Settings
-from vision.inputs.tokens import Pixels, PromptTokens
+from vision import Pixels, PolicyOptions, PromptEncoder, PromptError, PromptTokens, Turn, size_in_bytes, turns_of
 
 SMALLEST_DECODED = 64  # side in pixels: below, decord's own scaling fails at times
 OBSERVED_BYTES = 2**28  # of observations kept: group members often look at the same place
@@ -66,8 +64,8 @@ class VideoEncoder(PromptEncoder):
         ValueError: a model that takes no films in this form.
     """
 
-    def __init__(self, hf: Any, processor: Any, settings: Settings, reader: VideoReader, views: Views) -> None:
-        super().__init__(hf, processor, settings)
+    def __init__(self, hf: Any, processor: Any, options: PolicyOptions, reader: VideoReader, views: Views) -> None:
+        super().__init__(hf, processor, options)
         config = bare(hf).config
         if config.model_type not in FAMILIES:
             raise ValueError(f"video agents need a model of {', '.join(FAMILIES)}; this one is {config.model_type}")

@@ -11,8 +11,7 @@ from mmrl.rollout import Prompt
 from video.acting.actions import Look, Problem, VideoState, act, parse_turn, problem_text
 from video.encoding import VideoEncoder, picture
 from video.reading.reader import VideoDecodeError, VideoInfo
-from vision.growth.environment import Answered
-from vision.inputs.tokens import PromptTokens
+from vision import PromptTokens, TurnResult
 
 Syntax = Literal["videocom", "tool_call"]
 
@@ -36,7 +35,7 @@ class Episode:
 
 
 class VideoEnvironment:
-    """Observations of manipulations; see `vision.growth.environment.Environment`.
+    """Observations of manipulations; see `vision.Environment`.
 
     Args:
         encoder: makes tokens of looks.
@@ -64,11 +63,11 @@ class VideoEnvironment:
         state = VideoState.start(info.starts, info.duration, size, coords=self.coords, seen=seen, turns=self.turns)
         return Episode(info, state)
 
-    def step(self, state: Episode, text: str, used: int) -> Answered:
+    def step(self, state: Episode, text: str, used: int) -> TurnResult:
         """What a turn shows, what was wrong with it, or nothing: after an answer, and where nothing more fits."""
         turn = parse_turn(text, self.syntax)
         if turn.answer is not None or state.closing or state.info is None or state.state is None:
-            return Answered(state, None, ok=turn.answer is not None)
+            return TurnResult(state, None, ok=turn.answer is not None)
         after, looks, problem = act(state.state, turn)
         episode = replace(state, state=after, closing=after.turns_left <= 1)
         observation = self._observation(state.info, looks, problem, episode.closing)
@@ -78,9 +77,9 @@ class VideoEnvironment:
             episode = replace(episode, closing=True)
             observation = self.encoder.observe(state.info, (), self._told(spent))
             if used + len(observation.ids) + self.reserve > self.max_context:
-                return Answered(episode, None, ok=False)
+                return TurnResult(episode, None, ok=False)
             carried_out = False
-        return Answered(episode, observation, carried_out)
+        return TurnResult(episode, observation, carried_out)
 
     def picture(self, state: Episode, text: str) -> Image.Image | None:
         """The frames a turn asks for: a segment's side by side, a frame, or a frame with the box of a crop."""

@@ -41,11 +41,11 @@ from vision.growth.dialogue import Dialogue, MultiTurn, Spelling
 from vision.growth.engine_hf import grow_in_parts, sampling_mode
 from vision.growth.engine_sync import SyncedEngine, vllm_engine
 from vision.growth.environment import Environment
-from vision.growth.requests import Decoding, GrowthRequest, Node
+from vision.growth.requests import GrowthRequest, Node, SamplingOptions
 from vision.growth.rollout_trees import RolloutTrees, step_batches
-from vision.inputs.loading import banned_ids, eos_ids, load_processor, save, tokenizer_of
+from vision.inputs.loading import banned_ids, eos_ids, load_processor, save_model, tokenizer_of
+from vision.inputs.options import TOKEN_DEFAULTS, PolicyOptions
 from vision.inputs.prompts import PromptEncoder
-from vision.inputs.settings import TOKEN_DEFAULTS, Settings
 from vision.inputs.step_rule import StepRule, step_rule
 from vision.inputs.tokens import PromptTokens
 
@@ -57,7 +57,7 @@ class VisionPolicy:
         hf: a transformers image-text or causal language model, or a PEFT model around one.
         processor: from `vision.inputs.loading.load_processor`.
         rule: where a step ends.
-        settings: everything else; see `Settings`.
+        options: everything else; see `PolicyOptions`.
         engine: samples in place of the transformers model, which then only trains.
         environment: answers between steps, which then are turns: each ends with an end mark, `rule` only cuts given
             texts; `max_new_tokens` is the longest turn, and a conversation ends where the environment ends it or
@@ -69,19 +69,19 @@ class VisionPolicy:
     """
 
     def __init__(
-        self, hf: Any, processor: Any, rule: StepRule, settings: Settings, engine: SyncedEngine | None = None,
+        self, hf: Any, processor: Any, rule: StepRule, options: PolicyOptions, engine: SyncedEngine | None = None,
         environment: Environment | None = None, encode: PromptEncoder | None = None,
     ) -> None:  # fmt: skip
-        self.rule, self.settings = rule, settings
+        self.rule, self.options = rule, options
         network = Network(hf)
         self.model: nn.Module = network
         self._engine = engine
-        self._body = Backbone(network, processor, settings, keep_images=engine is not None, encode=encode)
+        self._body = Backbone(network, processor, options, keep_images=engine is not None, encode=encode)
         self.encode, self.tokenizer, self.processor = self._body.encode, self._body.tokenizer, processor
         eos = eos_ids(bare(hf), self.tokenizer)
         banned = banned_ids(hf.config, self.tokenizer, keep=eos)
-        self.decoding = Decoding(
-            settings.temperature, settings.max_new_tokens, settings.max_steps, tuple(banned), tuple(sorted(eos))
+        self.sampling = SamplingOptions(
+            options.temperature, options.max_new_tokens, options.max_steps, tuple(banned), tuple(sorted(eos))
         )
         self._reference = Reference()
         self._dialogue = Dialogue(self.tokenizer) if environment is None else MultiTurn(environment, self.tokenizer)
@@ -92,7 +92,7 @@ class VisionPolicy:
         writes=("logp", "texts", "state_key", "edge_key", "tags.truncated", "actions.token"),
         modality="text",
         recipe=TOKEN_DEFAULTS,
-        options_of=Settings,
+        options_of=PolicyOptions,
     )
     def build(
         cls,
@@ -106,7 +106,7 @@ class VisionPolicy:
         engine_url: str = "",
         engine_exchange: str = "",
         engine_memory: float = 0.4,
-        **settings: Any,
+        **options: Any,
     ) -> VisionPolicy:
         """From a recipe's `policy:` section.
 
@@ -121,9 +121,9 @@ class VisionPolicy:
             engine: what samples; vllm needs the extra of that name (docs/guides/vllm.md).
             engine_url: a running vLLM server; empty starts vLLM in this process with `engine_memory` of the device.
             engine_exchange: a folder that server and trainer both see, through which weights travel.
-            settings: fields of `Settings`.
+            options: fields of `PolicyOptions`.
         """
-        chosen = Settings(**settings)
+        chosen = PolicyOptions(**options)
         if engine == "vllm" and check_section("step_rules", "policy.steps", steps).facts.get("unsure"):
             raise ValueError(
                 f"policy.steps={steps}: vLLM does not tell entropies while it samples; take engine: transformers"
@@ -153,8 +153,8 @@ class VisionPolicy:
 
     def forecast(self, plan: BranchPlan) -> Forecast:
         """Upper bounds per prompt: a completion may end before `max_steps`. A call is one sampled step."""
-        bound = plan.forecast(self.decoding.max_steps)
-        return Forecast(bound.leaves, bound.steps, bound.steps, bound.steps, bound.leaves * self.decoding.max_steps)
+        bound = plan.forecast(self.sampling.max_steps)
+        return Forecast(bound.leaves, bound.steps, bound.steps, bound.steps, bound.leaves * self.sampling.max_steps)
 
     def begin_iteration(self) -> None:
         """Let go of what the last iteration encoded; see `mmrl.capabilities.EncodingCache`."""
@@ -169,15 +169,15 @@ class VisionPolicy:
         """Sample a tree of steps per prompt; depends on (seed, iteration, prompt id) alone."""
         tokens = [self.encode(p) for p in prompts]
         seeds = [named_generator(seed, iteration, p.id).initial_seed() for p in prompts]
-        nodes = self._grow(self._request(prompts, tokens, plan, self.decoding, seeds))
-        about = {"seed": seed, "iteration": iteration, "temperature": self.decoding.temperature}
+        nodes = self._grow(self._request(prompts, tokens, plan, self.sampling, seeds))
+        about = {"seed": seed, "iteration": iteration, "temperature": self.sampling.temperature}
         return self._as_rollout(prompts, tokens, nodes, about)
 
     def _request(
-        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan, decoding: Decoding,
+        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan, sampling: SamplingOptions,
         seeds: Sequence[int],
     ) -> GrowthRequest:  # fmt: skip
-        return GrowthRequest(tokens, plan, decoding, self.rule, seeds, self._dialogue.answers(prompts, tokens))
+        return GrowthRequest(tokens, plan, sampling, self.rule, seeds, self._dialogue.answers(prompts, tokens))
 
     def _grow(self, request: GrowthRequest) -> list[Node]:
         if self._engine is not None:
@@ -186,7 +186,7 @@ class VisionPolicy:
 
     def _grow_by(self, network: nn.Module, request: GrowthRequest) -> list[Node]:
         with self._sampling(network):
-            nodes: list[Node] = network(grow_in_parts, request, self._body.features, self.settings.max_batch)
+            nodes: list[Node] = network(grow_in_parts, request, self._body.features, self.options.max_batch)
         return nodes
 
     def _sampling(self, network: nn.Module) -> AbstractContextManager[None]:
@@ -233,19 +233,19 @@ class VisionPolicy:
         """A rollout of given completions, one per prompt and ended, as if sampled with log-prob 0; for imitation."""
         tokens = [self.encode(p) for p in prompts]
         nodes: list[Node] = []
-        spelling = Spelling(self._written, self.rule, self._end, self.decoding.max_steps)
+        spelling = Spelling(self._written, self.rule, self._end, self.sampling.max_steps)
         for g, text in enumerate(texts):
             nodes += self._dialogue.written(prompts[g], tokens[g], g, text, len(nodes), spelling)
-        return self._as_rollout(prompts, tokens, nodes, {"written": True, "temperature": self.decoding.temperature})
+        return self._as_rollout(prompts, tokens, nodes, {"written": True, "temperature": self.sampling.temperature})
 
     def beyond_limits(self, texts: Sequence[str]) -> list[str]:
         """See `mmrl.trainers.references.Writer`: the longest completion, or the longest turn and their number."""
-        return [self._dialogue.beyond_limits(text, self.decoding) for text in texts]
+        return [self._dialogue.beyond_limits(text, self.sampling) for text in texts]
 
     @property
     def _end(self) -> int:
         named = self.tokenizer.eos_token_id
-        return int(named) if named in self.decoding.eos else self.decoding.eos[0]
+        return int(named) if named in self.sampling.eos else self.sampling.eos[0]
 
     def samples(self, rollout: Rollout) -> list[Sample]:
         """The completions, special tokens left out; of conversations the turns, a line break between them."""
@@ -255,10 +255,10 @@ class VisionPolicy:
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One completion per prompt at the evaluation temperature."""
-        decoding = self._dialogue.whole(replace(self.decoding, temperature=self.settings.eval_temperature))
+        sampling = self._dialogue.whole(replace(self.sampling, temperature=self.options.eval_temperature))
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
         tokens = [self.encode(p) for p in prompts]
-        nodes = self._grow(self._request(prompts, tokens, BranchPlan({0: 1}), decoding, seeds))
+        nodes = self._grow(self._request(prompts, tokens, BranchPlan({0: 1}), sampling, seeds))
         return self.samples(self._as_rollout(prompts, tokens, nodes, {}))
 
     def extend(
@@ -278,11 +278,11 @@ class VisionPolicy:
         self._dialogue.need_single_turn(
             "search and annotation with a policy that acts in an environment are not supported yet"
         )
-        heat = self.decoding.temperature if temperature is None else temperature
-        decoding = replace(self.decoding, temperature=heat, stop_after=steps)
+        heat = self.sampling.temperature if temperature is None else temperature
+        sampling = replace(self.sampling, temperature=heat, stop_after=steps)
         tokens = [self.encode(s.prompt).followed_by(self._ids_of(s)) for s in states]
         seeds = [named_generator(seed, s.prompt.id, s.text).initial_seed() for s in states]
-        nodes = self._grow(self._request([s.prompt for s in states], tokens, BranchPlan({0: n}), decoding, seeds))
+        nodes = self._grow(self._request([s.prompt for s in states], tokens, BranchPlan({0: n}), sampling, seeds))
         texts = self.tokenizer.batch_decode([x.ids for x in nodes], skip_special_tokens=True)
         inner = {x.parent for x in nodes}
         parent = [x.parent for x in nodes]
@@ -312,7 +312,7 @@ class VisionPolicy:
         if len({tuple(f) for f in first}) < len(first):
             raise ValueError(f"choices {list(choices)} begin with the same token; name others")
         ids = [torch.tensor(f) for f in first]
-        out, size = [], self.settings.max_batch
+        out, size = [], self.options.max_batch
         for a in range(0, len(states), size):
             tokens = [self.encode(s.prompt).followed_by(self._written(s.text)) for s in states[a : a + size]]
             trees = [TokenTree(t, [-1, *[0] * len(ids)], [t.ids, *ids]) for t in tokens]
@@ -361,14 +361,14 @@ class VisionPolicy:
                 {"token": torch.tensor([x for own in ids for x in own], dtype=torch.int64)},
             ),
             prompt_payload={"prompt_tokens": torch.tensor([len(self.encode(p).ids) for p in written.prompts])},
-            about={"temperature": self.decoding.temperature, "written": True} | dict(written.about),
+            about={"temperature": self.sampling.temperature, "written": True} | dict(written.about),
             texts=texts,
         )  # fmt: skip
 
     def _written(self, text: str) -> Tensor:
         """Ids of a text; placeholders in it are spelt out, as no picture belongs to them."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if not set(self.decoding.banned).isdisjoint(ids):
+        if not set(self.sampling.banned).isdisjoint(ids):
             ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return torch.tensor(ids, dtype=torch.int64)
 
@@ -380,7 +380,7 @@ class VisionPolicy:
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
         """Steps of whole prompts while their trees fit in `max_tokens`; a larger tree is cut along its branches."""
-        return step_batches(rollout, steps, self.settings.max_tokens, whole_prompts=whole_prompts)
+        return step_batches(rollout, steps, self.options.max_tokens, whole_prompts=whole_prompts)
 
     def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
         """Log-probs of the tokens of `steps`, every prompt and shared step run once per call.
@@ -388,11 +388,11 @@ class VisionPolicy:
         With `reference`, `ref_logp` of the initial model.
         """
         trees, wanted, index = self._trees.of_steps(rollout, steps)
-        out = self._log_probs(trees, wanted, self.decoding.temperature)
+        out = self._log_probs(trees, wanted, self.sampling.temperature)
         ref = None
         if reference:
             with self._reference.applied(self.model, self._network.hf) as model:
-                ref = self._log_probs(trees, wanted, self.decoding.temperature, model)["logp"]
+                ref = self._log_probs(trees, wanted, self.sampling.temperature, model)["logp"]
         return ActionLogProbs(index, out["logp"], ref_logp=ref, entropy=out["entropy"])
 
     def _log_probs(
@@ -400,11 +400,11 @@ class VisionPolicy:
     ) -> dict[str, Tensor]:
         """Log-probs and entropies of packed tokens; by `model` instead of the trained one, without gradient."""
         body = self._body
-        arguments = (run_job, self._job(trees, wanted), temperature, self.decoding.banned, body.features)
+        arguments = (run_job, self._job(trees, wanted), temperature, self.sampling.banned, body.features)
         if model is not None:
             return model(*arguments, None)
         grad = torch.is_grad_enabled()
-        self._network.hf.train(grad and self.settings.gradient_checkpointing)
+        self._network.hf.train(grad and self.options.gradient_checkpointing)
         return (self.model if grad else self._network)(*arguments, body.blank if grad else None)
 
     def _job(self, trees: Sequence[TokenTree], wanted: Sequence[Tensor]) -> Job:
@@ -424,14 +424,14 @@ class VisionPolicy:
 
         Steps of a policy with another tokenizer are read as text.
         """
-        heat = self.decoding.temperature if temperature is None else temperature
-        decoding, n = replace(self.decoding, temperature=heat), n if heat > 0 else 1
+        heat = self.sampling.temperature if temperature is None else temperature
+        sampling, n = replace(self.sampling, temperature=heat), n if heat > 0 else 1
         rollout = self._respelt(rollout)
         finish = Completions(self._body, self._trees, self._dialogue, self.rule)
         if self._engine is not None:
-            return finish.by_engine(self._engine, self._network.hf, rollout, places, n, decoding, seeds)
+            return finish.by_engine(self._engine, self._network.hf, rollout, places, n, sampling, seeds)
         with self._sampling(self._network):
-            done: list[list[Sample]] = self._network(finish.run, rollout, places, n, decoding, seeds)
+            done: list[list[Sample]] = self._network(finish.run, rollout, places, n, sampling, seeds)
         return done
 
     def _respelt(self, rollout: Rollout) -> Rollout:
@@ -462,7 +462,7 @@ class VisionPolicy:
         """Mean log-probs of answers behind states, at temperature 1; see `mmrl.capabilities.AnswerReader`."""
         self._need_whole_weights("answer_probability")
         rollout = self._seen(rollout, sight)
-        asked = AnswerTrees(self._trees, self._written, answers, self.settings.max_tokens)
+        asked = AnswerTrees(self._trees, self._written, answers, self.options.max_tokens)
         total = torch.zeros(len(places), dtype=torch.float64)
         count = torch.zeros_like(total)
         for trees, wanted, owner in asked.parts(rollout, places, blank=sight == "blank"):
@@ -514,7 +514,7 @@ class VisionPolicy:
         seeds = [named_generator(seed, "initial", p.id).initial_seed() for p in prompts]
         plan = BranchPlan({0: n}, n)
         with self._reference.applied(self.model, self._network.hf) as model:
-            nodes = self._grow_by(model, self._request(prompts, tokens, plan, self.decoding, seeds))
+            nodes = self._grow_by(model, self._request(prompts, tokens, plan, self.sampling, seeds))
         rollout = self._as_rollout(prompts, tokens, nodes, {})
         out: list[list[Sample]] = [[] for _ in prompts]
         for sample in self.samples(rollout):
@@ -544,7 +544,7 @@ class VisionPolicy:
         state_dict: weights of `self.model` by name, in place of its own, which may be sharded.
         """
         weights = state_dict and {name.removeprefix("hf."): w for name, w in state_dict.items()}
-        save(self._network.hf, self.processor, folder, weights)
+        save_model(self._network.hf, self.processor, folder, weights)
 
 
 def _told(prompt: Prompt, instruction: str) -> str:

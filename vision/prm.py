@@ -24,8 +24,8 @@ from mmrl.sharding import is_sharded
 from vision.forward.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
 from vision.forward.network import Network, StepHead, read_job
 from vision.forward.passes import TokenTree, build_reading
-from vision.inputs.loading import banned_ids, eos_ids, load_processor, save
-from vision.inputs.settings import Settings
+from vision.inputs.loading import banned_ids, eos_ids, load_processor, save_model
+from vision.inputs.options import PolicyOptions
 from vision.inputs.tokens import PromptTokens
 
 log = logging.getLogger(__name__)
@@ -71,26 +71,26 @@ class VisionPrm:
         format: how steps are laid out and read. head: "tokens" compares the logits of the format's two tokens,
             "linear" is one logit on the last hidden state, "likelihood" adds the step's own mean log-prob to it
             (`StepHead`), "buffer" gives FreePRM's three classes right, wrong, buffer.
-        settings: instruction, system text, limits and layout; `max_prompt_tokens` bounds prompt and solution
+        options: instruction, system text, limits and layout; `max_prompt_tokens` bounds prompt and solution
             together, later steps have no score and are counted.
     Raises:
         ValueError: a head that does not fit the format, or a marker that is not one token where it must be.
     """
 
-    def __init__(self, hf: Any, processor: Any, format: StepFormat, head: Head, settings: Settings) -> None:
+    def __init__(self, hf: Any, processor: Any, format: StepFormat, head: Head, options: PolicyOptions) -> None:
         if (head == "tokens") != bool(format.positive):
             raise ValueError(
                 f"head={head!r} with positive={format.positive!r}: head: tokens compares two, name both; another head "
                 "takes none"
             )
-        self.format, self.head, self.settings = format, head, settings
+        self.format, self.head, self.options = format, head, options
         network = ScoringNetwork(hf, head)
         if head in ("linear", "buffer") and not _tied(bare(hf)):
             for p in bare(hf).get_output_embeddings().parameters():  # unused: DDP would wait for its gradient
                 p.requires_grad_(False)
         self.model: nn.Module = network
         turns = format.markers == "turns"
-        self._body = Backbone(network, processor, settings, opening=format.opening if turns else None)
+        self._body = Backbone(network, processor, options, opening=format.opening if turns else None)
         closing, between = self._body.encode.turns() if turns else ("", "")
         self._slots: SlotIds = slot_ids(format, self._encode_text, between, closing)
         self._verdict = tuple(self._encode_text(t)[0] for t in (format.positive, format.negative) if t)
@@ -140,7 +140,7 @@ class VisionPrm:
         base = model if saved is None else saved["base"] or model
         if base != model and lora_rank:
             raise ValueError(f"scorer.lora_rank={lora_rank}: {model} is an adapter and trains on; leave it out")
-        settings = Settings(
+        options = PolicyOptions(
             instruction=told["instruction"], system=told["system"], max_prompt_tokens=max_length,
             max_tokens=max_tokens, mode=mode, gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
@@ -150,7 +150,7 @@ class VisionPrm:
         if not train_language:
             for p in hf.parameters():
                 p.requires_grad_(False)
-        out = cls(hf, load_processor(base), StepFormat(**told["format"]), told["head"], settings)
+        out = cls(hf, load_processor(base), StepFormat(**told["format"]), told["head"], options)
         if saved is not None and (own := out._network.head) is not None:
             own.load_state_dict(load_file(Path(model) / "head.safetensors"))
         return out
@@ -178,7 +178,7 @@ class VisionPrm:
         tree = rollout.tree
         taken = {p.id for p in self.admit(rollout.prompts)}
         room = [
-            self.settings.max_prompt_tokens - len(self._body.encode(p).ids) if p.id in taken else 0
+            self.options.max_prompt_tokens - len(self._body.encode(p).ids) if p.id in taken else 0
             for p in rollout.prompts
         ]
         used, good = [0] * len(tree), torch.zeros(len(tree), dtype=torch.bool)
@@ -200,7 +200,7 @@ class VisionPrm:
         sizes = [len(self._step_ids(t) or ()) for t in rollout.texts]
         groups = rollout.tree.group[steps].unique().tolist()
         prompt_sizes = {g: len(self._body.encode(rollout.prompts[g]).ids) for g in groups}
-        return micro_batches(rollout.tree, steps, sizes, prompt_sizes, self.settings.max_tokens, whole_prompts)
+        return micro_batches(rollout.tree, steps, sizes, prompt_sizes, self.options.max_tokens, whole_prompts)
 
     def logits(self, rollout: Rollout, steps: Tensor) -> Tensor:
         """(S, C) float32, one row per step of `steps`: C = 1, the log-odds of "good"; C = 3 for a buffer head.
@@ -223,7 +223,7 @@ class VisionPrm:
                 continue
             encoded = self._body.encode(prompt)
             size = len(encoded.ids) + len(closing)
-            if part and used + size > self.settings.max_tokens:
+            if part and used + size > self.options.max_tokens:
                 out.append(self._root_logits(part, closing))
                 part, used = [], 0
             part.append(encoded)
@@ -296,7 +296,7 @@ class VisionPrm:
             sharded=is_sharded(self._network),
         )
         grad = torch.is_grad_enabled()
-        self._network.hf.train(grad and self.settings.gradient_checkpointing)
+        self._network.hf.train(grad and self.options.gradient_checkpointing)
         model = self.model if grad else self._network
         blank = body.blank if grad else None
         out = model(read_job, job, self._verdict, asked.owner, body.features, blank)
@@ -310,13 +310,13 @@ class VisionPrm:
         if state_dict is not None:
             weights = {n.removeprefix("hf."): w for n, w in state_dict.items() if n.startswith("hf.")}
             head = head and {n.removeprefix("head."): w for n, w in state_dict.items() if n.startswith("head.")}
-        save(network.hf, self._body.processor, folder, weights)
+        save_model(network.hf, self._body.processor, folder, weights)
         if head is not None:
             save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, Path(folder) / "head.safetensors")
         base = bare(network.hf).config.name_or_path if isinstance(network.hf, Adapted) else None
         record = {
             "scorer": "vision_prm", "head": self.head, "format": self.format.to_json(), "base": base,
-            "instruction": self.settings.instruction, "system": self.settings.system,
+            "instruction": self.options.instruction, "system": self.options.system,
         }  # fmt: skip
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -328,7 +328,7 @@ class VisionPrm:
         """
         ids = [self._encode_text(t.strip()) for t in steps]
         head = self._body.encode(prompt).ids.tolist()
-        laid = lay_out(head, ids, self._slots, labels, max_length=self.settings.max_prompt_tokens)
+        laid = lay_out(head, ids, self._slots, labels, max_length=self.options.max_prompt_tokens)
         decode = self._body.tokenizer.decode
         lines = [f"{laid.starts[0]} prompt tokens"]
         runs = zip(laid.starts, laid.starts[1:], laid.slots, laid.labels, strict=False)

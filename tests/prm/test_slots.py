@@ -13,7 +13,7 @@ from mmrl.reasoning.slots import IGNORED, SlotError, SlotIds, StepFormat, lay_ou
 from mmrl.rollout import Prompt
 from mmrl.scorers.labelled import solution_forest
 from vision.inputs.loading import load_model
-from vision.inputs.settings import Settings
+from vision.inputs.options import PolicyOptions
 from vision.prm import VisionPrm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
@@ -189,7 +189,7 @@ def scorer(name):
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     format = StepFormat(**scorers()[name])
-    return VisionPrm(hf, tokenizer, format, "tokens" if format.positive else "linear", Settings())
+    return VisionPrm(hf, tokenizer, format, "tokens" if format.positive else "linear", PolicyOptions())
 
 
 def slots_of(prm, steps):

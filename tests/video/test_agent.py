@@ -276,7 +276,7 @@ def test_a_clip_without_frames_to_show_twice_still_works(tmp_path):
 
 def test_greedy_evaluation_and_pictures_for_people(clip):
     policy = agent(str(family_folder("qwen2_5_vl")))
-    policy.settings = replace(policy.settings, eval_temperature=0.0)
+    policy.options = replace(policy.options, eval_temperature=0.0)
     assert [s.output for s in policy.generate(prompts(clip), seed=0)] == [
         s.output for s in policy.generate(prompts(clip), seed=1)
     ]

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from mmrl.rollout import Sample
+from mmrl.seeding import numpy_generator
 from video.acting.actions import VideoState, act, parse_turn
 from video.reading.reader import VideoReader
 from video.tasks.clips import ClipAnswer, ClipsTask
 from video.tasks.clips_base import said_logits, solved
 from video.tasks.clips_model import new_model, new_processor
 from video.tasks.clips_scene import FRAMES, SECONDS, SIZE, draw, sample_clip, solve
-from vision.tasks.shapes_scene import generator
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_films_are_real_files_with_the_drawn_frames(task):
         assert (info.frames, info.width, info.height) == (FRAMES, SIZE, SIZE)
         assert info.duration == pytest.approx(SECONDS, abs=0.1)
         shown = reader.read(info.path, range(FRAMES)).pixels
-    clip = sample_clip(generator("film", 0, "train", 0), "train", contrast=(0.15, 0.3))
+    clip = sample_clip(numpy_generator("film", 0, "train", 0), "train", contrast=(0.15, 0.3))
     assert np.abs(shown.astype(int) - draw(clip, range(FRAMES)).astype(int)).mean() < 4
 
 
@@ -54,7 +54,7 @@ def test_wrong_answers_and_looks_score_less(task):
 
 
 def test_splits_share_no_layout_and_contrasts_are_checked():
-    rng = generator("x")
+    rng = numpy_generator("x")
     drawn = {s: {(c.frame, c.cell, c.colour) for c in (sample_clip(rng, s, contrast=(0.5, 1.0)) for _ in range(300))}
              for s in ("train", "held_out", "sft")}  # fmt: skip
     assert not drawn["train"] & drawn["held_out"] and not drawn["train"] & drawn["sft"]
@@ -77,7 +77,7 @@ def test_the_fast_forward_equals_the_agents(task, tmp_path):
     )  # fmt: skip
     prompt = next(p for p in task.prompts if p.inputs["question"].startswith("colour"))
     number = int(prompt.id.rsplit("/", 1)[1])
-    clip = sample_clip(generator("film", 0, "train", number), "train", contrast=(0.15, 0.3))
+    clip = sample_clip(numpy_generator("film", 0, "train", number), "train", contrast=(0.15, 0.3))
     episode = solved(clip, "colour")
     assert episode.turns == solve(clip, "colour") == prompt.reference["steps"]
     written = agent.write([prompt], ["\n".join(episode.turns)])

@@ -5,7 +5,7 @@ import torch
 
 from mmrl.rollout import Prompt
 from video.reading.patches import Norm, patchify
-from vision.growth.environment import Answered
+from vision.growth.environment import TurnResult
 from vision.inputs.tokens import Pixels
 
 SECONDS = 5.0  # between a film's rows in time: it ends far behind its height and width
@@ -23,9 +23,9 @@ class FilmAlbum:
     def step(self, state, text, used):
         state = (*state, text)
         if len(state) > self.turns:
-            return Answered(state, None)
+            return TurnResult(state, None)
         kind = ("film", "stills", "words", "still")[(len(state) + (state[0] == "b")) % 4 - 2]
-        return Answered(state, self.show(kind, len(text)))
+        return TurnResult(state, self.show(kind, len(text)))
 
     def picture(self, state, text):
         return None

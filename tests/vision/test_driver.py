@@ -9,7 +9,7 @@ from families import tokenizer_for
 from mmrl.rollout import BranchPlan
 from vision.forward.packing import ancestors
 from vision.growth.driver import grow
-from vision.growth.requests import Decoding, GrowthRequest, Start, TokenSample
+from vision.growth.requests import GrowthRequest, SamplingOptions, Start, TokenSample
 from vision.inputs.step_rule import step_rule
 from vision.inputs.tokens import PromptTokens
 
@@ -83,7 +83,7 @@ def test_whole_steps_and_single_tokens_make_the_same_tree(plan, more, turns):
     options = {"temperature": 1.0, "max_new_tokens": 12, "max_steps": 5, "eos": (END,)} | more
     seeds, prompts = range(6), [prompt()] * 6
     answers = [answer] * 6 if turns else ()
-    request = GrowthRequest(prompts, BranchPlan(plan), Decoding(**options), RULE, seeds, answers)
+    request = GrowthRequest(prompts, BranchPlan(plan), SamplingOptions(**options), RULE, seeds, answers)
     tokens, steps = Scripted(whole_steps=False), Scripted(whole_steps=True)
     grown = grow(tokens, request)
     assert paths(grown) == paths(grow(steps, request))
@@ -95,16 +95,16 @@ def test_whole_steps_and_single_tokens_make_the_same_tree(plan, more, turns):
 
 def test_trees_go_on_from_where_they_were_left():
     """Slots, tokens and the depth before a start count as if they had been sampled in the same tree."""
-    decoding = Decoding(1.0, 30, 6, (), (END,))
-    whole = grow(Scripted(False), GrowthRequest([prompt()], BranchPlan({0: 2}), decoding, RULE, (7,)))
+    sampling = SamplingOptions(1.0, 30, 6, (), (END,))
+    whole = grow(Scripted(False), GrowthRequest([prompt()], BranchPlan({0: 2}), sampling, RULE, (7,)))
     first = next(v for v, n in enumerate(whole) if n.depth == 0 and n.end == "step")
     slot = [v for v, n in enumerate(whole) if n.depth == 0].index(first)
     start = Start(0, 1, slot, len(whole[first].ids), tuple(whole[first].ids))
-    rest = grow(Scripted(False), GrowthRequest([prompt()], BranchPlan({0: 2}), decoding, RULE, (7,), (), [start]))
+    rest = grow(Scripted(False), GrowthRequest([prompt()], BranchPlan({0: 2}), sampling, RULE, (7,), (), [start]))
     parent = [n.parent for n in whole]
     behind = [n for v, n in enumerate(whole) if v != first and first in ancestors(parent, v)]
     assert [(n.ids, n.end, n.depth) for n in rest] == [(n.ids, n.end, n.depth) for n in behind]
 
 
 def test_no_prompts_need_no_engine():
-    assert grow(None, GrowthRequest([], BranchPlan({0: 2}), Decoding(1.0, 9, 4), RULE, ())) == []
+    assert grow(None, GrowthRequest([], BranchPlan({0: 2}), SamplingOptions(1.0, 9, 4), RULE, ())) == []

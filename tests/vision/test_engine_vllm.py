@@ -20,10 +20,10 @@ from vision.growth.driver import grow
 from vision.growth.engine_hf import TransformersEngine
 from vision.growth.engine_sync import SyncedEngine
 from vision.growth.engine_vllm import VllmEngine
-from vision.growth.requests import Decoding, GrowthRequest
+from vision.growth.requests import GrowthRequest, SamplingOptions
 from vision.inputs.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of
+from vision.inputs.options import PolicyOptions
 from vision.inputs.prompts import PromptEncoder
-from vision.inputs.settings import Settings
 from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
 
@@ -49,7 +49,7 @@ class Bench:
             picture(k).save(root / f"{k}.png")
         self.hf, self.processor = load_model(self.folder), load_processor(self.folder)
         tokenizer = tokenizer_of(self.processor)
-        encode = PromptEncoder(self.hf, self.processor, Settings(max_prompt_tokens=256), keep_images=True)
+        encode = PromptEncoder(self.hf, self.processor, PolicyOptions(max_prompt_tokens=256), keep_images=True)
         images = (lambda k: {}) if family == "text" else (lambda k: {"images": [str(root / f"{k}.png")]})
         questions = ("what is 2 + 3? " * 4, "how many are red? " * 3)
         self.rows = [Prompt(str(k), {"question": q, **images(k)}) for k, q in enumerate(questions)]
@@ -57,21 +57,21 @@ class Bench:
         self.rule = step_rule(tokenizer, "line")
         ends = eos_ids(self.hf, tokenizer)
         banned = set(banned_ids(self.hf.config, tokenizer)) - ends
-        self.decoding = Decoding(0.9, 80, 4, tuple(sorted(banned)), tuple(sorted(ends)))
+        self.sampling = SamplingOptions(0.9, 80, 4, tuple(sorted(banned)), tuple(sorted(ends)))
         self.engine = start(self.folder)
 
-    def grow(self, seeds=(1, 2), plan=PLAN, decoding=None):
-        return grow(self.engine, GrowthRequest(self.prompts, plan, decoding or self.decoding, self.rule, seeds))
+    def grow(self, seeds=(1, 2), plan=PLAN, sampling=None):
+        return grow(self.engine, GrowthRequest(self.prompts, plan, sampling or self.sampling, self.rule, seeds))
 
-    def teacher(self, nodes, decoding=None):
+    def teacher(self, nodes, sampling=None):
         """(T,) transformers' log-probs of the nodes' tokens, one full forward per node."""
-        return torch.cat([self._teacher(nodes, v, decoding or self.decoding) for v in range(len(nodes))])
+        return torch.cat([self._teacher(nodes, v, sampling or self.sampling) for v in range(len(nodes))])
 
     def mismatch(self, nodes):
         return mismatch(self.teacher(nodes), stored(nodes))
 
     @torch.no_grad()
-    def _teacher(self, nodes, v, decoding):
+    def _teacher(self, nodes, v, sampling):
         node, prompt = nodes[v], self.prompts[nodes[v].prompt]
         path, up = list(node.ids), node.parent
         while up >= 0:
@@ -82,7 +82,7 @@ class Bench:
             types = torch.zeros_like(ids)
             types[0, : len(prompt.types)] = prompt.types
             extra = {**prompt.pixels.tensors, "mm_token_type_ids": types}
-        scores = masked_scores(self.hf(input_ids=ids, **extra).logits[0], decoding.temperature or 1.0, decoding.banned)
+        scores = masked_scores(self.hf(input_ids=ids, **extra).logits[0], sampling.temperature or 1.0, sampling.banned)
         start = ids.shape[1] - len(node.ids)
         return scores.log_softmax(-1)[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0]
 
@@ -150,7 +150,7 @@ def test_tree_has_the_forks_of_the_plan_and_the_ends_of_the_rule(bench):
     assert [sum(n.parent == -1 and n.prompt == g for n in nodes) for g in range(2)] == [2, 2]
     for v, node in enumerate(nodes):
         assert node.parent < v and node.ids and len(node.ids) == len(node.logp)
-        assert not set(node.ids) & set(bench.decoding.banned)
+        assert not set(node.ids) & set(bench.sampling.banned)
         children = sum(n.parent == v for n in nodes)
         assert children == (PLAN.factor(node.depth + 1) if node.end == "step" else 0)
         assert bench.rule.split_ids(node.ids) == [(0, len(node.ids))] or node.depth == 3
@@ -169,14 +169,14 @@ def test_logp_equal_teacher_forcing(bench):
 def test_equal_seeds_give_equal_trees_in_any_batch(bench):
     both, again = bench.grow(), bench.grow()
     assert [n.ids for n in both] == [n.ids for n in again]
-    alone = grow(bench.engine, GrowthRequest(bench.prompts[1:], PLAN, bench.decoding, bench.rule, (2,)))
+    alone = grow(bench.engine, GrowthRequest(bench.prompts[1:], PLAN, bench.sampling, bench.rule, (2,)))
     assert [n.ids for n in alone] == [n.ids for n in both if n.prompt == 1]
     assert [n.ids for n in bench.grow(seeds=(3, 4))] != [n.ids for n in both]
 
 
 def test_greedy_equals_transformers(bench):
-    greedy = Decoding(0.0, 40, 1, bench.decoding.banned, bench.decoding.eos)
-    got = bench.grow(plan=BranchPlan({0: 1}), decoding=greedy)
+    greedy = SamplingOptions(0.0, 40, 1, bench.sampling.banned, bench.sampling.eos)
+    got = bench.grow(plan=BranchPlan({0: 1}), sampling=greedy)
     want = grow(
         TransformersEngine(bench.hf), GrowthRequest(bench.prompts, BranchPlan({0: 1}), greedy, bench.rule, (1, 2))
     )
@@ -202,7 +202,7 @@ def test_policy_samples_with_vllm_and_its_first_ratio_is_one(bench):
         bench.hf,
         bench.processor,
         bench.rule,
-        Settings(temperature=0.9, max_new_tokens=80, max_steps=4),
+        PolicyOptions(temperature=0.9, max_new_tokens=80, max_steps=4),
         engine=SyncedEngine(bench.engine, shared=False),
     )
     bench.perturb()  # the engine must follow before it samples

@@ -142,7 +142,7 @@ def test_another_temperature_is_one_draw_from_another_distribution(pictures):
         sum(sum(map(sum, c.logps)) for o in own for c in o) / sum(c.tokens for o in own for c in o)
         for own in (hot, cold)
     ]
-    assert mean[1] > mean[0] + 0.5 and policy.decoding.temperature == 0.7
+    assert mean[1] > mean[0] + 0.5 and policy.sampling.temperature == 0.7
 
 
 def test_siblings_differ(pictures):
@@ -177,10 +177,10 @@ def test_a_bad_prompt_is_an_error_that_admit_foresees(pictures):
 def test_a_placeholder_that_was_written_is_text(family, pictures):
     """A policy can spell it out of ordinary characters; read back as one token it would ask for features."""
     policy = policy_of(family)
-    token = policy.tokenizer.convert_ids_to_tokens(policy.decoding.banned[-1])
+    token = policy.tokenizer.convert_ids_to_tokens(policy.sampling.banned[-1])
     state = State(prompt(pictures, family), (f"see {token}\n",))
     ids = policy._written(state.text)
-    assert len(ids) == len(state.text) and not torch.isin(ids, torch.tensor(policy.decoding.banned)).any()
+    assert len(ids) == len(state.text) and not torch.isin(ids, torch.tensor(policy.sampling.banned)).any()
     ((one,),) = policy.extend([state], 1, seed=0)
     assert all(x == x and x > -50 for step in one.logps for x in step)
     assert torch.isfinite(policy.choice_logps([state], ["a", "b"])).all()

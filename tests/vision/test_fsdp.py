@@ -26,7 +26,7 @@ from mmrl.sharding import full_state, is_sharded, keep_float32, whole
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.policy_update import current_logp
 from mmrl.tree import UNFINISHED, StepTree
-from vision.inputs.loading import load_model, load_processor, save
+from vision.inputs.loading import load_model, load_processor, save_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,7 +45,7 @@ def tied_model(folder):
     hf.config.tie_word_embeddings = hf.config.text_config.tie_word_embeddings = True
     hf.tie_weights()
     assert hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
-    save(hf, load_processor(source), folder)
+    save_model(hf, load_processor(source), folder)
     return folder
 
 

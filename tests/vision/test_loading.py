@@ -25,7 +25,7 @@ from vision.inputs.loading import (
     is_vision,
     load_model,
     load_processor,
-    save,
+    save_model,
     tokenizer_of,
     vision_tower,
 )
@@ -62,7 +62,7 @@ def test_prompt_to_logits_and_bit_equal_after_saving(family, tmp_path):
     assert before.shape == (1, inputs["input_ids"].shape[1], len(tokenizer_of(processor)))
     assert before.isfinite().all() and not model.training and model.dtype == torch.float32
 
-    save(model, processor, tmp_path)
+    save_model(model, processor, tmp_path)
     again = load_processor(tmp_path)
     inputs_again = prompt_inputs(family, again)
     assert inputs.keys() == inputs_again.keys()
@@ -111,7 +111,7 @@ def test_vision_tower_inside_lora_and_adapter_folder(family, tmp_path):
     tower = vision_tower(model)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert vision_tower(wrapped) is tower
-    save(wrapped, processor, tmp_path)
+    save_model(wrapped, processor, tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
     with pytest.raises(FileNotFoundError, match="PEFT adapter"):
         load_model(tmp_path)

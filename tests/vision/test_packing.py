@@ -13,8 +13,8 @@ from vision.forward.network import Network, run_job
 from vision.forward.packing import ancestors, choose_mode, cost, leaf_rows, pack, rows_of, split, tree_mask
 from vision.forward.passes import TokenTree, build_job
 from vision.inputs.loading import banned_ids, eos_ids, load_model, load_processor, tokenizer_of, vision_tower
+from vision.inputs.options import PolicyOptions
 from vision.inputs.prompts import PromptEncoder
-from vision.inputs.settings import Settings
 from vision.inputs.tokens import PromptTokens
 from vision.policy import VisionPolicy
 
@@ -107,7 +107,7 @@ def load(family):
 
 
 def two_trees(family, hf, processor, file):
-    encode = PromptEncoder(hf, processor, Settings(max_prompt_tokens=500))
+    encode = PromptEncoder(hf, processor, PolicyOptions(max_prompt_tokens=500))
     tokenizer = tokenizer_of(processor)
     banned = banned_ids(hf.config, tokenizer, keep=eos_ids(hf, tokenizer))
     usable = torch.tensor([i for i in range(len(tokenizer)) if i not in banned])

@@ -416,7 +416,7 @@ def test_saved_and_loaded_scores_are_equal(form, pictures, tmp_path):
     prm.save(tmp_path / "m")
     again = load_scorer(tmp_path / "m")
     assert torch.equal(scores(again, [p], [[WHOLE]]), scores(prm, [p], [[WHOLE]]))
-    assert again.format == prm.format and again.head == prm.head and again.settings.instruction == "Judge."
+    assert again.format == prm.format and again.head == prm.head and again.options.instruction == "Judge."
     again.save(tmp_path / "n")
     assert torch.equal(scores(load_scorer(tmp_path / "n"), [p], [[WHOLE]]), scores(prm, [p], [[WHOLE]]))
     assert aggregate_of(tmp_path / "m") == "min"
@@ -464,7 +464,7 @@ def saved_tokens(tmp_path_factory):
 
 def test_options_that_agree_with_a_saved_model(saved_tokens):
     again = load_scorer(saved_tokens, {"head": "tokens", "format": {"marker": "#", "joiner": "\n"}, "max_length": 99})
-    assert again.settings.max_prompt_tokens == 99 and again.format.positive == "+"
+    assert again.options.max_prompt_tokens == 99 and again.format.positive == "+"
 
 
 @pytest.mark.parametrize("family, form", [("gemma3", "linear"), ("idefics3", "tokens"), ("llava", "linear")])

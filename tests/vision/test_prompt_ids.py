@@ -70,7 +70,7 @@ class Vllm:
     def generate(self, calls):
         self.requests += calls
         end = self.tokenizer.eos_token_id
-        return [Reply(self._seen(c), 0, [([end], [-1.0])] * c.sampling["n"]) for c in calls]
+        return [Reply(self._seen(c), 0, [([end], [-1.0])] * c.sampling_params["n"]) for c in calls]
 
     def _seen(self, call):
         if not call.images:
@@ -94,7 +94,7 @@ def test_policy_reward_model_vllm_and_films_read_the_same_ids(tmp_path, image, c
     hf, processor, rule = policy.model.hf, policy.processor, policy.rule
     vllm = Vllm(folder)
     engine = SyncedEngine(VllmEngine(vllm), shared=False)
-    with_engine = VisionPolicy(hf, processor, rule, policy.settings, engine)
+    with_engine = VisionPolicy(hf, processor, rule, policy.options, engine)
     scorer = VisionPrm.build(model=folder, head="linear")
     shows = [{}, {"images": [image]}] if policy.encode.image_token is not None else [{}]
     for shown in shows:
@@ -118,7 +118,7 @@ def test_policy_reward_model_vllm_and_films_read_the_same_ids(tmp_path, image, c
         before = next(i for i, (a, b) in enumerate(zip(ids, text, strict=False)) if a != b)
         assert ids.count(number) == 1 and before > 0 and ids[len(ids) - len(text) + before :] == text[before:]
         talks = films._dialogue._replay.environment
-        VisionPolicy(films.model.hf, processor, rule, films.settings, engine, talks, films.encode).rollout(
+        VisionPolicy(films.model.hf, processor, rule, films.options, engine, talks, films.encode).rollout(
             [prompt], BranchPlan({0: 1}), seed=0
         )
         [first, *later] = vllm.requests[len(shows) :]
@@ -160,7 +160,7 @@ def test_a_prompt_that_the_template_refuses_is_set_aside_by_each_of_them(tmp_pat
     folder = str(tmp_path / "m")
     policy = VisionPolicy.build(model=folder)
     engine = SyncedEngine(VllmEngine(Vllm(folder)), shared=False)
-    with_engine = VisionPolicy(policy.model.hf, policy.processor, policy.rule, policy.settings, engine)
+    with_engine = VisionPolicy(policy.model.hf, policy.processor, policy.rule, policy.options, engine)
     scorer = VisionPrm.build(model=folder, head="linear")
     for component, shown in (
         (policy, {"images": [image]}), (with_engine, {"images": [image]}), (scorer, {"images": [image]}),

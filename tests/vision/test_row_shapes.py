@@ -28,8 +28,8 @@ from mmrl.reasoning.solutions import score_records
 from mmrl.rollout import Prompt, Sample
 from video.tasks.video_jsonl import VideoJsonlTask
 from vision.inputs.loading import load_model, load_processor
+from vision.inputs.options import PolicyOptions
 from vision.inputs.prompts import PromptEncoder, PromptError
-from vision.inputs.settings import Settings
 from vision.prm import VisionPrm
 from vision.tasks.jsonl import JsonlTask
 
@@ -223,7 +223,7 @@ def test_the_docs_show_the_table():
 @pytest.fixture(scope="module")
 def encode():
     folder = family_folder("qwen2_5_vl")
-    return PromptEncoder(load_model(folder), load_processor(folder), Settings(system="Always."), keep_images=True)
+    return PromptEncoder(load_model(folder), load_processor(folder), PolicyOptions(system="Always."), keep_images=True)
 
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -262,7 +262,7 @@ def test_a_template_that_moves_pictures_is_an_error_of_the_prompt(tmp_path, medi
         "{% for m in messages %}{% for p in m.content if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
         "{% endfor %}{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endfor %}"
     )
-    encode = PromptEncoder(load_model(folder), processor, Settings())
+    encode = PromptEncoder(load_model(folder), processor, PolicyOptions())
     file = write(tmp_path, {"question": "Is <image> red?", "image": "a.png"})
     (between,) = JsonlTask(file, file, str(media)).prompts
     with pytest.raises(PromptError, match="puts pictures elsewhere"):

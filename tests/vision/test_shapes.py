@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmrl.rollout import Actions, Prompt, Rollout, Sample
+from mmrl.seeding import numpy_generator
 from mmrl.tree import StepTree
 from vision.inputs.loading import load_model, load_processor
 from vision.tasks.shapes import (
@@ -43,7 +44,6 @@ from vision.tasks.shapes_scene import (
     count,
     count_kinds,
     draw,
-    generator,
     layout_eighth,
     sample_question,
     sample_scene,
@@ -79,8 +79,8 @@ def verdict(lines, reference=REFERENCE):
 
 
 def test_the_same_key_gives_the_same_scene_picture_and_question():
-    a, b = (sample_scene(generator(3, "x", 7), "train", grid=4, filled=(10, 14)) for _ in range(2))
-    other = sample_scene(generator(3, "x", 8), "train", grid=4, filled=(10, 14))
+    a, b = (sample_scene(numpy_generator(3, "x", 7), "train", grid=4, filled=(10, 14)) for _ in range(2))
+    other = sample_scene(numpy_generator(3, "x", 8), "train", grid=4, filled=(10, 14))
     assert (a == b).all() and not (a == other).all()
     assert (draw(a) == draw(b)).all()
     assert draw(a).shape == (64, 64, 3) and draw(a).dtype == np.uint8
@@ -106,7 +106,7 @@ def test_sprites_of_one_kind_differ_and_none_touches_its_border():
 @given(st.integers(0, 2**32), st.sampled_from(sorted(EIGHTHS)), st.integers(2, 5))
 @settings(max_examples=30, deadline=None)
 def test_scenes_have_the_asked_density_and_belong_to_their_split(seed, split, grid):
-    cells = sample_scene(generator(seed), split, grid=grid, filled=(3, grid * grid))
+    cells = sample_scene(numpy_generator(seed), split, grid=grid, filled=(3, grid * grid))
     assert cells.shape == (grid, grid)
     assert 3 <= (cells >= 0).sum() <= grid * grid
     assert layout_eighth(cells) in EIGHTHS[split]
@@ -116,7 +116,7 @@ def test_scenes_have_the_asked_density_and_belong_to_their_split(seed, split, gr
 def test_no_layout_can_belong_to_two_splits():
     owners = [e for eighths in EIGHTHS.values() for e in eighths]
     assert sorted(owners) == list(range(8))
-    cells = sample_scene(generator(0), "train", grid=4, filled=(5, 9))
+    cells = sample_scene(numpy_generator(0), "train", grid=4, filled=(5, 9))
     again = np.where(cells >= 0, cells // VARIANTS * VARIANTS, -1)  # other drawings of the same kinds
     assert layout_eighth(again) == layout_eighth(cells)
 
@@ -124,7 +124,7 @@ def test_no_layout_can_belong_to_two_splits():
 @pytest.mark.parametrize("filled", [(2, 5), (5, 4), (10, 17)])
 def test_impossible_densities_are_refused(filled):
     with pytest.raises(ValueError, match="filled"):
-        sample_scene(generator(0), "train", grid=4, filled=filled)
+        sample_scene(numpy_generator(0), "train", grid=4, filled=filled)
 
 
 def test_counts_of_words_and_kinds():
@@ -139,7 +139,7 @@ def test_solved_traces():
 
 
 def test_questions_have_distinct_terms_and_both_operations():
-    rng = generator(0)
+    rng = numpy_generator(0)
     asked = [sample_question(rng, terms=2, conjunctions=True) for _ in range(100)]
     assert all(len(set(q.terms)) == 2 for q in asked)
     assert {q.operation for q in asked} == {"sum", "gap"}
@@ -201,7 +201,7 @@ def test_no_text_breaks_the_checker(text):
 @given(st.integers(0, 2**32), st.integers(2, 4), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_every_solved_trace_is_right(seed, terms, conjunctions):
-    rng = generator(seed)
+    rng = numpy_generator(seed)
     scene = count_kinds(sample_scene(rng, "sft", grid=4, filled=(3, 16)))
     asked = sample_question(rng, terms=terms, conjunctions=conjunctions)
     lines = solve(asked, [count(scene, t) for t in asked.terms])
@@ -318,7 +318,7 @@ def test_words_survive_the_tokenizer_whole_and_line_by_line():
 
 @pytest.mark.parametrize("grid", [2, 4])
 def test_the_fast_path_equals_processor_and_model_bit_for_bit(processor, grid):
-    rng = generator("fast", grid)
+    rng = numpy_generator("fast", grid)
     scenes = [sample_scene(rng, "sft", grid=grid, filled=(3, 4)) for _ in range(3)]
     asked = [sample_question(rng, terms=2) for _ in scenes]
     chats = [
@@ -340,7 +340,7 @@ def test_the_fast_path_equals_processor_and_model_bit_for_bit(processor, grid):
 
 
 def test_examples_learn_the_trace_and_of_a_census_the_counts_alone():
-    rng = generator(0)
+    rng = numpy_generator(0)
     cells = sample_scene(rng, "sft", grid=4, filled=(3, 9))
     ids, learn = question(cells, rng)
     assert learn.index(True) == 25 and all(learn[25:])
@@ -361,7 +361,7 @@ def test_a_micro_base_is_made_once_and_loads_as_any_model():
     model, processor = load_model(folder), load_processor(folder)
     assert type(processor.image_processor).__name__.endswith("Pil")
     assert accuracy(model, filled=(3, 9), number=8) <= 1.0
-    rng = generator(1)
+    rng = numpy_generator(1)
     cells = sample_scene(rng, "held_out", grid=4, filled=(3, 9))
     asked = sample_question(rng, terms=2)
     batch = processor(

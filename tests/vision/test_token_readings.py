@@ -118,9 +118,9 @@ def greedy(policy, prompt, ids, room):
     ids = list(ids)
     for _ in range(room):
         scores = logits_of(policy, prompt, ids)[-1].float()
-        scores[list(policy.decoding.banned)] = -torch.inf
+        scores[list(policy.sampling.banned)] = -torch.inf
         ids.append(int(scores.argmax()))
-        if ids[-1] in policy.decoding.eos:
+        if ids[-1] in policy.sampling.eos:
             break
     return policy.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -152,12 +152,12 @@ def test_values_are_means_over_completions_and_a_prompt_is_on_its_own(pictures):
     one = filled(rollout.select([2]), policy, MonteCarlo(n=3), VALUES, seed=5).tree
     torch.testing.assert_close(whole.value[whole.group == 2], one.value)
     torch.testing.assert_close(whole.root_value[2:], one.root_value)
-    settings = policy.settings
-    policy.settings = replace(settings, max_batch=6, max_tokens=120)  # in many parts
+    options = policy.options
+    policy.options = replace(options, max_batch=6, max_tokens=120)  # in many parts
     try:
         parts = filled(rollout, policy, MonteCarlo(n=3), VALUES, seed=5).tree
     finally:
-        policy.settings = settings
+        policy.options = options
     torch.testing.assert_close(parts.value, whole.value)
     other = filled(rollout, policy, MonteCarlo(n=3), VALUES, seed=6).tree
     assert not torch.allclose(other.root_value, whole.root_value)
@@ -209,7 +209,7 @@ def test_answer_probabilities_are_those_of_separate_rows(mode, sight, pictures):
         prompt, written = rollout.prompts[place.prompt], path_ids(rollout, place.step)
         lead, right = (policy.tokenizer.encode(t) for t in answer(prompt))
         logits = logits_of(policy, prompt, written + lead + right, pixels=sight == "given").float()
-        logits[:, list(policy.decoding.banned)] = -torch.inf
+        logits[:, list(policy.sampling.banned)] = -torch.inf
         logp = logits.log_softmax(-1)
         n = len(right)
         mean = float(sum(logp[-n - 1 + k, right[k]] for k in range(n))) / n
@@ -309,7 +309,7 @@ def test_token_rewards_compare_two_instructions_under_the_reference(pictures):
         for told in ("do well", "do badly"):
             asked = replace(prompt, inputs={**prompt.inputs, "question": f"{prompt.inputs['question']}\n{told}"})
             logits = logits_of(policy, asked, ids).float()
-            logits[:, list(policy.decoding.banned)] = -torch.inf
+            logits[:, list(policy.sampling.banned)] = -torch.inf
             logp = logits.log_softmax(-1)[-n - 1 : -1]
             logps.append(logp.gather(1, torch.tensor(ids[-n:])[:, None])[:, 0])
         own = got[int(tree.tok_start[v]) : int(tree.tok_end[v])]

@@ -57,9 +57,9 @@ def inner_places(rollout):
 def test_greedy_completions_go_on_as_a_greedy_conversation_does(family, files):
     """Completed turn by turn: from every state of a greedy conversation the rest is the same conversation."""
     policy, _ = policy_of(family, files, turns=4)
-    sampled, policy.decoding = policy.decoding, replace(policy.decoding, temperature=0.0)
+    sampled, policy.sampling = policy.sampling, replace(policy.sampling, temperature=0.0)
     rollout = policy.rollout(prompts(family, files), BranchPlan({0: 1}), seed=0)
-    policy.decoding = sampled
+    policy.sampling = sampled
     whole = {int(rollout.tree.group[s.step]): s.output for s in policy.samples(rollout)}
     places = inner_places(rollout)
     found = policy.complete(rollout, places, 2, seeds=range(len(places)), temperature=0.0)
@@ -100,10 +100,10 @@ def test_answers_stand_behind_what_was_shown(family, files):
         nodes = policy._dialogue.taken(prompt, policy.encode(prompt), 0, [*turns, ids.tolist()], 0)
         assert len(nodes) == len(turns) + 1
         told = policy._as_rollout([prompt], [policy.encode(prompt)], nodes, {})
-        policy.decoding, sampled = replace(policy.decoding, temperature=1.0), policy.decoding
+        policy.sampling, sampled = replace(policy.sampling, temperature=1.0), policy.sampling
         with torch.no_grad():
             logp = policy.log_probs(told, torch.tensor([len(turns)])).logp
-        policy.decoding = sampled
+        policy.sampling = sampled
         got = tree.root_value[place.prompt] if place.step < 0 else tree.value[place.step]
         assert float(got.log()) == pytest.approx(float(logp[first:].mean()), abs=1e-4)
 

@@ -7,9 +7,9 @@ import torch
 from families import family_folder, picture
 
 from mmrl.rollout import BranchPlan, Prompt, Rollout
-from vision.growth.environment import Answered
+from vision.growth.environment import TurnResult
 from vision.inputs.loading import load_model, load_processor, tokenizer_of
-from vision.inputs.settings import Settings
+from vision.inputs.options import PolicyOptions
 from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
 
@@ -29,10 +29,10 @@ class Album:
         self.asked += 1
         state = (*state, text)
         if len(state) > self.turns:
-            return Answered(state, None)
+            return TurnResult(state, None)
         images = self.files[len(text) % len(self.files) :][:1] if self.files and len(text) % 2 == 0 else []
         seen = self.encode(Prompt("seen", {"question": "look " * (1 + len(text) % 3), "images": images}))
-        return Answered(state, seen, ok=len(text) > 3)
+        return TurnResult(state, seen, ok=len(text) > 3)
 
     def picture(self, state, text):
         return picture(len(state)) if len(text) % 2 == 0 else None
@@ -56,14 +56,14 @@ def policy_of(family, files, *, mode="auto", turns=3, train_vision=False, **more
             if "visual" in name or "vision" in name:
                 p.requires_grad_(False)
     told = {"temperature": 0.9, "max_new_tokens": 6, "max_steps": 4, "max_prompt_tokens": 500, "mode": mode} | more
-    settings = Settings(**told)
+    options = PolicyOptions(**told)
     rule = step_rule(tokenizer_of(processor), "line", hf.config.get_text_config().vocab_size)
     album = Album(None, [] if family == "text" else files, turns)
-    policy = VisionPolicy(hf, processor, rule, settings, None, album)
+    policy = VisionPolicy(hf, processor, rule, options, None, album)
     album.encode = policy.encode
     # untrained models hardly ever close a turn, so every third token does
-    ends = [i for i in range(0, len(policy.tokenizer), 3) if i not in policy.decoding.banned]
-    policy.decoding = replace(policy.decoding, eos=tuple(sorted({*policy.decoding.eos, *ends})))
+    ends = [i for i in range(0, len(policy.tokenizer), 3) if i not in policy.sampling.banned]
+    policy.sampling = replace(policy.sampling, eos=tuple(sorted({*policy.sampling.eos, *ends})))
     return policy, album
 
 
@@ -95,7 +95,7 @@ def test_every_layout_gives_the_same_and_a_part_equals_the_whole(family, files):
         steps = torch.arange(len(rollout.tree))
         whole = policy.log_probs(rollout, steps)
         found[mode] = whole.logp.detach()
-        policy.settings = replace(policy.settings, max_tokens=60)
+        policy.options = replace(policy.options, max_tokens=60)
         parts = policy.micro_batches(rollout, steps)
         assert len(parts) > 1 and torch.equal(torch.cat(parts).sort().values, steps)
         got = torch.empty_like(whole.logp)
@@ -170,7 +170,7 @@ def test_written_conversations_stop_where_the_environment_does(files):
     written = policy.write(prompts("text", [])[:1], ["one\nthree\nfive\nnever read"])
     assert [t.strip() for t in written.texts] == ["one", "three", "five"]
     assert written.tree.parent.tolist() == [-1, 0, 1]
-    ends = policy.decoding.eos
+    ends = policy.sampling.eos
     token = written.actions.payload["token"]
     assert all(int(token[int(e) - 1]) in ends for e in written.tree.tok_end)
     assert bool((written.tree.tags["observed"][:-1] > 0).all())

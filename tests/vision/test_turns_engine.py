@@ -16,11 +16,11 @@ from vision.growth.driver import grow
 from vision.growth.engine_hf import TransformersEngine
 from vision.growth.engine_sync import SyncedEngine
 from vision.growth.engine_vllm import VllmEngine
-from vision.growth.requests import Decoding, GrowthRequest
+from vision.growth.requests import GrowthRequest, SamplingOptions
 from vision.growth.vllm_backends import Call, Reply, Server
 from vision.growth.vllm_media import media_of, rotary, take_positions
 from vision.inputs.loading import load_model, load_processor, tokenizer_of
-from vision.inputs.settings import Settings
+from vision.inputs.options import PolicyOptions
 from vision.inputs.step_rule import step_rule
 from vision.inputs.tokens import PromptTokens
 from vision.policy import VisionPolicy
@@ -54,13 +54,13 @@ class Script:
 
     def _said(self, call):
         said = self.says[TOKENIZER.decode(call.ids)]
-        assert len(said) == call.sampling["n"]
+        assert len(said) == call.sampling_params["n"]
         return said
 
     @staticmethod
     def _sample(call, text):
-        ids = encode(text)[: call.sampling["max_tokens"]]
-        assert not set(ids[:-1]) & set(call.sampling["stop_token_ids"])
+        ids = encode(text)[: call.sampling_params["max_tokens"]]
+        assert not set(ids[:-1]) & set(call.sampling_params["stop_token_ids"])
         return ids, [-float(len(call.ids) + k) for k in range(len(ids))]
 
 
@@ -75,7 +75,7 @@ def run(says, plan, shows, *, given=("q:",), seeds=(5,), **more):
 
     pieces = [piece(t) for t in given]
     answers = [answer] * len(pieces)
-    request = GrowthRequest(pieces, BranchPlan(plan), Decoding(**told), RULE, seeds, answers)
+    request = GrowthRequest(pieces, BranchPlan(plan), SamplingOptions(**told), RULE, seeds, answers)
     return grow(VllmEngine(script), request), script
 
 
@@ -95,7 +95,9 @@ def test_a_turn_is_a_request_whose_prompt_is_the_whole_history():
     assert [n.logp for n in nodes] == [[-2.0, -3.0], [-7.0, -8.0, -9.0], [-14.0, -15.0]]
     assert len(script.rounds) == 3
     assert all(
-        c.sampling["stop_token_ids"] == [END] and c.sampling["max_tokens"] == 9 for r in script.rounds for c in r
+        c.sampling_params["stop_token_ids"] == [END] and c.sampling_params["max_tokens"] == 9
+        for r in script.rounds
+        for c in r
     )
 
 
@@ -129,7 +131,7 @@ def test_seeds_differ_between_branches_and_follow_the_prompt_alone():
 
     def drawn(script, start):
         calls = [c for r in script.rounds for c in r]
-        return [c.sampling["seed"] for c in calls if TOKENIZER.decode(c.ids).startswith(start)]
+        return [c.sampling_params["seed"] for c in calls if TOKENIZER.decode(c.ids).startswith(start)]
 
     assert drawn(alone, "q") == drawn(both, "q")
     assert len(set(drawn(both, "q") + drawn(both, "p"))) == 6, "equal histories of siblings must not draw alike"
@@ -156,7 +158,7 @@ def test_sampled_ids_stay_though_their_text_would_be_other_tokens():
     start = PromptTokens(torch.tensor([1]), torch.zeros(1, dtype=torch.int64), torch.arange(1), 1)
     follows = PromptTokens(seen, torch.zeros_like(seen), torch.arange(2), 2)
     request = GrowthRequest(
-        [start], BranchPlan({0: 1}), Decoding(1.0, 5, 3, (), (3,)), RULE, (1,), [lambda turns: follows]
+        [start], BranchPlan({0: 1}), SamplingOptions(1.0, 5, 3, (), (3,)), RULE, (1,), [lambda turns: follows]
     )
     nodes = grow(VllmEngine(Sampler()), request)
     assert [c.ids for c in calls] == [[1], [1, 0, 1, 3, 1, 0], [1, 0, 1, 3, 1, 0, 0, 1, 3, 1, 0]]
@@ -176,8 +178,8 @@ def test_what_vllm_saw_must_be_the_history():
     script = Script({})
     script.generate = lambda calls: [Reply(c.ids[:-1], 0, [([END], [-1.0])]) for c in calls]
     with pytest.raises(ValueError, match="vLLM sees 1 tokens, our processor made 2"):
-        decoding = Decoding(1.0, 9, 4, (), (END,))
-        request = GrowthRequest([piece("q:")], BranchPlan({0: 1}), decoding, RULE, (1,), [lambda turns: None])
+        sampling = SamplingOptions(1.0, 9, 4, (), (END,))
+        request = GrowthRequest([piece("q:")], BranchPlan({0: 1}), sampling, RULE, (1,), [lambda turns: None])
         grow(VllmEngine(script), request)
 
 
@@ -204,7 +206,7 @@ class Transformers:
 
     def generate(self, calls):
         self.calls += calls
-        return [Reply(c.ids, 0, [self._sample(c) for _ in range(c.sampling["n"])]) for c in calls]
+        return [Reply(c.ids, 0, [self._sample(c) for _ in range(c.sampling_params["n"])]) for c in calls]
 
     def wake(self):
         self.calls.append("wake")
@@ -218,8 +220,10 @@ class Transformers:
     @torch.no_grad()
     def _sample(self, call):
         ids, out, logp = list(call.ids), [], []
-        temperature = call.sampling["temperature"]
-        while len(out) < call.sampling["max_tokens"] and not set(out[-1:]) & set(call.sampling["stop_token_ids"]):
+        temperature = call.sampling_params["temperature"]
+        while len(out) < call.sampling_params["max_tokens"] and not set(out[-1:]) & set(
+            call.sampling_params["stop_token_ids"]
+        ):
             logits = self.hf(input_ids=torch.tensor([ids]), **self._seen(ids, call.media)).logits[0, -1]
             scores = masked_scores(logits, temperature or 1.0, self.banned).log_softmax(-1)
             drawn = torch.multinomial(scores.exp(), 1, generator=self.random) if temperature else scores.argmax()[None]
@@ -251,21 +255,21 @@ def files(tmp_path_factory):
 def policy_of(family, temperature=0.9):
     folder = family_folder(family)
     hf, processor = load_model(folder), load_processor(folder)
-    settings = Settings(
+    options = PolicyOptions(
         temperature=temperature, eval_temperature=0.0, max_new_tokens=5, max_steps=4, max_prompt_tokens=500
     )
     rule = step_rule(tokenizer_of(processor), "line", hf.config.get_text_config().vocab_size)
     album = FilmAlbum()
-    policy = VisionPolicy(hf, processor, rule, settings, None, album)
+    policy = VisionPolicy(hf, processor, rule, options, None, album)
     album.encode = policy.encode
     # untrained models hardly ever close a turn, so every second token does
-    ends = [i for i in range(0, len(policy.tokenizer), 2) if i not in policy.decoding.banned]
-    policy.decoding = replace(policy.decoding, eos=tuple(sorted({*policy.decoding.eos, *ends})))
+    ends = [i for i in range(0, len(policy.tokenizer), 2) if i not in policy.sampling.banned]
+    policy.sampling = replace(policy.sampling, eos=tuple(sorted({*policy.sampling.eos, *ends})))
     return policy, album
 
 
 def with_engine(policy):
-    backend = Transformers(policy.model.hf.eval(), policy.decoding.banned)
+    backend = Transformers(policy.model.hf.eval(), policy.sampling.banned)
     policy._engine = SyncedEngine(VllmEngine(backend), shared=False)
     return backend
 
@@ -275,7 +279,7 @@ def test_greedy_conversations_are_those_of_the_transformers_decoder(family, file
     policy, _ = policy_of(family)
     rows = prompts() if family == "text" else prompts(files)
     tokens = [policy.encode(p) for p in rows]
-    greedy = replace(policy.decoding, temperature=0.0)
+    greedy = replace(policy.sampling, temperature=0.0)
     answers = policy._dialogue.answers(rows, tokens)
     request = GrowthRequest(tokens, BranchPlan({0: 1}), greedy, policy.rule, (1, 2), answers)
     want = grow(TransformersEngine(policy.model.hf.eval()), request)

@@ -14,7 +14,7 @@ from mmrl.rollout import BranchPlan
 from vision.growth.engine_sync import SyncedEngine
 from vision.growth.engine_vllm import VllmEngine
 from vision.inputs.loading import load_model, load_processor, tokenizer_of
-from vision.inputs.settings import Settings
+from vision.inputs.options import PolicyOptions
 from vision.inputs.step_rule import step_rule
 from vision.policy import VisionPolicy
 
@@ -32,15 +32,15 @@ def talk(tmp_path_factory):
     folder = make("qwen2_5_vl", root / "model")
     picture(0).save(root / "0.png")
     hf, processor = load_model(folder), load_processor(folder)
-    settings = Settings(temperature=0.9, max_new_tokens=12, max_steps=4, max_prompt_tokens=200)
+    options = PolicyOptions(temperature=0.9, max_new_tokens=12, max_steps=4, max_prompt_tokens=200)
     engine = VllmEngine.in_process(folder, max_model_len=512, gpu_memory_utilization=0.01, dtype="float32", films=True)
     album = FilmAlbum()
     rule = step_rule(tokenizer_of(processor), "line", hf.config.get_text_config().vocab_size)
-    policy = VisionPolicy(hf, processor, rule, settings, SyncedEngine(engine, shared=False), album)
+    policy = VisionPolicy(hf, processor, rule, options, SyncedEngine(engine, shared=False), album)
     album.encode = policy.encode
     # untrained models hardly ever close a turn, so every fifth token does
-    ends = [i for i in range(0, len(policy.tokenizer), 5) if i not in policy.decoding.banned]
-    policy.decoding = replace(policy.decoding, eos=tuple(sorted({*policy.decoding.eos, *ends})))
+    ends = [i for i in range(0, len(policy.tokenizer), 5) if i not in policy.sampling.banned]
+    policy.sampling = replace(policy.sampling, eos=tuple(sorted({*policy.sampling.eos, *ends})))
     yield policy, prompts([str(root / "0.png")])
     engine.close()
 

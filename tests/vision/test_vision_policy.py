@@ -77,7 +77,7 @@ def test_a_prompt_samples_the_same_in_any_company(pictures):
     whole = policy.rollout(ps, TREE, seed=3)
     turned = policy.rollout(ps[::-1], TREE, seed=3)
     alone = policy.rollout(ps[:1], TREE, seed=3)
-    policy.settings = replace(policy.settings, max_batch=8)  # one prompt at a time
+    policy.options = replace(policy.options, max_batch=8)  # one prompt at a time
     parts = policy.rollout(ps, TREE, seed=3)
     for other, at in ((turned, 2), (alone, 0), (parts, 0)):
         one = other.select([at])
@@ -100,14 +100,14 @@ def test_siblings_differ_and_share_what_is_above(pictures):
 def test_temperature_is_that_of_the_update(pictures):
     policy = build(temperature=0.7)
     rollout = policy.rollout(prompts(pictures), BranchPlan({0: 2}), seed=1)
-    policy.decoding = replace(policy.decoding, temperature=1.0)
+    policy.sampling = replace(policy.sampling, temperature=1.0)
     with torch.no_grad():
         assert deviation(policy, rollout) > 0.05
 
 
 def test_placeholders_are_never_sampled(pictures):
     policy = build(max_new_tokens=20)
-    banned = torch.tensor(policy.decoding.banned)
+    banned = torch.tensor(policy.sampling.banned)
     head = policy.model.hf.get_output_embeddings()
     head.register_forward_hook(lambda module, args, out: out.index_add(
         -1, banned, torch.full((*out.shape[:-1], len(banned)), 30.0)))  # fmt: skip
@@ -151,7 +151,7 @@ def test_micro_batches_split_trees_exactly(pictures, budget):
     policy = eager_newlines(build())
     rollout = policy.rollout(prompts(pictures), TREE, seed=1)
     steps = every_step(rollout)
-    policy.settings = replace(policy.settings, max_tokens=10_000)
+    policy.options = replace(policy.options, max_tokens=10_000)
     weight = torch.randn(len(rollout.actions.logp), generator=torch.Generator().manual_seed(0))
 
     def gradient():
@@ -167,7 +167,7 @@ def test_micro_batches_split_trees_exactly(pictures, budget):
 
     count, logp, grads = gradient()
     assert count == 1
-    policy.settings = replace(policy.settings, max_tokens=budget)
+    policy.options = replace(policy.options, max_tokens=budget)
     cut, its, other = gradient()
     assert cut > 1 or budget == 10_000
     torch.testing.assert_close(its, logp, atol=1e-5, rtol=0)
@@ -197,7 +197,7 @@ def test_written_solutions_are_the_tokens_of_their_text(pictures):
     assert rollout.texts[:2] == ["a = 1\n", "b = 2\n"] and len(rollout.tree) == 4
     assert [s.output for s in policy.samples(rollout)] == ["a = 1\nb = 2\n3", ""]
     ends = rollout.actions.payload["token"][rollout.tree.tok_end[rollout.tree.is_leaf] - 1]
-    assert all(int(e) in policy.decoding.eos for e in ends)
+    assert all(int(e) in policy.sampling.eos for e in ends)
     assert torch.isfinite(policy.log_probs(rollout, every_step(rollout)).logp).all()
 
 
@@ -286,7 +286,7 @@ def test_images_for_a_text_model_are_refused(pictures, caplog):
 def test_a_completion_without_stop_is_cut_and_counted(pictures):
     policy = build(max_new_tokens=5)
     head = policy.model.hf.get_output_embeddings()
-    ends = torch.tensor(policy.decoding.eos)
+    ends = torch.tensor(policy.sampling.eos)
     head.register_forward_hook(lambda m, a, out: out.index_fill(-1, ends, -100.0))
     rollout = policy.rollout(prompts(pictures), BranchPlan({0: 2}), seed=1)
     leaves = rollout.tree.is_leaf
@@ -296,7 +296,7 @@ def test_a_completion_without_stop_is_cut_and_counted(pictures):
 def test_an_empty_completion_is_a_sample(pictures):
     policy = build()
     head = policy.model.hf.get_output_embeddings()
-    end = torch.tensor(policy.decoding.eos[:1])
+    end = torch.tensor(policy.sampling.eos[:1])
     head.register_forward_hook(lambda m, a, out: out.index_fill(-1, end, 100.0))
     rollout = policy.rollout(prompts(pictures), TREE, seed=1)
     assert len(rollout.actions.logp) == 6 and {s.output for s in policy.samples(rollout)} == {""}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mmrl.rollout import BranchPlan
 from vision.growth.driver import grow as grow_with
 from vision.growth.engine_vllm import VllmEngine
-from vision.growth.requests import Decoding, GrowthRequest
+from vision.growth.requests import GrowthRequest, SamplingOptions
 from vision.growth.vllm_backends import Reply
 from vision.inputs.step_rule import step_rule
 from vision.inputs.tokens import PromptTokens
@@ -50,15 +50,15 @@ class Script:
 
     def _continuations(self, call):
         said = self.says[TOKENIZER.decode(call.ids)]
-        assert len(said) == call.sampling["n"]
+        assert len(said) == call.sampling_params["n"]
         return said
 
     @staticmethod
     def _sample(call, text):
         out = []
-        for token in encode(text)[: call.sampling["max_tokens"]]:
+        for token in encode(text)[: call.sampling_params["max_tokens"]]:
             out.append(token)
-            if token in call.sampling["stop_token_ids"]:
+            if token in call.sampling_params["stop_token_ids"]:
                 break
         return out, [-float(len(call.ids) + k) for k in range(len(out))]
 
@@ -66,7 +66,7 @@ class Script:
 def grow(says, plan, *, prompts=None, seeds=(5,), **more):
     script = Script(says)
     options = {"temperature": 1.0, "max_new_tokens": 40, "max_steps": 8, "banned": (PAD,), "eos": (END,)} | more
-    request = GrowthRequest(prompts or [prompt()], BranchPlan(plan), Decoding(**options), RULE, seeds)
+    request = GrowthRequest(prompts or [prompt()], BranchPlan(plan), SamplingOptions(**options), RULE, seeds)
     return grow_with(VllmEngine(script), request), script
 
 
@@ -80,7 +80,7 @@ def test_below_the_last_fork_a_path_is_one_request_cut_into_steps():
         (-1, 0, "a\n", "step"), (0, 1, "b\n", "step"), (1, 2, "c<|end|>", "eos"), (-1, 0, "d<|end|>", "eos"),
     ]  # fmt: skip
     assert [n.logp for n in nodes] == [[-2.0, -3.0], [-4.0, -5.0], [-6.0, -7.0], [-2.0, -3.0]]
-    assert script.rounds == 1 and script.calls[0].sampling["stop_token_ids"] == [END]
+    assert script.rounds == 1 and script.calls[0].sampling_params["stop_token_ids"] == [END]
 
 
 def test_above_a_fork_every_step_is_a_request_that_stops_at_its_end():
@@ -90,7 +90,7 @@ def test_above_a_fork_every_step_is_a_request_that_stops_at_its_end():
         (-1, 0, "a\n", "step"), (0, 1, "b\n", "step"), (1, 2, "c\n", "step"), (2, 3, "d<|end|>", "eos"),
         (1, 2, "e<|end|>", "eos"),
     ]  # fmt: skip
-    assert [c.sampling["stop_token_ids"] for c in script.calls] == [[END, *encode("\n")]] * 2 + [[END]]
+    assert [c.sampling_params["stop_token_ids"] for c in script.calls] == [[END, *encode("\n")]] * 2 + [[END]]
     assert nodes[2].logp == [-6.0, -7.0] and nodes[3].logp == [-8.0, -9.0]
 
 
@@ -107,7 +107,7 @@ def test_leading_separators_stop_a_request_but_no_step():
 def test_limits_end_paths_as_the_transformers_decoder_does():
     nodes, script = grow({"q:": ["a\nb\ncc"], "q:a\n": ["b\ncc"] * 2}, {0: 1, 1: 2}, max_new_tokens=4)
     assert shown(nodes) == [(-1, 0, "a\n", "step"), (0, 1, "b\n", "length"), (0, 1, "b\n", "length")]
-    assert [c.sampling["max_tokens"] for c in script.calls] == [4, 2]
+    assert [c.sampling_params["max_tokens"] for c in script.calls] == [4, 2]
     nodes, _ = grow({"q:": ["a\nb\nc\n<|end|>"]}, {0: 1}, max_steps=2)
     assert shown(nodes) == [(-1, 0, "a\n", "step"), (0, 1, "b\nc\n<|end|>", "eos")]
 
@@ -116,7 +116,7 @@ def test_paths_are_left_open_after_so_many_steps():
     """As with transformers: what `extend(steps=..)` asks for."""
     nodes, script = grow({"q:": ["a\nb\nc", "<|end|>"], "q:a\n": ["b\nc"]}, {0: 2}, stop_after=2)
     assert shown(nodes) == [(-1, 0, "a\n", "step"), (0, 1, "b\n", "step"), (-1, 0, "<|end|>", "eos")]
-    assert all(set(encode("\n")) < set(c.sampling["stop_token_ids"]) for c in script.calls)
+    assert all(set(encode("\n")) < set(c.sampling_params["stop_token_ids"]) for c in script.calls)
 
 
 def test_what_was_written_behind_a_picture_keeps_its_ids_though_its_text_would_be_other_tokens():
@@ -135,7 +135,7 @@ def test_what_was_written_behind_a_picture_keeps_its_ids_though_its_text_would_b
     Sampler.tokenizer = tokenizer
     shown = replace(prompt(), ids=torch.tensor([3, 3, 3, 2]), text="#ab", images=(Image.new("RGB", (8, 8)),))
     request = GrowthRequest(
-        [shown.followed_by(torch.tensor([0, 1]))], BranchPlan({0: 1}), Decoding(1.0, 9, 4, (), (4,)), RULE, (1,)
+        [shown.followed_by(torch.tensor([0, 1]))], BranchPlan({0: 1}), SamplingOptions(1.0, 9, 4, (), (4,)), RULE, (1,)
     )
     grow_with(VllmEngine(Sampler()), request)
     assert [c.ids for c in calls] == [[3, 2, 0, 1]]
@@ -147,7 +147,7 @@ def test_seeds_differ_between_branches_and_follow_the_prompt_alone():
     _, both = grow(says, {0: 2, 1: 2}, prompts=[prompt("p:"), prompt()], seeds=(6, 5))
 
     def seeds(script, text):
-        return [c.sampling["seed"] for c in script.calls if TOKENIZER.decode(c.ids).startswith(text)]
+        return [c.sampling_params["seed"] for c in script.calls if TOKENIZER.decode(c.ids).startswith(text)]
 
     assert seeds(alone, "q:") == seeds(both, "q:")
     assert len(set(seeds(both, "q:") + seeds(both, "p:"))) == 6, "equal texts of siblings must not draw alike"
@@ -155,7 +155,7 @@ def test_seeds_differ_between_branches_and_follow_the_prompt_alone():
 
 def test_banned_ids_get_no_probability_and_greedy_needs_no_seed():
     _, script = grow({"q:": ["a<|end|>"]}, {0: 1}, temperature=0.0)
-    sampling = script.calls[0].sampling
+    sampling = script.calls[0].sampling_params
     assert sampling["logit_bias"] == {PAD: -1e9} and "seed" not in sampling
     assert torch.tensor([0.0, -1e9]).log_softmax(0)[0] == 0.0
 
@@ -187,8 +187,8 @@ def test_a_wrong_reply_is_an_error(change, error, message):
     script = Script({"q:": ["a<|end|>"]})
     script.generate = lambda calls: [change(Reply(c.ids, 0, [([5, END], [-1.0, -1.0])])) for c in calls]
     with pytest.raises(error, match=message):
-        decoding = Decoding(1.0, 9, 4, (), (END,))
-        grow_with(VllmEngine(script), GrowthRequest([prompt()], BranchPlan({0: 1}), decoding, RULE, (1,)))
+        sampling = SamplingOptions(1.0, 9, 4, (), (END,))
+        grow_with(VllmEngine(script), GrowthRequest([prompt()], BranchPlan({0: 1}), sampling, RULE, (1,)))
 
 
 def test_a_step_that_vllm_breaks_off_is_an_error():
@@ -198,7 +198,7 @@ def test_a_step_that_vllm_breaks_off_is_an_error():
 
 def test_steps_that_begin_at_unsure_tokens_are_refused():
     rule = step_rule(TOKENIZER, {"name": "entropy", "limit": 1.0})
-    request = GrowthRequest([prompt()], BranchPlan({0: 1}), Decoding(1.0, 9, 4, (), (END,)), rule, (1,))
+    request = GrowthRequest([prompt()], BranchPlan({0: 1}), SamplingOptions(1.0, 9, 4, (), (END,)), rule, (1,))
     with pytest.raises(ValueError, match="does not tell entropies"):
         grow_with(VllmEngine(Script({})), request)
 

@@ -18,7 +18,7 @@ from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.acting.actions import Syntax
 from video.rewards.turns import AnswerSyntax, count_calls, last_answer, turns_of
-from vision.rewards import is_think_answer
+from vision import is_think_answer
 
 # (answer, reference) -> score in [0, 1]
 add_kind(Kind("answer_types", "answer type", arguments=2))

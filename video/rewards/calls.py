@@ -17,7 +17,7 @@ from video.acting.actions import Coords, Syntax, VideoAction, VideoState, act, p
 from video.acting.segments import frame_at
 from video.reading.sampling import smart_resize
 from video.rewards.answers import interval_iou, video_reference
-from vision.rewards import Box, iou
+from vision import Box, iou
 
 Kind = Literal["segment", "frame", "box"]
 Span = tuple[float, float]

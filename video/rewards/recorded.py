@@ -11,7 +11,7 @@ from mmrl.registry import declares
 from mmrl.rollout import Prompt, Sample
 from video.rewards.answers import video_reference
 from video.rewards.turns import last_answer, turns_of
-from vision.rewards import Box, is_think_answer
+from vision import Box, is_think_answer
 
 Agreement = Literal["exact", "type", "readable", "none"]
 

@@ -17,6 +17,7 @@ from typing import Any
 from mmrl.cache import cache_root, made_once
 from mmrl.registry import declares
 from mmrl.rollout import Answer, Prompt, Sample
+from mmrl.seeding import numpy_generator
 from video.rewards import manipulation_f1
 from video.rewards.calls import Reading
 from video.tasks.clips_files import write_mp4
@@ -35,8 +36,7 @@ from video.tasks.clips_scene import (
     sample_clip,
     solve,
 )
-from vision.tasks.shapes_scene import generator
-from vision.tasks.tiny_vl import progress
+from vision.tiny_models import progress
 
 VERSION = 1  # raise when clips, drawing or prompts change
 READING = Reading(syntax="videocom", coords="norm1000")
@@ -58,7 +58,7 @@ class ClipsTask:
     def __init__(
         self, train: int = 1000, held_out: int = 192, contrast: tuple[float, float] = (0.15, 0.3), seed: int = 0
     ) -> None:
-        sample_clip(generator("check"), "train", contrast=contrast)
+        sample_clip(numpy_generator("check"), "train", contrast=contrast)
         settings = {
             "train": train, "held_out": held_out, "contrast": list(contrast), "seed": seed, "version": VERSION
         }  # fmt: skip
@@ -94,7 +94,7 @@ def _write_films(settings: Mapping[str, Any], work: Path) -> None:
     for split in ("train", "held_out"):
         rows = []
         for i in progress(range(settings[split]), f"writing films (clips, {split})"):
-            rng = generator("film", settings["seed"], split, i)
+            rng = numpy_generator("film", settings["seed"], split, i)
             clip = sample_clip(rng, split, contrast=tuple(settings["contrast"]))
             question = QUESTIONS[int(rng.choice(len(QUESTIONS), p=(0.25, 0.25, 0.5)))]
             write_mp4(work / f"{split}-{i:05d}.mp4", draw(clip, range(FRAMES)), FPS)

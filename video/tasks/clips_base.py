@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmrl.cache import cache_root, made_once
+from mmrl.seeding import numpy_generator
 from video.tasks.clips_model import (
     WORDS,
     Episode,
     hidden_states,
     look_features,
     new_model,
-    save,
+    new_processor,
     text_positions,
 )
 from video.tasks.clips_scene import (
@@ -48,9 +49,8 @@ from video.tasks.clips_scene import (
     second_of,
     solve,
 )
-from vision.inputs.loading import load_model, load_processor
-from vision.tasks.shapes_scene import generator
-from vision.tasks.tiny_vl import END, PAD, SPECIAL, cosine, optimizer_of, pad_examples, progress, set_lr, update
+from vision import load_model, load_processor, save_model
+from vision.tiny_models import END, PAD, SPECIAL, cosine, optimizer_of, pad_examples, progress, set_lr, update
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +110,13 @@ def _make(recipe: Recipe, work: Path) -> None:
     right = accuracy(model, contrast=recipe.contrast, number=64)
     level = logging.INFO if right >= 0.9 else logging.WARNING
     log.log(level, "the clips model answers %.0f%% of 64 held-out questions right (usually all of them)", 100 * right)
-    save(model, work)
+    save_model(model, new_processor(), work)
     (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
 
 def train_base(recipe: Recipe) -> Any:
     """The trained model, the same for the same recipe on the same hardware and number of threads."""
-    rng = generator("clips-base", recipe.seed)
+    rng = numpy_generator("clips-base", recipe.seed)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         model = new_model(recipe.width, recipe.layers)
@@ -259,7 +259,7 @@ def _stack_positions(rows: Sequence[Tensor], length: int) -> Tensor:
 
 def accuracy(model: Any, *, contrast: tuple[float, float], number: int = 256) -> float:
     """Share of right answers, greedy, on `number` held-out clips."""
-    rng = generator("clips-accuracy", contrast)
+    rng = numpy_generator("clips-accuracy", contrast)
     clips = [sample_clip(rng, "held_out", contrast=contrast) for _ in range(number)]
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(number)]
     played = play(model, clips, questions)

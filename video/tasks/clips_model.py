@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -44,8 +43,8 @@ from video.tasks.clips_scene import (
     draw,
     second_of,
 )
-from vision.tasks import tiny_vl
-from vision.tasks.tiny_vl import END, IMAGE, PATCH, SPECIAL, VIDEO, Vocabulary, tower_features
+from vision import tiny_models
+from vision.tiny_models import END, IMAGE, PATCH, SPECIAL, VIDEO, Vocabulary, tower_features
 
 _SIDES = [1000 * k // GRID for k in range(GRID + 1)]
 WORDS = Vocabulary(tuple(dict.fromkeys((
@@ -53,7 +52,7 @@ WORDS = Vocabulary(tuple(dict.fromkeys((
     SEGMENT, FRAME, ZOOM, ANSWER, "=", "[", "]", *(f"{side}," for side in _SIDES), *map(str, _SIDES[1:]),
     *COLOURS, *map(cell_name, range(GRID**2)), *map(str, range(1, FRAMES + 1)), *map(second_of, range(FRAMES)),
 ))))  # fmt: skip
-CHAT_TEMPLATE = tiny_vl.chat_template("image", "video")
+CHAT_TEMPLATE = tiny_models.chat_template("image", "video")
 TOKENS_PER_SECOND = 1  # temporal patches of the overview lie 10 positions apart, those of a segment 5
 TURNS = 5  # one more than a colour needs
 VIEWS = {
@@ -89,18 +88,12 @@ CROP_VIEW = View(IMAGE, 1, 1)
 
 def new_processor() -> Any:
     """Tokenizer and picture part; nothing of 1 to 64 patches is resized."""
-    return tiny_vl.new_processor(WORDS, CHAT_TEMPLATE)
+    return tiny_models.new_processor(WORDS, CHAT_TEMPLATE)
 
 
 def new_model(width: int = 128, layers: int = 3) -> Any:
     """Untrained, float32, 0.6 M parameters."""
-    return tiny_vl.new_model(WORDS, width=width, layers=layers, tokens_per_second=TOKENS_PER_SECOND)
-
-
-def save(model: Any, folder: Path) -> None:
-    """Model and processor in one folder, for `vision.inputs.loading` and any program that reads transformers'
-    format."""
-    tiny_vl.save(model, new_processor(), folder)
+    return tiny_models.new_model(WORDS, width=width, layers=layers, tokens_per_second=TOKENS_PER_SECOND)
 
 
 # ---- looks: (2 * times, 16 * side, 16 * side, 3) pixels each, a still twice
@@ -243,9 +236,9 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, features: Tensor) 
 
 def look_positions(view: View, start: int) -> Tensor:
     """(3, tokens) M-RoPE positions (time, row, column) of a look behind `start` positions; text goes on behind the
-    largest, as `vision.inputs.prompts.PromptEncoder.rope` has it."""
+    largest, as `vision.PromptEncoder.rope` has it."""
     times = (torch.arange(view.times) * TOKENS_PER_SECOND * view.seconds).long().repeat_interleave(view.side**2)
-    row, column = (x.repeat(view.times) for x in tiny_vl.rows_and_columns(view.side))
+    row, column = (x.repeat(view.times) for x in tiny_models.rows_and_columns(view.side))
     return torch.stack([times, row, column]) + start
 
 

@@ -14,7 +14,7 @@ from video.reading.reader import VideoDecodeError, VideoReader
 from video.reading.sampling import smart_resize
 from video.records import VideoSample, to_prompt, with_info, with_seen
 from video.rewards.turns import AnswerSyntax, last_answer, turns_of
-from vision.tasks.jsonl import states_answer
+from vision import states_answer
 
 _SYNTAXES: tuple[AnswerSyntax, ...] = ("tags", "videocom", "tool_call")
 

@@ -19,8 +19,8 @@ from vision.forward.network import Network, freeze_idle
 from vision.forward.packing import Mode, choose_mode, rows_of, split
 from vision.forward.passes import Job, TokenTree
 from vision.inputs.loading import load_model, tokenizer_of
+from vision.inputs.options import PolicyOptions
 from vision.inputs.prompts import PromptEncoder, PromptError
-from vision.inputs.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +39,15 @@ class Backbone:
     """
 
     def __init__(
-        self, network: Network, processor: Any, settings: Settings, *, keep_images: bool = False,
+        self, network: Network, processor: Any, options: PolicyOptions, *, keep_images: bool = False,
         opening: str | None = None, encode: PromptEncoder | None = None,
     ) -> None:  # fmt: skip
         hf = network.hf
-        self.hf, self.processor, self.settings = hf, processor, settings
+        self.hf, self.processor, self.options = hf, processor, options
         self.tokenizer = tokenizer_of(processor)
-        self.encode = encode or PromptEncoder(hf, processor, settings, keep_images=keep_images, opening=opening)
+        self.encode = encode or PromptEncoder(hf, processor, options, keep_images=keep_images, opening=opening)
         self.style = style_of(bare(hf))
-        self.modes = _allowed(settings.mode, self.style.plain, settings.gradient_checkpointing, bare(hf))
+        self.modes = _allowed(options.mode, self.style.plain, options.gradient_checkpointing, bare(hf))
         trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))
         self.features = None if trained_images else ByteCache(FEATURE_BYTES, name="features of pictures")
         self.blank = self.encode.blank() if trained_images else None

@@ -20,7 +20,7 @@ from vision.growth.driver import grow
 from vision.growth.engine_hf import State, TransformersEngine
 from vision.growth.engine_sync import SyncedEngine
 from vision.growth.engine_vllm import History
-from vision.growth.requests import Decoding, GrowthRequest, Node, Start
+from vision.growth.requests import GrowthRequest, Node, SamplingOptions, Start
 from vision.growth.rollout_trees import RolloutTrees, open_places, place_batches
 from vision.inputs.step_rule import StepRule
 from vision.inputs.tokens import PromptTokens
@@ -37,15 +37,21 @@ class Completions:
         self._body, self._trees, self._dialogue, self._rule = body, trees, dialogue, rule
 
     def run(
-        self, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
+        self,
+        hf: Any,
+        rollout: Rollout,
+        places: Sequence[Place],
+        n: int,
+        sampling: SamplingOptions,
+        seeds: Sequence[int],
     ) -> list[list[Sample]]:
         """n completions of each place by a transformers model; none of an end."""
-        going, settings = open_places(rollout, places), self._body.settings
+        going, options = open_places(rollout, places), self._body.options
         out: list[list[Sample]] = [[] for _ in places]
         chosen = [places[i] for i in going]
-        for part in place_batches(rollout, chosen, settings.max_tokens, most=max(1, settings.max_batch // n)):
+        for part in place_batches(rollout, chosen, options.max_tokens, most=max(1, options.max_batch // n)):
             own = [chosen[j] for j in part]
-            request = self._request(rollout, own, n, decoding, [seeds[going[j]] for j in part])
+            request = self._request(rollout, own, n, sampling, [seeds[going[j]] for j in part])
             request = self._behind_states(hf, rollout, own, request)
             nodes = grow(TransformersEngine(hf, self._body.features), request)
             for j, sample in self._samples(rollout, own, nodes):
@@ -53,14 +59,20 @@ class Completions:
         return out
 
     def by_engine(
-        self, engine: SyncedEngine, hf: Any, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding,
+        self,
+        engine: SyncedEngine,
+        hf: Any,
+        rollout: Rollout,
+        places: Sequence[Place],
+        n: int,
+        sampling: SamplingOptions,
         seeds: Sequence[int],
-    ) -> list[list[Sample]]:  # fmt: skip
+    ) -> list[list[Sample]]:
         """As `run`, by an engine with the weights of `hf`; what leads to a place lies in its prefix cache."""
         going = open_places(rollout, places)
         out: list[list[Sample]] = [[] for _ in places]
         chosen = [places[i] for i in going]
-        request = self._request(rollout, chosen, n, decoding, [seeds[i] for i in going])
+        request = self._request(rollout, chosen, n, sampling, [seeds[i] for i in going])
         turns = bool(request.answers)
         histories = [self._history(rollout, p, t, turns) for p, t in zip(chosen, request.prompts, strict=True)]
         starts = [
@@ -70,7 +82,7 @@ class Completions:
         if not turns:
             for node in nodes:  # as if sampling had stopped where the room ends
                 written = len(path_ids(rollout, chosen[node.prompt].step))
-                node.ids = node.ids[: max(1, decoding.max_new_tokens - written)]
+                node.ids = node.ids[: max(1, sampling.max_new_tokens - written)]
         for j, sample in self._samples(rollout, chosen, nodes):
             out[going[j]].append(sample)
         return out
@@ -78,7 +90,7 @@ class Completions:
     # Below, a node's `prompt` is the position of its place, and paths begin behind the place.
 
     def _request(
-        self, rollout: Rollout, places: Sequence[Place], n: int, decoding: Decoding, seeds: Sequence[int]
+        self, rollout: Rollout, places: Sequence[Place], n: int, sampling: SamplingOptions, seeds: Sequence[int]
     ) -> GrowthRequest:
         """n completions of each place, whose starts have no states yet."""
         prompts = [rollout.prompts[p.prompt] for p in places]
@@ -89,10 +101,10 @@ class Completions:
         for i, (place, turns) in enumerate(zip(places, before, strict=True)):
             sampled = len(path_ids(rollout, place.step))
             if not answers:  # one text has one room, with a token left at least
-                sampled = min(sampled, decoding.max_new_tokens - 1)
+                sampled = min(sampled, sampling.max_new_tokens - 1)
             # before the first turn the plan itself branches
             starts += [Start(i, len(turns), slot, sampled) for slot in range(n if turns else 1)]
-        plan, whole = BranchPlan({0: n}, n), self._dialogue.whole(decoding)
+        plan, whole = BranchPlan({0: n}, n), self._dialogue.whole(sampling)
         return GrowthRequest(tokens, plan, whole, self._rule, seeds, answers, starts)
 
     def _behind_states(

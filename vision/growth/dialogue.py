@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmrl.rollout import Prompt, Rollout
 from vision.forward.packing import ancestors
-from vision.growth.environment import Environment, Moment, Replay
-from vision.growth.requests import Answer, Decoding, Node
+from vision.growth.environment import Environment, Replay, TurnRecord
+from vision.growth.requests import Answer, Node, SamplingOptions
 from vision.inputs.step_rule import StepRule
 from vision.inputs.tokens import PromptTokens
 
@@ -48,9 +48,9 @@ class Dialogue:
         """
         return ()
 
-    def whole(self, decoding: Decoding) -> Decoding:
-        """The decoding of completions whose steps nobody looks at: they are one step."""
-        return replace(decoding, max_steps=1)
+    def whole(self, sampling: SamplingOptions) -> SamplingOptions:
+        """The sampling of completions whose steps nobody looks at: they are one step."""
+        return replace(sampling, max_steps=1)
 
     def annotated(self, rollout: Rollout, observed: Tensor) -> Rollout:
         """A sampled rollout with what was answered to its steps; observed: (N,) tokens shown after each."""
@@ -66,7 +66,7 @@ class Dialogue:
         above = [-1, *range(first, first + len(steps) - 1)]
         return [Node(g, above[d], d, own, [0.0] * len(own), "eos") for d, own in enumerate(steps)]
 
-    def beyond_limits(self, text: str, limits: Decoding) -> str:
+    def beyond_limits(self, text: str, limits: SamplingOptions) -> str:
         """By what a given completion exceeds the limits of a recipe's `policy:`, "" where it does not."""
         size, most = self._size(text), limits.max_new_tokens
         return "" if size <= most else f"{size} tokens (policy.max_new_tokens={most})"
@@ -120,18 +120,18 @@ class MultiTurn(Dialogue):
     def _answer(self, prompt: Prompt, size: int, before: Turns) -> Answer:
         def answer(turns: Sequence[Sequence[int]]) -> PromptTokens | None:
             taken = (*before, *(self._turn(ids) for ids in turns))
-            return self._replay.after(prompt, size, taken).answered.observation
+            return self._replay.after(prompt, size, taken).result.observation
 
         return answer
 
-    def whole(self, decoding: Decoding) -> Decoding:
+    def whole(self, sampling: SamplingOptions) -> SamplingOptions:
         """The same: the environment answers every turn."""
-        return decoding
+        return sampling
 
     def annotated(self, rollout: Rollout, observed: Tensor) -> Rollout:
         """With `observed`, and ok for the turns that the environment carried out and the answers."""
         steps = range(len(rollout.tree))
-        ok = torch.tensor([self._after(rollout, self._path(rollout, v), v).answered.ok for v in steps])
+        ok = torch.tensor([self._after(rollout, self._path(rollout, v), v).result.ok for v in steps])
         return rollout.with_tree(rollout.tree.replace(tags={**rollout.tree.tags, "observed": observed}, ok=ok))
 
     def written(
@@ -141,7 +141,7 @@ class MultiTurn(Dialogue):
         lines = text.split("\n")[: spelling.max_steps]
         return self.taken(prompt, tokens, g, [[*spelling.write(t).tolist(), spelling.end] for t in lines], first)
 
-    def beyond_limits(self, text: str, limits: Decoding) -> str:
+    def beyond_limits(self, text: str, limits: SamplingOptions) -> str:
         """By its number of turns, or its longest one."""
         turns = text.split("\n")
         if len(turns) > limits.max_steps:
@@ -156,7 +156,7 @@ class MultiTurn(Dialogue):
         nodes: list[Node] = []
         for depth, ids in enumerate(turns):
             done = tuple(self._turn(t) for t in turns[: depth + 1])
-            seen = self._replay.after(prompt, len(tokens.ids), done).answered.observation
+            seen = self._replay.after(prompt, len(tokens.ids), done).result.observation
             last = seen is None or depth + 1 == len(turns)
             above = first + depth - 1 if depth else -1
             shown = 0 if last or seen is None else len(seen.ids)
@@ -172,7 +172,7 @@ class MultiTurn(Dialogue):
             ValueError: the environment answers otherwise now.
         """
         due = int(rollout.tree.tags["observed"][v])
-        seen = self._after(rollout, self._path(rollout, v), v).answered.observation
+        seen = self._after(rollout, self._path(rollout, v), v).result.observation
         if seen is None or len(seen.ids) != due:
             now = "nothing" if seen is None else f"{len(seen.ids)} tokens"
             raise ValueError(
@@ -188,7 +188,7 @@ class MultiTurn(Dialogue):
 
     def _picture(self, rollout: Rollout, v: int) -> Image.Image | None:
         before = self._after(rollout, self._path(rollout, v)[:-1], v)
-        return self._replay.environment.picture(before.answered.state, rollout.texts[v])
+        return self._replay.environment.picture(before.result.state, rollout.texts[v])
 
     def text(self, rollout: Rollout, v: int, more: Sequence[Sequence[int]] = ()) -> str:
         """A line per turn."""
@@ -207,7 +207,7 @@ class MultiTurn(Dialogue):
     def _path(self, rollout: Rollout, v: int) -> list[int]:
         return ancestors(rollout.tree.parents, v)[::-1]
 
-    def _after(self, rollout: Rollout, path: Sequence[int], v: int) -> Moment:
+    def _after(self, rollout: Rollout, path: Sequence[int], v: int) -> TurnRecord:
         """After the steps of `path`, in the conversation that step `v` belongs to."""
         tree, g = rollout.tree, int(rollout.tree.group[v])
         turns = tuple((rollout.texts[u], int(tree.tok_end[u] - tree.tok_start[u])) for u in path)

@@ -53,11 +53,11 @@ class _Growth:
 
     def __init__(self, session: Session, request: GrowthRequest) -> None:
         self.session, self.request = session, request
-        self.plan, self.decoding, self.rule = request.plan, request.decoding, request.rule
+        self.plan, self.sampling, self.rule = request.plan, request.sampling, request.rule
         self.nodes: list[Node] = []
         self.closed: list[_ClosedTurn] = []
-        self.eos = frozenset(self.decoding.eos)
-        self.last_fork = max((d for d in self.plan.splits if d < self.decoding.max_steps), default=0)
+        self.eos = frozenset(self.sampling.eos)
+        self.last_fork = max((d for d in self.plan.splits if d < self.sampling.max_steps), default=0)
 
     def run(self) -> list[Node]:
         starts = self.request.starts
@@ -80,7 +80,7 @@ class _Growth:
         observation: PromptTokens | None = None,
     ) -> _Place:  # fmt: skip
         """The place where the children of `parent` begin."""
-        d, stride = self.decoding, self.plan.leaves // self.plan.width(depth + 1)
+        d, stride = self.sampling, self.plan.leaves // self.plan.width(depth + 1)
         slots = range(slot, slot + self.plan.factor(depth) * stride, stride)
         room = d.max_new_tokens - (0 if self.request.answers else sampled)
         is_behind_forks = depth >= self.last_fork and d.stop_after is None
@@ -101,7 +101,7 @@ class _Growth:
         first = [own[0] for own in samples]
         unsure = rule.unsure(torch.tensor([s.logp[0] for s in first]), torch.tensor([s.entropy for s in first]))
         forks = [
-            is_unsure and bool(p.nodes and self.nodes[p.nodes[0]].ids) and p.depth + 1 < self.decoding.max_steps
+            is_unsure and bool(p.nodes and self.nodes[p.nodes[0]].ids) and p.depth + 1 < self.sampling.max_steps
             for p, is_unsure in zip(places, unsure.tolist(), strict=True)
         ]
         if not any(forks):
@@ -114,7 +114,7 @@ class _Growth:
                 continue
             (at,) = place.nodes
             self.nodes[at].end = "step"
-            if place.depth + 1 != self.decoding.stop_after:
+            if place.depth + 1 != self.sampling.stop_after:
                 going.append(
                     self._fork(place.prompt, at, place.depth + 1, place.slots[0], place.sampled, sample.state)
                 )
@@ -138,7 +138,7 @@ class _Growth:
             node.logp.append(logp)
             node.end = self._end(node, sampled + k)
             if node.end == "step":
-                if node.depth + 1 == self.decoding.stop_after:
+                if node.depth + 1 == self.sampling.stop_after:
                     return []
                 place = self._fork(node.prompt, at, node.depth + 1, slot, sampled + k, sample.state)
                 if self.session.whole_steps:
@@ -152,13 +152,13 @@ class _Growth:
             place.room -= sampled - place.sampled
             place.sampled, place.state, place.observation = sampled, sample.state, None
             return [place]
-        if node.end == "eos" and self.request.answers and node.depth + 1 < self.decoding.max_steps:
+        if node.end == "eos" and self.request.answers and node.depth + 1 < self.sampling.max_steps:
             self.closed.append(_ClosedTurn(at, slot, sampled, self.session.keep(sample.state)))
         return []
 
     def _end(self, node: Node, sampled: int) -> Literal["open", "step", "eos", "length"]:
         """Why a node stops at its last token; `sampled` tokens are on its path."""
-        d, turns = self.decoding, bool(self.request.answers)
+        d, turns = self.sampling, bool(self.request.answers)
         if node.ids[-1] in self.eos:
             return "eos"
         if (len(node.ids) if turns else sampled) == d.max_new_tokens:

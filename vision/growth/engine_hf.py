@@ -23,7 +23,7 @@ from vision.forward.kv import Layers, check_cache, cut, join
 from vision.forward.network import encode_images, encoder_outputs, masked_scores
 from vision.forward.passes import left_pad, pad_positions
 from vision.growth.driver import grow
-from vision.growth.requests import Decoding, GrowthRequest, Node, SampleRequest, TokenSample
+from vision.growth.requests import GrowthRequest, Node, SampleRequest, SamplingOptions, TokenSample
 from vision.inputs.step_rule import UnsureRule
 from vision.inputs.tokens import PromptTokens
 
@@ -88,8 +88,8 @@ class Decoder:
 
     def __init__(self, hf: Any, features: ByteCache | None, request: GrowthRequest) -> None:
         self._hf, self._features, self._request = hf, features, request
-        self._device, self._decoding = bare(hf).device, request.decoding
-        room = self._decoding.max_new_tokens * (self._decoding.max_steps if request.answers else 1)
+        self._device, self._sampling = bare(hf).device, request.sampling
+        room = self._sampling.max_new_tokens * (self._sampling.max_steps if request.answers else 1)
         self._noise = torch.stack([noise_table(s, room, request.plan.leaves) for s in request.seeds])
         self._past: Any = None
         self._mask: Tensor | None = None
@@ -187,10 +187,10 @@ class Decoder:
 
     def _draw(self, requests: Sequence[SampleRequest]) -> list[list[TokenSample]]:
         where = torch.tensor([[r.prompt, r.sampled, slot] for r in requests for slot in r.slots])
-        self._tokens, logp = draw(self._logits, self._noise[tuple(where.T)], self._decoding)
+        self._tokens, logp = draw(self._logits, self._noise[tuple(where.T)], self._sampling)
         self._drawn = self._tokens.tolist()
         unsure = isinstance(self._request.rule, UnsureRule)
-        entropies = entropy(self._logits, self._decoding).tolist() if unsure else [float("nan")] * len(where)
+        entropies = entropy(self._logits, self._sampling).tolist() if unsure else [float("nan")] * len(where)
         drawn = zip(self._drawn, logp.tolist(), entropies, strict=True)
         samples = (TokenSample([token], [lp], row, h) for row, (token, lp, h) in enumerate(drawn))
         return [list(islice(samples, len(r.slots))) for r in requests]
@@ -224,11 +224,11 @@ def prefill(hf: Any, prompts: Sequence[PromptTokens], cache: ByteCache | None) -
     return out.logits[:, -1], out.past_key_values, mask
 
 
-def draw(logits: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniform: Tensor, sampling: SamplingOptions) -> tuple[Tensor, Tensor]:
     """(R,) tokens from (R, V) logits by inverse transform of (R,) uniform numbers, and their log-probs."""
-    scores = masked_scores(logits, decoding.temperature or 1.0, decoding.banned)
+    scores = masked_scores(logits, sampling.temperature or 1.0, sampling.banned)
     logp = scores.log_softmax(-1)
-    if decoding.temperature == 0:
+    if sampling.temperature == 0:
         tokens = scores.argmax(-1)
     else:
         total = logp.exp().cumsum(-1)
@@ -239,9 +239,9 @@ def draw(logits: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, T
     return tokens, logp.gather(-1, tokens[:, None])[:, 0]
 
 
-def entropy(logits: Tensor, decoding: Decoding) -> Tensor:
+def entropy(logits: Tensor, sampling: SamplingOptions) -> Tensor:
     """(R,) float32 entropies in nats of the distributions that tokens are drawn from."""
-    logp = masked_scores(logits, decoding.temperature or 1.0, decoding.banned).log_softmax(-1)
+    logp = masked_scores(logits, sampling.temperature or 1.0, sampling.banned).log_softmax(-1)
     return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)  # banned ids: 0 * -inf is no number
 
 

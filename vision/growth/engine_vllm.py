@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmrl.finite import NotFiniteError
 from mmrl.seeding import named_generator
-from vision.growth.requests import Decoding, GrowthRequest, SampleRequest, TokenSample
+from vision.growth.requests import GrowthRequest, SampleRequest, SamplingOptions, TokenSample
 from vision.growth.vllm_backends import Backend, Call, InProcess, Reply, Server
 from vision.growth.vllm_media import Medium, media_of
 from vision.inputs.prompts import tokenise
@@ -129,7 +129,7 @@ class VllmEngine:
             ValueError: a fork at temperature 0, a temperature that vLLM would change silently, steps that begin where
                 the policy is unsure, conversations about pictures of a model that is no Qwen-VL.
         """
-        d = request.decoding
+        d = request.sampling
         if isinstance(request.rule, UnsureRule):
             raise ValueError("vLLM does not tell entropies while it samples; take another rule of steps")
         if d.temperature == 0 and request.plan.splits:
@@ -165,7 +165,7 @@ class VllmEngine:
         self.counts["sampled_tokens"] += sum(len(ids) for ids, _ in reply.samples)
 
 
-def sampling(d: Decoding, stop: Sequence[int], seed: int, *, n: int, max_tokens: int) -> dict[str, Any]:
+def sampling_params(d: SamplingOptions, stop: Sequence[int], seed: int, *, n: int, max_tokens: int) -> dict[str, Any]:
     """SamplingParams by name: `n` samples of the untruncated distribution, each to its first id of `stop`."""
     told: dict[str, Any] = {
         "n": n, "temperature": d.temperature, "max_tokens": max_tokens, "logprobs": 0,
@@ -215,7 +215,7 @@ class Requests:
 
     def __init__(self, engine: VllmEngine, request: GrowthRequest) -> None:
         self._engine, self._prompts, self._seeds = engine, request.prompts, request.seeds
-        self._decoding, self._turns = request.decoding, bool(request.answers)
+        self._sampling, self._turns = request.sampling, bool(request.answers)
         self._step_ids = request.rule.candidates.nonzero().flatten().tolist()
         if self._turns:
             self._begun = [History.of(p) for p in request.prompts]
@@ -246,12 +246,12 @@ class Requests:
         return history if request.observation is None else history.shown(request.observation)
 
     def _call(self, request: SampleRequest, history: History) -> Call:
-        g, d = request.prompt, self._decoding
+        g, d = request.prompt, self._sampling
         what = f"prompt {g}: the conversation" if self._turns else f"prompt {g}"
         self._engine.check_room(what, len(history.ids), request.room)
         stop = [*d.eos, *self._step_ids] if request.step_by_step else d.eos
         seed = named_generator(self._seeds[g], request.slots[0], request.sampled).initial_seed()
-        told = sampling(d, stop, seed, n=len(request.slots), max_tokens=request.room)
+        told = sampling_params(d, stop, seed, n=len(request.slots), max_tokens=request.room)
         if self._turns:
             return Call(history.ids, (), told, history.media)
         path = history.ids[len(self._prompts[g].ids) :]
@@ -260,7 +260,7 @@ class Requests:
     def _samples(self, request: SampleRequest, history: History, call: Call, reply: Reply) -> list[TokenSample]:
         self._engine.account(request.prompt, history.ids, reply)
         for ids, _ in reply.samples:
-            if len(ids) < request.room and ids[-1] not in call.sampling["stop_token_ids"]:
+            if len(ids) < request.room and ids[-1] not in call.sampling_params["stop_token_ids"]:
                 what = "turn" if self._turns else "step"
                 raise RuntimeError(f"prompt {request.prompt}: vLLM broke a {what} off after {len(ids)} tokens")
         return [TokenSample(ids, logp, history.wrote(ids)) for ids, logp in reply.samples]

@@ -24,7 +24,7 @@ class Environment(Protocol):
     def start(self, prompt: Prompt) -> Any:
         """The state before the first turn."""
 
-    def step(self, state: Any, text: str, used: int) -> Answered:
+    def step(self, state: Any, text: str, used: int) -> TurnResult:
         """What follows a turn.
 
         used: tokens of the conversation so far, observations included.
@@ -35,7 +35,7 @@ class Environment(Protocol):
 
 
 @dataclass(frozen=True)
-class Answered:
+class TurnResult:
     """state: the new one. observation: tokens from behind the turn's end mark to where the next turn begins; None ends
     the conversation. ok: the turn was understood and carried out, or is the answer."""
 
@@ -45,10 +45,10 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A place in a conversation: what was answered last, and the tokens so far."""
+class TurnRecord:
+    """A place in a conversation: the result of its last turn, and the tokens so far."""
 
-    answered: Answered
+    result: TurnResult
     used: int
 
 
@@ -66,22 +66,22 @@ class Replay:
         """Let go of the last iteration's observations; see `mmrl.capabilities.EncodingCache`."""
         self._kept.begin_iteration()
 
-    def after(self, prompt: Prompt, start: int, turns: tuple[tuple[str, int], ...]) -> Moment:
+    def after(self, prompt: Prompt, start: int, turns: tuple[tuple[str, int], ...]) -> TurnRecord:
         """Where the conversation stands after `turns`, each the text and its number of tokens; `start` tokens were
         the prompt's."""
         if not turns:
-            return Moment(Answered(self.environment.start(prompt), None), start)
+            return TurnRecord(TurnResult(self.environment.start(prompt), None), start)
         key = (prompt.id, str(dict(prompt.inputs)), turns)
-        known: Moment | None = self._kept.get(key)
+        known: TurnRecord | None = self._kept.get(key)
         if known is None:
             before = self.after(prompt, start, turns[:-1])
-            seen = before.answered.observation
+            seen = before.result.observation
             used = before.used + (0 if seen is None else len(seen.ids)) + turns[-1][1]
-            known = Moment(self.environment.step(before.answered.state, turns[-1][0], used), used)
+            known = TurnRecord(self.environment.step(before.result.state, turns[-1][0], used), used)
             self._kept.put(key, known, _size(known))
         return known
 
 
-def _size(moment: Moment) -> int:
-    seen = moment.answered.observation
+def _size(moment: TurnRecord) -> int:
+    seen = moment.result.observation
     return 0 if seen is None else size_in_bytes(seen)

@@ -12,7 +12,7 @@ from vision.inputs.tokens import PromptTokens
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingOptions:
     """How tokens are drawn. temperature 0 is greedy; above 0 it divides the logits, in the update as well.
 
     banned: ids that may never be sampled (image placeholders). eos: ids that end a completion.
@@ -73,7 +73,7 @@ class GrowthRequest:
 
     prompts: Sequence[PromptTokens]
     plan: BranchPlan
-    decoding: Decoding
+    sampling: SamplingOptions
     rule: StepRule
     seeds: Sequence[int]
     answers: Sequence[Answer] = ()

@@ -33,7 +33,7 @@ _MAX_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # adapter sizes vLLM has roo
 
 @dataclass(frozen=True)
 class Call:
-    """One request. sampling: vLLM's SamplingParams by name.
+    """One request. sampling_params: vLLM's SamplingParams by name.
 
     images: pictures that vLLM processes; ids then has one placeholder for each. media: processed ones, whose
     placeholders stand in ids expanded.
@@ -41,7 +41,7 @@ class Call:
 
     ids: list[int]
     images: Sequence[Image.Image]
-    sampling: Mapping[str, Any]
+    sampling_params: Mapping[str, Any]
     media: Sequence[Medium] = ()
 
 
@@ -135,7 +135,7 @@ class InProcess:
             {"prompt_token_ids": c.ids} | ({"multi_modal_data": {"image": list(c.images)}} if c.images else {})
             for c in calls
         ]
-        params = [SamplingParams(**c.sampling) for c in calls]
+        params = [SamplingParams(**c.sampling_params) for c in calls]
         return self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
@@ -147,7 +147,7 @@ class InProcess:
         outputs: dict[str, Any] = {}
         try:
             for i, c in enumerate(calls):
-                params = SamplingParams(**c.sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+                params = SamplingParams(**c.sampling_params, output_kind=RequestOutputKind.FINAL_ONLY)
                 given = engine_input(c.ids, c.media)
                 added.append(engine.add_request(f"talk-{i}", given, params, lora_request=self._adapter))
             while engine.has_unfinished_requests():
@@ -275,7 +275,7 @@ class Server:
         bodies = []
         for c in calls:
             body: dict[str, Any] = {
-                "model": self._adapter or self.base, "token_ids": c.ids, "sampling_params": c.sampling,
+                "model": self._adapter or self.base, "token_ids": c.ids, "sampling_params": c.sampling_params,
                 "return_token_ids": True,
             }  # fmt: skip
             if c.images:

@@ -212,7 +212,7 @@ def banned_ids(config: Any, tokenizer: Any, *, keep: Collection[int] = ()) -> li
     return sorted(int(i) for i in (named | in_text | padding) - ends if i is not None and 0 <= i < size)
 
 
-def save(model: Any, processor: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+def save_model(model: Any, processor: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Weights (of a PEFT model: the adapter), configuration and processor into one folder, in transformers' format.
 
     state_dict: weights to write in place of the model's own, which may be sharded.

@@ -20,7 +20,7 @@ from mmrl.rollout import Prompt
 from vision.inputs.foreign import attribute
 from vision.inputs.images import image_key, load_image
 from vision.inputs.loading import banned_ids, eos_ids, image_token_id, is_vision, tokenizer_of
-from vision.inputs.settings import Settings
+from vision.inputs.options import PolicyOptions
 from vision.inputs.tokens import Pixels, PromptTokens
 
 _CUT = "\ue001"  # a private character that no template touches
@@ -66,16 +66,16 @@ class PromptEncoder:
     Args:
         hf: the model; read for its configuration and its rotary rule.
         processor: from `vision.inputs.loading.load_processor`.
-        settings: instruction, system text, and the longest prompt, images included; longer ones are refused, not cut.
+        options: instruction, system text, and the longest prompt, images included; longer ones are refused, not cut.
         keep_images: keep the pictures beside the pixels, for engines that do their own processing.
         opening: leave the user's turn open after the question and this text; by default the model's turn begins.
     """
 
     def __init__(
-        self, hf: Any, processor: Any, settings: Settings, *, limits: Limits | None = None,
+        self, hf: Any, processor: Any, options: PolicyOptions, *, limits: Limits | None = None,
         keep_images: bool = False, opening: str | None = None,
     ) -> None:  # fmt: skip
-        self._model, self.processor, self.settings = bare(hf), processor, settings
+        self._model, self.processor, self.options = bare(hf), processor, options
         self.tokenizer = tokenizer_of(processor)
         self.limits, self.keep_images, self.opening = limits, keep_images, opening
         self.image_token = image_token_id(self._model.config)
@@ -209,10 +209,10 @@ class PromptEncoder:
         return self._placed(ids, types, pixels, text, pictures)
 
     def _check_length(self, name: str, types: Tensor, media: str) -> None:
-        if len(types) > self.settings.max_prompt_tokens:
+        if len(types) > self.options.max_prompt_tokens:
             raise PromptError(
                 f"prompt {name!r} has {len(types)} tokens, {int((types > 0).sum())} of them from {media}; the limit "
-                f"is policy.max_prompt_tokens={self.settings.max_prompt_tokens}. Raise it or use smaller pictures; "
+                f"is policy.max_prompt_tokens={self.options.max_prompt_tokens}. Raise it or use smaller pictures; "
                 "prompts are never cut"
             )
 
@@ -266,7 +266,7 @@ class PromptEncoder:
             roles = ", ".join(str(m["role"]) for m in messages)
             pictures = None in plain
             ways = ["give the model's folder another chat_template.jinja"]
-            if self.settings.system:
+            if self.options.system:
                 ways.insert(0, "leave policy.system out")
             if pictures:
                 ways.insert(0, "take a template that places pictures (content as a list of parts)")
@@ -293,11 +293,11 @@ class PromptEncoder:
         return str(mark) + text
 
     def _rendered(self, turns: Sequence[Turn]) -> str:
-        """The turns behind the system text, by the chat template; a row's own system turn replaces the settings'."""
+        """The turns behind the system text, by the chat template; a row's own system turn replaces the option's."""
         *before, last = turns
-        after = f"\n{self.settings.instruction}" if self.settings.instruction else ""
+        after = f"\n{self.options.instruction}" if self.options.instruction else ""
         last = last.then(after + (self.opening or ""))
-        system = self.settings.system
+        system = self.options.system
         if before and before[0].role == "system":
             system, before = "".join(before[0].texts), before[1:]
         if not self.tokenizer.chat_template and not attribute(self.processor, "chat_template"):

@@ -22,6 +22,7 @@ from torch import Tensor
 from mmrl.cache import cache_root, made_once
 from mmrl.registry import declares
 from mmrl.rollout import Answer, Prompt, Rollout, Sample
+from mmrl.seeding import numpy_generator
 from vision.tasks.shapes_scene import (
     KINDS,
     WORDS,
@@ -29,7 +30,6 @@ from vision.tasks.shapes_scene import (
     count,
     count_kinds,
     draw,
-    generator,
     sample_question,
     sample_scene,
     solve,
@@ -221,7 +221,7 @@ def _write_scenes(settings: Mapping[str, Any], work: Path) -> None:
     for split in ("train", "held_out"):
         rows = []
         for i in range(settings[split]):
-            rng = generator("scene", settings["seed"], split, i)
+            rng = numpy_generator("scene", settings["seed"], split, i)
             cells = sample_scene(rng, split, grid=settings["grid"], filled=tuple(settings["filled"]))
             question = sample_question(rng, terms=settings["terms"], conjunctions=settings["conjunctions"])
             Image.fromarray(draw(cells)).save(work / f"{split}-{i:05d}.png")

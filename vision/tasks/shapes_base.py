@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmrl.cache import cache_root, made_once
-from vision.inputs.loading import load_model, load_processor
+from mmrl.seeding import numpy_generator
+from vision.inputs.loading import load_model, load_processor, save_model
 from vision.tasks.shapes_model import (
     END,
     PAD,
@@ -34,8 +35,8 @@ from vision.tasks.shapes_model import (
     encode_picture,
     hidden_states,
     new_model,
+    new_processor,
     patch_table,
-    save,
 )
 from vision.tasks.shapes_scene import (
     KINDS,
@@ -45,7 +46,6 @@ from vision.tasks.shapes_scene import (
     Question,
     count,
     count_kinds,
-    generator,
     sample_question,
     sample_scene,
     solve,
@@ -118,13 +118,13 @@ def _make(recipe: Recipe, work: Path) -> None:
     log.log(
         level, "the shapes model answers %.0f%% of 64 held-out questions right (usually 90%% or more)", 100 * right
     )
-    save(model, work)
+    save_model(model, new_processor(), work)
     (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
 
 def train_base(recipe: Recipe) -> Any:
     """The trained model, the same for the same recipe on the same hardware and number of threads."""
-    rng = generator("shapes-base", recipe.seed)
+    rng = numpy_generator("shapes-base", recipe.seed)
     table = patch_table()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -227,7 +227,7 @@ def greedy(model: Any, table: Tensor, scenes: Sequence[Cells], questions: Sequen
 
 def accuracy(model: Any, *, filled: tuple[int, int], grid: int = 4, number: int = 256) -> float:
     """Share of right answers, greedy, on `number` held-out scenes."""
-    rng = generator("shapes-accuracy", filled)
+    rng = numpy_generator("shapes-accuracy", filled)
     scenes = [sample_scene(rng, "held_out", grid=grid, filled=filled) for _ in range(number)]
     questions = [sample_question(rng, terms=2) for _ in scenes]
     right = 0

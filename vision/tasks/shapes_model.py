@@ -5,15 +5,14 @@ Patch and image token are one cell of 16 pixels, so a picture of n x n cells is 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vision.tasks import tiny_vl
+from vision import tiny_models
 from vision.tasks.shapes_scene import OPERATIONS, WORDS, sprites
-from vision.tasks.tiny_vl import END, IMAGE, MARKS, PAD, SPECIAL, UNKNOWN, Vocabulary, rows_and_columns, tower_features
+from vision.tiny_models import END, IMAGE, MARKS, PAD, SPECIAL, UNKNOWN, Vocabulary, rows_and_columns, tower_features
 
 __all__ = ["END", "IMAGE", "MARKS", "PAD", "UNKNOWN", "VOCABULARY"]
 
@@ -22,7 +21,7 @@ VOCABULARY = (
     *SPECIAL, "\n", *WORDS, "empty", "describe", *OPERATIONS, "of", "and", "?", "answer",
     *("=", "+", "-", "|"), *map(str, range(LARGEST + 1)),
 )  # fmt: skip
-CHAT_TEMPLATE = tiny_vl.chat_template("image")
+CHAT_TEMPLATE = tiny_models.chat_template("image")
 
 _WORDS = Vocabulary(VOCABULARY)
 encode, decode = _WORDS.encode, _WORDS.decode
@@ -30,23 +29,17 @@ encode, decode = _WORDS.encode, _WORDS.decode
 
 def new_tokenizer() -> Any:
     """Words, whole numbers, signs and the newline are one token each."""
-    return tiny_vl.new_tokenizer(_WORDS)
+    return tiny_models.new_tokenizer(_WORDS)
 
 
 def new_processor() -> Any:
     """Tokenizer and picture part; a cell is a patch, nothing is resized."""
-    return tiny_vl.new_processor(_WORDS, CHAT_TEMPLATE)
+    return tiny_models.new_processor(_WORDS, CHAT_TEMPLATE)
 
 
 def new_model(width: int = 128, layers: int = 3) -> Any:
     """Untrained, float32, 0.6 M parameters."""
-    return tiny_vl.new_model(_WORDS, width=width, layers=layers)
-
-
-def save(model: Any, folder: Path) -> None:
-    """Model and processor in one folder, for `vision.inputs.loading` and any program that reads transformers'
-    format."""
-    tiny_vl.save(model, new_processor(), folder)
+    return tiny_models.new_model(_WORDS, width=width, layers=layers)
 
 
 def encode_picture(cells: int) -> list[int]:
@@ -56,7 +49,7 @@ def encode_picture(cells: int) -> list[int]:
 
 def patch_table() -> Tensor:
     """(sprites, 3 * 2 * 16 * 16) float32: every sprite, the empty cell last, as the image processor would give it."""
-    x = tiny_vl.normalise(torch.from_numpy(sprites())).permute(0, 3, 1, 2)
+    x = tiny_models.normalise(torch.from_numpy(sprites())).permute(0, 3, 1, 2)
     return x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(len(x), -1)
 
 

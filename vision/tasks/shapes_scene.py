@@ -6,7 +6,6 @@ shape. A scene is its (n, n) cells; the picture is a table look-up.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmrl.seeding import numpy_generator
 
 CELL = 16  # pixels on a side
 VARIANTS = 8  # jittered drawings of each kind
@@ -39,12 +40,6 @@ class Question:
 
     def __str__(self) -> str:
         return f"{self.operation} of {' and '.join(self.terms)} ?"
-
-
-def generator(*key: object) -> np.random.Generator:
-    """A stream that depends on the key alone."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def sample_scene(rng: np.random.Generator, split: str, *, grid: int, filled: tuple[int, int]) -> Cells:
@@ -107,7 +102,7 @@ def sprites() -> Pixels:
     for k, kind in enumerate(KINDS):
         colour, shape = kind.split()
         for v in range(VARIANTS):
-            out[k * VARIANTS + v] = _draw(shape, COLOURS[colour], generator("sprite", kind, v))
+            out[k * VARIANTS + v] = _draw(shape, COLOURS[colour], numpy_generator("sprite", kind, v))
     return out
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,13 +140,6 @@ def new_model(vocabulary: Vocabulary, *, width: int, layers: int, tokens_per_sec
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids[END], ids[PAD]
     return model
-
-
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Model and processor in one folder, for `vision.inputs.loading` and any program that reads transformers'
-    format."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def normalise(pixels: Tensor) -> Tensor:

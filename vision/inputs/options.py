@@ -11,7 +11,7 @@ TOKEN_DEFAULTS = {"loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_form": "
 
 
 @dataclass(frozen=True)
-class Settings:
+class PolicyOptions:
     """How prompts are put, completions sampled, and updates laid out.
 
     temperature: above 0; divides the logits in rollout and update. eval_temperature: 0 evaluates greedily.
