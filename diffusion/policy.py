@@ -19,7 +19,7 @@ from diffusion.kernels import gaussian_kl, log_prob
 from diffusion.loading import load_adapter
 from diffusion.lora import add_lora, checkpoint_gradients, load_lora
 from diffusion.sampler import Forest, Start, complete, kernel_stds, sample_forest, sample_ode, transition
-from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates, plan_schedule, record
+from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates, placed_plan, plan_schedule, record
 from mmrl.byte_cache import ByteCache
 from mmrl.capabilities import require
 from mmrl.finite import check_finite
@@ -221,11 +221,12 @@ class DiffusionPolicy:
 
     def noise_schedule(self, plan: BranchPlan, iteration: int = 0) -> NoiseSchedule:
         """The steps a rollout will take; ValueError when the plan does not fit."""
-        return plan_schedule(self.sampling, plan, self.adapter.schedule(self.sampling.steps), iteration)
+        placed = placed_plan(self.sampling, plan, iteration)
+        return plan_schedule(self.sampling, placed, self.adapter.schedule(self.sampling.steps), iteration)
 
     def forecast(self, plan: BranchPlan) -> Forecast:
         """Cost of one prompt; trained states are the states before noisy steps."""
-        schedule = self.noise_schedule(plan)
+        schedule, plan = self.noise_schedule(plan), placed_plan(self.sampling, plan, 0)
         noisy = [i for i, n in enumerate(schedule.noisy) if n]
         cost = plan.forecast(len(schedule), trained_depths=noisy, full_steps=self.sampling.steps)
         side = sum(plan.width(i) * (candidates(self.sampling, plan, schedule, i) - 1) for i in noisy)
@@ -251,6 +252,7 @@ class DiffusionPolicy:
         score: ScoreLatents | None = None,
     ) -> Rollout:
         """score: of `sampling.candidates` the one with its highest score goes on; None = a random one."""
+        plan = placed_plan(sampling, plan, iteration)
         schedule = plan_schedule(sampling, plan, self.adapter.schedule(sampling.steps), iteration)
         cond = self._embed(prompts)
         generators = [named_generator(seed, iteration, p.id) for p in prompts]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
+
+import torch
 
 from diffusion.adapters.base import Level
 from diffusion.kernels import Interval, Reduce
 from mmrl.registry import find, of_kind
 from mmrl.rollout import BranchPlan
+from mmrl.seeding import named_generator
 
 NoiseMode = Literal["split", "all", "window"]
+WindowStart = Literal["progressive", "random", "exp_decay"]
 SplitNoise = Literal["correlated", "independent", "scaled"]
 PURE_NOISE = 0.999  # noise levels from here on count as pure noise
 FinalStep = Literal["mean", "x0", "sample"]
@@ -27,6 +32,12 @@ class SamplingConfig:
         step but the last. `window`: the plan's splits and a window that slides with the training iteration.
     window_size, window_every: length of the window and iterations between moves by one step; it starts over when its
         end would pass the last noisy step, so it is never empty.
+    window_start: how it moves (MixGRPO). `progressive`: as just said. `exp_decay`: as that, and from step 13 on for
+        fewer iterations, ceil(window_every exp(-(start - 13) / 10)). `random`: anywhere in each iteration, the same
+        for all prompts (Flow-GRPO-Fast).
+    window_range: [first, end) steps that the window stays within; None = all that may draw noise.
+    plan_in_window: depths of the plan count from the window's start, so that the tree moves with it: with {0: G} one
+        ODE prefix is shared by the whole group (Flow-GRPO-Fast).
     tail: steps after the last noisy one, ODE; None keeps the schedule's own.
     split_noise: siblings share part of their noise (`correlated`: correlation 1/(1 + split_scale^2)), none of it
         (`independent`), or draw with `split_scale` times the std in sampling and in both log-probs (`scaled`).
@@ -44,6 +55,9 @@ class SamplingConfig:
     noise: NoiseMode = "split"
     window_size: int = 4
     window_every: int = 25
+    window_start: WindowStart = "progressive"
+    window_range: tuple[int, int] | None = None
+    plan_in_window: bool = False
     tail: int | None = None
     split_noise: SplitNoise = "correlated"
     split_scale: float = 4.0
@@ -63,11 +77,24 @@ class SamplingConfig:
             raise ValueError(f"policy.candidates={self.candidates}: at least 1, which goes on")
         if self.window_size < 1 or self.window_every < 1:
             raise ValueError("policy.window_size and policy.window_every must be at least 1")
+        if self.plan_in_window and self.noise != "window":
+            raise ValueError(f"policy.plan_in_window needs policy.noise: window, not {self.noise!r}")
+        if self.window_range is not None:
+            first, end = self.window_range
+            if not 0 <= first < end <= self.steps:
+                raise ValueError(
+                    f"policy.window_range={[first, end]}: give [first, end) with 0 <= first < end <= {self.steps} "
+                    "(policy.steps)"
+                )
 
     @property
     def kernel_options(self) -> dict[str, float]:
         """What the recipe sets of the kernel's own options."""
         return {} if self.eta is None else {"eta": self.eta}
+
+
+# Recorded only where they are set, so that rollouts stored before they existed still compare equal.
+_LATER_FIELDS = ("window_start", "window_range", "plan_in_window")
 
 
 @dataclass(frozen=True)
@@ -100,15 +127,54 @@ class NoiseSchedule:
 
 def noisy_steps(sampling: SamplingConfig, splits: Sequence[int], iteration: int = 0) -> list[bool]:
     """Per step of the full schedule: is the transition drawn? The last one only with `final_step="sample"`."""
-    last = sampling.steps if sampling.final_step == "sample" else sampling.steps - 1
     noisy = set(splits)
     if sampling.noise == "all":
-        noisy |= set(range(last))
+        noisy |= set(range(_noise_end(sampling)))
     elif sampling.noise == "window":
-        starts = max(1, last - sampling.window_size + 1)
-        start = (iteration // sampling.window_every) % starts
-        noisy |= set(range(start, min(start + sampling.window_size, last)))
+        noisy |= set(window(sampling, iteration))
     return [i in noisy for i in range(sampling.steps)]
+
+
+def _noise_end(sampling: SamplingConfig) -> int:
+    """The step from which on no noise may be drawn outside of splits."""
+    return sampling.steps if sampling.final_step == "sample" else sampling.steps - 1
+
+
+def window(sampling: SamplingConfig, iteration: int) -> range:
+    """The steps of the sliding window in an iteration; never empty."""
+    first, end = sampling.window_range or (0, sampling.steps)
+    end = min(end, _noise_end(sampling))
+    starts = range(first, max(first + 1, end - sampling.window_size + 1))
+    start = starts[_place_of_window(sampling, starts, iteration)]
+    return range(start, min(start + sampling.window_size, end))
+
+
+def _place_of_window(sampling: SamplingConfig, starts: range, iteration: int) -> int:
+    """Index among the possible starts."""
+    if sampling.window_start == "random":
+        return int(torch.randint(len(starts), (), generator=named_generator("window", iteration)))
+    if sampling.window_start == "progressive":
+        return (iteration // sampling.window_every) % len(starts)
+    stays = [math.ceil(sampling.window_every * math.exp(-0.1 * max(start - 13, 0))) for start in starts]
+    left = iteration % sum(stays)
+    for place, stay in enumerate(stays):
+        if left < stay:
+            return place
+        left -= stay
+    raise AssertionError("the stays add up to one round")
+
+
+def placed_plan(sampling: SamplingConfig, plan: BranchPlan, iteration: int) -> BranchPlan:
+    """The plan at its depths of the whole schedule: moved to the window's start with `plan_in_window`."""
+    if not sampling.plan_in_window:
+        return plan
+    steps = window(sampling, iteration)
+    if plan.splits and plan.splits[-1] >= len(steps):
+        raise ValueError(
+            f"plan splits at step {plan.splits[-1]} of a window of {len(steps)} steps (policy.plan_in_window); split "
+            "earlier, or raise policy.window_size"
+        )
+    return BranchPlan({steps.start + d: k for d, k in plan.factors.items()}, plan.max_leaves)
 
 
 def candidates(sampling: SamplingConfig, plan: BranchPlan, schedule: NoiseSchedule, i: int) -> int:
@@ -155,4 +221,10 @@ def plan_schedule(
 
 def record(sampling: SamplingConfig, schedule: NoiseSchedule) -> dict[str, Any]:
     """What a rollout keeps so that its log-probs can be recomputed without the config that made it."""
-    return {"sampling": asdict(sampling), "course": schedule.record()}
+    fields = asdict(sampling)
+    for name in _LATER_FIELDS:
+        if fields[name] == SamplingConfig.__dataclass_fields__[name].default:
+            del fields[name]
+    if sampling.window_range is not None:
+        fields["window_range"] = list(sampling.window_range)
+    return {"sampling": fields, "course": schedule.record()}

@@ -99,6 +99,12 @@ def test_width_and_depth_pruning():
     extreme = prune_width(tree, "extreme", 4)
     assert [i for i, leaf in enumerate(leaves.tolist()) if extreme[leaf]] == [2, 3, 4, 5]
     assert bool(kept[tree.depth <= 4].all()) and bool(prune_width(tree, "none", 4).all())
+    best = prune_width(tree, "best_of_n", 4)
+    assert bool((best == (tree.accumulate(torch.isin(torch.arange(len(tree)), leaves[2:6]).double()) > 0)).all())
+    assert int(best[tree.depth == 0].sum()) == 2 and int(best[tree.depth == 5].sum()) == 4
+    chains = StepTree([-1, 0, -1, 2, -1, 4, -1, 6], [0] * 8, [0, 1] * 4, [n, 0.2, n, 0.9, n, 0.4, n, 0.1])
+    assert prune_width(chains, "best_of_n", 0).tolist() == [False, False, True, True, False, False, True, True]
+    assert bool(prune_width(chains, "extreme", 0)[chains.depth == 0].all())  # which trains every first step
     twenty = branch_tree([float(i) for i in range(16)], {0, 3, 6, 9}, 20)
     assert int(prune_depths(twenty, 15, 9, 30, 0).sum()) == 138  # 8.625 trained edges per leaf
     assert twenty.depth[prune_depths(twenty, 15, 9, 30, 65)].max() == 12

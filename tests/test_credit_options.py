@@ -61,7 +61,7 @@ def _direct():
         (lambda: transforms.blend(tree, phi=[0, 1]), r"blend.phi=\[0, 1\] must hold 3 numbers"),
         (lambda: steps.prime(tree, form="papr"), r"prime.form 'papr' is none of paper, code \(did you mean paper\?\)"),
         (lambda: outcome.salt(tree, base="dr_grpo"), "salt.base 'dr_grpo' is none of grpo, rloo"),
-        (lambda: prune_width(tree, "best", 0), "prune.width 'best' is none of none, top, extreme"),
+        (lambda: prune_width(tree, "best", 0), "prune.width 'best' is none of none, top, extreme, best_of_n"),
         (lambda: discounted_leaf(tree, 1.0, "median"), "agg 'median' is none of mean, max"),
         (lambda: outcome.branch_depth(tree, spread="leafs"), r"branch_depth.spread 'leafs' .*did you mean leaf"),
         (lambda: outcome.tree_rpo(tree, unary="one"), "unary 'one' is none of inherit, zero"),

@@ -12,14 +12,14 @@ from mmrl.config import Section
 from mmrl.credit.norm import unknown_choice
 from mmrl.tree import StepTree
 
-Width = Literal["none", "top", "extreme"]
+Width = Literal["none", "top", "extreme", "best_of_n"]
 
 
 class PruneConfig(Section):
     """Which steps get no gradient; the rollout and its rewards are untouched (BranchGRPO)."""
 
-    width: Literal["none", "top", "extreme"] = "none"
-    keep: float = Field(0.5, gt=0, le=1)  # share of leaves kept by `extreme`
+    width: Literal["none", "top", "extreme", "best_of_n"] = "none"
+    keep: float = Field(0.5, gt=0, le=1)  # share of leaves kept by `extreme` and `best_of_n`
     depth_first: PositiveInt | None = None  # drop steps at this depth and beyond ...
     depth_stop: NonNegativeInt = 0  # ... sliding down to this one
     depth_every: PositiveInt = 30  # ... by one step every so many iterations
@@ -40,7 +40,8 @@ def prune_width(tree: StepTree, how: Width, last_split: int, keep: float = 0.5) 
 
     top: the best child of every fork at the last split (BranchGRPO "parent top-1"). extreme: the best and the worst
     leaves of each prompt, `keep` of them in all, half and half. Ties go to the earlier leaf. Steps at or above the
-    last split are always kept: they are shared decisions.
+    last split are always kept: they are shared decisions. best_of_n: the leaves of `extreme`, and no step that leads
+    to others alone (DanceGRPO's best-of-n of independent samples; advantages are still those among all n).
     """
     if how == "none":
         return torch.ones(len(tree), dtype=torch.bool)
@@ -48,7 +49,7 @@ def prune_width(tree: StepTree, how: Width, last_split: int, keep: float = 0.5) 
     if how == "top":
         fork = tree.sib[_ancestor_at(tree, leaves, last_split)]
         chosen = leaves[_rank_in(fork, -tree.outcome[leaves]) == 0]
-    elif how == "extreme":
+    elif how in ("extreme", "best_of_n"):
         group, r = tree.group[leaves], tree.outcome[leaves]
         half = (torch.bincount(group)[group] * keep / 2).round().clamp(min=1)
         chosen = leaves[(_rank_in(group, -r) < half) | (_rank_in(group, r) < half)]
@@ -56,7 +57,8 @@ def prune_width(tree: StepTree, how: Width, last_split: int, keep: float = 0.5) 
         raise unknown_choice("prune.width", how, Width)
     marked = torch.zeros(len(tree), dtype=torch.float64)
     marked[chosen] = 1
-    return (tree.accumulate(marked) > 0) | (tree.depth <= last_split)
+    above_chosen = tree.accumulate(marked) > 0
+    return above_chosen if how == "best_of_n" else above_chosen | (tree.depth <= last_split)
 
 
 def _ancestor_at(tree: StepTree, nodes: Tensor, depth: int) -> Tensor:

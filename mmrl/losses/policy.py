@@ -28,7 +28,7 @@ class LossConfig(Section):
     """The policy loss."""
 
     ratio: Literal["action", "step", "trajectory"] = "action"  # step and trajectory: the GSPO form
-    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
+    surrogate: Literal["clip", "unclipped", "cispo", "sapo"] = "clip"
     # of `mmrl list loss_rules`, in order: they change ratios and weights of actions before the surrogate
     rules: list[Component] = Field(default_factory=list)
     # PPO's range; a policy whose log-probs are of another size declares its own (denoising: 0.001).
@@ -49,11 +49,13 @@ class LossConfig(Section):
 class LossRule(Protocol):
     """A row of `loss_rules`: a policy-gradient method's change of each action's log-ratio and weight.
 
-    Called as `rule(log_ratio, weight, extra)`, both (A,), the log-ratio differentiable. Its fact `extra` names the
-    tensors that it asks for of `ActionLogProbs.extra`.
+    Called as `rule(log_ratio, weight, advantage, extra)`, each (A,), the log-ratio differentiable. Its fact `extra`
+    names the tensors that it asks for of `ActionLogProbs.extra`, with what to do where one is missing.
     """
 
-    def __call__(self, log_ratio: Tensor, weight: Tensor, extra: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, log_ratio: Tensor, weight: Tensor, advantage: Tensor, extra: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def loss_rules(config: LossConfig) -> list[LossRule]:
@@ -66,14 +68,16 @@ def _checked_rule(name: str, options: Mapping[str, Any], where: str) -> LossRule
     rule: LossRule = row.build(options, where)
     needs: Mapping[str, str] = row.facts.get("extra", {})
 
-    def checked(log_ratio: Tensor, weight: Tensor, extra: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def checked(
+        log_ratio: Tensor, weight: Tensor, advantage: Tensor, extra: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         for key, remedy in needs.items():
             if key not in extra:
                 given = ", ".join(extra) or "none"
                 raise ComponentError(
                     f"{where}: {name!r} needs {key!r} of every action; this policy gives {given}. {remedy}"
                 )
-        return rule(log_ratio, weight, extra)
+        return rule(log_ratio, weight, advantage, extra)
 
     return checked
 

@@ -127,11 +127,11 @@ def policy_loss(
     weight = batch.weight[new.index].to(device)
     log_ratio = new.logp - batch.old_logp[new.index].to(device)
     rows, log_rho, share = ratio_rows(batch, new, log_ratio, config.ratio)
-    share = share.to(device)
+    share, adv = share.to(device), batch.adv[new.index[rows]].to(device)
     extra = {name: x[rows] for name, x in new.extra.items()}
     for rule in rules:
-        log_rho, share = rule(log_rho, share, extra)
-    adv, w = batch.adv[new.index[rows]].to(device), weight[rows.to(device)] * share
+        log_rho, share = rule(log_rho, share, adv, extra)
+    w = weight[rows.to(device)] * share
     surrogate = _surrogate(config, log_rho, adv, new.logp[rows.to(device)])
     clipped = (log_rho.exp() - 1 > config.clip_high) | (log_rho.exp() - 1 < -config.clip_low)
     loss = (w * surrogate).sum()
@@ -184,6 +184,8 @@ def _surrogate(config: LossConfig, log_rho: Tensor, adv: Tensor, logp: Tensor) -
         return cispo(log_rho, adv, logp, config.clip_low, config.clip_high)
     if config.surrogate == "sapo":
         return sapo(log_rho, adv)
+    if config.surrogate == "unclipped":
+        return -adv * log_rho.clamp(-20, 20).exp()
     return clipped_surrogate(log_rho, adv, config.clip_low, config.clip_high, config.dual_clip)
 
 

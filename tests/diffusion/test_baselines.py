@@ -15,7 +15,18 @@ from tiny import TinyTask, brightness, recipe
 
 from diffusion.adapters.base import Level
 from diffusion.clean_reward import CleanReward
-from diffusion.losses import diffusion_dpo_loss, drift, nft_loss, nft_share, prediction_error, refl_loss
+from diffusion.losses import (
+    awm_loss,
+    crd_loss,
+    dgpo_loss,
+    diffusion_dpo_loss,
+    drift,
+    nft_loss,
+    nft_share,
+    prediction_error,
+    refl_loss,
+    scaled_prediction_error,
+)
 from diffusion.policy import DiffusionPolicy
 from mmrl import registry
 from mmrl.config import parse_config
@@ -123,6 +134,77 @@ def test_nft_and_drift_equal_their_velocity_forms(seed, t, b):
     torch.testing.assert_close(drifted, ((v - old) ** 2).mean(1), rtol=1e-3, atol=1e-4)
 
 
+def test_scaled_error_is_the_error_over_its_mean_size():
+    """Velocity errors (.1, .2) on a flow: .025 / .15, with the gradient of the numerator alone."""
+    x0, eps, v = T([[1.0, 2.0]]), T([[0.5, -1.0]]), T([[0.1, 0.2]], requires_grad=True)
+    loss = scaled_prediction_error(x0, eps + v, x0, eps, Level(0.4, 0.6, 600))
+    loss.sum().backward()
+    assert float(loss) == pytest.approx(0.025 / 0.15)
+    torch.testing.assert_close(v.grad, T([[0.1, 0.2]]) / 0.15)
+
+
+def test_awm_on_worked_numbers():
+    """e .3 from .5: rho e^.2 = 1.2214; A 2 pulls, A -2 is clipped at 1.1 only where that is worse, A 2 at 1.1 has none."""
+    old, adv = T([0.5, 0.5]), T([2.0, -2.0])
+    error = T([0.3, 0.3], requires_grad=True)
+    loss = awm_loss(error, old, adv)
+    assert loss.tolist() == pytest.approx([-2.4428, 2.4428], abs=1e-4)
+    loss.sum().backward()
+    assert error.grad.tolist() == pytest.approx([2.4428, -2.4428], abs=1e-4)  # a good sample's error falls
+    clipped = awm_loss(error, old, adv, clip=0.1)
+    assert clipped.tolist() == pytest.approx([-2.2, 2.4428], abs=1e-4)
+
+
+def test_awm_starts_as_weighted_pre_training():
+    error = T([0.3, 0.7], requires_grad=True)
+    awm_loss(error, error.detach(), T([1.5, -0.5])).sum().backward()
+    assert error.grad.tolist() == [1.5, -0.5]
+
+
+def test_dgpo_on_worked_numbers():
+    """One group, A (1, -1), e (.10, .20), e_ref (.12, .19): 100/2 (-.02 - .01) = -1.5, w = sigmoid(-1.5) = .182426."""
+    error = T([0.10, 0.20], requires_grad=True)
+    parts = (T([0.12, 0.19]), T([0.10, 0.20]), T([1.0, -1.0]), T([0, 0]))
+    loss = dgpo_loss(error, *parts)
+    assert loss.tolist() == pytest.approx([0.0182426, -0.0364852], abs=1e-6)
+    loss.sum().backward()
+    assert error.grad.tolist() == pytest.approx([0.182426, -0.182426], abs=1e-6)
+
+
+def test_dgpo_leaves_alone_what_has_moved_far_enough():
+    """exp(.4 - .1) > 1.001 with A > 0 and exp(.1 - .4) < .999 with A < 0 get no gradient, the other two do."""
+    error = T([0.1, 0.4, 0.4, 0.1], requires_grad=True)
+    old, adv = T([0.4, 0.1, 0.1, 0.4]), T([1.0, -1.0, 1.0, -1.0])
+    dgpo_loss(error, error.detach(), old, adv, T([0, 0, 0, 0])).sum().backward()
+    assert error.grad.tolist() == [0.0, 0.0, 0.5, -0.5]
+    error.grad = None
+    dgpo_loss(error, error.detach(), old, adv, T([0, 0, 0, 0]), clip=None).sum().backward()
+    assert error.grad.tolist() == [0.5, -0.5, 0.5, -0.5]
+
+
+def test_dgpo_is_the_gradient_of_a_group_preference():
+    """-ln sigmoid(R(good) - R(bad)), R = sum |A| beta (e_ref - e) / G, up to the factor beta / G."""
+    g = torch.Generator().manual_seed(0)
+    error, ref, adv = torch.rand(4, generator=g), torch.rand(4, generator=g), T([1.2, 0.4, -0.3, -1.3])
+    ours, text = error.clone().requires_grad_(), error.clone().requires_grad_()
+    dgpo_loss(ours, ref, error, adv, T([0] * 4), beta=3.0).sum().backward()
+    (-torch.nn.functional.logsigmoid((adv * 3.0 / 4 * (ref - text)).sum())).backward()
+    torch.testing.assert_close(ours.grad * 3.0 / 4, text.grad)
+
+
+def test_crd_on_worked_numbers():
+    """Group 0: r = e_old - e = (.2, 0), centred (.1, -.1), R (.75, .25) centred (.25, -.25): 5 (.1 - .25)^2 = .1125.
+    Group 1, alone: nothing to compare with. Gradient: 10 (.1 - .25) (-1) = 1.5."""
+    error = T([0.3, 0.5, 0.9], requires_grad=True)
+    loss = crd_loss(error, T([0.5, 0.5, 0.1]), T([0.75, 0.25, 1.0]), T([0, 0, 1]))
+    assert loss.tolist() == pytest.approx([0.1125, 0.1125, 0.0], abs=1e-6)
+    loss.sum().backward()
+    assert error.grad.tolist() == pytest.approx([1.5, -1.5, 0.0], abs=1e-5)
+    assert float(crd_loss(T([0.3]), T([0.5]), T([1.0]), T([0]))) == 0
+    steep = crd_loss(T([0.3, 0.5]), T([0.5, 0.5]), T([0.75, 0.25]), T([0, 0]), beta=2.0)
+    assert steep.tolist() == pytest.approx([2.5 * 0.05**2] * 2, abs=1e-6)
+
+
 def test_ddpo_advantages_are_its_per_prompt_statistics():
     """A second implementation: a buffer of 16 rewards per prompt, numpy's std (ddof 0) plus 1e-6."""
     rewards = np.random.default_rng(0).normal(size=(3, 16)) * [[1.0], [0.1], [3.0]]
@@ -213,7 +295,25 @@ def test_nft_asks_the_old_policy_when_terms_are_made(policy):
     assert all(bool((a.loss() > b.loss()).all()) for a, b in zip(drifting, plain, strict=True))
 
 
-@pytest.mark.parametrize("name", ["diffusion_dpo", "refl", "nft"])
+def test_dgpo_noises_a_prompt_s_samples_alike_at_every_level(policy):
+    rollout = rewarded(policy)
+    seen, _ = inputs_of(policy, terms_of(policy, "dgpo", {"levels": 3}, rollout, REWARDS, (0, 0)))
+    leaves = rollout.tree.is_finished.nonzero().flatten()
+    latent, owner = rollout.actions.payload["latent"][leaves], rollout.tree.group[leaves]
+    noises = []
+    for x, t in seen:
+        s = float(t[0]) / 1000
+        noises.append((x - (1 - s) * latent) / s)
+    assert len(noises) == 3
+    for noise in noises:
+        torch.testing.assert_close(noise, noises[0], atol=1e-4, rtol=1e-4)
+        for g in range(3):
+            own = noise[owner == g]
+            torch.testing.assert_close(own, own[:1].expand_as(own), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(noises[0][owner == 0][0], noises[0][owner == 1][0])
+
+
+@pytest.mark.parametrize("name", ["diffusion_dpo", "refl", "nft", "awm", "dgpo", "crd"])
 def test_micro_batches_and_other_prompts_change_nothing(policy, name):
     grads = []
     for size in (256, 3):
@@ -237,7 +337,11 @@ def test_micro_batches_and_other_prompts_change_nothing(policy, name):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("nftt", {}, r"unknown sample loss 'nftt' \(did you mean nft\?\); known: diffusion_dpo, nft, refl"),
+        (
+            "nftt",
+            {},
+            r"unknown sample loss 'nftt' \(did you mean nft\?\); known: awm, crd, dgpo, diffusion_dpo, nft, refl",
+        ),
         ("nft", {"bb": 1}, r"unknown key loss.bb=1"),
         ("nft", {"levels": 7}, r"loss.levels=7: the sampler has 6 noise levels"),
         ("refl", {}, r"reward 'plain': ReFL needs the protocol DifferentiableReward .*: legible_symmetric"),
@@ -289,10 +393,21 @@ def test_every_recipe_runs(tiny_model, tmp_path, name):
     assert any(not torch.equal(start[k], end[k]) for k in start)
 
 
-@pytest.mark.parametrize("name, options", [("diffusion_dpo", {"beta": 5}), ("refl", {}), ("nft", {})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("diffusion_dpo", {"beta": 5}),
+        ("refl", {}),
+        ("nft", {}),
+        ("awm", {}),
+        ("dgpo", {"dpo_beta": 5.0, "clip": None}),
+        ("crd", {}),
+    ],
+)
 def test_every_loss_raises_the_reward(tiny_model, tmp_path, name, options):
     sections = {"run": {"iterations": 20, "eval_every": 20}, "optim": {"lr": 5e-3}, "loss": {"name": name, **options}}
-    build(small(tiny_model, tmp_path, name, **sections)).train()
+    like = name if (CONFIGS / f"digits_{name}.yaml").exists() else "nft"
+    build(small(tiny_model, tmp_path, like, **sections)).train()
     evals = [r["eval/reward"] for r in rows(tmp_path) if "eval/reward" in r]
     assert evals[-1] > evals[0] + 0.2
 

@@ -209,6 +209,48 @@ def test_window_slides_and_is_never_empty():
     assert sum(noisy_steps(SamplingConfig(steps=6, noise="all", final_step="sample"), [])) == 6
 
 
+def starts_of(iterations, **options):
+    s = SamplingConfig(noise="window", **options)
+    return [noisy_steps(s, (), i).index(True) for i in iterations]
+
+
+def test_a_window_stays_longest_early_with_exp_decay():
+    """ceil(tau exp(-(start - 13) / 10)), tau 10: 10 iterations each up to start 13, then 10, 9, 8 for 14, 15, 16."""
+    got = starts_of(range(180), steps=20, window_size=3, window_every=10, window_start="exp_decay")
+    assert [got[:167].count(k) for k in range(17)] == [10] * 14 + [10, 9, 8]
+    assert got == sorted(got[:167]) + [0] * 10 + [1] * 3  # then from the start again
+
+
+def test_a_random_window_stays_in_its_range_and_is_everyone_s():
+    options = {"steps": 10, "window_size": 2, "window_start": "random", "window_range": (2, 6)}
+    got = starts_of(range(60), **options)
+    assert set(got) == {2, 3, 4} and got == starts_of(range(60), **options)
+    assert starts_of([0], steps=10, window_size=9, window_range=(4, 6)) == [4]
+
+
+def test_a_group_shares_the_ode_prefix_before_its_window(tiny_model):
+    """Flow-GRPO-Fast: one state until the window begins, then the group; only the window has densities."""
+    options = {"noise": "window", "window_size": 2, "window_every": 1, "plan_in_window": True}
+    p = policy(tiny_model, split_noise="independent", **options)
+    for iteration, start in ((0, 0), (2, 2)):
+        rollout = p.rollout(PROMPTS[:2], BranchPlan({0: 4}), seed=0, iteration=iteration)
+        tree = rollout.tree
+        width = [int((tree.depth == d).sum()) // 2 for d in range(6)]
+        assert width == [1] * start + [4] * (6 - start)
+        assert set(tree.depth[rollout.actions.trainable].tolist()) == {start, start + 1}
+        assert rollout.counts == {"calls": 2 * (start + 1 + 4 * (5 - start)), "leaves": 8}
+    assert p.forecast(BranchPlan({0: 4})).trained_states == 1 + 4
+
+
+def test_what_is_recorded_of_a_rollout_of_before_is_recorded_still(tiny_model):
+    """Fields that came later are there only where they are set."""
+    plain = policy(tiny_model).rollout(PROMPTS[:1], BranchPlan({0: 2}), seed=0).about["sampling"]
+    assert not {"window_start", "window_range", "plan_in_window"} & set(plain)
+    moved = policy(tiny_model, noise="window", window_range=(1, 4)).rollout(PROMPTS[:1], BranchPlan({1: 2}), seed=0)
+    assert moved.about["sampling"]["window_range"] == [1, 4]
+    assert SamplingConfig(**moved.about["sampling"]).steps == 6
+
+
 @pytest.mark.parametrize(
     "options, plan, message",
     [
