@@ -31,7 +31,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, suc
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Run a recipe."""
-    _train(_load(recipe, overrides))
+    from mmrl.trainers import trainer_of
+
+    trainer = trainer_of(_load(recipe, overrides))
+    trainer.train()
+    page = trainer.loop.folder.root / "report.html"
+    if trainer.loop.is_main and page.exists():
+        typer.echo(f"report: {page.resolve()}")
 
 
 @app.command()
@@ -218,17 +224,6 @@ def _load(recipe: Path, overrides: list[str] | None) -> TrainingConfig:
     from mmrl.config import load_config
 
     return load_config(recipe, overrides or [])
-
-
-def _train(config: TrainingConfig) -> None:
-    from mmrl.trainers import trainer_of
-
-    trainer = trainer_of(config)
-    trainer.train()
-    if trainer.loop.is_main and config.run.report:
-        from mmrl.report.page import write_report
-
-        typer.echo(f"report: {write_report(config.run.output).resolve()}")
 
 
 def main() -> None:

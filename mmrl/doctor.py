@@ -5,19 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from mmrl.config import Component, Section, declared_defaults
 from mmrl.recipe import PolicyConfig, TrainingConfig
-from mmrl.rollout import BranchPlan, Policy
+from mmrl.rewards.scoring import Scored
 from mmrl.trainers import trainer_of
+from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.branch_grpo import BranchGrpo, BranchGrpoConfig
 from mmrl.trainers.imitation import ImitationConfig
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.policy_update import current_logp
-from mmrl.trainers.rollouts import Rollouts
 from mmrl.trainers.verdicts import verdicts
 
 
@@ -30,14 +30,6 @@ class Line(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.topic:<10} {self.text}"
-
-
-class PolicyTrainer(Protocol):
-    """A trainer whose iterations take rollouts of a policy."""
-
-    rollouts: Rollouts
-    policy: Policy
-    plan: BranchPlan
 
 
 def examine(config: TrainingConfig) -> Iterator[Line]:
@@ -59,7 +51,7 @@ def examine(config: TrainingConfig) -> Iterator[Line]:
         yield Line("memory", _memory(trainer.loop, kl=isinstance(config, BranchGrpoConfig) and config.loss.kl > 0))
         metrics = trainer.iterate(0)
         if samples:
-            yield from _rewards(trainer.rollouts)
+            yield from _rewards(trainer.run.meter.scores[-1])
             yield from _rollout(trainer, metrics)
         if isinstance(trainer, BranchGrpo):
             yield from _credit(trainer, metrics)
@@ -100,8 +92,9 @@ def _short(value: object) -> str:
 
 
 def _cost(trainer: PolicyTrainer) -> Iterator[Line]:
-    run, forecast = trainer.rollouts.config.run, trainer.policy.forecast(trainer.plan)
-    yield Line("plan", f"{dict(trainer.plan.factors)}: {forecast}")
+    run, plan = trainer.config.run, trainer.run.plan
+    forecast = trainer.policy.forecast(plan)
+    yield Line("plan", f"{dict(plan.factors)}: {forecast}")
     prompts = run.prompts_per_iteration
     yield Line(
         "cost",
@@ -120,8 +113,7 @@ def _memory(loop: Loop, *, kl: bool) -> str:
     )
 
 
-def _rewards(rollouts: Rollouts) -> Iterator[Line]:
-    scored = rollouts.scores[-1]
+def _rewards(scored: Scored) -> Iterator[Line]:
     for name, part in scored.parts.items():
         bad = int(part.isnan().sum())
         known = part[~part.isnan()]
@@ -133,7 +125,7 @@ def _rewards(rollouts: Rollouts) -> Iterator[Line]:
 
 
 def _rollout(trainer: PolicyTrainer, metrics: Mapping[str, float]) -> Iterator[Line]:
-    forecast = trainer.policy.forecast(trainer.plan)
+    forecast = trainer.policy.forecast(trainer.run.plan)
     calls, bound = metrics["rollout/calls_per_leaf"], forecast.calls / forecast.leaves
     # the bound is reached unless completions may end early
     agrees = (

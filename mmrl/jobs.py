@@ -200,17 +200,17 @@ def run_rollouts(config: TrainingConfig, out: Path) -> dict[str, Any]:
     Raises:
         ConfigError: a recipe that samples nothing, or a folder with rollouts of another one.
     """
-    from mmrl.rollout import BranchPlan
-    from mmrl.trainers.rollouts import Rollouts, store_rollouts
+    from mmrl.trainers.run import Run
+    from mmrl.trainers.stored import store_rollouts
     from mmrl.tree import StepTree
 
     if not isinstance(config, PolicyConfig):
         raise ConfigError(
             f"mmrl rollouts takes a recipe with a policy and a plan; trainer={config.trainer!r} has none"
         )
-    made, model = Rollouts(config), _stamp(str(config.policy.options.get("model", "")))
-    store_rollouts(made, BranchPlan(config.plan), out, config.run.iterations, model=model)
-    if not made.loop.is_main:
+    run, model = Run(config), _stamp(str(config.policy.options.get("model", "")))
+    store_rollouts(run, out, config.run.iterations, model=model)
+    if not run.loop.is_main:
         return {}
     trees = [StepTree.load(f.parent) for f in sorted(out.glob("[!.]*/rollout.json"))]
     outcome = [x for t in trees for x in t.outcome[t.is_finished].tolist()]

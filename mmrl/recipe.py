@@ -76,6 +76,7 @@ class TrainingConfig(Section):
     task: Component
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
+    callbacks: list[Component] = Field(default_factory=list)  # beside those of every run (`mmrl list callbacks`)
 
     def dump(self) -> str:
         """YAML of every value, defaults included."""

@@ -95,6 +95,7 @@ add_kind(
         arguments=1,
     )
 )
+add_kind(Kind("callbacks", "callback", ("mmrl.trainers.callbacks",), keywords=("api",)))
 add_kind(Kind("policies", "policy"))
 add_kind(Kind("tasks", "task"))
 add_kind(Kind("rewards", "reward", arguments=1, writes=("outcome",), adapt="mmrl.rewards.completions:as_reward"))

@@ -155,8 +155,8 @@ class Meter:
 
 def attach(trainer: Any, meter: Meter) -> None:
     """Count what a trainer's networks, decoder and rewards are given; its pictures for the report are not made."""
-    rollouts, policy = trainer.rollouts, trainer.policy
-    rollouts.keep_tree = lambda *args: None
+    rewarder, policy = trainer.run.rewarder, trainer.policy
+    trainer.learned_from = lambda *args: None
     within(trainer, "evaluate", meter.off)
     within(trainer, "iterate", meter.iteration)
     policy.model.register_forward_hook(
@@ -164,10 +164,10 @@ def attach(trainer: Any, meter: Meter) -> None:
     )
     policy._reference._copy.register_forward_hook(lambda m, args, out: meter.add("reference", len(args[0])))
     count(policy.adapter, "decode", meter, "decoded")
-    for name, (reward, weight) in rollouts.rewards.items():
-        rollouts.rewards[name] = (counted(reward, meter, "scored"), weight)
-    for reward, _ in rollouts.step_rewards.values():
-        within(rollouts, "reward_leaves", meter.logging)
+    for name, (reward, weight) in rewarder.rewards.items():
+        rewarder.rewards[name] = (counted(reward, meter, "scored"), weight)
+    for reward, _ in rewarder.step_rewards.values():
+        within(rewarder, "reward_leaves", meter.logging)
         kind = "clean" if isinstance(reward, CleanReward) else "latent_reward"
         reward.model.register_forward_hook(lambda m, args, out, kind=kind: meter.add(kind, len(args[0])))
         if kind == "clean":

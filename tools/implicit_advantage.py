@@ -23,7 +23,7 @@ from mmrl.losses.reward import step_loss
 from mmrl.rollout import BranchPlan, Policy, Rollout
 from mmrl.scorers.implicit import ImplicitPrm
 from mmrl.trainers.branch_grpo import BranchGrpoConfig
-from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.run import Run
 from mmrl.trainers.stored import StoredRollouts
 from mmrl.tree import StepTree
 from mmrl.tree_ops import backup
@@ -32,11 +32,11 @@ FORKS = (0, 2, 4, 6)
 PROMPTS = 8
 
 
-def held_out(rollouts: Rollouts, seed: int) -> Rollout:
+def held_out(run: Run, seed: int) -> Rollout:
     """Rewarded trees of every prompt of the task, 256 leaves each."""
     plan = BranchPlan(dict.fromkeys(FORKS, 4))
-    rollout = rollouts.policy.rollout(list(rollouts.task.prompts), plan, seed=seed)
-    return rollouts.reward_leaves(rollout)
+    rollout = run.policy.rollout(list(run.task.prompts), plan, seed=seed)
+    return run.rewarder.reward_leaves(rollout, {})
 
 
 def sibling_gap(tree: StepTree, x: Tensor) -> Tensor:
@@ -105,12 +105,12 @@ def main() -> None:
     a = parser.parse_args()
     config = load_config(a.recipe, ["run.trackers=[]", "run.cpu=true"])
     assert isinstance(config, BranchGrpoConfig)
-    rollouts = Rollouts(config)
-    trees = held_out(rollouts, a.seed)
+    run = Run(config)
+    trees = held_out(run, a.seed)
     tree, path = trees.tree, paths(trees.tree)
     broadcast = centred(tree, tree.outcome[tree.is_leaf][:, None].expand(path.shape))
     print(json.dumps({"outcome broadcast": correlations(tree, broadcast)}))
-    policy: Policy = type(rollouts.policy).build(**config.policy.options)  # type: ignore[attr-defined]
+    policy: Policy = type(run.policy).build(**config.policy.options)  # type: ignore[attr-defined]
     prm, stored, done = ImplicitPrm(policy, beta=a.beta), StoredRollouts(a.rollouts, PROMPTS), 0
     optimizer = torch.optim.AdamW(prm.model.parameters(), lr=a.lr, weight_decay=0.0)
     start = time.process_time()

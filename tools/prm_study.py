@@ -320,7 +320,7 @@ def reinforced(args: argparse.Namespace, folder: Path, model: Path, seed: int, t
     greedy evaluations.
     """
     from mmrl.trainers.branch_grpo import BranchGrpo
-    from mmrl.trainers.rollouts import EVAL_SEED
+    from mmrl.trainers.evaluator import EVAL_SEED
     from vision.tasks.shapes import ShapesAnswer, split_steps
 
     if (rows := folder / "rows.json").exists():

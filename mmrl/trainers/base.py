@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-import logging
-from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from mmrl.trainers.rollouts import Rollouts
+from torch import Tensor
 
-log = logging.getLogger(__name__)
+from mmrl.rollout import OutcomeReward, Policy, Rollout
+from mmrl.trainers.callback import Callback
+from mmrl.trainers.loop import Trainer
+from mmrl.trainers.run import Demands, Run
+from mmrl.trainers.task import Task
 
 
-class PolicyTrainer(ABC):
-    """A trainer that learns from rollouts of a policy; what it learns from them is its `iterate`."""
+class PolicyTrainer(Trainer):
+    """A trainer that learns from rollouts of a policy; what it learns from them is its `iterate`.
 
-    def __init__(self, rollouts: Rollouts) -> None:
-        self.rollouts, self.policy, self.loop = rollouts, rollouts.policy, rollouts.loop
+    Args:
+        policy, task, rewards: in place of those the recipe names. rewards: name -> (reward, weight).
+        callbacks: beside those the recipe names.
+    """
 
-    def introduction(self) -> str:
-        """What the log says before the first iteration."""
-        return ""
+    def __init__(
+        self,
+        config: Any,
+        policy: Policy | None = None,
+        task: Task | None = None,
+        rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config
+        self.run = Run(config, policy, task, rewards, self.demands(), callbacks)
+        self.policy, self.loop = self.run.policy, self.run.loop
+        self.prepare()
 
-    def train(self) -> dict[str, float]:
-        """Run to the end; returns the last metrics."""
-        if self.loop.is_main and (text := self.introduction()):
-            log.info(text)
-        return self.loop.run(self)
+    def demands(self) -> Demands:
+        """What it asks of the rest of the recipe; its own options are checked here, before anything is loaded."""
+        return Demands()
 
-    @abstractmethod
-    def iterate(self, iteration: int) -> dict[str, float]:
-        """One iteration with its updates; metrics by name."""
+    def prepare(self) -> None:
+        """The rest of what an iteration needs, once the run is put together."""
+
+    def learned_from(self, rollout: Rollout, mark: Tensor) -> None:
+        """Show a rollout, with a number (N,) per step, to the callbacks."""
+        for callback in self.loop.callbacks:
+            callback.on_rollout(self, rollout, mark)
 
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Reward and judges on the evaluation prompts, side by side; samples go to the run folder."""
-        return self.rollouts.evaluate(iteration)
+        return self.run.evaluate(iteration)
 
-    def save_model(self) -> None:
-        """The trained model in its ecosystem's format, under model/."""
-        self.rollouts.save_model()
+    def save_model(self, folder: Path) -> None:
+        """The policy in its ecosystem's format; all ranks call it."""
+        self.run.save_model(folder)

@@ -24,18 +24,16 @@ from mmrl.fields import Stage
 from mmrl.losses.policy import LossConfig, loss_rules
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import find, register
-from mmrl.rewards.scoring import Scored
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, StepScorer
+from mmrl.rollout import BranchPlan, Prompt, Rollout, StepReward, StepScorer
 from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.online import OnlineConfig, OnlineScorer
+from mmrl.trainers.online import OnlineConfig
 from mmrl.trainers.policy_update import Batch, Sums, build_batch, policy_loss, recompute_old_logp
 from mmrl.trainers.references import ReferenceConfig, cut_references, imitation_losses, references, unsolved
 from mmrl.trainers.refill import refill
-from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.run import Demands
 from mmrl.trainers.stored import fields_given
-from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +54,11 @@ class BranchGrpoConfig(PolicyConfig):
 class BranchGrpo(PolicyTrainer):
     """The trainer behind `trainer: branch_grpo`."""
 
-    def __init__(
-        self,
-        config: BranchGrpoConfig,
-        policy: Policy | None = None,
-        task: Task | None = None,
-        rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
-    ) -> None:
-        self.config = config
+    config: BranchGrpoConfig
+
+    def demands(self) -> Demands:
+        """Fields for its credit, initial weights for its KL."""
+        config = self.config
         self._credit_how: dict[str, Any] = {
             "kind": config.credit.step_reward_kind, "whiten": config.credit.whiten,
             "allow_double_norm": config.credit.allow_double_norm, "counting": config.credit.counting,
@@ -73,43 +68,49 @@ class BranchGrpo(PolicyTrainer):
         readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
-        needs = {"imitation (off with imitation.weight=0)": OutputWriter} if config.imitation.weight > 0 else {}
-        rollouts = Rollouts(
-            config, policy, task, rewards, reference=config.loss.kl > 0, readers=readers, policy_needs=needs,
+        return Demands(
+            reference=config.loss.kl > 0,
+            readers=readers,
             given=fields_given(config.plan, config.rollouts),
+            policy={"imitation (off with imitation.weight=0)": OutputWriter} if config.imitation.weight > 0 else {},
             learns="" if config.online is None else config.online.scorer,
-        )  # fmt: skip
-        super().__init__(rollouts)
-        self.task, self.step_rewards = rollouts.task, rollouts.step_rewards
-        self.plan = BranchPlan(config.plan)
-        self.forecast = self.policy.forecast(self.plan)
-        self.stored = self.rollouts.open_stored(config.rollouts, self.plan)
-        if self.stored is not None and config.run.refill:
+        )
+
+    def prepare(self) -> None:
+        """
+        Raises:
+            ConfigError: stored rollouts are to be refilled, or the scorer that is to learn along cannot.
+        """
+        config, run = self.config, self.run
+        self.forecast = self.policy.forecast(run.plan)
+        run.read_from(config.rollouts, run.plan)
+        if run.stored is not None and config.run.refill:
             raise ConfigError("run.refill samples further prompts, which stored rollouts cannot; set run.refill=0")
         # with those that a trained scorer brings by default
-        self._transforms = _transforms(config, self.step_rewards)
+        self._transforms = _transforms(config, run.rewarder.step_rewards)
         validate(self._estimators, self._transforms, **self._credit_how)
-        self._online = OnlineScorer.of(config.online, self.step_rewards, self.rollouts.readings, self.loop)
+        if config.online is not None:
+            run.rewarder.learn(config.online, self.loop)
         self._history = OutcomeHistory.of(self._estimators)
         if self._history is not None:
             self.loop.remember("outcomes", self._history)
         self._cut = 0.0  # share of the references that sampling could not write
         if config.imitation.weight > 0:
-            self._cut = cut_references(self.policy, self.task.prompts)
+            self._cut = cut_references(self.policy, run.task.prompts)
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 
     def introduction(self) -> str:
         """The plan and what it costs, or where the rollouts come from."""
-        source = f"rollouts of {self.config.rollouts}" if self.stored else self.forecast
-        return f"plan {dict(self.plan.factors)}: {source}"
+        source = f"rollouts of {self.config.rollouts}" if self.run.stored else self.forecast
+        return f"plan {dict(self.run.plan.factors)}: {source}"
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Sample, reward, credit, select, update."""
         self._refills = 0
-        self.rollouts.clear()
+        self.run.begin()
         rollout = self.sample(iteration)
         credit = self.credit(rollout)
         if self._history is not None:
@@ -117,40 +118,27 @@ class BranchGrpo(PolicyTrainer):
         batch = self.select(rollout, credit, iteration)
         metrics: dict[str, float] = {}
         for update in range(self.config.optim.updates_per_rollout):
-            with self.rollouts.timed("update"):
+            with self.run.meter.timed("update"):
                 metrics |= self.update(batch, first=update == 0)
         if self.config.imitation.weight > 0:
-            with self.rollouts.timed("imitation"):
+            with self.run.meter.timed("imitation"):
                 metrics |= self.imitate(rollout, batch)
-        if self._online is not None:
-            with self.rollouts.timed("online"):
-                metrics |= self._online.update(rollout)
-        self.rollouts.keep_tree(rollout, credit.adv, iteration)
-        return metrics | self.rollouts.metrics() | self._rollout_metrics(rollout, credit, batch)
+        metrics |= self.run.rewarder.update(rollout)
+        self.learned_from(rollout, credit.adv)
+        return metrics | self.run.metrics() | self._rollout_metrics(rollout, credit, batch)
 
     def sample(self, iteration: int) -> Rollout:
         """This rank's share of the iteration's prompts, rolled out, rewarded and refilled; or read from disk."""
-        if self.stored is not None:
-            return self.rollouts.read(self.stored, iteration)
-        rollout = self.rollouts.sampled(self.plan, iteration)
+        rollout = self.run.rollout(iteration)
         if rounds := self.config.run.refill:
-            bad = self.rollouts.admission.bad
-            others = [p for p in self.rollouts.mine(self.rollouts.task.prompts) if p.id not in bad]
-            rollout, self._refills = refill(rollout, others, partial(self._again, iteration), rounds)
+            rollout, self._refills = refill(
+                rollout, self.run.sampler.others(), partial(self._again, iteration), rounds
+            )
         return rollout
 
     def _again(self, iteration: int, prompts: Sequence[Prompt], attempt: int) -> Rollout | None:
-        good = self.rollouts.admission.good(prompts)
-        return self.rewarded(good, iteration, attempt) if good else None
-
-    def rewarded(self, prompts: Sequence[Prompt], iteration: int, attempt: int) -> Rollout:
-        """A rollout with the outcomes of its leaves; adds to the iteration's scores."""
-        return self.rollouts.rewarded(prompts, self.plan, iteration, attempt)
-
-    @property
-    def last_scores(self) -> Scored:
-        """Rewards of the newest rollout."""
-        return self.rollouts.scores[-1]
+        good = self.run.sampler.admission.good(prompts)
+        return self.run.rewarded(good, iteration, attempt) if good else None
 
     def credit(self, rollout: Rollout) -> StepAdvantage:
         """Advantages per step by the configured estimators."""
@@ -185,7 +173,7 @@ class BranchGrpo(PolicyTrainer):
         metrics["policy/grad_norm"] = norm
         if first:
             metrics["policy/ratio_dev_max"] = self._check_ratio(sums.ratio_dev)
-            if self.stored is not None and self.loop.state.iteration == 0:
+            if self.run.stored is not None and self.loop.state.iteration == 0:
                 self._check_stored(*self.loop.all_sum(sums.values["clip_frac"], float(batch.weight.sum())))
         return metrics
 
@@ -212,14 +200,14 @@ class BranchGrpo(PolicyTrainer):
         if p.depth_first is not None:
             keep &= prune_depths(tree, p.depth_first, p.depth_stop, p.depth_every, iteration)
         if p.width != "none":
-            keep &= prune_width(tree, p.width, self.plan.splits[-1] if self.plan.splits else 0, p.keep)
+            keep &= prune_width(tree, p.width, self.run.plan.splits[-1] if self.run.plan.splits else 0, p.keep)
         return keep
 
     def _check_ratio(self, deviation: float) -> float:
         """Before the first update of a rollout every ratio must be 1; of stored ones, before the first of the run."""
         worst = self.loop.all_max(deviation)[0]
         limit = min(self.config.loss.clip_low, self.config.loss.clip_high) / 2
-        moved = self.stored is not None and self.loop.state.iteration > 0  # away from the policy that sampled
+        moved = self.run.stored is not None and self.loop.state.iteration > 0  # away from the policy that sampled
         if not worst <= limit and not moved and self.loop.is_main:  # NaN too
             log.warning(
                 "ratio deviates from 1 by %.2e before the first update (half the clip range is %.2e): rollout and "
@@ -243,7 +231,7 @@ class BranchGrpo(PolicyTrainer):
     def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batch: Batch) -> dict[str, float]:
         sums = {"flat": float(credit.info["zero_spread_groups"]), "groups": float(credit.info["groups"])}
         sums["trained"] = float(torch.unique(rollout.tree.sib[batch.steps]).numel())
-        sums["leaves"] = float(self.rollouts.cost["leaves"] or rollout.tree.is_finished.sum())  # sampled, or read
+        sums["leaves"] = float(self.run.meter.cost["leaves"] or rollout.tree.is_finished.sum())  # sampled, or read
         sums = dict(zip(sums, self.loop.all_sum(*sums.values()), strict=True))
         metrics = {
             "reward/zero_spread_frac": sums["flat"] / sums["groups"],

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ FILE_BYTES = 1 << 30  # a file of tensors is composed in memory before it is wri
 _NAME = re.compile(r"\d{6,}")
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Something whose numbers a checkpoint keeps."""
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from mmrl.registry import register
 from mmrl.sharding import local_part
+from mmrl.trainers.callback import Callback
+
+if TYPE_CHECKING:
+    from mmrl.trainers.loop import Loop
 
 
 class Ema:
@@ -44,3 +51,24 @@ class Ema:
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint, by the place of the parameter."""
         return {str(i): s for i, s in enumerate(self.shadow)}
+
+
+@register("callbacks", "ema")
+class AverageWeights(Callback):
+    """Evaluates and exports an exponential moving average of the trained weights (`optim.ema`), kept in float32."""
+
+    def __init__(self, decay: Annotated[float, Field(gt=0, lt=1)]) -> None:
+        self.decay = decay
+
+    def setup(self, loop: Loop) -> None:
+        """Begin with the weights at hand; every checkpoint keeps the average."""
+        self._ema = Ema(loop.parameters, self.decay)
+        loop.remember_tensors("ema", self._ema.tensors)
+
+    def on_update(self) -> None:
+        """Move the average."""
+        self._ema.update()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The average in place of the trained weights."""
+        return self._ema.applied()

@@ -8,7 +8,6 @@ the self-training of STaR).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,15 +16,14 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mmrl.capabilities import Needs, OutputWriter
+from mmrl.capabilities import OutputWriter
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import register
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout, reference_solution
+from mmrl.rollout import Rollout, reference_solution
 from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.references import best_leaves, cut_references, imitation_losses, references
-from mmrl.trainers.rollouts import Rollouts
-from mmrl.trainers.task import Task
+from mmrl.trainers.run import Demands
 
 log = logging.getLogger(__name__)
 
@@ -50,34 +48,27 @@ class ImitationConfig(PolicyConfig):
 class ImitationTrainer(PolicyTrainer):
     """The trainer behind `trainer: imitation`."""
 
-    def __init__(
-        self,
-        config: ImitationConfig,
-        policy: Policy | None = None,
-        task: Task | None = None,
-        rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
-    ) -> None:
+    config: ImitationConfig
+
+    def demands(self) -> Demands:
+        """A policy that writes, for references."""
+        return Demands(policy={} if self.config.samples else {"source: reference (not source: samples)": OutputWriter})
+
+    def prepare(self) -> None:
         """
         Raises:
             ValueError: references are asked for but no prompt has one, or the policy cannot write them.
         """
-        self.config = config
-        needs: Needs = {}
-        if config.source == "reference":
-            needs = {"source: reference (not source: samples)": OutputWriter}
-        rollouts = Rollouts(config, policy, task, rewards, policy_needs=needs)
-        super().__init__(rollouts)
-        self.plan = BranchPlan(config.plan)
-        self.prompts = list(self.rollouts.task.prompts)
-        if config.source == "reference" and config.rollouts is not None:
+        self.prompts = list(self.run.task.prompts)
+        if not self.config.samples and self.config.rollouts is not None:
             raise ValueError("stored rollouts are samples; with rollouts, set source=samples")
-        self.stored = self.rollouts.open_stored(config.rollouts)
+        self.run.read_from(self.config.rollouts)
         self._cut = 0.0  # share of the references that sampling could not write
-        if config.source == "reference":
+        if not self.config.samples:
             self._keep_solved()
             self._cut = cut_references(self.policy, self.prompts)
-        elif self.stored is None:
-            self.policy.forecast(self.plan)  # a plan that does not fit is refused here
+        elif self.run.stored is None:
+            self.policy.forecast(self.run.plan)  # a plan that does not fit is refused here
 
     def _keep_solved(self) -> None:
         asked = len(self.prompts)
@@ -94,33 +85,27 @@ class ImitationTrainer(PolicyTrainer):
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One optimizer step on the solutions of this iteration's prompts."""
-        self.rollouts.clear()
+        self.run.begin()
         rollout, weight = self.solutions(iteration)
         metrics: dict[str, float] = {}
-        with self.rollouts.timed("update"):
+        with self.run.meter.timed("update"):
             for _ in range(self.config.optim.updates_per_rollout):
                 metrics = self.update(rollout, weight)
-        self.rollouts.keep_tree(rollout, weight, iteration)
+        self.learned_from(rollout, weight)
         if not self.config.samples:
             metrics["imitation/cut_frac"] = self._cut
-        return metrics | self.rollouts.metrics()
+        return metrics | self.run.metrics()
 
     def solutions(self, iteration: int) -> tuple[Rollout, Tensor]:
         """What this rank learns from: a rollout and (N,) how many chosen solutions go through each step."""
         if self.config.samples:
-            rollout = self._samples(iteration)
+            rollout = self.run.rollout(iteration)
             leaves = best_leaves(rollout.tree, self.config.keep_above, self.config.per_prompt)
             chosen = torch.zeros(len(rollout.tree), dtype=torch.float64).index_fill(0, leaves, 1.0)
             return rollout, rollout.tree.accumulate(chosen)
-        written = references(self.policy, self.rollouts.prompts(iteration, self.prompts))
+        written = references(self.policy, self.run.sampler.prompts(iteration, self.prompts))
         assert written is not None  # prompts without a solution were taken out
         return written, torch.ones(len(written.tree), dtype=torch.float64)
-
-    def _samples(self, iteration: int) -> Rollout:
-        """This rank's rewarded rollout of the iteration, sampled or read."""
-        if self.stored is not None:
-            return self.rollouts.read(self.stored, iteration)
-        return self.rollouts.rewarded(self.rollouts.prompts(iteration, self.prompts), self.plan, iteration)
 
     def update(self, rollout: Rollout, weight: Tensor) -> dict[str, float]:
         """The mean negative log-likelihood per action over all ranks, and one optimizer step on it."""

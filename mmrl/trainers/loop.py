@@ -1,6 +1,6 @@
-"""The loop every trainer shares: devices, optimizer, accumulation, checkpoints, resume, logs, signals.
+"""The loop every trainer shares: iterations, evaluations, checkpoints, resume, logs, signals, one update.
 
-It knows nothing of rollouts or rewards. A trainer gives it an `iterate` and an `evaluate` function.
+It knows nothing of rollouts or rewards. A trainer says what an iteration is; what else happens in a run, callbacks do.
 """
 
 from __future__ import annotations
@@ -9,24 +9,22 @@ import logging
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from mmrl.config import ConfigError
 from mmrl.recipe import OptimConfig, TrainingConfig
-from mmrl.registry import hint
-from mmrl.sharding import full_state, is_sharded, keep_float32, sharding_asked
+from mmrl.sharding import full_state, is_sharded
+from mmrl.trainers.callback import Callback
 from mmrl.trainers.checkpoint import (
     Stateful,
     adam_moments,
@@ -36,34 +34,94 @@ from mmrl.trainers.checkpoint import (
     save_tensors,
     weights,
 )
-from mmrl.trainers.ema import Ema
+from mmrl.trainers.processes import Processes
+from mmrl.trainers.progress import progress_bar
 from mmrl.trainers.run_folder import RunFolder
-from mmrl.trainers.verdicts import Watch, is_idle
-from mmrl.workdir import WorkDir
+from mmrl.trainers.verdicts import is_idle
 
 log = logging.getLogger(__name__)
 
 Loss = Callable[[], Tensor]  # one micro-batch: forward and a scalar, already over its global denominator
 
 
-class Trainer(Protocol):
-    """What the loop drives."""
+class Trainer(ABC):
+    """Trains a model: a subclass says what an iteration is, how the model is evaluated and how it is saved."""
 
+    loop: Loop
+
+    def introduction(self) -> str:
+        """Lines for the log before the first iteration, written by the main process."""
+        return ""
+
+    @abstractmethod
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration with its updates; metrics by name."""
 
+    @abstractmethod
     def evaluate(self, iteration: int) -> dict[str, float]:
         """Metrics under eval/."""
 
-    def save_model(self) -> None:
-        """Write the final model."""
+    @abstractmethod
+    def save_model(self, folder: Path) -> None:
+        """Write the model in its ecosystem's format; all ranks call it."""
+
+    def train(self) -> dict[str, float]:
+        """Iterate, evaluate and write checkpoints until the run is done or a signal stops it.
+
+        Returns:
+            the last metrics.
+        """
+        loop, state, run = self.loop, self.loop.state, self.loop.config.run
+        if loop.is_main and (text := self.introduction()):
+            log.info(text)
+        with loop.signals(), loop.owning(loop.folder):
+            loop.open()
+            for callback in loop.callbacks:
+                callback.on_start(self)
+            with progress_bar(run.iterations, state.iteration, shown=loop.is_main) as advance:
+                metrics = self._evaluated() if state.iteration == 0 else {}
+                while not loop.done and not loop.is_interrupted():
+                    start, cpu = time.perf_counter(), time.process_time()
+                    metrics = self.iterate(state.iteration)
+                    state.iteration += 1
+                    state.cpu_s += time.process_time() - cpu
+                    metrics |= {"time/iteration_s": time.perf_counter() - start, "time/cpu_s": state.cpu_s}
+                    metrics |= loop.counts(idle=is_idle(metrics))
+                    for callback in loop.callbacks:
+                        callback.on_iteration(self, metrics)
+                    loop.log(metrics)
+                    if loop.done or state.iteration % run.eval_every == 0:
+                        metrics |= self._evaluated()
+                    if loop.done or state.iteration % run.checkpoint_every == 0:
+                        self._save()
+                    advance(metrics)
+            if not loop.done:
+                self._save()
+                log.warning("stopped by signal after iteration %d; continue with run.resume=true", state.iteration)
+            for callback in loop.callbacks:
+                callback.on_end(self, metrics)
+            loop.accelerator.end_training()
+        return metrics
+
+    def _evaluated(self) -> dict[str, float]:
+        with self.loop.evaluating(), torch.no_grad():
+            metrics = self.evaluate(self.loop.state.iteration)
+            for callback in self.loop.callbacks:
+                callback.on_evaluation(self, metrics)
+        self.loop.log(metrics)
+        return metrics
+
+    def _save(self) -> None:
+        folder = self.loop.save()
+        for callback in self.loop.callbacks:
+            callback.on_checkpoint(self, folder)
 
 
 @dataclass
 class LoopState:
     """What a checkpoint holds besides weights, optimizer and random states. Data order follows from `iteration`."""
 
-    iteration: int = 0
+    iteration: int = 0  # complete ones
     skipped_updates: int = 0
     idle_iterations: int = 0  # in which there was nothing to learn from
     cpu_s: float = 0.0  # process time spent in iterations, evaluation excluded
@@ -78,35 +136,17 @@ class LoopState:
             setattr(self, k, v)
 
 
-class Loop:
-    """Prepared model and optimizer of one run.
+class Loop(Processes):
+    """Model and optimizer of one run as its processes need them, its folder, checkpoints and callbacks.
 
     Raises:
         ConfigError: the launcher started another number of processes than `run.processes` asks for, or the run
             folder cannot be used.
     """
 
-    def __init__(self, config: TrainingConfig, model: nn.Module) -> None:
-        run = config.run
-        check_trackers(run.trackers)
-        on_cpu = run.cpu or not torch.cuda.is_available()
-        if on_cpu:
-            torch.set_num_threads(run.threads)
-        self.config, self.folder = config, RunFolder(run.output)
-        self.accelerator = Accelerator(
-            cpu=run.cpu,
-            mixed_precision=run.mixed_precision,
-            log_with=list(run.trackers) or None,
-            project_dir=run.output,
-            # ranks call the bare model unequally often between updates, so buffers must not be broadcast in forward
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-        self._check_world()
-        if self.accelerator.is_fsdp2:
-            keep_float32(self.accelerator.state.fsdp_plugin)
-        elif sharding_asked():
-            log.warning("FSDP was asked for and is not in force: every process has all weights (%s)", self.world)
-        set_seed(run.seed)
+    def __init__(self, config: TrainingConfig, model: nn.Module, callbacks: Sequence[Callback] = ()) -> None:
+        super().__init__(config.run)
+        self.config, self.folder = config, RunFolder(config.run.output)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter")
@@ -117,12 +157,16 @@ class Loop:
         self.model, self.optimizer = self.prepare("model", model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]  # sharding replaces them
         self.sharded = is_sharded(self.model)
-        self.ema = Ema(self.parameters, o.ema) if o.ema else None
         self.state = LoopState()
         self.remember("loop", self.state)
-        if self.ema:
-            self.remember_tensors("ema", self.ema.tensors)
-        self._stop = False
+        self._interrupted = self._stopped = False
+        self.callbacks = list(callbacks)
+        for callback in self.callbacks:
+            callback.setup(self)
+            if isinstance(callback, Stateful):
+                name = f"callbacks/{type(callback).__name__}"
+                again = sum(known.startswith(name) for known in self._numbers)
+                self.remember(f"{name}.{again}" if again else name, callback)
 
     def prepare(
         self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -142,49 +186,6 @@ class Loop:
         """Keep what `tensors` returns in every checkpoint, under `name`; a resumed run reads it in place."""
         self._tensors[name] = tensors
 
-    # ---- processes --------------------------------------------------------------------------------------------
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one process that writes."""
-        return self.accelerator.is_main_process
-
-    @property
-    def world(self) -> str:
-        """World size and sharding actually in force."""
-        a = self.accelerator
-        return (
-            f"{a.num_processes} process(es), {a.distributed_type.value}, device {a.device}, "
-            f"precision {a.mixed_precision}, {torch.get_num_threads()} thread(s)"
-        )
-
-    def _check_world(self) -> None:
-        asked, got = self.config.run.processes, self.accelerator.num_processes
-        if asked is not None and asked != got:
-            raise ConfigError(
-                f"run.processes={asked} but {got} started ({self.world}); `accelerate launch --cpu` starts one "
-                "process only: use tools/launch.sh"
-            )
-        if self.config.run.prompts_per_iteration < got:
-            raise ConfigError(
-                f"run.prompts_per_iteration={self.config.run.prompts_per_iteration} is below the {got} processes; "
-                "every process needs at least one prompt"
-            )
-
-    def all_sum(self, *values: float) -> list[float]:
-        """Sum each value over all processes."""
-        t = torch.tensor(values, dtype=torch.float64, device=self._metric_device)
-        return list(self.accelerator.reduce(t, "sum").tolist())
-
-    def all_sum_tensor(self, x: Tensor) -> Tensor:
-        """Sum a small CPU tensor over all processes."""
-        return self.accelerator.reduce(x.to(self._metric_device), "sum").cpu()
-
-    def all_max(self, *values: float) -> list[float]:
-        """Maximum of each value over all processes."""
-        t = torch.tensor(values, dtype=torch.float64, device=self._metric_device)
-        return list(self.accelerator.gather(t[None]).amax(0).tolist())
-
     def rounds(self, calls: int) -> int:
         """Forward calls to make outside `update`: where weights are sharded, as many as the busiest rank."""
         return int(self.all_max(calls)[0]) if self.sharded else calls
@@ -195,10 +196,6 @@ class Loop:
         All ranks must call it.
         """
         return full_state(self.model) if self.sharded else None
-
-    @property
-    def _metric_device(self) -> torch.device:
-        return self.accelerator.device
 
     # ---- one update -------------------------------------------------------------------------------------------
 
@@ -215,8 +212,9 @@ class Loop:
         if not math.isfinite(norm):
             self.state.skipped_updates += 1
             log.warning("iteration %d: gradient norm is %s, update skipped", self.state.iteration, norm)
-        elif self.ema:
-            self.ema.update()
+        else:
+            for callback in self.callbacks:
+                callback.on_update()
         return norm
 
     def busiest(self, losses: Sequence[Loss]) -> int:
@@ -255,91 +253,28 @@ class Loop:
 
     # ---- the run ----------------------------------------------------------------------------------------------
 
-    def run(self, trainer: Trainer) -> dict[str, float]:
-        """Iterate, evaluate, checkpoint until done or asked to stop; returns the last metrics."""
-        with self._signals(), self.owning(self.folder):
-            self._open()
-            with self._progress() as advance:
-                metrics = self._iterate(trainer, advance)
-            if self.state.iteration < self.config.run.iterations:
-                self.save()
-                log.warning(
-                    "stopped by signal after iteration %d; continue with run.resume=true", self.state.iteration
-                )
-            else:
-                with self.averaged():
-                    trainer.save_model()
-            self.accelerator.end_training()
-        return metrics
+    @property
+    def done(self) -> bool:
+        """All iterations are complete, or a callback has ended the run."""
+        return self._stopped or self.state.iteration >= self.config.run.iterations
 
-    def _iterate(self, trainer: Trainer, advance: Callable[[dict[str, float]], None]) -> dict[str, float]:
-        """All iterations that are left, until a signal; returns the last metrics."""
-        run, state, watch = self.config.run, self.state, Watch()
-        metrics = self._evaluate(trainer) if state.iteration == 0 else {}
-        while state.iteration < run.iterations and not self._stop_asked():
-            start, cpu = time.perf_counter(), time.process_time()
-            metrics = trainer.iterate(state.iteration)
-            state.cpu_s += time.process_time() - cpu
-            metrics |= {"time/iteration_s": time.perf_counter() - start, "time/cpu_s": state.cpu_s}
-            metrics["policy/skipped_updates"] = float(state.skipped_updates)
-            metrics["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
-            state.idle_iterations += is_idle(metrics)
-            metrics["policy/idle_iterations"] = float(state.idle_iterations)
-            state.iteration += 1
-            done = state.iteration == run.iterations
-            for verdict in watch.look(metrics, last=done):
-                if self.is_main:
-                    log.warning("iteration %d: %s", state.iteration, verdict.text)
-            self._log(state.iteration, metrics)
-            if done or state.iteration % run.eval_every == 0:
-                metrics |= self._evaluate(trainer)
-            if done or state.iteration % run.checkpoint_every == 0:
-                self.save()
-            advance(metrics)
-        return metrics
+    def stop(self, reason: str) -> None:
+        """End the run after the iteration in hand, as complete; all ranks must call it."""
+        if self.is_main and not self._stopped:
+            log.info("ended after iteration %d: %s", self.state.iteration, reason)
+        self._stopped = True
 
     @contextmanager
-    def owning(self, folder: WorkDir) -> Iterator[None]:
-        """A folder belongs to this run alone inside the block, and all ranks see the same folder.
-
-        Raises:
-            ConfigError: another process writes into it, or a rank does not see what the first one wrote.
-        """
-        token = self._on_main(folder.claim)
-        try:
-            if self.all_max(float(not folder.shows(token)))[0]:
-                raise ConfigError(f"{folder.root} is not the same folder on every node; name one on a shared disk")
-            yield
-        finally:
-            if self.is_main:
-                folder.release()
-
-    def _on_main(self, action: Callable[[], str]) -> str:
-        """What `action` returns on the main process, on all of them. Its error ends all: none waits for the others.
-
-        Raises:
-            ConfigError: as `action` does; other processes refer to it.
-        """
-        outcome = ["", ""]
-        if self.is_main:
-            try:
-                outcome[0] = action()
-            except ConfigError as error:
-                outcome[1] = str(error)
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(outcome)
-        if outcome[1]:
-            raise ConfigError(outcome[1] if self.is_main else "the first process ended with an error")
-        return outcome[0]
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The EMA weights inside the block, when there is an EMA."""
-        with self.ema.applied() if self.ema else nullcontext():
+    def evaluating(self) -> Iterator[None]:
+        """The weights that are evaluated and exported inside the block: the trained ones, or what callbacks say."""
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(callback.evaluating())
             yield
 
-    def _open(self) -> None:
-        found = self._on_main(self._begin)
+    def open(self) -> None:
+        """Open the run folder, and go on from its newest checkpoint where the recipe asks for it."""
+        found = self.on_main(self._begin)
         if found:
             self._read_checkpoint(Path(found))
         if self.is_main:
@@ -354,19 +289,23 @@ class Loop:
         self.folder.open(self.config)
         return str(self.folder.checkpoints.newest() or "") if self.config.run.resume else ""
 
-    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
-        with self.averaged(), torch.no_grad():
-            metrics = trainer.evaluate(self.state.iteration)
-        self._log(self.state.iteration, metrics)
-        return metrics
+    def counts(self, *, idle: bool) -> dict[str, float]:
+        """Metrics of the updates so far. idle: in the last iteration there was nothing to learn from."""
+        self.state.idle_iterations += idle
+        return {
+            "policy/skipped_updates": float(self.state.skipped_updates),
+            "policy/lr": float(self.optimizer.param_groups[0]["lr"]),
+            "policy/idle_iterations": float(self.state.idle_iterations),
+        }
 
-    def _log(self, iteration: int, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float]) -> None:
+        """Into metrics.jsonl and the trackers."""
         if self.is_main:
-            self.folder.log(iteration, metrics)
-        self.accelerator.log(metrics, step=iteration)
+            self.folder.log(self.state.iteration, metrics)
+        self.accelerator.log(metrics, step=self.state.iteration)
 
-    def save(self) -> None:
-        """Write a checkpoint on all ranks; complete or absent, never half."""
+    def save(self) -> Path:
+        """Write a checkpoint on all ranks; complete or absent, never half. Returns its folder."""
         self.folder.checkpoints.write(
             self.state.iteration,
             self.config.run.keep_checkpoints,
@@ -374,6 +313,7 @@ class Loop:
             self._write_checkpoint,
             self.accelerator.wait_for_everyone,
         )
+        return self.folder.checkpoints.folder / f"{self.state.iteration:06d}"
 
     def _write_checkpoint(self, folder: Path) -> None:
         if self.is_main:
@@ -390,15 +330,16 @@ class Loop:
     def _kept_tensors(self) -> dict[str, Tensor]:
         return {f"{owner}/{name}": x for owner, tensors in self._tensors.items() for name, x in tensors().items()}
 
-    def _stop_asked(self) -> bool:
-        return self.all_max(float(self._stop))[0] > 0
+    def is_interrupted(self) -> bool:
+        """A signal has asked one of the processes to stop."""
+        return self.all_max(float(self._interrupted))[0] > 0
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT end the run after the iteration in hand, with a checkpoint."""
 
         def ask(signum: int, frame: Any) -> None:
-            self._stop = True
+            self._interrupted = True
 
         old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -406,43 +347,6 @@ class Loop:
         finally:
             for s, handler in old.items():
                 signal.signal(s, handler)
-
-    @contextmanager
-    def _progress(self) -> Iterator[Callable[[dict[str, float]], None]]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, disable=not self.is_main) as bar:
-            task = bar.add_task("", total=self.config.run.iterations, completed=self.state.iteration)
-
-            def advance(metrics: dict[str, float]) -> None:
-                shown = {k: metrics[k] for k in ("reward/mean", "eval/reward", "eval/judge") if k in metrics}
-                bar.update(task, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
-
-            yield advance
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Refuse trackers that accelerate does not have, or whose package is not installed: it would only skip them.
-
-    Raises:
-        ConfigError: the first such tracker.
-    """
-    known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
-    for name in trackers:
-        if name not in known:
-            raise ConfigError(f"run.trackers: unknown tracker {name!r}{hint(name, known)}; known: {', '.join(known)}")
-        if name not in installed:
-            raise ConfigError(
-                f"run.trackers: the package of {name} is not installed, so nothing would be logged there; pip install "
-                f"{name}, or take it out. Installed here: {', '.join(sorted(installed)) or 'none'}"
-            )
 
 
 def lr_scale(optim: OptimConfig, iteration: int, total: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
@@ -12,10 +12,8 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from mmrl.capabilities import ScorerReading
 from mmrl.config import ConfigError, Section
 from mmrl.losses.reward import step_loss
-from mmrl.readings import Reading
 from mmrl.registry import of_kind
 from mmrl.rollout import Rollout, StepReward, StepScorer
 from mmrl.trainers.loop import Loop
@@ -54,21 +52,8 @@ class OnlineScorer:
         self._loss = step_loss(config.loss)
 
     @classmethod
-    def of(
-        cls,
-        config: OnlineConfig | None,
-        step_rewards: Mapping[str, tuple[StepReward, float]],
-        readings: Mapping[str, tuple[Reading, Sequence[str]]],
-        loop: Loop,
-    ) -> OnlineScorer | None:
-        """What the recipe's `online:` names, None without it."""
-        if config is None:
-            return None
-        scorers: dict[str, StepReward | None] = {}
-        for name, (reading, _) in readings.items():
-            if isinstance(reading, ScorerReading):
-                scorers[name] = reading.scorer
-        scorers |= {name: reward for name, (reward, _) in step_rewards.items()}
+    def of(cls, config: OnlineConfig, scorers: Mapping[str, StepReward | None], loop: Loop) -> OnlineScorer:
+        """The one that the recipe's `online:` names, among those of its step rewards and readings."""
         scorer = scorers.get(config.scorer)
         if not isinstance(scorer, StepScorer):
             trainable = sorted(name for name, s in scorers.items() if isinstance(s, StepScorer))

@@ -132,7 +132,14 @@ def policy_loss(
     for rule in rules:
         log_rho, share = rule(log_rho, share, adv, extra)
     w = weight[rows.to(device)] * share
-    surrogate = _surrogate(config, log_rho, adv, new.logp[rows.to(device)])
+    if config.surrogate == "cispo":
+        surrogate = cispo(log_rho, adv, new.logp[rows.to(device)], config.clip_low, config.clip_high)
+    elif config.surrogate == "sapo":
+        surrogate = sapo(log_rho, adv)
+    elif config.surrogate == "unclipped":
+        surrogate = -adv * log_rho.clamp(-20, 20).exp()
+    else:
+        surrogate = clipped_surrogate(log_rho, adv, config.clip_low, config.clip_high, config.dual_clip)
     clipped = (log_rho.exp() - 1 > config.clip_high) | (log_rho.exp() - 1 < -config.clip_low)
     loss = (w * surrogate).sum()
     sums.add(w, clip_frac=clipped.float())
@@ -177,16 +184,6 @@ def _trajectories(tree: StepTree, owner: Tensor) -> tuple[Tensor, Tensor]:
     start = tree.m.cumsum(0) - tree.m  # a step is on the path of m leaves
     by_node = leaf[torch.argsort(node, stable=True)]
     return rows, by_node[start[owner[rows]] + offset]
-
-
-def _surrogate(config: LossConfig, log_rho: Tensor, adv: Tensor, logp: Tensor) -> Tensor:
-    if config.surrogate == "cispo":
-        return cispo(log_rho, adv, logp, config.clip_low, config.clip_high)
-    if config.surrogate == "sapo":
-        return sapo(log_rho, adv)
-    if config.surrogate == "unclipped":
-        return -adv * log_rho.clamp(-20, 20).exp()
-    return clipped_surrogate(log_rho, adv, config.clip_low, config.clip_high, config.dual_clip)
 
 
 def _kl(new: ActionLogProbs, form: Literal["exact", "k1", "k2", "k3"]) -> Tensor:

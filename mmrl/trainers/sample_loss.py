@@ -21,13 +21,12 @@ from mmrl.credit.budget import informative_groups
 from mmrl.fields import Stage
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import find, register
-from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.rollout import OutcomeReward, Rollout
 from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.ema import Ema
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.run import Demands
 from mmrl.trainers.stored import fields_given
-from mmrl.trainers.task import Task
 
 Rewards = Mapping[str, tuple[OutcomeReward, float]]
 
@@ -62,42 +61,36 @@ class SampleLoss(Protocol):
 class SampleLossTrainer(PolicyTrainer):
     """The trainer behind `trainer: sample_loss`."""
 
-    def __init__(
-        self,
-        config: SampleLossConfig,
-        policy: Policy | None = None,
-        task: Task | None = None,
-        rewards: Rewards | None = None,
-    ) -> None:
+    config: SampleLossConfig
+
+    def demands(self) -> Demands:
         """
         Raises:
-            ValueError: an unknown loss or option, a policy that does not sample what it reads, or a plan that does
-                not fit.
+            ComponentError: an unknown loss or option.
         """
-        self.config = config
-        loss = config.loss
+        loss = self.config.loss
         row = find("sample_losses", loss.name)
         self._loss: SampleLoss = row.build(loss.options, "loss")
         reader = Stage("loss", f"sample loss {row.name!r}", row.reads(loss.options), ())
         self._compares = "forks" in reader.reads  # the rollouts of a prompt with each other
-        needs = {role: {reader.who: row.facts[role]} for role in ("policy", "reward") if role in row.facts}
-        rollouts = Rollouts(
-            config, policy, task, rewards, reference=True, readers=[reader], given=fields_given(config.plan, None),
-            policy_needs=needs.get("policy"), reward_needs=needs.get("reward"),
-        )  # fmt: skip
-        super().__init__(rollouts)
-        self.plan = BranchPlan(config.plan)
-        self.policy.forecast(self.plan)  # a plan that does not fit is refused here
-        self.old = Ema(self.loop.parameters, config.old_decay) if config.old_decay else None
+        policy, reward = ({reader.who: row.facts[role]} if role in row.facts else {} for role in ("policy", "reward"))
+        given = fields_given(self.config.plan, None)
+        return Demands(reference=True, readers=[reader], given=given, policy=policy, reward=reward)
+
+    def prepare(self) -> None:
+        """Begin the average of the weights that sample."""
+        self.policy.forecast(self.run.plan)  # a plan that does not fit is refused here
+        decay = self.config.old_decay
+        self.old = Ema(self.loop.parameters, decay) if decay else None
         if self.old:
             self.loop.remember_tensors("old_policy", self.old.tensors)
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Sample, reward, update."""
-        self.rollouts.clear()
+        self.run.begin()
         with self._old_weights():
-            rollout = self.rollouts.sampled(self.plan, iteration)
-            with self.rollouts.timed("update"):
+            rollout = self.run.rollout(iteration)
+            with self.run.meter.timed("update"):
                 terms = self.terms(rollout, iteration)
         total = self.loop.all_sum(sum(t.rows for t in terms))[0]
         metrics: dict[str, float] = {"sample_loss/rows": total}
@@ -105,16 +98,16 @@ class SampleLossTrainer(PolicyTrainer):
             differing = float(informative_groups(rollout.tree).sum())
             metrics["sample_loss/differing_prompts"] = self.loop.all_sum(differing)[0]
         for _ in range(self.config.optim.updates_per_rollout):
-            with self.rollouts.timed("update"):
+            with self.run.meter.timed("update"):
                 metrics |= self.update(rollout, terms, total)
         if self.old:
             self.old.update()
-        self.rollouts.keep_tree(rollout, estimate(rollout.tree, "grpo").adv, iteration)
-        return metrics | self.rollouts.metrics()
+        self.learned_from(rollout, estimate(rollout.tree, "grpo").adv)
+        return metrics | self.run.metrics()
 
     def terms(self, rollout: Rollout, iteration: int) -> list[Term]:
         """This rank's part of the loss; none where nothing differs."""
-        return self._loss(self.policy, rollout, self.rollouts.rewards, (self.config.run.seed, iteration))
+        return self._loss(self.policy, rollout, self.run.rewarder.rewards, (self.config.run.seed, iteration))
 
     def update(self, rollout: Rollout, terms: list[Term], total: float) -> dict[str, float]:
         """One optimizer step on the mean over the rows of all ranks."""

@@ -7,7 +7,7 @@ Rollouts are sampled and rewarded as in branch GRPO, or read from disk. Which st
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,11 @@ from mmrl.losses.preference import (
 from mmrl.preference import Pairs
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find, register
-from mmrl.rollout import ActionLogProbs, BranchPlan, OutcomeReward, Policy, Rollout
+from mmrl.rollout import ActionLogProbs, Policy, Rollout
 from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.idle import idle_loss
-from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.run import Demands
 from mmrl.trainers.stored import fields_given
-from mmrl.trainers.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -109,41 +108,42 @@ class Batch:
 class StepPreferenceTrainer(PolicyTrainer):
     """The trainer behind `trainer: step_preference`."""
 
-    def __init__(
-        self,
-        config: StepPreferenceConfig,
-        policy: Policy | None = None,
-        task: Task | None = None,
-        rewards: Mapping[str, tuple[OutcomeReward, float]] | None = None,
-    ) -> None:
+    config: StepPreferenceConfig
+
+    def demands(self) -> Demands:
         """
         Raises:
-            ValueError: an unknown preset, builder or option, a loss whose parts the recipe does not give, or stored
-                rollouts that cannot be read.
+            ValueError: an unknown preset, builder or option, or a loss whose parts the recipe does not give.
         """
-        self.config = config
+        config = self.config
         self.settings = preset(config.loss.name, **config.loss.options)
         self._pairs = _pairs_of(config)
         self._build_pairs = build("pairs", "pairs", self._pairs.name, self._pairs.options)
         self._check_guide()
-        readers = _readers(config, self._pairs)
         protocol = find("preferences", config.loss.name).facts.get("policy")
-        rollouts = Rollouts(
-            config, policy, task, rewards, reference=not self.settings.reference_free,
-            readers=readers, given=fields_given(config.plan, config.rollouts),
-            policy_needs={} if protocol is None else {f"loss: preference loss {config.loss.name!r}": protocol},
-        )  # fmt: skip
-        super().__init__(rollouts)
-        self.plan = BranchPlan(config.plan)
+        return Demands(
+            reference=not self.settings.reference_free,
+            readers=_readers(config, self._pairs),
+            given=fields_given(config.plan, config.rollouts),
+            policy={} if protocol is None else {f"loss: preference loss {config.loss.name!r}": protocol},
+        )
+
+    def prepare(self) -> None:
+        """
+        Raises:
+            ValueError: stored rollouts cannot be read.
+        """
+        config = self.config
         self.guide: Policy | None = None
         if config.guide is not None:
             self.guide = guide = build_with(
                 {"guide": Policy}, "policies", "guide", config.guide.name, config.guide.options
             )
             guide.model.to(self.loop.accelerator.device).requires_grad_(False)
-        self.stored, self._empty = self.rollouts.open_stored(config.rollouts), 0
-        if self.stored is None:
-            self.policy.forecast(self.plan)  # a plan that does not fit is refused here
+        self.run.read_from(config.rollouts)
+        self._empty = 0  # iterations without a pair in a row
+        if self.run.stored is None:
+            self.policy.forecast(self.run.plan)  # a plan that does not fit is refused here
 
     def _check_guide(self) -> None:
         if self.settings.guide and self.config.guide is None:
@@ -156,29 +156,23 @@ class StepPreferenceTrainer(PolicyTrainer):
 
     def introduction(self) -> str:
         """Where rollouts and pairs come from, and the loss."""
-        source = f"rollouts of {self.config.rollouts}" if self.stored else f"plan {dict(self.plan.factors)}"
+        source = f"rollouts of {self.config.rollouts}" if self.run.stored else f"plan {dict(self.run.plan.factors)}"
         return f"{source}; pairs {self._pairs.model_dump()}; {self.settings}"
 
     # ---- one iteration ----------------------------------------------------------------------------------------
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Rollouts, pairs, update."""
-        self.rollouts.clear()
+        self.run.begin()
         begin_iteration(self.guide)
-        batch = self.batch(self.sample(iteration))
+        batch = self.batch(self.run.rollout(iteration))
         metrics: dict[str, float] = {}
         for update in range(self.config.optim.updates_per_rollout):
-            with self.rollouts.timed("update"):
+            with self.run.meter.timed("update"):
                 new = self.update(batch)
             metrics |= new if update == 0 else {"preference/loss_last": new["preference/loss"]}
-        self.rollouts.keep_tree(batch.rollout, _marks(batch), iteration)
-        return metrics | self._counts(batch) | self.rollouts.metrics()
-
-    def sample(self, iteration: int) -> Rollout:
-        """This rank's rollout of the iteration, rewarded."""
-        if self.stored is None:
-            return self.rollouts.sampled(self.plan, iteration)
-        return self.rollouts.read(self.stored, iteration)
+        self.learned_from(batch.rollout, _marks(batch))
+        return metrics | self._counts(batch) | self.run.metrics()
 
     def batch(self, rollout: Rollout) -> Batch:
         """The pairs of a rollout with their weights; warns when no rank has one."""
@@ -199,7 +193,7 @@ class StepPreferenceTrainer(PolicyTrainer):
         self._empty = self._empty + 1 if empty else 0
         if self._empty == 1 and self.loop.is_main:
             log.warning("nothing to learn in this iteration: %s", pairs.left_out())
-        if self.stored is not None and self._empty >= len(self.stored):
+        if self.run.stored is not None and self._empty >= len(self.run.stored):
             raise ValueError(
                 f"none of the stored rollouts in {self.config.rollouts} gives a pair; the last: {pairs.left_out()}. "
                 "Lower pairs.threshold, choose another pairs.by, or store rollouts whose rewards differ"

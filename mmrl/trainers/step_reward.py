@@ -26,9 +26,10 @@ from mmrl.scorers.labelled import Labelled, LabelledTask, StepMeasurer, solution
 from mmrl.scorers.metrics import evaluate_steps
 from mmrl.scorers.scoring import probabilities
 from mmrl.sharding import check_launcher
+from mmrl.trainers.callback import Callback
+from mmrl.trainers.callbacks import callbacks_of
 from mmrl.trainers.data import Admission, prompt_batch
-from mmrl.trainers.loop import Loop
-from mmrl.workdir import publish
+from mmrl.trainers.loop import Loop, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,16 @@ class Batch:
 
 
 @register("trainers", "step_reward", config=RewardModelConfig)
-class StepRewardTrainer:
+class StepRewardTrainer(Trainer):
     """The trainer behind `trainer: step_reward`."""
 
     def __init__(
-        self, config: RewardModelConfig, scorer: StepScorer | None = None, task: LabelledTask | None = None
+        self,
+        config: RewardModelConfig,
+        scorer: StepScorer | None = None,
+        task: LabelledTask | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
         check_launcher("scorers", "scorer", config.scorer.name)
@@ -74,29 +80,24 @@ class StepRewardTrainer:
         who, named, options = "trainer: step_reward", config.scorer, config.task.options | read
         if scorer is None:
             refuse_row(who, StepScorer, find("scorers", named.name))  # before the task is made
+        chosen = callbacks_of(config, callbacks)
         self.task: LabelledTask = task or build_with({who: LabelledTask}, "tasks", "task", config.task.name, options)
         self.scorer: StepScorer = scorer or build_with(
             {who: StepScorer}, "scorers", "scorer", named.name, named.options
         )
         check_prompts([*self.task.prompts, *self.task.eval_prompts])
-        self.loop = Loop(config, self.scorer.model)
+        self.loop = Loop(config, self.scorer.model, chosen)
         self.scorer.model = self.loop.model
         self._admission = Admission(self.scorer.admit, config.run.max_unusable)
 
-    def train(self) -> dict[str, float]:
-        """Run to the end; returns the last metrics."""
-        if self.loop.is_main:
-            self._introduce()
-        return self.loop.run(self)
-
-    def _introduce(self) -> None:
-        """Say what the data look like: most mistakes of layout and labels can be seen in one solution."""
+    def introduction(self) -> str:
+        """What the data look like: most mistakes of layout and labels can be seen in one solution."""
         data = self.task.labelled(self.scorer.admit(list(self.task.prompts)[:64]))
         known = data.label[~data.label.isnan()]
-        log.info(
-            "%d questions; of the first 64: %d solutions, %d labelled steps of %d, mean label %.2f",
-            len(self.task.prompts), len(data.paths), len(known), len(data.label), float(known.mean()),
-        )  # fmt: skip
+        text = (
+            f"{len(self.task.prompts)} questions; of the first 64: {len(data.paths)} solutions, {len(known)} labelled "
+            f"steps of {len(data.label)}, mean label {float(known.mean()):.2f}"
+        )
         readable = self.scorer.readable(data.rollout)[data.node]
         rows = next((p for p in data.paths if bool(readable[p].all())), None)
         if isinstance(self.scorer, Illustrator) and rows is not None:
@@ -104,18 +105,16 @@ class StepRewardTrainer:
             texts = [data.rollout.texts[v] for v in data.node[rows].tolist()]
             labels = [None if y != y else y for y in data.label[rows].tolist()]
             prompt = data.rollout.prompts[int(tree.group[data.node[rows[0]]])]
-            log.info("one solution as it is read:\n  %s", self.scorer.illustrate(prompt, texts, labels))
+            text += f"\none solution as it is read:\n  {self.scorer.illustrate(prompt, texts, labels)}"
+        return text
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """One optimizer step on this iteration's questions with all their solutions."""
-        run, acc = self.config.run, self.loop.accelerator
+        run, loop = self.config.run, self.loop
         start = time.perf_counter()
         begin_iteration(self.scorer)
         prompts = prompt_batch(self.task.prompts, run.prompts_per_iteration, iteration, run.seed)
-        mine = self._admission.fill(
-            prompts[acc.process_index :: acc.num_processes],
-            list(self.task.prompts)[acc.process_index :: acc.num_processes],
-        )
+        mine = self._admission.fill(loop.share(prompts), loop.share(self.task.prompts))
         batch, unread = self.batch(mine)
         sums: list[Tensor] = []
         wanted = torch.unique(batch.data.node[batch.weight > 0])
@@ -200,9 +199,8 @@ class StepRewardTrainer:
             "eval/unread_solutions": float(len(rows) - len(good))
         }
 
-    def save_model(self) -> None:
-        """The scorer in its own format, under model/."""
-        state = self.loop.full_state()  # on all ranks
+    def save_model(self, folder: Path) -> None:
+        """The scorer in its own format; all ranks call it."""
+        state = self.loop.full_state()
         if self.loop.is_main:
-            with publish(self.loop.folder.root / "model") as part:
-                self.scorer.save(part, state)
+            self.scorer.save(folder, state)

@@ -1,4 +1,4 @@
-"""Rollouts on disk: which of them an iteration reads, and whether the recipe at hand could have made them."""
+"""Rollouts on disk: writing them, which of them an iteration reads, and whether the recipe could have made them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from mmrl.rollout import BranchPlan, Policy, Prompt, Rollout
-from mmrl.rollout_folder import RECIPE
+from mmrl.rollout_folder import RECIPE, RolloutFolder
 from mmrl.seeding import named_generator
 from mmrl.tree import StepTree
+from mmrl.workdir import WorkDir
+
+if TYPE_CHECKING:
+    from mmrl.trainers.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -299,3 +304,50 @@ def _json(x: Any) -> str:
 def _short(x: Any, most: int = 60) -> str:
     text = json.dumps(x)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def store_rollouts(run: Run, folder: str | Path, iterations: int, *, model: str = "") -> list[Path]:
+    """Sample and reward `iterations` batches of prompts and save each below `folder`, one folder per rank and batch.
+
+    They hold everything that GRPO, step rewards and preferences need. Those that are there already are kept, so that
+    a call that was cut short can be repeated; `recipe.json` beside them says what made them.
+
+    Args:
+        model: which weights sample, where the recipe's `policy.model` does not say it all.
+    Returns:
+        this rank's folders.
+    Raises:
+        ConfigError: the folder has rollouts of another recipe or of an unknown one, or another process writes into it.
+    """
+    loop = run.loop
+    with loop.owning(WorkDir(Path(folder))):
+        store = RolloutFolder(folder, _recipe_record(run) | {"model": model}, write=loop.is_main)
+        loop.accelerator.wait_for_everyone()
+        made, rank = [], loop.accelerator.process_index
+        for i in track(range(iterations), description="rollouts", disable=not loop.is_main):
+            made.append(store.place(i, rank))
+            complete = (made[-1] / "rollout.json").exists()
+            if loop.all_max(float(not complete))[0]:  # engines sample on all ranks or on none
+                run.begin()
+                store.save(run.rollout(i), i, rank)
+        loop.accelerator.wait_for_everyone()
+    return made
+
+
+def _recipe_record(run: Run) -> dict[str, Any]:
+    """What decides the contents of stored rollouts, as JSON values."""
+    config = run.config
+    record = {
+        "task": config.task.model_dump(mode="json"),
+        "policy": config.policy.model_dump(mode="json"),
+        "plan": {str(depth): children for depth, children in sorted(run.plan.factors.items())},
+        "rewards": run.rewarder.names(),
+        "step_rewards": [r.model_dump(mode="json") for r in config.step_rewards],
+        "seed": config.run.seed,
+        "prompts_per_iteration": config.run.prompts_per_iteration,
+        "processes": run.loop.count,
+    }
+    return dict(json.loads(json.dumps(record)))

@@ -116,7 +116,7 @@ def test_the_recipe_trains_policy_and_reward_apart(tiny_model, tmp_path):
     tree |= {k: own[k] for k in ("step_rewards", "online", "credit", "loss")}
     tree["step_rewards"][0]["policy"]["model"] = str(tiny_model)
     trainer = BranchGrpo(parse_config(tree, model=BranchGrpoConfig))
-    prm = trainer.step_rewards["implicit_prm"][0]
+    prm = trainer.run.rewarder.step_rewards["implicit_prm"][0]
     start = [p.detach().clone() for p in prm.model.parameters()]
     assert prm.model is not trainer.policy.model
     trainer.train()

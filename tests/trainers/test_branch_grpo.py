@@ -489,7 +489,7 @@ def test_ranks_end_with_identical_weights(tiny_model, tmp_path):
         "from mmrl.trainers.branch_grpo import BranchGrpo\n"
         "t = BranchGrpo(load_config(sys.argv[1]))\n"
         "assert t.loop.accelerator.num_processes == 2\n"
-        "def check():\n"
+        "def check(folder):\n"
         "    mine = torch.cat([p.detach().flatten() for p in t.loop.parameters])\n"
         "    both = t.loop.accelerator.gather(mine[None])\n"
         "    assert torch.equal(both[0], both[1])\n"

@@ -10,7 +10,7 @@ from mmrl.config import ConfigError, parse_config
 from mmrl.recipe import RewardConfig
 from mmrl.rollout import Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
-from mmrl.trainers.rollouts import store_rollouts
+from mmrl.trainers.stored import store_rollouts
 from mmrl.trainers.task import build_reward
 
 
@@ -43,24 +43,22 @@ def trainer(model, output, **sections):
 
 def test_controls_are_sampled_half_as_often_and_never_trained_on(tiny_model, tmp_path):
     t, contrast, seen = trainer(tiny_model, tmp_path / "r")
-    prompts = t.task.prompts[:3]
-    rollout = t.rollouts.rewarded(prompts, t.plan, 0)
+    prompts = t.run.task.prompts[:3]
+    rollout = t.run.rewarded(prompts, 0)
     ((samples, controls),) = contrast.calls
     assert [s.prompt.id for s in controls] == ["class-1/twin"] * 3
     assert len({float(s.output.sum()) for s in controls}) == 3
     assert [p.id for p in rollout.prompts] == ["class-0", "class-1", "class-2"]
     assert len(samples) == 18 and seen == [[s.prompt.id for s in samples]]
-    assert t.rollouts.cost["leaves"] == 18 and t.rollouts.cost["calls"] == (18 + 3) * 5 + 3 + 1
+    assert t.run.meter.cost["leaves"] == 18 and t.run.meter.cost["calls"] == (18 + 3) * 5 + 3 + 1
 
 
 def test_others_are_sampled_as_without(tiny_model, tmp_path):
     """What a prompt draws depends on nothing beside it."""
     t, _, _ = trainer(tiny_model, tmp_path / "r")
-    prompts = t.task.prompts[:2]
-    plain = t.policy.rollout(prompts, t.plan, seed=0)
-    assert torch.equal(
-        t.rollouts.rewarded(prompts, t.plan, 0).actions.payload["latent"], plain.actions.payload["latent"]
-    )
+    prompts = t.run.task.prompts[:2]
+    plain = t.policy.rollout(prompts, t.run.plan, seed=0)
+    assert torch.equal(t.run.rewarded(prompts, 0).actions.payload["latent"], plain.actions.payload["latent"])
 
 
 def test_a_run_evaluates_without_controls(tiny_model, tmp_path):
@@ -74,7 +72,7 @@ def test_a_run_evaluates_without_controls(tiny_model, tmp_path):
 
 def test_stored_rollouts_have_none(tiny_model, tmp_path):
     t, _, _ = trainer(tiny_model, tmp_path / "a", rewards=[{"name": "tiny:constant", "timeout_s": 0}])
-    store_rollouts(t.rollouts, t.plan, tmp_path / "disk", 1)
+    store_rollouts(t.run, tmp_path / "disk", 1)
     same, contrast, _ = trainer(tiny_model, tmp_path / "b", rollouts=str(tmp_path / "disk"))
     same.sample(0)  # the outcomes stored hold the comparison
     assert not contrast.calls

@@ -194,7 +194,7 @@ def test_the_policy_itself_judges_and_says_nothing_readable(tmp_path):
     """A random model: every reading is counted as unread, and nothing is called wrong."""
     trainer = trainer_of(tmp_path, {"name": "judge", "votes": 2}, {"estimators": [{"name": "grpo"}]})
     rollout = trainer.sample(0)
-    metrics = trainer.rollouts.metrics()
+    metrics = trainer.run.metrics()
     assert metrics["rollout/judge_unread_per_leaf"] == metrics["rollout/judge_readings_per_leaf"] == 2
     assert bool(rollout.tree.tags["wrong"].isnan().all())
 

@@ -68,7 +68,7 @@ def test_a_prompt_that_breaks_a_reading_is_set_aside_and_its_neighbours_stay(tin
     run = {"prompts_per_iteration": 10}
     trainer = BranchGrpo(parse_config(recipe(tiny_model, tmp_path, run=run)))
     rollout = trainer.sample(0)
-    context = ReadingContext(trainer.policy, trainer.rollouts._outcome)
+    context = ReadingContext(trainer.policy, trainer.run.rewarder.outcome)
     known = [p.inputs["label"] for p in rollout.prompts]
     bad = sum(label < 2 for label in known)
     assert 0 < bad < len(known)
@@ -91,7 +91,7 @@ def test_a_prompt_that_breaks_a_reading_is_set_aside_and_its_neighbours_stay(tin
 )
 def test_a_reading_that_breaks_its_contract_stops_the_run(tiny_model, tmp_path, reading, message):
     trainer = BranchGrpo(parse_config(recipe(tiny_model, tmp_path)))
-    context = ReadingContext(trainer.policy, trainer.rollouts._outcome)
+    context = ReadingContext(trainer.policy, trainer.run.rewarder.outcome)
     with pytest.raises(RewardError, match=message):
         fill(trainer.sample(0), {"own": (reading, ("value",))}, context)
 

@@ -42,7 +42,7 @@ def metrics_of(tmp_path):
 
 
 def context_of(trainer):
-    return ReadingContext(trainer.policy, trainer.rollouts._outcome)
+    return ReadingContext(trainer.policy, trainer.run.rewarder.outcome)
 
 
 # ---- score -----------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_critic_learns_along_with_the_policy(tmp_path):
         credit={"estimators": [{"name": "gae", "lam": 0.9}]},
         run={"iterations": 6},
     )
-    prm = trainer._online.scorer
+    prm = trainer.run.rewarder.online.scorer
     start = [p.detach().clone() for p in prm.model.parameters()]
     trainer.train()
     rows = [r for r in metrics_of(tmp_path) if "online/loss" in r]
@@ -225,7 +225,7 @@ def test_a_latent_reward_is_a_critic_of_denoising(tiny_model, tmp_path):
     )
     trainer = BranchGrpo(parse_config(tree))
     rollout = trainer.sample(0)
-    prm, first = trainer._online.scorer, NoiseSchedule.from_record(rollout.about["course"]).levels[0]
+    prm, first = trainer.run.rewarder.online.scorer, NoiseSchedule.from_record(rollout.about["course"]).levels[0]
     label = torch.tensor([p.inputs["label"] for p in rollout.prompts])
     with torch.no_grad():
         t = torch.full((len(label),), float(first[2]))
@@ -274,7 +274,7 @@ def test_the_policy_against_its_start(tmp_path):
     assert bool((rollout.tree.tags["implicit"].abs() < 1e-6).all())  # it has not moved yet
     before = [p.detach().clone() for p in trainer.policy.model.parameters()]
     shake(trainer.policy.model)
-    got = trainer.rollouts.fill(rollout, 0, 0).tree.tags["implicit"]
+    got = trainer.run.rewarder.run_readings(rollout, seed=0, iteration=0).tree.tags["implicit"]
     moved = [p.detach().clone() for p in trainer.policy.model.parameters()]
     logp = []
     for weights in (moved, before):
@@ -322,11 +322,11 @@ def test_log_ratios_of_denoising_steps(tiny_model, tmp_path):
         run={"iterations": 2},
     )
     trainer = BranchGrpo(parse_config(tree))
-    shake(trainer._online.scorer.model)
+    shake(trainer.run.rewarder.online.scorer.model)
     rollout = trainer.sample(0)
     got, dense = rollout.tree.tags["implicit"], rollout.actions.trainable
     assert bool((got[~dense] == 0).all()) and bool((got[dense] != 0).all())  # an ODE step decides nothing
-    torch.testing.assert_close(got, trainer._online.scorer(rollout).nan_to_num())
+    torch.testing.assert_close(got, trainer.run.rewarder.online.scorer(rollout).nan_to_num())
     assert trainer.train()["policy/grad_norm"] > 0
 
 

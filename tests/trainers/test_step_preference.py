@@ -17,10 +17,10 @@ from vision_tiny import vision_recipe
 from mmrl.config import load_config, parse_config
 from mmrl.losses.preference import Side, preference_loss
 from mmrl.preference import step_scores
-from mmrl.rollout import BranchPlan, Rollout
+from mmrl.rollout import Rollout
 from mmrl.trainers import trainer_of
-from mmrl.trainers.rollouts import StoredRollouts, store_rollouts
 from mmrl.trainers.step_preference import StepPreferenceConfig, StepPreferenceTrainer
+from mmrl.trainers.stored import StoredRollouts, store_rollouts
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "vision"))
@@ -234,7 +234,7 @@ def test_rewards_of_steps_weigh_both_sides_of_a_pair(make):
 def test_stored_rollouts_train_like_sampled_ones(make, tmp_path):
     """One iteration from disk equals the same iteration sampled; batches come in the order of the seed."""
     sampled = build(make("sampled"))
-    store_rollouts(sampled.rollouts, sampled.plan, tmp_path / "disk", 1)
+    store_rollouts(sampled.run, tmp_path / "disk", 1)
     want = build(make("again")).iterate(0)
     got = build(make("stored", rollouts=str(tmp_path / "disk"))).iterate(0)
     for k in ("preference/loss", "preference/pairs", "policy/grad_norm"):
@@ -268,7 +268,7 @@ def test_nothing_to_compare_is_told(tiny_model, tmp_path, caplog):
     trainer = run(tree)
     assert "nothing to learn in this iteration: 0 pairs" in caplog.text and "equal" in caplog.text
     assert_close(before, load_file(tmp_path / "r" / "model" / MODEL["latent"]), 0)
-    store_rollouts(trainer.rollouts, trainer.plan, tmp_path / "disk", 1)
+    store_rollouts(trainer.run, tmp_path / "disk", 1)
     stored = latent(tiny_model, tmp_path / "s", rewards=rewards, rollouts=str(tmp_path / "disk"))
     with pytest.raises(ValueError, match="none of the stored rollouts in .* gives a pair"):
         run(stored)
@@ -364,8 +364,8 @@ def test_pairs_need_a_density(tiny_model, tmp_path):
 
 def test_stored_batches(tiny_model, tmp_path):
     """Two rollouts of 4 prompts in batches of 3: the remainder is a batch too, unless ranks would have nothing."""
-    trainer = build(latent(tiny_model, tmp_path / "r"))
-    folders = store_rollouts(trainer.rollouts, BranchPlan({0: 2}), tmp_path / "disk", 2)
+    trainer = build(latent(tiny_model, tmp_path / "r", plan={0: 2}))
+    folders = store_rollouts(trainer.run, tmp_path / "disk", 2)
     assert [len(Rollout.load(f).prompts) for f in folders] == [4, 4]
     stored = StoredRollouts(tmp_path / "disk", 3)
     assert len(stored) == 4 and stored.left_out == 0

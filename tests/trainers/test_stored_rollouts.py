@@ -18,7 +18,7 @@ from mmrl.config import ConfigError, load_config, parse_config, trainer_config
 from mmrl.jobs import run_rollouts
 from mmrl.rollout import Rollout
 from mmrl.trainers import trainer_of
-from mmrl.trainers.rollouts import StoredRollouts, store_rollouts
+from mmrl.trainers.stored import StoredRollouts, store_rollouts
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "vision"))
@@ -62,7 +62,7 @@ def load_tree(tree):
 def store(tree, folder, iterations=1):
     """Rollouts of a recipe on disk; returns their folders."""
     trainer = build(tree)
-    return store_rollouts(trainer.rollouts, trainer.plan, folder, iterations)
+    return store_rollouts(trainer.run, folder, iterations)
 
 
 def read(make, tmp_path, **sections):
@@ -134,8 +134,8 @@ def test_leaves_are_rewarded_anew_for_other_rewards(tiny_model, tmp_path, name, 
 
 def test_rollouts_without_rewards_are_rewarded(make, tmp_path):
     trainer = build(make("store"))
-    prompts = trainer.rollouts.prompts(0)
-    trainer.policy.rollout(prompts, trainer.plan, seed=0).save(tmp_path / "disk" / "mine")
+    prompts = trainer.run.sampler.prompts(0)
+    trainer.policy.rollout(prompts, trainer.run.plan, seed=0).save(tmp_path / "disk" / "mine")
     rollout = read(make, tmp_path).sample(0)
     assert bool(rollout.tree.is_finished.any()) and rollout.tree.is_finished.sum() == rollout.tree.is_leaf.sum()
 
@@ -327,7 +327,7 @@ def test_rollouts_of_another_kind_of_policy(tiny_model, tmp_path, disk):
     tree = token(tmp_path, tmp_path / "t")
     store(tree, tmp_path / "texts")
     known = {"task": {"name": "tiny:TinyTask"}}
-    words = [p.__dict__ for p in build(tree).task.prompts]
+    words = [p.__dict__ for p in build(tree).run.task.prompts]
     rewrite(disk, prompts=[{"id": w["id"], "inputs": w["inputs"]} for w in words[:4]])
     with pytest.raises(ValueError, match="no action payload token .it has latent"):
         build({**tree, "rollouts": str(disk.parent)})

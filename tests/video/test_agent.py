@@ -17,7 +17,7 @@ from unpatch import unpatchify
 from mmrl.config import parse_config
 from mmrl.rollout import BranchPlan, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
-from mmrl.trainers.rollouts import Rollouts
+from mmrl.trainers.run import Run
 from video.encoding import Views
 from video.reading.reader import VideoDecodeError
 from video.rewards import TemporalContrast
@@ -142,11 +142,11 @@ def test_training_with_shuffled_twins(clip, tmp_path):
         "task": {"name": "clips"}, "policy": {"name": "video"}, "plan": {0: 4},
         "run": {"output": str(tmp_path), "prompts_per_iteration": 2, "cpu": True, "trackers": []},
     })  # fmt: skip
-    rollouts = Rollouts(config, agent(str(family_folder("qwen2_5_vl"))), task, {"t": (Parity(), 1.0)})
-    rollout = rollouts.sampled(BranchPlan({0: 4}), 0)
+    run = Run(config, agent(str(family_folder("qwen2_5_vl"))), task, {"t": (Parity(), 1.0)})
+    rollout = run.rollout(0)
     assert sorted(p.id for p in rollout.prompts) == ["a", "b"]
     assert [s.prompt.id for s in Parity.seen] == ["a/shuffled"] * 2
-    assert rollouts.cost["leaves"] == 8 and rollouts.cost["tokens"] > rollout.counts["tokens"]
+    assert run.meter.cost["leaves"] == 8 and run.meter.cost["tokens"] > rollout.counts["tokens"]
 
 
 class Parity(TemporalContrast):

@@ -249,13 +249,13 @@ def test_64_pictures_of_a_megapixel_are_encoded_64_times_an_iteration(tmp_path, 
     trainer = trainer_of(parse_config(tree))
     kept = trainer.policy.encode._kept
     sizes = []
-    reward_leaves = trainer.rollouts.reward_leaves
+    reward_leaves = trainer.run.rewarder.reward_leaves
 
     def measured(*arguments):
         sizes.append(kept.held)
         return reward_leaves(*arguments)
 
-    trainer.rollouts.reward_leaves = measured
+    trainer.run.rewarder.reward_leaves = measured
     [_, (_, encoded, features), _] = by_phase(trainer, prompts, towers)
     assert len(encoded) == len(features) == 64 and set(encoded.values()) == set(features.values()) == {1}
     # more than is kept between iterations, and within the bound of one

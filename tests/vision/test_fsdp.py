@@ -303,10 +303,10 @@ def work(file):
         note["calls"] += 1
         return forward(*arguments)
 
-    def save_and_check():  # here, because the process group is gone when the run is over
-        BranchGrpo.save_model(trainer)
+    def save_and_check(folder):  # here, because the process group is gone when the run is over
+        BranchGrpo.save_model(trainer, folder)
         if config.run.processes > 1:
-            note.update(checks(policy, trainer.task.eval_prompts))
+            note.update(checks(policy, trainer.run.task.eval_prompts))
         file = trainer.loop.folder.root / f"rank{trainer.loop.accelerator.process_index}.json"
         file.write_text(json.dumps(note | {"syncs": twin.syncs}))
 

@@ -52,7 +52,7 @@ def test_increments_are_neither_clipped_nor_differenced(tmp_path):
 
 def test_online_updates_move_the_scorer_and_lower_its_loss(tmp_path):
     t = trainer(tmp_path, online={"scorer": "vision_prm", "lr": 3e-3, "spread": True})
-    online = t._online
+    online = t.run.rewarder.online
     rollout = t.policy.rollout(Words.prompts, BranchPlan({0: 2, 1: 2}), seed=0)
     tree = rollout.tree
     outcome = torch.where(tree.is_leaf, (torch.arange(len(tree)) % 2).double(), torch.nan)

@@ -331,7 +331,7 @@ def test_a_saved_scorer_rewards_the_steps_of_branch_grpo(tmp_path, prm):
         credit={"estimators": [{"name": "process_grpo"}], "transforms": [{"name": "clip", "eta": 0.9}, "delta"]},
     )  # fmt: skip
     trainer = BranchGrpo(parse_config(tree))
-    scorer = trainer.step_rewards["vision_prm"][0]
+    scorer = trainer.run.rewarder.step_rewards["vision_prm"][0]
     before = {n: p.clone() for n, p in scorer.model.named_parameters()}
     trainer.train()
     rows = [m for m in lines(tmp_path / "run" / "metrics.jsonl") if "step_reward/vision_prm" in m]
@@ -341,8 +341,8 @@ def test_a_saved_scorer_rewards_the_steps_of_branch_grpo(tmp_path, prm):
     devices = {p.device for m in (scorer.model, trainer.policy.model) for p in m.parameters()}
     assert len(devices) == 1
 
-    prompts = trainer.task.prompts[:2]
-    rollout = trainer.rewarded(prompts, 0, 0)
+    prompts = trainer.run.task.prompts[:2]
+    rollout = trainer.run.rewarded(prompts, 0)
     tree = rollout.tree
     for leaf in tree.is_leaf.nonzero().flatten().tolist():
         path = [leaf]

@@ -194,8 +194,8 @@ def test_a_run_goes_on_without_the_prompts_that_a_template_refuses(tmp_path):
     )  # fmt: skip
     trainer = BranchGrpo(parse_config(tree))
     metrics = trainer.train()
-    assert trainer.rollouts.admission.bad == {"q3"} and metrics["rollout/unusable_prompts"] == 1
-    [scored] = trainer.rollouts.step_scores
+    assert trainer.run.sampler.admission.bad == {"q3"} and metrics["rollout/unusable_prompts"] == 1
+    [scored] = trainer.run.meter.step_scores
     assert not scored.failed and 0 < int(scored.parts["vision_prm"].isnan().sum()) < len(scored.parts["vision_prm"])
 
 
@@ -258,5 +258,5 @@ def test_rows_that_no_reward_can_score_are_told_before_a_model_is_loaded(tmp_pat
             BranchGrpo(parse_config(tree))
         return
     trainer = BranchGrpo(parse_config(tree))
-    assert trainer.rollouts.admission.bad == {"q0"}
-    assert {p.id for p in trainer.rollouts.prompts(0)} <= {"q1", "q2", "q3"}
+    assert trainer.run.sampler.admission.bad == {"q0"}
+    assert {p.id for p in trainer.run.sampler.prompts(0)} <= {"q1", "q2", "q3"}

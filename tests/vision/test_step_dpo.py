@@ -25,7 +25,7 @@ def every_other(self, rollout):
 
 def test_the_recipe_starts_at_ln_2(tmp_path, monkeypatch):
     monkeypatch.setenv("MMRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mmrl.trainers.rollouts.Rollouts.reward_steps", every_other)
+    monkeypatch.setattr("mmrl.trainers.rewarder.Rewarder.reward_steps", every_other)
     model = f"policy.model={family_folder('qwen2_5_vl')}"
     trainer = StepPreferenceTrainer(load_config(RECIPE, [*COMMON, *TINY, model, f"run.output={tmp_path / 'r'}"]))
     batch = trainer.batch(trainer.sample(0))

@@ -338,7 +338,7 @@ def test_runs_with_the_options_of_the_recipes(tmp_path, sections):
 
 def test_unsolved_prompts_imitate_their_solution(tmp_path):
     trainer, _ = train(tmp_path, run={"iterations": 1})
-    for p in trainer.task.prompts:
+    for p in trainer.run.task.prompts:
         object.__setattr__(p, "reference", {"steps": ["1", "2"]})
     rollout = trainer.sample(0)
     batch = trainer.select(rollout, trainer.credit(rollout), 0)
