@@ -11,6 +11,7 @@ from torch import Tensor
 from mmrl.rollout import Rollout
 
 if TYPE_CHECKING:
+    from mmrl.trainers.base import PolicyTrainer
     from mmrl.trainers.loop import Loop, Trainer
 
 
@@ -35,7 +36,7 @@ class Callback(Protocol):
         """The optimizer has changed the trained weights."""
         return
 
-    def on_rollout(self, trainer: Trainer, rollout: Rollout, mark: Tensor) -> None:
+    def on_rollout(self, trainer: PolicyTrainer, rollout: Rollout, mark: Tensor) -> None:
         """A rollout was learned from. mark: (N,) what each of its steps was worth: its advantage, weight or pairs."""
         return
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
@@ -23,6 +23,9 @@ from mmrl.trainers.ema import AverageWeights
 from mmrl.trainers.loop import Trainer
 from mmrl.trainers.verdicts import Watch
 from mmrl.workdir import publish
+
+if TYPE_CHECKING:
+    from mmrl.trainers.base import PolicyTrainer
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def callbacks_of(config: TrainingConfig, own: Sequence[Callback] = ()) -> list[C
         named.append(build_with({where: Callback}, "callbacks", where, section.name, section.options))
     for callback in own:
         named.append(require("callbacks", Callback, callback))
-    usual: list[Callback] = [WarnOfVerdicts(), ExportModel()]
+    usual: list[Callback] = [KeepTrees(), WarnOfVerdicts(), ExportModel()]
     if config.optim.ema is not None:
         usual.insert(0, AverageWeights(config.optim.ema))
     if config.run.report:
@@ -65,22 +68,19 @@ class WarnOfVerdicts(Callback):
                 log.warning("iteration %d: %s", trainer.loop.state.iteration, verdict.text)
 
 
+@register("callbacks", "keep_trees")
 class KeepTrees(Callback):
     """Keeps the tree of the first prompt, with a number per step, of the first and the last iteration, for the report.
 
-    Args:
-        describe: (rollout, steps) -> what each of these steps looks like, the policy's.
+    Every run has it.
     """
 
-    def __init__(self, describe: Callable[[Rollout, Tensor], list[Any]]) -> None:
-        self._describe = describe
-
-    def on_rollout(self, trainer: Trainer, rollout: Rollout, mark: Tensor) -> None:
+    def on_rollout(self, trainer: PolicyTrainer, rollout: Rollout, mark: Tensor) -> None:
         """Write below trees/ of the run folder."""
         loop = trainer.loop
         names = {loop.config.run.iterations - 1: "last", 0: "first"}
         if loop.is_main and loop.state.iteration in names:
-            save_tree(rollout, mark, self._describe, loop.folder.root / "trees" / names[loop.state.iteration])
+            save_tree(rollout, mark, trainer.policy.describe, loop.folder.root / "trees" / names[loop.state.iteration])
 
 
 @register("callbacks", "export_model")

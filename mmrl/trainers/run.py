@@ -24,7 +24,7 @@ from mmrl.registry import build, find
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, check_prompts
 from mmrl.sharding import check_launcher
 from mmrl.trainers.callback import Callback
-from mmrl.trainers.callbacks import KeepTrees, callbacks_of
+from mmrl.trainers.callbacks import callbacks_of
 from mmrl.trainers.evaluator import Evaluator
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.meter import Meter
@@ -102,7 +102,7 @@ class Run:
             costs += row.facts.get("costs", ())
         if reference:
             self.policy.freeze_reference()
-        self.loop = Loop(config, self.policy.model, [KeepTrees(self.policy.describe), *chosen])
+        self.loop = Loop(config, self.policy.model, chosen)
         self.policy.model = self.loop.model
         for component, _ in [*step_rewards.values(), *readings.values()]:
             if (model := model_of(component)) is not None:

@@ -428,9 +428,9 @@ def test_a_new_latent_head_is_refused(tiny_model, tmp_path):
 def test_a_head_that_learns_along_or_reads_the_models_own_tokens_is_taken(tmp_path):
     credit = {"estimators": [{"name": "process_grpo"}]}
     learning = text_recipe(tmp_path, step_rewards=[PLAIN], online={"scorer": "vision_prm"}, credit=credit)
-    assert trainer_of(parse_config(learning)).step_rewards
+    assert trainer_of(parse_config(learning)).run.rewarder.step_rewards
     own = PLAIN | {"head": "tokens", "format": {"marker": "#", "positive": "+", "negative": "-", "read_offset": -1}}
-    assert trainer_of(parse_config(text_recipe(tmp_path, step_rewards=[own], credit=credit))).step_rewards
+    assert trainer_of(parse_config(text_recipe(tmp_path, step_rewards=[own], credit=credit))).run.rewarder.step_rewards
 
 
 def test_score_search_and_bench_refuse_it_too(tmp_path):
@@ -460,9 +460,9 @@ def test_score_search_and_bench_refuse_it_too(tmp_path):
 )
 @pytest.mark.parametrize("verb", ["train", "doctor"])
 def test_a_tracker_that_is_not_there_is_an_error_before_loading(tmp_path, tracker, told, verb, monkeypatch):
-    from mmrl.trainers import loop
+    from mmrl.trainers import processes
 
-    monkeypatch.setattr(loop, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(processes, "get_available_trackers", lambda: ["tensorboard"])
     tree = recipe(tmp_path / "no model there", tmp_path / "r", run={"trackers": [tracker]})
     with pytest.raises(ConfigError, match=told):
         trainer_of(parse_config(tree)) if verb == "train" else list(examine(parse_config(tree)))

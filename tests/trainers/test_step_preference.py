@@ -99,7 +99,7 @@ def test_updates_on_one_batch_order_its_pairs(make):
     trainer = build(make("r", loss=beta, optim={"lr": 1e-3, "updates_per_rollout": 8}))
     told = trainer.iterate(0)
     assert told["preference/loss_last"] < told["preference/loss"] - 0.02
-    assert trainer.update(trainer.batch(trainer.sample(0)))["policy/grad_norm"] > 0
+    assert trainer.update(trainer.batch(trainer.run.rollout(0)))["policy/grad_norm"] > 0
 
 
 def test_micro_batches_change_nothing(make):
@@ -107,7 +107,7 @@ def test_micro_batches_change_nothing(make):
     grads, counts = [], []
     for name in ("whole", "parts"):
         trainer = build(make(name))
-        batch = trainer.batch(trainer.sample(0))
+        batch = trainer.batch(trainer.run.rollout(0))
         policy = trainer.policy
         if name == "parts" and make.kind == "latent":
             policy.max_batch = 1
@@ -127,7 +127,7 @@ def test_whole_responses_are_dpo(make):
     """Against the plain formula on the log-probs of both whole paths, common steps included."""
     noise = {"noise": "all"} if make.kind == "latent" else {}
     trainer = build(make("r", loss={"name": "dpo"}, pairs={"name": "leaves"}, policy=noise))
-    batch = trainer.batch(trainer.sample(0))
+    batch = trainer.batch(trainer.run.rollout(0))
     with torch.no_grad():
         for p in trainer.loop.parameters:
             p.add_(1e-3)  # away from the reference
@@ -148,7 +148,7 @@ def test_whole_responses_are_dpo(make):
 def test_steps_outside_the_pairs_do_not_matter(make):
     """The loss of a part reads its segments alone: it is that of the flat function on their actions."""
     trainer = build(make("r", loss={"name": "dpo", "reference_free": True}))
-    batch = trainer.batch(trainer.sample(0))
+    batch = trainer.batch(trainer.run.rollout(0))
     part = batch.parts(trainer.policy)[0]
     each, rows = trainer.pair_losses(batch, part)
     new, tree = trainer.policy.log_probs(batch.rollout, part), batch.rollout.tree
@@ -195,7 +195,7 @@ CASES = [(kind, name) for kind in ("latent", "token") for name in NEEDS if kind 
 def test_every_preset_raises_the_better_step_over_the_worse(make, name):
     """By fields that components of the recipe filled; the distance between the two is measured apart from the loss."""
     trainer, field = learner(make, name)
-    batch = trainer.batch(trainer.sample(0))
+    batch = trainer.batch(trainer.run.rollout(0))
     quality = step_scores(batch.rollout.tree, field)
     assert bool((quality[batch.pairs.chosen_end] > quality[batch.pairs.rejected_end]).all()) and len(batch.pairs)
 
@@ -221,7 +221,7 @@ def test_every_preset_raises_the_better_step_over_the_worse(make, name):
 def test_rewards_of_steps_weigh_both_sides_of_a_pair(make):
     """Full-Step-DPO: of the chosen segment the best step counts most, of the rejected one the worst."""
     trainer, _ = learner(make, "full_step_dpo")
-    batch = trainer.batch(trainer.sample(0))
+    batch = trainer.batch(trainer.run.rollout(0))
     reward = batch.rollout.tree.step_reward
     for segment, sign in ((batch.chosen, 1.0), (batch.rejected, -1.0)):
         for pair in segment.pair.unique():
@@ -290,7 +290,7 @@ def test_t_reg_adds_its_regulariser(tmp_path):
     """Before the first update w = 1/2: ln 2 + alpha / 2 (R(w) + R(l)), R(y) = -beta sum rhat_i ln pi(i)."""
     readings = [{"name": "instructed"}]
     trainer = build(token(tmp_path, tmp_path / "r", loss={"name": "t_reg"}, pairs=None, readings=readings))
-    batch = trainer.batch(trainer.sample(0))
+    batch = trainer.batch(trainer.run.rollout(0))
     each, rows = trainer.pair_losses(batch, batch.parts(trainer.policy)[0])
     rollout, tree = batch.rollout, batch.rollout.tree
     rhat = rollout.actions.payload["token_reward"]
@@ -356,7 +356,7 @@ def test_a_policy_without_reference_log_probs(tiny_model, tmp_path, monkeypatch)
 def test_pairs_need_a_density(tiny_model, tmp_path):
     """Forks whose steps were not sampled with noise cannot be compared."""
     trainer = build(latent(tiny_model, tmp_path / "r"))
-    rollout = trainer.sample(0)
+    rollout = trainer.run.rollout(0)
     none = replace(rollout.actions, trainable=torch.zeros_like(rollout.actions.trainable))
     with pytest.raises(ValueError, match="were not both sampled with a density"):
         trainer.batch(replace(rollout, actions=none))

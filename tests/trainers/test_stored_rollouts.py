@@ -126,7 +126,7 @@ def test_leaves_are_rewarded_anew_for_other_rewards(tiny_model, tmp_path, name, 
     store(latent(tiny_model, tmp_path / "a"), tmp_path / "disk")
     trainer = build(latent(tiny_model, tmp_path / "b", rewards=[{"name": f"tiny:{name}", "timeout_s": 0}],
                            rollouts=str(tmp_path / "disk")))  # fmt: skip
-    tree = trainer.sample(0).tree
+    tree = trainer.run.rollout(0).tree
     outcome = tree.outcome[tree.is_finished]
     assert ("every leaf is rewarded anew" in caplog.text) is (name == "constant")
     assert bool((outcome == 0.5).all()) is (name == "constant") and len(outcome) == 16
@@ -136,7 +136,7 @@ def test_rollouts_without_rewards_are_rewarded(make, tmp_path):
     trainer = build(make("store"))
     prompts = trainer.run.sampler.prompts(0)
     trainer.policy.rollout(prompts, trainer.run.plan, seed=0).save(tmp_path / "disk" / "mine")
-    rollout = read(make, tmp_path).sample(0)
+    rollout = read(make, tmp_path).run.rollout(0)
     assert bool(rollout.tree.is_finished.any()) and rollout.tree.is_finished.sum() == rollout.tree.is_leaf.sum()
 
 
@@ -146,7 +146,7 @@ def test_rollouts_without_rewards_are_rewarded(make, tmp_path):
 def test_folders_of_ranks_are_one_rollout(tiny_model, tmp_path):
     """Two ranks wrote prompts 0, 2 and 1, 3; one reader gets 0..3 in order, two readers what the writers had."""
     trainer = build(latent(tiny_model, tmp_path / "r"))
-    whole = trainer.sample(0)
+    whole = trainer.run.rollout(0)
     for rank in range(2):
         whole.select([rank, rank + 2]).save(tmp_path / "disk" / f"000000-{rank:02d}")
     got = StoredRollouts(tmp_path / "disk", 4).batch(0)
@@ -236,7 +236,7 @@ def test_the_verb_refuses(tiny_model, tmp_path):
     tree = latent(tiny_model, tmp_path / "r", run={"iterations": 1})
     config = load_config(write_recipe(tmp_path / "r.yaml", tree))
     trainer = build(tree)
-    trainer.sample(0).save(tmp_path / "mine" / "a")
+    trainer.run.rollout(0).save(tmp_path / "mine" / "a")
     with pytest.raises(ConfigError, match=r"holds rollouts without recipe\.json"):
         run_rollouts(config, tmp_path / "mine")
     scorer = load_tree({"trainer": "step_reward", "task": {"name": "x"}, "scorer": {"name": "vision_prm"}})
@@ -302,7 +302,7 @@ def test_the_tasks_own_prompts_are_used(tiny_model, tmp_path, disk):
     """A media path of another machine does not matter: the task knows where its pictures lie."""
     rollout = Rollout.load(disk)
     rewrite(disk, prompts=[{"id": p.id, "inputs": {**p.inputs, "images": ["/gone.png"]}} for p in rollout.prompts])
-    got = build(latent(tiny_model, tmp_path / "r", rollouts=str(disk.parent))).sample(0)
+    got = build(latent(tiny_model, tmp_path / "r", rollouts=str(disk.parent))).run.rollout(0)
     assert all("images" not in p.inputs for p in got.prompts)
 
 

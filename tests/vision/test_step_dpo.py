@@ -28,7 +28,7 @@ def test_the_recipe_starts_at_ln_2(tmp_path, monkeypatch):
     monkeypatch.setattr("mmrl.trainers.rewarder.Rewarder.reward_steps", every_other)
     model = f"policy.model={family_folder('qwen2_5_vl')}"
     trainer = StepPreferenceTrainer(load_config(RECIPE, [*COMMON, *TINY, model, f"run.output={tmp_path / 'r'}"]))
-    batch = trainer.batch(trainer.sample(0))
+    batch = trainer.batch(trainer.run.rollout(0))
     tree, pairs = batch.rollout.tree, batch.pairs
     assert torch.equal(tree.parent[pairs.chosen], tree.parent[pairs.rejected])
     assert bool((tree.step_reward[pairs.chosen] == 1).all() and (tree.step_reward[pairs.rejected] == 0).all())

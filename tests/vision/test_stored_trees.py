@@ -104,7 +104,7 @@ def test_visits_say_how_sure_a_label_is(trees, tmp_path):
          "step_rewards=[]", "loss={name: mcts_dpo}", "pairs=null"],
     )  # fmt: skip
     trainer = trainer_of(config)
-    batch = trainer.batch(trainer.sample(0))
+    batch = trainer.batch(trainer.run.rollout(0))
     visits = batch.rollout.tree.tags["visits"]
     w, l = visits[batch.pairs.chosen].double(), visits[batch.pairs.rejected].double()  # noqa: E741
     assert bool((w != l).any())
@@ -149,7 +149,7 @@ def test_other_rewards_leave_open_leaves_alone(trees, tmp_path):
 
     more = [*SHORT, *TASK, *policy(), f"rollouts={trees}", f"run.output={tmp_path}", "rewards=[{name: shapes_answer}]"]
     trainer = trainer_of(load_config(CONFIGS / "shapes_propa.yaml", more))
-    tree = trainer.sample(0).tree
+    tree = trainer.run.rollout(0).tree
     assert bool(tree.tags["open"].any()) and torch.equal(tree.is_finished, tree.is_leaf & ~tree.tags["open"])
     assert bool((tree.outcome[tree.is_finished] == 0).all())
 
