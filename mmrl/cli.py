@@ -8,14 +8,11 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mmrl.extras import how_to_install
-
-if TYPE_CHECKING:
-    from mmrl.recipe import TrainingConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
     "Train models from rewards on steps: vision-language, diffusion, video."))  # fmt: skip
@@ -31,9 +28,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, suc
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Run a recipe."""
+    from mmrl.config import load_config
     from mmrl.trainers import trainer_of
 
-    trainer = trainer_of(_load(recipe, overrides))
+    trainer = trainer_of(load_config(recipe, overrides or []))
     trainer.train()
     page = trainer.loop.folder.root / "report.html"
     if trainer.loop.is_main and page.exists():
@@ -43,7 +41,9 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def doctor(recipe: Recipe, overrides: Overrides = None) -> None:
     """Try a recipe before it costs hours: forecast, one iteration, verdicts; exits with 1 when it cannot learn."""
-    config = _load(recipe, overrides)
+    from mmrl.config import load_config
+
+    config = load_config(recipe, overrides or [])
     from mmrl.doctor import examine
 
     hopeless = False
@@ -71,7 +71,7 @@ def list_(
     name: Annotated[str, typer.Argument(help="One row of the kind, in full")] = "",
     reads: Annotated[str | None, typer.Option(help="Only rows that read this field, such as value")] = None,
     writes: Annotated[str | None, typer.Option(help="Only rows that write this field, such as tags.wrong")] = None,
-    page: Annotated[str, typer.Option(help="Print a reference page of docs/: capabilities, credit, readings")] = "",
+    page: Annotated[str, typer.Option(help="Print a reference page of docs/: callbacks, capabilities, credit, readings")] = "",
 ) -> None:
     """List what a recipe can name: what each row reads and writes, where it fits and comes from."""
     from mmrl import registry_pages
@@ -111,7 +111,9 @@ def rollouts(
     overrides: Overrides = None,
 ) -> None:
     """Sample and reward branch rollouts and keep them: run.iterations batches for `rollouts: DIR` of other recipes."""
-    config = _load(recipe, overrides)
+    from mmrl.config import load_config
+
+    config = load_config(recipe, overrides or [])
     from mmrl.jobs import run_rollouts
 
     told = run_rollouts(config, out)
@@ -218,12 +220,6 @@ def _unused(folder: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3 ... that does not exist: a demo can be repeated."""
     names = (folder if i == 1 else folder.with_name(f"{folder.name}-{i}") for i in range(1, 10_000))
     return next(f for f in names if not f.exists())
-
-
-def _load(recipe: Path, overrides: list[str] | None) -> TrainingConfig:
-    from mmrl.config import load_config
-
-    return load_config(recipe, overrides or [])
 
 
 def main() -> None:

@@ -104,7 +104,21 @@ steps, A actions, S steps or places asked for.
 
 """
 
-PAGES = ("capabilities", "credit", "readings")
+_CALLBACKS = """# Callbacks
+
+<!-- made by `mmrl list --page callbacks > docs/reference/callbacks.md`; edit the docstrings, not this file -->
+
+```yaml
+callbacks: [{name: early_stop, metric: eval/accuracy, patience: 3}, {name: best_model, metric: eval/reward}]
+```
+
+What happens in a run beside its iterations, evaluations and checkpoints. A recipe names more under `callbacks`; one that
+is named takes the place of the same one that every run has. One of your own is a class by its dotted path, with its
+options, or an object: `trainer_of(recipe, callbacks=[...])` ([python.md](../guides/python.md)).
+
+"""
+
+PAGES = ("callbacks", "capabilities", "credit", "readings")
 
 
 def table(kind: str, reads: str | None = None, writes: str | None = None) -> list[tuple[str, str, str, str, str]]:
@@ -147,7 +161,12 @@ def page(name: str) -> str:
     """
     if name not in PAGES:
         raise ComponentError(f"no page {name!r}{hint(name, PAGES)}; known: {', '.join(PAGES)}")
-    pages = {"capabilities": _capabilities_page, "credit": _credit_page, "readings": _readings_page}
+    pages = {
+        "callbacks": _callbacks_page,
+        "capabilities": _capabilities_page,
+        "credit": _credit_page,
+        "readings": _readings_page,
+    }
     return pages[name]()
 
 
@@ -189,6 +208,13 @@ def _parameters(method: Any) -> list[str]:
             out.append("*")
         out.append(parameter.name)
     return out
+
+
+def _callbacks_page() -> str:
+    from mmrl.trainers.callback import Callback
+
+    parts = [_CALLBACKS.rstrip() + "\n", _capability(Callback), "## Those there are\n"]
+    return "\n".join([*parts, *(entry(row) for row in rows("callbacks"))]).rstrip() + "\n"
 
 
 def _readings_page() -> str:
