@@ -71,7 +71,9 @@ def list_(
     name: Annotated[str, typer.Argument(help="One row of the kind, in full")] = "",
     reads: Annotated[str | None, typer.Option(help="Only rows that read this field, such as value")] = None,
     writes: Annotated[str | None, typer.Option(help="Only rows that write this field, such as tags.wrong")] = None,
-    page: Annotated[str, typer.Option(help="Print a reference page of docs/: callbacks, capabilities, credit, readings")] = "",
+    page: Annotated[
+        str, typer.Option(help="Print a reference page of docs/: callbacks, capabilities, credit, readings")
+    ] = "",
 ) -> None:
     """List what a recipe can name: what each row reads and writes, where it fits and comes from."""
     from mmrl import registry_pages

@@ -112,9 +112,9 @@ _CALLBACKS = """# Callbacks
 callbacks: [{name: early_stop, metric: eval/accuracy, patience: 3}, {name: best_model, metric: eval/reward}]
 ```
 
-What happens in a run beside its iterations, evaluations and checkpoints. A recipe names more under `callbacks`; one that
-is named takes the place of the same one that every run has. One of your own is a class by its dotted path, with its
-options, or an object: `trainer_of(recipe, callbacks=[...])` ([python.md](../guides/python.md)).
+What happens in a run beside its iterations, evaluations and checkpoints. A recipe names more under `callbacks`; one
+that is named takes the place of the same one that every run has. One of your own is a class by its dotted path, with
+its options, or an object: `trainer_of(recipe, callbacks=[...])` ([python.md](../guides/python.md)).
 
 """
 

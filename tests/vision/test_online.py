@@ -85,7 +85,11 @@ def test_a_run_trains_both_and_resumes(tmp_path):
     trainer(tmp_path, **online, run=run | {"iterations": 1}).train()
     again = trainer(tmp_path, **online, run=run | {"resume": True})
     again.train()
-    for a, b in zip(whole.run.rewarder.online.scorer.model.parameters(), again.run.rewarder.online.scorer.model.parameters(), strict=True):
+    for a, b in zip(
+        whole.run.rewarder.online.scorer.model.parameters(),
+        again.run.rewarder.online.scorer.model.parameters(),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
