@@ -23,6 +23,8 @@ distance = walks:distance
 nearer = walks:nearer
 [mmrl.panels]
 distances = walks:distances
+[mmrl.callbacks]
+longest = walks:Longest
 """
 RECIPE = {
     "trainer": "branch_grpo",
@@ -31,6 +33,7 @@ RECIPE = {
     "plan": {0: 4, 2: 2},
     "readings": [{"name": "distance"}],
     "credit": {"estimators": [{"name": "grpo"}, {"name": "nearer", "weight": 0.2}]},
+    "callbacks": [{"name": "longest", "among": 3}, {"name": "early_stop", "metric": "eval/accuracy", "patience": 9}],
     "loss": {"clip_low": 0.2, "clip_high": 0.2},
     "optim": {"lr": 0.1},
     "run": {"output": "run", "iterations": 30, "prompts_per_iteration": 9, "eval_every": 30, "trackers": [], "cpu": True},
@@ -53,4 +56,5 @@ def test_a_package_of_another_modality_trains(tmp_path):
     accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
     assert accuracy[0] < 0.5 and accuracy[-1] > 0.8
     assert max(row["policy/ratio_dev_max"] for row in rows if "policy/ratio_dev_max" in row) < 1e-5
+    assert all("walks/longest" in row for row in rows if "reward/mean" in row)
     assert "Distance from the goal" in (tmp_path / "run" / "report.html").read_text()

@@ -123,6 +123,8 @@ def test_reference_pages_are_made_from_the_docstrings():
     assert all(f"### {name}\n" in page for name in [*names("estimators"), *names("transforms")])
     readings = (TESTS.parent / "docs" / "reference" / "readings.md").read_text()
     assert readings == made("readings"), "run: mmrl list --page readings > docs/reference/readings.md"
+    callbacks = (TESTS.parent / "docs" / "reference" / "callbacks.md").read_text()
+    assert callbacks == made("callbacks"), "run: mmrl list --page callbacks > docs/reference/callbacks.md"
     capabilities = (TESTS.parent / "docs" / "reference" / "capabilities.md").read_text()
     assert capabilities == made("capabilities"), "run: mmrl list --page capabilities > docs/reference/capabilities.md"
     done = run_command("list", "estimators")

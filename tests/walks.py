@@ -11,6 +11,7 @@ from mmrl.registry import declares
 from mmrl.report.panels import curves
 from mmrl.rollout import ActionLogProbs, Actions, Prompt, Rollout, Sample
 from mmrl.seeding import named_generator
+from mmrl.trainers.callback import Callback
 from mmrl.tree import FINISHED, INTERNAL, StepTree
 
 MOVES = 4
@@ -142,6 +143,20 @@ def nearer(tree):
     total = torch.zeros(tree.num_groups, dtype=torch.float64).index_add(0, tree.group, gained)
     mean = total / torch.bincount(tree.group)
     return Credit(torch.where(tree.valid, gained - mean[tree.group], 0.0))
+
+
+class Longest(Callback):
+    """Logs how far the rollout of an iteration came, of its first prompts."""
+
+    def __init__(self, among: int = 1) -> None:
+        self.among, self.distance = among, 0.0
+
+    def on_rollout(self, trainer, rollout, mark):
+        first = rollout.tree.group < self.among
+        self.distance = float(rollout.tree.tags["position"][first].abs().max())
+
+    def on_iteration(self, trainer, metrics):
+        metrics["walks/longest"] = self.distance
 
 
 distances = declares(place=15)(curves("Distance from the goal", "reading/distance/tags.distance"))
