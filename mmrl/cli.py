@@ -103,7 +103,8 @@ def annotate(recipe: Recipe, overrides: Overrides = None) -> None:
     from mmrl.jobs import run_annotate
 
     report = run_annotate(config)
-    typer.echo(f"{report['records']} records, {report['steps']} steps: {config.output / 'records.jsonl'}")
+    if report:
+        typer.echo(f"{report['records']} records, {report['steps']} steps: {config.output / 'records.jsonl'}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
 from mmrl.reasoning.annotate.omega import Omega
 from mmrl.reasoning.annotate.output import summary
 from mmrl.reasoning.annotate.recipe import AnnotateConfig
-from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
+from mmrl.reasoning.annotate.run import LabelRule, annotate
 from mmrl.reasoning.annotate.select import unsure
 from mmrl.reasoning.annotate.store import STORE, CompletionStore
 from mmrl.reasoning.canonical import canonical_answer
@@ -61,7 +61,8 @@ log = logging.getLogger(__name__)
 
 
 def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
-    """Label steps as the recipe says; writes records.jsonl and report.json below its output, returns the report.
+    """Label steps as the recipe says; writes records.jsonl and report.json below its output, returns the report
+    (main process only).
 
     Raises:
         ValueError: a name or file that does not exist, or no solution got a label (report.json says why).
@@ -146,15 +147,21 @@ def _check_names(config: AnnotateConfig) -> None:
 
 
 def _annotate_on_all_ranks(config: AnnotateConfig, job: _Job, items: Any, method: Any, rule: LabelRule) -> Any:
-    """Each rank its own questions; the last to end merges the files."""
-    report = annotate(
-        job.policy, job.verifier, items, method, config.output, rule=rule, fingerprint=job.fingerprint,
-        seed=config.seed, batch=config.batch, rank=job.rank, world=job.world,
-        rollouts=job.rollouts({"records": str(config.records)}),
+    """Each rank pays for questions of its own; then the first one writes what there is to all of them."""
+    rollouts = job.rollouts({"records": str(config.records)}) if job.rank == 0 else None
+    run = partial(
+        annotate, job.policy, job.verifier, items, method, config.output, rule=rule, fingerprint=job.fingerprint,
+        seed=config.seed, batch=config.batch,
     )  # fmt: skip
-    if job.world > 1:
-        job.wait()
-        report = merge_ranks(config.output, job.world) if job.rank == 0 else report
+    if job.world == 1:
+        return run(rollouts=rollouts)
+    from accelerate.utils import gather_object
+
+    costs = gather_object([run(rank=job.rank, world=job.world)["cost"]["run"]])
+    if job.rank:
+        return {}
+    report = run(rollouts=rollouts)
+    report["cost"]["run"] = {name: sum(cost[name] for cost in costs) for name in costs[0]}
     return report
 
 
@@ -357,7 +364,7 @@ class _Job:
         if config.cpu or not torch.cuda.is_available():
             torch.set_num_threads(config.threads)
         state = PartialState(cpu=config.cpu)
-        self.config, self._cpu, self.wait = config, config.cpu, state.wait_for_everyone
+        self.config, self._cpu = config, config.cpu
         self.rank, self.world = state.process_index, state.num_processes
         self.task: Task = build("tasks", "task", config.task.name, config.task.options)
         policy = build_with({asker: protocol}, "policies", "policy", config.policy.name, config.policy.options)
@@ -403,11 +410,8 @@ class _Job:
             "seed": config.seed, "processes": 1, "grown_by": config.method.model_dump(mode="json"),
             "made_by": self.fingerprint, **(about or {}),
         }  # fmt: skip
-        if self.rank == 0:
-            self.files.enter_context(WorkDir(config.rollouts).owned())
-        folder = RolloutFolder(config.rollouts, record, write=self.rank == 0)
-        self.wait()
-        return folder
+        self.files.enter_context(WorkDir(config.rollouts).owned())
+        return RolloutFolder(config.rollouts, record)
 
     def alone(self, what: str) -> None:
         """ConfigError when several processes were started for what one does."""

@@ -82,11 +82,11 @@ class WorkDir:
         self._lock.release()
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
+    def owned(self) -> Iterator[WorkDir]:
         """The folder belongs to this process alone inside the block; see `claim`."""
         self.claim()
         try:
-            yield
+            yield self
         finally:
             self.release()
 
@@ -192,13 +192,24 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> int:
-    """`publish` a text of lines, one after the other; returns how many there were."""
+    """`publish` a text of lines; returns how many there were."""
     count = 0
-    with publish(path) as part, part.open("w", encoding="utf-8") as file:
+    with publish_lines(path) as add:
         for line in lines:
-            file.write(line + "\n")
+            add(line)
             count += 1
     return count
+
+
+@contextmanager
+def publish_lines(path: str | Path) -> Iterator[Callable[[str], None]]:
+    """`publish` a text of lines; gives a function that adds one."""
+    with publish(path) as part, part.open("w", encoding="utf-8") as file:
+
+        def add(line: str) -> None:
+            file.write(line + "\n")
+
+        yield add
 
 
 def discard(path: Path) -> None:
@@ -287,7 +298,7 @@ def open_database(
 
     What was committed is there when the process is killed; after a power failure the last of it may be missing.
     On a network disk, where SQLite cannot be shared, every rank has a database of its own, `NAME-RANK.sqlite` from
-    rank 1 on, until `absorb_ranks`.
+    rank 1 on; rank 0 takes in those of ranks that have ended when it opens its own.
 
     Args:
         schema: SQL that makes the tables. fill: puts the first rows into a new database.
@@ -316,31 +327,30 @@ def open_database(
                     if fill is not None:
                         fill(database)
                     database.execute(f"PRAGMA user_version = {_DATABASE_FORMAT}")
-        except BaseException as error:
+        except sqlite3.DatabaseError as error:
             database.close()
-            if isinstance(error, sqlite3.DatabaseError):
-                raise ConfigError(f"{file} cannot be used: {error}; name another folder") from error
+            raise ConfigError(f"{file} cannot be used: {error}; name another folder") from error
+        except BaseException:
+            database.close()
             raise
+    if alone and not rank:
+        for other in sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")):
+            _take_in(database, other)
     return database
 
 
-def absorb_ranks(database: sqlite3.Connection, tables: Iterable[str]) -> None:
-    """Take what other ranks, which have ended, wrote into databases of their own into that of rank 0.
-
-    Raises:
-        ConfigError: another process still writes one of them.
-    """
-    file = Path(database.execute("PRAGMA database_list").fetchone()[2])
-    for other in sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")):
-        try:
-            database.execute("ATTACH ? AS other", (str(other),))
-        except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{other} cannot be read: {error}; run its rank to the end first") from error
-        with database:
-            for table in tables:
-                database.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM other.{table}")
+def _take_in(database: sqlite3.Connection, other: Path) -> None:
+    """Move the rows of another rank's database, unless it still writes them."""
+    try:
+        database.execute("ATTACH ? AS other", (str(other),))
+        for (table,) in database.execute("SELECT name FROM other.sqlite_master WHERE type = 'table'").fetchall():
+            with database:
+                database.execute(f"INSERT OR IGNORE INTO main.{table} SELECT * FROM other.{table}")
         database.execute("DETACH other")
-        other.unlink()
+    except sqlite3.OperationalError as error:
+        log.warning("%s is left for later: %s", other, error)
+        return
+    other.unlink()
 
 
 def filesystem(folder: Path) -> str:

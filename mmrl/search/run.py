@@ -26,6 +26,8 @@ from mmrl.search.measures import measure
 from mmrl.search.problem import Problem, Scorer
 from mmrl.workdir import WorkDir, append, cut_half_line, write_json
 
+RECORD, OTHER = "search.json", "holds another search"  # what is searched in a folder, and what is said of another one
+
 
 def search(
     prompts: Sequence[Prompt],
@@ -76,7 +78,8 @@ def search(
     if not prompts:
         raise ValueError("search: no prompts")
     problem = Problem(extender, scorer, limits, seed, prompt_tokens=prompt_tokens, stop=stop)
-    with owned(folder, record):
+    with WorkDir(folder).owned() as work:
+        work.identify(RECORD, record, OTHER)
         results_file = folder / "results.jsonl"
         rows = _known_rows(results_file, prompts)
         if rollouts is not None:
@@ -167,19 +170,6 @@ def _check_unscored(rows: Sequence[Mapping[str, Any]], limit: float) -> None:
             f"{missing:.0%} of {len(verdicts)} candidates have no verdict (limit {limit:.0%}); see the log for the "
             "verifier's errors, mend it, or raise max_unscored if this share is expected"
         )
-
-
-@contextmanager
-def owned(folder: Path, record: Mapping[str, Any]) -> Iterator[None]:
-    """The folder of a search, which search.json describes, for this process alone.
-
-    Raises:
-        ConfigError: it holds another search, or another process has it.
-    """
-    work = WorkDir(folder)
-    with work.owned():
-        work.identify("search.json", record, "holds another search")
-        yield
 
 
 def _known_rows(results: Path, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:

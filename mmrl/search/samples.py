@@ -23,8 +23,8 @@ from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, Sam
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search import curves
 from mmrl.search.core import best
-from mmrl.search.run import bar, owned
-from mmrl.workdir import write_json, write_lines
+from mmrl.search.run import OTHER, RECORD, bar
+from mmrl.workdir import WorkDir, write_json, write_lines
 
 RULES = (
     "reward: expected verdict of the sample that the scorer ranks first among n of the pool, over all choices of n; "
@@ -121,7 +121,8 @@ def search_samples(
     record = {"format": 1, "method": method, "settings": settings, "seed": seed, "about": dict(about or {})}
     pools = {x: _Pool() for x in tried}
     plain = _Pool()
-    with owned(folder, record), bar(len(prompts), 0, progress) as advance:
+    with WorkDir(folder).owned() as work, bar(len(prompts), 0, progress) as advance:
+        work.identify(RECORD, record, OTHER)
         if rollouts is not None:
             rollouts.keep(())
         for i in range(0, len(prompts), prompts_per_batch):

@@ -10,7 +10,7 @@ from mmrl import workdir
 from mmrl.config import ConfigError
 from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
 from mmrl.reasoning.annotate.omega import Omega
-from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
+from mmrl.reasoning.annotate.run import LabelRule, annotate
 from mmrl.reasoning.annotate.store import CompletionStore
 from mmrl.reasoning.records import Counts, SolutionRecord, Step
 from mmrl.reasoning.records_io import record_from_json
@@ -191,19 +191,19 @@ def test_ranks_share_the_work_by_question_and_merge(tmp_path):
     given.append(SolutionRecord(given[0].id, "another question", (Step("s"), Step("t"))))  # set aside, on one rank
     alone, policies = ToyExtender(), [ToyExtender(), ToyExtender()]
     want = run(tmp_path / "alone", alone, given)
-    run(tmp_path / "two", policies[0], given, rank=0, world=2)
-    with pytest.raises(ValueError, match=r"ranks \[1\] have no report"):
-        merge_ranks(tmp_path / "two", 2)
-    run(tmp_path / "two", policies[1], given, rank=1, world=2)
-    got = merge_ranks(tmp_path / "two", 2)
+    for rank in range(2):
+        run(tmp_path / "two", policies[rank], given, rank=rank, world=2)
+    assert not list((tmp_path / "two").glob("*.json*"))
+    afterwards = ToyExtender()
+    got = run(tmp_path / "two", afterwards, given)
+    assert afterwards.completions == 0  # nothing is left to pay
     assert all(p.completions for p in policies)
     assert sum(p.completions for p in policies) == alone.completions  # no prefix on two ranks
     for key in ("items", "records", "labels", "first_error", "settings", "quarantined"):
         assert got[key] == want[key]
     assert got["cost"]["paid"] == want["cost"]["paid"]
-    assert sorted(records(tmp_path / "two"), key=lambda r: r.id) == sorted(
-        records(tmp_path / "alone"), key=lambda r: r.id
-    )
+    for file in ("records.jsonl", "store.jsonl"):
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
 
 
 def test_on_a_network_disk_ranks_write_files_of_their_own(tmp_path, monkeypatch, caplog):
@@ -213,14 +213,14 @@ def test_on_a_network_disk_ranks_write_files_of_their_own(tmp_path, monkeypatch,
     for rank in range(2):
         run(tmp_path / "two", rank=rank, world=2)
     assert (tmp_path / "two" / "store-1.sqlite").exists() and "store-1.sqlite is on a network disk" in caplog.text
-    with CompletionStore(tmp_path / "two" / "store-1.sqlite"), pytest.raises(ConfigError, match="store-1.* locked"):
-        merge_ranks(tmp_path / "two", 2)  # rank 1 has not ended
-    merge_ranks(tmp_path / "two", 2)
-    assert not (tmp_path / "two" / "store-1.sqlite").exists()
-    assert (tmp_path / "two" / "store.jsonl").read_bytes() == (tmp_path / "alone" / "store.jsonl").read_bytes()
-    assert sorted(records(tmp_path / "two"), key=lambda r: r.id) == sorted(
-        records(tmp_path / "alone"), key=lambda r: r.id
-    )
+    with CompletionStore(tmp_path / "two" / "store-1.sqlite"):  # rank 1 has not ended
+        CompletionStore(tmp_path / "two" / "store.sqlite").close()
+        assert "store-1.sqlite is left for later: database is locked" in caplog.text
+    afterwards = ToyExtender(slips=0.5)
+    run(tmp_path / "two", afterwards)
+    assert afterwards.completions == 0 and not (tmp_path / "two" / "store-1.sqlite").exists()
+    for file in ("records.jsonl", "store.jsonl"):
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
     with CompletionStore(tmp_path / "two" / "store.sqlite"), pytest.raises(ConfigError, match="locked"):
         run(tmp_path / "two")
 
@@ -311,11 +311,15 @@ def test_given_solutions_of_one_question_are_one_tree(tmp_path):
     assert ends.count(1.0) + ends.count(0.0) == len(ends) > 4 * 5
 
 
-def test_trees_of_several_ranks_are_read_together(tmp_path):
+def test_trees_of_several_ranks_are_those_of_one(tmp_path):
     folder = tmp_path / "trees"
+    rollouts = RolloutFolder(folder, {"processes": 1})
     for rank in range(2):
-        rollouts = RolloutFolder(folder, {"processes": 1}, write=rank == 0)
         run(tmp_path / "a", batch=2, rank=rank, world=2, rollouts=rollouts)
+    assert not rollouts.batches
+    afterwards = ToyExtender(slips=0.5)
+    run(tmp_path / "a", afterwards, batch=2, rollouts=rollouts)
+    assert afterwards.completions == 0
     run(tmp_path / "b", rollouts=RolloutFolder(tmp_path / "alone", {}))
     of_both = StoredRollouts(folder, len(PROMPTS))
     assert of_both.left_out == 0

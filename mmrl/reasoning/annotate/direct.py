@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,7 +28,7 @@ from mmrl.registry import register
 from mmrl.rollout import OutcomeReward, Prompt, Sample, State, StepReward, reference_solution
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.scorers.scoring import ScorerSpec
-from mmrl.workdir import WorkDir, publish, write_json
+from mmrl.workdir import WorkDir, publish_lines, write_json
 
 log = logging.getLogger(__name__)
 
@@ -189,21 +188,19 @@ def annotate_directly(
     prompts = [i for i in items if isinstance(i, Prompt)]
     given = [(i, as_state(i, separator)) for i in items if isinstance(i, SolutionRecord)]
     bad: list[dict[str, str]] = []
-    with ExitStack() as files:
-        files.enter_context(WorkDir(folder).owned())
-        store, estimator = None, None
-        if prompts:
-            store = files.enter_context(CompletionStore(folder / STORE, fingerprint=fingerprint))
-            estimator = Estimator(extender, verifier, store, seed=seed, batch=batch)
-        cost = dict.fromkeys(("calls", "completions", "unscored", "tokens", "reused"), 0)
-        advance = files.enter_context(progress_bar(len(items), progress))
-        with publish(folder / "records.jsonl") as file, file.open("w") as out:
+    with (
+        WorkDir(folder).owned(),
+        CompletionStore(folder / STORE, fingerprint=fingerprint) as store,
+        progress_bar(len(items), progress) as advance,
+    ):
+        estimator = Estimator(extender, verifier, store, seed=seed, batch=batch)
+        with publish_lines(folder / "records.jsonl") as add:
             for a in range(0, len(items), batch):
                 part = given[a : a + batch]
-                if estimator:
+                if prompts:
                     found = sample_solutions(estimator, prompts[a : a + batch], solutions, separator=separator)
                     written = [solution for own in found for solution in own]
-                    part, cost = [(r, s) for r, s in written if r.steps], estimator.cost
+                    part = [(r, s) for r, s in written if r.steps]
                     bad += [
                         {"id": r.id, "reason": "no step: the policy wrote nothing"} for r, _ in written if not r.steps
                     ]
@@ -213,16 +210,15 @@ def annotate_directly(
                     if labels is None or all(y is None for y in labels):
                         bad.append({"id": record.id, "reason": "no label could be made of what the labeller said"})
                         continue
-                    out.write(json.dumps(_row(record, labels), allow_nan=False) + "\n")
+                    add(json.dumps(_row(record, labels), allow_nan=False))
                 if rollouts is not None and (trees := solution_trees(store, labelled)):
                     rollouts.save(rollout_for(extender, trees, {"grown_by": "solutions", "seed": seed}), a // batch)
-                advance(len(part) if given else min(batch, len(prompts) - a), cost)
+                advance(len(part) if given else min(batch, len(prompts) - a), estimator.cost)
         if rollouts is not None:
             rollouts.trim(math.ceil(len(items) / batch))
-        if store:
-            store.export(folder / "store.jsonl")
+        store.export(folder / "store.jsonl")
         with (folder / "records.jsonl").open() as records:
-            costs = {"run": cost, "paid": store.spent if store else cost}
+            costs = {"run": estimator.cost, "paid": store.spent}
             report = summary(dict(about or {}), len(items), records, bad, costs)
         write_json(folder / "report.json", report)
     return report

@@ -1,4 +1,4 @@
-"""The output of an annotation: rows that all ranks make, the report, the progress bar."""
+"""The output of an annotation: its report and its progress bar."""
 
 from __future__ import annotations
 
@@ -7,35 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-from mmrl.reasoning.annotate.store import CompletionStore
-
-
-class Results:
-    """Rows of one rank, by the file that they go into when all ranks have ended; kept in the store until then."""
-
-    def __init__(self, store: CompletionStore, rank: int) -> None:
-        self._database, self._rank, self._count = store.database, rank, 0
-        with self._database:
-            self._database.execute("DELETE FROM results WHERE rank = ?", (rank,))
-
-    def write(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """Add (file, row)s."""
-        lines = []
-        for file, row in rows:
-            lines.append((file, self._rank, self._count, json.dumps(row, allow_nan=False)))
-            self._count += 1
-        with self._database:
-            self._database.executemany("INSERT INTO results VALUES (?, ?, ?, ?)", lines)
-
-
-def lines_of(store: CompletionStore, file: str, ranks: Iterable[int]) -> Iterator[str]:
-    """The lines of a file, rank by rank."""
-    for rank in ranks:
-        rows = store.database.execute(
-            "SELECT line FROM results WHERE file = ? AND rank = ? ORDER BY number", (file, rank)
-        )
-        yield from (line for (line,) in rows)
 
 
 def summary(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mmrl.jsonl import RowError
 from mmrl.reasoning.annotate.labels import After, label_mc
 from mmrl.reasoning.annotate.monte_carlo import MonteCarlo, Solution, as_state, estimate_steps, sample_solutions
 from mmrl.reasoning.annotate.omega import Omega, omega_trees, traverse, tree_json
-from mmrl.reasoning.annotate.output import Results, lines_of, progress_bar, summary
+from mmrl.reasoning.annotate.output import progress_bar, summary
 from mmrl.reasoning.annotate.store import STORE, CompletionStore, Estimator, prefix_key
 from mmrl.reasoning.annotate.trees import solution_trees
 from mmrl.reasoning.records import SolutionRecord, record_of
@@ -24,7 +25,7 @@ from mmrl.reasoning.records_io import check_record, record_to_json
 from mmrl.registry import find
 from mmrl.rollout import OutcomeReward, Prompt, State
 from mmrl.rollout_folder import RolloutFolder
-from mmrl.workdir import WorkDir, absorb_ranks, write_json, write_lines
+from mmrl.workdir import WorkDir, publish_lines, write_json
 
 Item = Prompt | SolutionRecord
 Bad = dict[str, str]  # id, reason
@@ -95,8 +96,9 @@ def annotate(
     """Label the steps of solutions by completing their prefixes; started again, it goes on where it was.
 
     Writes into `folder`: `store.sqlite` (all completions, the state of a stopped run), and at its end `store.jsonl`
-    (the same), `records.jsonl`, `report.json`, and `trees.jsonl` for OmegaPRM. Of several ranks each takes the
-    questions of its own, and `merge_ranks` writes the files when all have ended.
+    (the same), `records.jsonl`, `report.json`, and `trees.jsonl` for OmegaPRM. Of several ranks each pays for the
+    questions of its own and writes nothing else: called once more for one rank, it goes through all of them with
+    nothing left to pay.
 
     Args:
         items: questions, from which `method.solutions` solutions each are sampled (Monte Carlo) or a tree is grown
@@ -112,7 +114,7 @@ def annotate(
         rollouts: where the trees of completions go, a batch at a time: values, visits and outcomes.
     Returns:
         The report: items, records, quarantined (id, reason), labels, cost of this run (`run`) and of the whole folder
-        (`paid`); with several ranks that of this one.
+        (`paid`). Of one rank of several, the cost.
     Raises:
         ValueError: OmegaPRM for solutions, nothing to do, too many bad items, a rank beyond `world`.
         RewardError: the verifier broke its contract or left too many completions unscored.
@@ -121,75 +123,60 @@ def annotate(
         raise ValueError(f"rank {rank} is outside 0..{world - 1}")
     good, bad = _admit(items, method, max_bad)
     good = [i for i in good if int(prefix_key(State(_prompt(i)))[:8], 16) % world == rank]
-    bad = bad if rank == 0 else []  # counted once
-    count = len(good) + len(bad)
-    folder = Path(folder)
+    folder, records = Path(folder), Path(folder) / "records.jsonl"
     sampling = fingerprint if temperature is None else f"{fingerprint} temperature {temperature}"
     keep = keep or isinstance(method, Omega) or rollouts is not None
-    with WorkDir(folder, rank).owned():
-        (folder / "report.json").unlink(missing_ok=True)
-        store = CompletionStore(folder / STORE, fingerprint=sampling, keep=keep, rank=rank)
-        with store, progress_bar(len(good), progress and rank == 0) as advance:
-            estimator = Estimator(
-                extender, verifier, store, seed=seed, temperature=temperature, batch=batch, max_unscored=max_unscored,
-                on_call=lambda: advance(0, estimator.cost),
-            )  # fmt: skip
-            results = Results(store, rank)
-            for i in range(0, len(good), batch):
-                part = good[i : i + batch]
-                begin_iteration(extender)
-                rows, solutions, trees = _work(estimator, part, method, rule, separator)
-                results.write(_labelled_rows(rows, rule, bad))
-                if rollouts is not None:
-                    trees += solution_trees(store, solutions)
-                if rollouts is not None and trees:
-                    told: dict[str, Any] = {"grown_by": type(method).__name__.lower(), "seed": seed}
-                    told |= {} if temperature is None else {"temperature": temperature}
-                    rollouts.save(rollout_for(extender, trees, told), i // batch, rank)
-                advance(len(part), estimator.cost)
+    with (
+        WorkDir(folder, rank).owned(),
+        CompletionStore(folder / STORE, fingerprint=sampling, keep=keep, rank=rank) as store,
+        progress_bar(len(good), progress and rank == 0) as advance,
+        ExitStack() as files,
+    ):
+        estimator = Estimator(
+            extender, verifier, store, seed=seed, temperature=temperature, batch=batch, max_unscored=max_unscored,
+            on_call=lambda: advance(0, estimator.cost),
+        )  # fmt: skip
+        adders = {}
+        if world == 1:
+            (folder / "report.json").unlink(missing_ok=True)
+            for name in ("records", "trees") if isinstance(method, Omega) else ("records",):
+                adders[name] = files.enter_context(publish_lines(folder / f"{name}.jsonl"))
+        for i in range(0, len(good), batch):
+            part = good[i : i + batch]
+            begin_iteration(extender)
+            rows, solutions, trees = _work(estimator, part, method, rule, separator)
+            advance(len(part), estimator.cost)
+            if world > 1:
+                continue
+            _write(adders, rows, rule, bad)
             if rollouts is not None:
-                rollouts.trim(math.ceil(len(good) / batch), rank)
-            about = {"method": type(method).__name__, **asdict(method), "rule": asdict(rule)}
-            costs = {"run": estimator.cost, "paid": store.spent}
-            report = summary(about, count, lines_of(store, "records", [rank]), bad, costs)
-            results.write([("report", report | {"files": _file_names(method)})])
-        return report if world > 1 else merge_ranks(folder, 1)
+                trees += solution_trees(store, solutions)
+            if rollouts is not None and trees:
+                told: dict[str, Any] = {"grown_by": type(method).__name__.lower(), "seed": seed}
+                told |= {} if temperature is None else {"temperature": temperature}
+                rollouts.save(rollout_for(extender, trees, told), i // batch)
+        costs = {"run": estimator.cost, "paid": store.spent}
+        if world > 1:
+            return {"cost": costs}
+        files.close()
+        if rollouts is not None:
+            rollouts.trim(math.ceil(len(good) / batch))
+        store.export(folder / "store.jsonl")
+        about = {"method": type(method).__name__, **asdict(method), "rule": asdict(rule)}
+        with records.open() as lines:
+            report = summary(about, len(good) + len(bad), lines, bad, costs)
+        write_json(folder / "report.json", report)
+    return report
 
 
-def _labelled_rows(
-    rows: Iterable[tuple[str, Any]], rule: LabelRule, bad: list[Bad]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file, row) of what was made, records with their labels; those without any go to `bad`."""
+def _write(
+    adders: Mapping[str, Callable[[str], None]], rows: Iterable[tuple[str, Any]], rule: LabelRule, bad: list[Bad]
+) -> None:
+    """What was made into its files, records with their labels; those without any go to `bad`."""
     for name, item in rows:
         row = _labelled(item, rule, bad) if isinstance(item, SolutionRecord) else item
         if row is not None:
-            yield name, row
-
-
-def merge_ranks(folder: str | Path, world: int) -> dict[str, Any]:
-    """Write the files and the report of all ranks, in rank order; call it when all have ended.
-
-    Raises:
-        ValueError: a rank has not finished.
-    """
-    folder = Path(folder)
-    with WorkDir(folder).owned(), CompletionStore(folder / STORE) as store:
-        absorb_ranks(store.database, ("completions", "results"))
-        found = [list(lines_of(store, "report", [rank])) for rank in range(world)]
-        missing = [rank for rank, lines in enumerate(found) if not lines]
-        if missing:
-            raise ValueError(f"{folder}: ranks {missing} have no report; run them to their end first")
-        reports = [json.loads(line) for (line,) in found]
-        for name in reports[0]["files"]:
-            write_lines(folder / f"{name}.jsonl", lines_of(store, name, range(world)))
-        store.export(folder / "store.jsonl")
-        run = {k: sum(r["cost"]["run"][k] for r in reports) for k in reports[0]["cost"]["run"]}
-        costs = {"run": run, "paid": store.spent}
-        bad = [b for r in reports for b in r["quarantined"]]
-        items = sum(r["items"] for r in reports)
-        report = summary(reports[0]["settings"], items, lines_of(store, "records", range(world)), bad, costs)
-    write_json(folder / "report.json", report)
-    return report
+            adders[name](json.dumps(row, allow_nan=False))
 
 
 # ---- the work on one batch of items ---------------------------------------------------------------------------------
@@ -197,10 +184,6 @@ def merge_ranks(folder: str | Path, world: int) -> dict[str, Any]:
 
 def _prompt(item: Item) -> Prompt:
     return item if isinstance(item, Prompt) else item.prompt
-
-
-def _file_names(method: MonteCarlo | Omega) -> tuple[str, ...]:
-    return ("records", "trees") if isinstance(method, Omega) else ("records",)
 
 
 def _admit(items: Sequence[Item], method: MonteCarlo | Omega, max_bad: float) -> tuple[list[Item], list[Bad]]:

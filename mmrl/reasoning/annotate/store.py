@@ -79,9 +79,6 @@ CREATE TABLE IF NOT EXISTS completions (
     entry TEXT,                       -- JSON, see `_entry`; NULL where texts are not kept
     PRIMARY KEY (key, draw)
 );
-CREATE TABLE IF NOT EXISTS results (          -- see `output.Results`
-    file TEXT, rank INTEGER, number INTEGER, line TEXT, PRIMARY KEY (file, rank, number)
-);
 """
 
 

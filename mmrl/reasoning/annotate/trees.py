@@ -57,7 +57,7 @@ def sampled_tree(store: CompletionStore, states: Iterable[State]) -> GrowingTree
     return tree
 
 
-def solution_trees(store: CompletionStore | None, solutions: Sequence[Solution]) -> list[GrowingTree]:
+def solution_trees(store: CompletionStore, solutions: Sequence[Solution]) -> list[GrowingTree]:
     """A tree per question: its solutions, and what is stored for the question and below each of their prefixes.
 
     The labels of a record, where it has any, are the rewards of its steps.
@@ -70,7 +70,7 @@ def solution_trees(store: CompletionStore | None, solutions: Sequence[Solution])
         prompt = own[0][1].prompt
         prefixes = [replace(s.upto(t), prompt=prompt) for _, s in own for t in range(len(s.steps))]
         known = [State(prompt), *sorted(prefixes, key=lambda s: len(s.text))]
-        tree = GrowingTree(prompt) if store is None else sampled_tree(store, known)
+        tree = sampled_tree(store, known)
         for record, state in own:
             _place_solution(tree, record, state)
         trees.append(tree)
