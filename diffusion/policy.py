@@ -381,7 +381,7 @@ class DiffusionPolicy:
         parts = []
         for depth in tree.depth[steps].unique():
             level = steps[tree.depth[steps] == depth]
-            state = torch.unique(tree.sib[level], return_inverse=True)[1]
+            state = torch.unique(tree.sibling_set[level], return_inverse=True)[1]
             parts += [level[state // self.max_batch == j] for j in range(int(state.max()) // self.max_batch + 1)]
         return parts
 
@@ -534,7 +534,7 @@ def _cond(rollout: Rollout) -> Cond:
 def _parent_states(rollout: Rollout, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Distinct states before `steps`: latents (U, *D), prompt of each (U,), and the state of each step (S,)."""
     tree = rollout.tree
-    _, inverse = torch.unique(tree.sib[steps], return_inverse=True)
+    _, inverse = torch.unique(tree.sibling_set[steps], return_inverse=True)
     first = torch.full((int(inverse.max()) + 1,), len(steps)).scatter_reduce_(
         0, inverse, torch.arange(len(steps)), "amin"
     )

@@ -1,9 +1,17 @@
-"""The nouns of a rollout: Prompt, Sample, BranchPlan, Actions, Rollout, and the protocols that meet around them."""
+"""A rollout and its parts, and the protocols of the components that make it, reward it and learn from it.
+
+    plan = BranchPlan({0: 8})                    # a group of eight samples per prompt
+    rollout = policy.rollout(prompts, plan, seed=0)
+    rewards = outcome_reward(policy.samples(rollout))
+
+Shapes: N steps, G prompts, T actions (tokens or noise draws) of the rollout; S steps and A actions chosen from it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +27,20 @@ from mmrl.tree import StepTree
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan will cost, per prompt, before anything runs."""
+    """The cost of a plan, per prompt, computed before anything runs.
+
+    leaves: finished samples.
+    steps: nodes of the tree, that is unique transitions.
+    calls: network calls, one per unique state that is expanded; siblings share their parent's.
+    trained_states: unique states whose step has a density and enters the update.
+    independent_calls: network calls for as many leaves from independent rollouts.
+    """
 
     leaves: int
-    steps: int  # nodes of the tree: unique transitions
-    calls: int  # network calls: unique states that are expanded; siblings share their parent's
-    trained_states: int  # unique states whose step has a density and enters the update
-    independent_calls: int  # the same leaves as independent rollouts
+    steps: int
+    calls: int
+    trained_states: int
+    independent_calls: int
 
     def __str__(self) -> str:
         saved = 1 - self.calls / self.independent_calls
@@ -69,7 +84,7 @@ class BranchPlan:
     @property
     def splits(self) -> list[int]:
         """Depths at which a step gets more than one child, ascending."""
-        return sorted(d for d, k in self.factors.items() if k > 1)
+        return sorted(depth for depth, factor in self.factors.items() if factor > 1)
 
     def factor(self, depth: int) -> int:
         """Children of a live step at `depth`."""
@@ -77,11 +92,11 @@ class BranchPlan:
 
     def width(self, depth: int) -> int:
         """Live states before the step at `depth`."""
-        return math.prod(k for d, k in self.factors.items() if d < depth)
+        return math.prod(factor for at, factor in self.factors.items() if at < depth)
 
     def check(self, num_steps: int) -> None:
         """Raises ValueError when a depth lies beyond the last of `num_steps` steps."""
-        beyond = [d for d in self.factors if d >= num_steps]
+        beyond = [depth for depth in self.factors if depth >= num_steps]
         if beyond:
             raise ValueError(
                 f"plan: depth {beyond[0]} lies beyond the last step; {num_steps} steps have depths 0..{num_steps - 1}"
@@ -96,24 +111,25 @@ class BranchPlan:
         `trained_depths` (default all). `full_steps` is what an independent rollout would take.
         """
         self.check(num_steps)
-        widths = [self.width(i) for i in range(num_steps + 1)]
+        # width(i) states are expanded at depth i, and width(i + 1) steps come out.
+        widths = [self.width(depth) for depth in range(num_steps + 1)]
         trained = range(num_steps) if trained_depths is None else trained_depths
         return Forecast(
             self.leaves,
             steps=sum(widths[1:]),
             calls=sum(widths[:-1]),
-            trained_states=sum(widths[i] for i in trained),
+            trained_states=sum(widths[depth] for depth in trained),
             independent_calls=self.leaves * (full_steps or num_steps),
         )
 
 
 @dataclass(frozen=True)
 class Actions:
-    """T actions: what the policy has a density for. A step owns the run `tok_start:tok_end`.
+    """T actions: sampled tokens, or the noise of denoising transitions. A step owns the run `tok_start:tok_end`.
 
     logp: (T,) float32, log-probability under the behaviour policy, NaN where there is no density (an ODE step).
     trainable: (T,) bool, enters the loss. Implies a finite `logp`.
-    payload: name -> (T, ...), what the policy needs to recompute `logp` (token ids, latents).
+    payload: name -> (T, ...), tensors from which the policy recomputes `logp` (token ids, latents).
     """
 
     logp: Tensor
@@ -134,10 +150,10 @@ class Rollout:
     """One forest with everything needed to reward, replay and train on it.
 
     prompts: G prompts with distinct ids. tree: N steps. actions: T actions.
-    texts: (N,) what each step says, for policies that write; empty for others.
-    prompt_payload: name -> (G, ...), what the policy needs once per prompt (initial latent, prompt tokens). Beside an
-        entry whose prompts differ in length stands NAME.length (G,), of how much is real; the rest is zeros.
-    counts: what the rollout cost, summed over prompts: `calls` (network rows), `leaves`.
+    texts: (N,) the text of each step, for policies that write; empty for others.
+    prompt_payload: name -> (G, ...), tensors that the policy needs once per prompt (initial latent, prompt tokens).
+        Where an entry's prompts differ in length, its rows end in zeros and NAME.length (G,) holds the real lengths.
+    counts: cost of the rollout, summed over prompts: `calls` (network rows), `leaves`.
     about: JSON values that identify how it was made (seed, iteration, schedule, log-prob reduction).
     """
 
@@ -155,17 +171,22 @@ class Rollout:
             raise ValueError(f"{len(self.texts)} texts for {len(self.tree)} steps; give one per step, or none")
         if self.tree.num_groups != len(self.prompts):
             raise ValueError(f"the tree has {self.tree.num_groups} groups for {len(self.prompts)} prompts")
+        # Raises when a step owns actions that do not exist.
         self.tree.step_of_action(self.actions.logp.numel())
 
     def fields(self) -> list[str]:
         """Names of the fields that are filled somewhere, as `mmrl.registry` spells them."""
         tree = self.tree
         floats = ("outcome", "step_reward", "value", "root_value", "logp")
-        names = [f for f in floats if not bool(getattr(tree, f).isnan().all())]
-        names += [f for f in ("state_key", "edge_key") if bool((getattr(tree, f) >= 0).any())]
-        names += ["ok"] if tree.ok is not None else []
-        names += ["texts"] if self.texts else []
-        return [*names, *(f"tags.{k}" for k in tree.tags), *(f"actions.{k}" for k in self.actions.payload)]
+        names = [name for name in floats if not bool(getattr(tree, name).isnan().all())]
+        names += [name for name in ("state_key", "edge_key") if bool((getattr(tree, name) >= 0).any())]
+        if tree.ok is not None:
+            names.append("ok")
+        if self.texts:
+            names.append("texts")
+        names += [f"tags.{name}" for name in tree.tags]
+        names += [f"actions.{name}" for name in self.actions.payload]
+        return names
 
     def with_tree(self, tree: StepTree) -> Rollout:
         """The same rollout with rewards or values written into its tree."""
@@ -174,15 +195,16 @@ class Rollout:
     def select(self, prompts: Sequence[int]) -> Rollout:
         """The rollout of some prompts, by their ascending positions; counts are dropped, they belong to the whole."""
         keep = torch.isin(self.tree.group, torch.tensor(list(prompts)))
-        actions = self.tree.actions_of(keep.nonzero().flatten())
-        parts = {k: v[actions] for k, v in self.actions.payload.items()}
+        kept_steps = keep.nonzero().flatten()
+        actions = self.tree.actions_of(kept_steps)
+        payload = {name: tensor[actions] for name, tensor in self.actions.payload.items()}
         return Rollout(
             [self.prompts[i] for i in prompts],
             self.tree.select(keep),
-            Actions(self.actions.logp[actions], self.actions.trainable[actions], parts),
-            {k: v[list(prompts)] for k, v in self.prompt_payload.items()},
+            Actions(self.actions.logp[actions], self.actions.trainable[actions], payload),
+            {name: tensor[list(prompts)] for name, tensor in self.prompt_payload.items()},
             about=self.about,
-            texts=[t for t, kept in zip(self.texts, keep.tolist(), strict=False) if kept],
+            texts=[self.texts[step] for step in kept_steps.tolist()] if self.texts else [],
         )
 
     @staticmethod
@@ -195,19 +217,28 @@ class Rollout:
         first = rollouts[0]
         if any(set(r.actions.payload) != set(first.actions.payload) for r in rollouts):
             raise ValueError("rollouts to concatenate must carry the same payload")
-        counts = {k: sum(r.counts.get(k, 0) for r in rollouts) for r in rollouts for k in r.counts}
+        prompts: list[Prompt] = []
+        texts: list[str] = []
+        counts: Counter[str] = Counter()
+        for rollout in rollouts:
+            prompts.extend(rollout.prompts)
+            texts.extend(rollout.texts)
+            counts.update(rollout.counts)
+        payload = {name: torch.cat([r.actions.payload[name] for r in rollouts]) for name in first.actions.payload}
+        prompt_payloads = [r.prompt_payload for r in rollouts]
+        prompt_payload = {name: _of_all_prompts(name, prompt_payloads) for name in first.prompt_payload}
         return Rollout(
-            [p for r in rollouts for p in r.prompts],
+            prompts,
             StepTree.concatenate([r.tree for r in rollouts]),
             Actions(
                 torch.cat([r.actions.logp for r in rollouts]),
                 torch.cat([r.actions.trainable for r in rollouts]),
-                {k: torch.cat([r.actions.payload[k] for r in rollouts]) for k in first.actions.payload},
+                payload,
             ),
-            {k: _of_all_prompts(k, [r.prompt_payload for r in rollouts]) for k in first.prompt_payload},
-            counts,
+            prompt_payload,
+            dict(counts),
             first.about,
-            [t for r in rollouts for t in r.texts],
+            texts,
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -215,16 +246,19 @@ class Rollout:
         folder = Path(folder)
         self.tree.save(folder)
         tensors = {"logp": self.actions.logp, "trainable": self.actions.trainable}
-        tensors |= {f"action.{k}": v for k, v in self.actions.payload.items()}
-        tensors |= {f"prompt.{k}": v for k, v in self.prompt_payload.items()}
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "actions.safetensors"
-        )
+        tensors |= {f"action.{name}": tensor for name, tensor in self.actions.payload.items()}
+        tensors |= {f"prompt.{name}": tensor for name, tensor in self.prompt_payload.items()}
+        # safetensors refuses two tensors that share memory.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "actions.safetensors")
         prompts = [{"id": p.id, "inputs": dict(p.inputs), "reference": p.reference} for p in self.prompts]
         record = {
-            "format": 1, "prompts": prompts, "counts": dict(self.counts), "about": dict(self.about),
+            "format": 1,
+            "prompts": prompts,
+            "counts": dict(self.counts),
+            "about": dict(self.about),
             "texts": list(self.texts),
-        }  # fmt: skip
+        }
         (folder / "rollout.json").write_text(json.dumps(record, indent=1) + "\n")
         return folder
 
@@ -241,16 +275,17 @@ class Rollout:
             tensors = load_file(folder / "actions.safetensors")
         except Exception as error:
             raise ValueError(f"{folder} holds no readable rollout ({error}); write it with rollout.save()") from error
-        parts: dict[str, dict[str, Tensor]] = {"action": {}, "prompt": {}}
-        for name, tensor in tensors.items():
-            kind, _, key = name.partition(".")
-            if key:
-                parts[kind][key] = tensor
+        # Names of payload tensors are `action.NAME` and `prompt.NAME`; `logp` and `trainable` have no dot.
+        payloads: dict[str, dict[str, Tensor]] = {"action": {}, "prompt": {}}
+        for full_name, tensor in tensors.items():
+            owner, _, name = full_name.partition(".")
+            if name:
+                payloads[owner][name] = tensor
         return Rollout(
-            [Prompt(**p) for p in record["prompts"]],
+            [Prompt(**fields) for fields in record["prompts"]],
             StepTree.load(folder),
-            Actions(tensors["logp"], tensors["trainable"], parts["action"]),
-            parts["prompt"],
+            Actions(tensors["logp"], tensors["trainable"], payloads["action"]),
+            payloads["prompt"],
             record["counts"],
             record["about"],
             record.get("texts", []),
@@ -266,7 +301,8 @@ class ActionLogProbs:
     kl: exact divergence from the reference per action (differentiable), when the policy knows a closed form.
     ref_logp: log-probability under the reference.
     entropy: entropy of the action distribution (differentiable).
-    extra: name -> (A,) float32, what else this policy knows of an action; a row of `loss_rules` asks for it by name.
+    extra: name -> (A,) float32, further numbers that this policy gives of an action; a row of `loss_rules` names
+        those that it needs.
     """
 
     index: Tensor
@@ -279,10 +315,13 @@ class ActionLogProbs:
 
 @dataclass(frozen=True)
 class State:
-    """A prompt and the steps written so far, separators included: `"".join(steps)` is the text. done: it has ended.
+    """A prompt and the steps written so far.
 
-    ids: per step its token ids as sampled, () = unknown; a policy goes on from them rather than from their text, which
-        other ids might spell as well. path: per step its node in a `mmrl.growth.GrowingTree`, () = it is in none.
+    steps: texts with their separators, so that `"".join(steps)` is the whole text.
+    done: the answer has ended.
+    ids: per step its token ids as sampled, () = unknown. A policy continues from them rather than from the text, since
+        other ids may spell the same text.
+    path: per step its node in a `mmrl.growth.GrowingTree`, () = the state is in no tree.
     """
 
     prompt: Prompt
@@ -293,25 +332,28 @@ class State:
 
     @property
     def text(self) -> str:
-        """What has been written."""
+        """All that has been written."""
         return "".join(self.steps)
 
     def then(self, new: Continuation) -> State:
         """The state after a continuation, in no tree."""
-        known = len(self.ids) == len(self.steps) and len(new.ids) == len(new.steps)
-        return State(self.prompt, self.steps + new.steps, new.done, self.ids + new.ids if known else ())
+        all_ids_known = len(self.ids) == len(self.steps) and len(new.ids) == len(new.steps)
+        ids = self.ids + new.ids if all_ids_known else ()
+        return State(self.prompt, self.steps + new.steps, new.done, ids)
 
     def upto(self, steps: int) -> State:
-        """The state after the first so many steps."""
+        """The state after the first `steps` steps."""
         return State(self.prompt, self.steps[:steps], False, self.ids[:steps], self.path[:steps])
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a policy wrote after a state.
+    """The steps that a policy wrote after a state.
 
-    steps: the new ones, separators included. logps: per step, the log-prob of each of its tokens as sampled.
-    done: it has ended, by itself or (truncated) at its longest length. ids: per step, its tokens; () = unknown.
+    steps: texts of the new steps, separators included.
+    logps: per step, the log-prob of each of its tokens as sampled.
+    done: the answer has ended, by itself or (truncated) at its longest length.
+    ids: per step, its token ids; () = unknown.
     """
 
     steps: tuple[str, ...]
@@ -334,13 +376,13 @@ class Place(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A right answer as a policy would write it: what leads to it, such as "answer ", and the answer itself."""
+    """A right answer as a policy would write it: the words before it, such as "answer ", and the answer itself."""
 
     lead: str
     text: str
 
 
-# What a second look at a rollout sees of its prompts: their media as they are, blanked out, or in a shuffled order.
+# The media of a prompt when a rollout is evaluated again: as they are, blanked out, or in a shuffled order.
 Sight = Literal["given", "blank", "shuffled"]
 
 
@@ -351,7 +393,8 @@ class Policy(Protocol):
     It owns batching, since only it knows what a prefix costs.
     """
 
-    model: torch.nn.Module  # what is optimised; the loop replaces it by its wrapped form
+    # The module that is optimised; the loop replaces it by its wrapped form (DDP, FSDP).
+    model: torch.nn.Module
 
     def forecast(self, plan: BranchPlan) -> Forecast:
         """Cost of one prompt under `plan`; raises ValueError when the plan does not fit this policy."""
@@ -375,7 +418,7 @@ class Policy(Protocol):
         """One sample per prompt for evaluation, without exploration noise; depends on (seed, prompt id) alone."""
 
     def describe(self, rollout: Rollout, steps: Tensor) -> list[Any]:
-        """What a person would look at for each step: a picture or a text."""
+        """A picture or a text of each step, for people to look at."""
 
     def freeze_reference(self) -> None:
         """Remember the current weights as the reference of the KL; called once, before training."""
@@ -400,7 +443,8 @@ class StepReward(Protocol):
 class StepScorer(StepReward, Protocol):
     """A trainable step reward. Called, it gives (N,) probabilities that a step is good, without gradient."""
 
-    model: torch.nn.Module  # what is optimised; the loop replaces it by its wrapped form
+    # The module that is optimised; the loop replaces it by its wrapped form (DDP, FSDP).
+    model: torch.nn.Module
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts it can take; the others are logged with their reason and left out."""
@@ -420,25 +464,28 @@ class StepScorer(StepReward, Protocol):
 
 def padded_rows(rows: Sequence[Tensor]) -> Tensor:
     """(B, L, ...) of rows (L_i, ...), zeros behind the shorter ones."""
-    out = rows[0].new_zeros((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]))
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
-    return out
+    longest = max(len(row) for row in rows)
+    padded = rows[0].new_zeros((len(rows), longest, *rows[0].shape[1:]))
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
 
 
 def _of_all_prompts(name: str, payloads: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """One entry of several rollouts' prompts, padded anew where it has lengths."""
+    """The entry `name` of all prompts of several rollouts; padded to one length where an entry has lengths."""
     parts = [payload[name] for payload in payloads]
-    return padded_rows([row for part in parts for row in part]) if name + LENGTH in payloads[0] else torch.cat(parts)
+    if name + LENGTH not in payloads[0]:
+        return torch.cat(parts)
+    return padded_rows([row for part in parts for row in part])
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Raises ValueError when two prompts share an id: their samples would be normalised as one group."""
-    seen: set[str] = set()
-    for i, p in enumerate(prompts):
-        if p.id in seen:
-            raise ValueError(f"prompt {i}: id {p.id!r} occurs twice; ids name groups, make them unique")
-        seen.add(p.id)
+    ids: set[str] = set()
+    for i, prompt in enumerate(prompts):
+        if prompt.id in ids:
+            raise ValueError(f"prompt {i}: id {prompt.id!r} occurs twice; ids name groups, make them unique")
+        ids.add(prompt.id)
 
 
 def reference_solution(prompt: Prompt) -> str | None:
@@ -447,4 +494,6 @@ def reference_solution(prompt: Prompt) -> str | None:
     if isinstance(reference.get("solution"), str):
         return str(reference["solution"])
     steps = reference.get("steps")
-    return "\n".join(map(str, steps)) if isinstance(steps, list) and steps else None
+    if isinstance(steps, list) and steps:
+        return "\n".join(map(str, steps))
+    return None

@@ -1,4 +1,7 @@
-"""Prompt and Sample, the arguments of rewards. Without torch, so that a process that only checks texts starts fast."""
+"""Prompt and Sample, the arguments of rewards.
+
+This file does not import torch, so that a worker process that only checks texts starts fast.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a rollout starts from. `inputs` and `reference` are JSON values (media are paths below a media root)."""
+    """The start of a rollout: a question with its media, or a text to draw.
+
+    id: unique within a run; it names the group of samples that are compared, and seeds what is sampled.
+    inputs, reference: JSON values; media are paths below a media root. The policy reads `inputs`, rewards read both.
+    """
 
     id: str
     inputs: Mapping[str, Any]
@@ -18,7 +25,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded leaf: what a reward sees. `output` is a picture, a text or a video; `step` its leaf in the tree."""
+    """One decoded leaf, the argument of a reward.
+
+    output: a picture, a text or a video. step: index of the leaf in the tree.
+    """
 
     prompt: Prompt
     output: Any

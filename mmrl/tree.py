@@ -2,6 +2,12 @@
 
 A node is a step: an action and the transition it causes. The prompt is a virtual root and never a node; independent
 rollouts are chains that hang from it. Nothing downstream distinguishes a chain from a tree.
+
+One prompt, a first step with two alternatives after it, of which the first is right:
+
+    StepTree(parent=[-1, 0, 0], group=[0, 0, 0], status=[0, 1, 1], outcome=[nan, 1.0, 0.0])
+
+Shapes: N steps, G prompts, T actions (tokens or noise draws). A step owns a run of actions.
 """
 
 from __future__ import annotations
@@ -17,12 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+# Values of `StepTree.status`.
 INTERNAL, FINISHED, UNFINISHED = 0, 1, 2
 
 _NODE_FLOATS = ("outcome", "step_reward", "value", "logp")
 _NODE_KEYS = ("state_key", "edge_key")
 _NODE_FIELDS = ("parent", "group", "status", *_NODE_FLOATS, *_NODE_KEYS, "tok_start", "tok_end")
-_STRUCTURE = ("depth", "level_order", "level_ptr", "num_children", "is_chains", "sib", "span", "parents")
+# Cached properties that depend on parents, groups and spans alone; `replace` keeps them when those stay.
+_STRUCTURE = ("depth", "level_order", "level_ptr", "num_children", "is_chains", "sibling_set", "span", "parents")
 
 
 class StepTree:
@@ -86,12 +94,13 @@ class StepTree:
         self.tok_start = _ints(tok_start, "tok_start") if tok_start is not None else torch.arange(n)
         self.tok_end = _ints(tok_end, "tok_end") if tok_end is not None else torch.arange(1, n + 1)
         self.ok = None if ok is None else _flags(ok, "ok")
-        self.tags = {k: _tensor(v, f"tags[{k!r}]") for k, v in (tags or {}).items()}
+        self.tags = {name: _tensor(column, f"tags[{name!r}]") for name, column in (tags or {}).items()}
         self._check_lengths()
         self.num_groups = _check_groups(self.group)
         self.root_value = _floats(root_value, "root_value", self.num_groups)
         if self.root_value.numel() != self.num_groups:
             raise ValueError(f"root_value has {self.root_value.numel()} entries for {self.num_groups} prompts")
+        # Checks come before sorting, so that messages name the caller's indices.
         self._check_nodes()
         self.order = torch.arange(n)
         if bool((self.parent >= self.order).any()):
@@ -101,50 +110,54 @@ class StepTree:
 
     def _check_lengths(self) -> None:
         n = self.parent.numel()
-        named = {f: getattr(self, f) for f in _NODE_FIELDS} | self.tags
+        columns = {name: getattr(self, name) for name in _NODE_FIELDS} | self.tags
         if self.ok is not None:
-            named["ok"] = self.ok
-        for name, x in named.items():
-            if x.shape[:1] != (n,):
-                raise ValueError(f"{name} has shape {tuple(x.shape)}, parent has {n} steps: one entry per step")
+            columns["ok"] = self.ok
+        for name, column in columns.items():
+            if column.shape[:1] != (n,):
+                raise ValueError(f"{name} has shape {tuple(column.shape)}, parent has {n} steps: one entry per step")
 
     def _check_nodes(self) -> None:
-        n, p = self.parent.numel(), self.parent
-        index = torch.arange(n)
-        _refuse(((p < -1) | (p >= n)) | (p == index), p, "parent", f"must be another step in 0..{n - 1}, or -1")
+        n, parent = self.parent.numel(), self.parent
+        outside = (parent < -1) | (parent >= n)
+        itself = parent == torch.arange(n)
+        _refuse(outside | itself, parent, "parent", f"must be another step in 0..{n - 1}, or -1")
         _refuse((self.status < 0) | (self.status > 2), self.status, "status", "must be 0, 1 or 2")
-        self.__dict__["depth"] = _depth(p)
-        inner = p >= 0
-        above = p.clamp(min=0)
-        _refuse(inner & (self.group != self.group[above]), self.group, "group", "differs from its parent's group")
+        # The depth of every node, which also finds cycles; it fills the cached property of that name.
+        self.__dict__["depth"] = _depth(parent)
+
+        has_parent = parent >= 0
+        above = parent.clamp(min=0)
+        _refuse(has_parent & (self.group != self.group[above]), self.group, "group", "differs from its parent's group")
         leaf = self.status != INTERNAL
-        _refuse(inner & leaf[above], p, "parent", "is a leaf (status 1 or 2); give it status 0")
+        _refuse(has_parent & leaf[above], parent, "parent", "is a leaf (status 1 or 2); give it status 0")
         childless = torch.ones(n, dtype=torch.bool)
-        childless[p[inner]] = False
+        childless[parent[has_parent]] = False
         _refuse(childless & ~leaf, self.status, "status", "is 0 (internal) but the step has no child; use 1 or 2")
+
         finished = self.status == FINISHED
-        _refuse(
-            finished & ~self.outcome.isfinite(), self.outcome, "outcome",
-            "on a finished leaf must be finite; mark an unscorable leaf with status 2",
-        )  # fmt: skip
+        unscored = "on a finished leaf must be finite; mark an unscorable leaf with status 2"
+        _refuse(finished & ~self.outcome.isfinite(), self.outcome, "outcome", unscored)
         _refuse(~finished & ~self.outcome.isnan(), self.outcome, "outcome", "must be NaN except on finished leaves")
         for name in ("step_reward", "value", "logp"):
-            x = getattr(self, name)
-            _refuse(x.isinf(), x, name, "is infinite; use NaN for 'not scored'")
+            column = getattr(self, name)
+            _refuse(column.isinf(), column, name, "is infinite; use NaN for 'not scored'")
         _refuse(self.tok_start > self.tok_end, self.tok_start, "tok_start", "lies behind tok_end")
         _refuse(self.tok_start < 0, self.tok_start, "tok_start", "is negative")
         self._check_spans()
 
     def _check_spans(self) -> None:
+        # Sorted by their start, spans are disjoint when each ends before the next one starts.
         nonempty = (self.tok_end > self.tok_start).nonzero().flatten()
         by_start = nonempty[torch.argsort(self.tok_start[nonempty], stable=True)]
         clash = self.tok_start[by_start[1:]] < self.tok_end[by_start[:-1]]
         if bool(clash.any()):
-            i = int(clash.nonzero()[0])
-            a, b = int(by_start[i]), int(by_start[i + 1])
+            position = int(clash.nonzero()[0])
+            first, second = int(by_start[position]), int(by_start[position + 1])
             raise ValueError(
-                f"token spans overlap: step {a} owns [{int(self.tok_start[a])}, {int(self.tok_end[a])}), step {b} "
-                f"starts at {int(self.tok_start[b])}; a step owns only its own tokens, not its prefix"
+                f"token spans overlap: step {first} owns [{int(self.tok_start[first])}, {int(self.tok_end[first])}), "
+                f"step {second} starts at {int(self.tok_start[second])}; a step owns only its own tokens, not its "
+                "prefix"
             )
 
     # ---- structure --------------------------------------------------------------------------------------------
@@ -158,7 +171,7 @@ class StepTree:
         self.parent = torch.where(self.parent >= 0, inverse[self.parent.clamp(min=0)], -1)
         if self.ok is not None:
             self.ok = self.ok[perm]
-        self.tags = {k: v[perm] for k, v in self.tags.items()}
+        self.tags = {name: column[perm] for name, column in self.tags.items()}
         self.order = self.order[perm]
         self.__dict__["depth"] = self.depth[perm]
 
@@ -166,8 +179,8 @@ class StepTree:
         return self.parent.numel()
 
     def __repr__(self) -> str:
-        leaves = int(self.is_finished.sum()), int((self.status == UNFINISHED).sum())
-        return f"StepTree({len(self)} steps, {self.num_groups} prompts, {leaves[0]} finished, {leaves[1]} unfinished)"
+        finished, unfinished = int(self.is_finished.sum()), int((self.status == UNFINISHED).sum())
+        return f"StepTree({len(self)} steps, {self.num_groups} prompts, {finished} finished, {unfinished} unfinished)"
 
     @cached_property
     def depth(self) -> Tensor:
@@ -215,18 +228,19 @@ class StepTree:
         return self.status == FINISHED
 
     @cached_property
-    def m(self) -> Tensor:
-        """(N,) int, number of finished leaves in the subtree of each node."""
+    def leaves_below(self) -> Tensor:
+        """(N,) int, number of finished leaves in the subtree of each node, itself included; m in formulas."""
         return self.accumulate(self.is_finished.double()).long()
 
     @property
     def valid(self) -> Tensor:
-        """(N,) bool, m > 0: nodes that enter statistics and the loss."""
-        return self.m > 0
+        """(N,) bool, nodes with a finished leaf in their subtree: those that enter statistics and the loss."""
+        return self.leaves_below > 0
 
     @cached_property
-    def sib(self) -> Tensor:
+    def sibling_set(self) -> Tensor:
         """(N,) int, dense id of the sibling set: nodes with the same (group, parent)."""
+        # First steps have the parent -1 in every prompt, so theirs is named by the prompt: ids 0..G-1.
         key = torch.where(self.parent >= 0, self.parent + self.num_groups, self.group)
         return torch.unique(key, return_inverse=True)[1]
 
@@ -246,15 +260,17 @@ class StepTree:
         if end > total:
             raise ValueError(f"a step's span ends at {end} but there are only {total} actions")
         owner = torch.full((total,), -1)
-        every = torch.arange(len(self))
-        owner[self.actions_of(every)] = torch.repeat_interleave(every, self.span)
+        steps = torch.arange(len(self))
+        owner[self.actions_of(steps)] = torch.repeat_interleave(steps, self.span)
         return owner
 
     def actions_of(self, steps: Tensor) -> Tensor:
-        """(A,) int: positions of the own actions of `steps` (S,), step after step."""
+        """(A,) int: positions of the actions that `steps` (S,) own, step after step."""
         span = self.span[steps]
-        first = torch.repeat_interleave(self.tok_start[steps] - (span.cumsum(0) - span), span)
-        return first + torch.arange(first.numel())
+        # Output position a of a step that begins at output position b is action tok_start + (a - b).
+        begin = span.cumsum(0) - span
+        shift = torch.repeat_interleave(self.tok_start[steps] - begin, span)
+        return shift + torch.arange(shift.numel())
 
     def accumulate(self, x: Tensor, coef: Tensor | None = None) -> Tensor:
         """(N,) y(n) = x(n) + sum over children c of coef(c) * y(c), from the leaves up; coef is 1 when None.
@@ -263,31 +279,41 @@ class StepTree:
         """
         if self.is_chains:
             return self._accumulate_chains(x, coef)
-        y = x.clone()
+        total = x.clone()
+        # Deepest level first: a level's totals are complete when they are added to the level above.
         for level in reversed(self.levels[1:]):
-            up = y[level] if coef is None else coef[level] * y[level]
-            y.index_add_(0, self.parent[level], up)
-        return y
+            share = total[level] if coef is None else coef[level] * total[level]
+            total.index_add_(0, self.parent[level], share)
+        return total
 
-    def _accumulate_chains(self, x: Tensor, coef: Tensor | None) -> Tensor:
-        """After k rounds y(n) covers 2^k steps and weight(n) is the product of their coefficients."""
+    @property
+    def only_child(self) -> Tensor:
+        """(N,) int, the child of each step of a forest of chains; -1 at its end."""
         inner = (self.parent >= 0).nonzero().flatten()
         child = torch.full((len(self),), -1)
         child[self.parent[inner]] = inner
+        return child
+
+    def _accumulate_chains(self, x: Tensor, coef: Tensor | None) -> Tensor:
+        """`accumulate` where no step has two children, by pointer doubling."""
+        inner = (self.parent >= 0).nonzero().flatten()
+        child = self.only_child
         weight = torch.ones_like(x)
         weight[self.parent[inner]] = 1.0 if coef is None else coef[inner]
-        y = x
+        total = x
+        # After k rounds total(n) covers 2^k steps from n on, weight(n) is the product of the coefficients that lead
+        # to the step behind them, and child(n) is that step.
         while bool((child >= 0).any()):
             live, below = child >= 0, child.clamp(min=0)
-            y = y + torch.where(live, weight * y[below], 0.0)
+            total = total + torch.where(live, weight * total[below], 0.0)
             weight = torch.where(live, weight * weight[below], 0.0)
             child = torch.where(live, child[below], -1)
-        return y
+        return total
 
     # ---- new trees from old -----------------------------------------------------------------------------------
 
     def _fields(self) -> dict[str, Any]:
-        fields = {f: getattr(self, f) for f in _NODE_FIELDS}
+        fields = {name: getattr(self, name) for name in _NODE_FIELDS}
         return fields | {"root_value": self.root_value, "ok": self.ok, "tags": self.tags}
 
     def replace(self, **changes: Any) -> StepTree:
@@ -295,7 +321,7 @@ class StepTree:
         new = StepTree(**(self._fields() | changes))
         new.order = self.order[new.order]
         if "parent" not in changes and "group" not in changes and "tok_start" not in changes:
-            new.__dict__.update({k: self.__dict__[k] for k in _STRUCTURE if k in self.__dict__})
+            new.__dict__.update({name: self.__dict__[name] for name in _STRUCTURE if name in self.__dict__})
         return new
 
     def with_outcomes(self, leaves: Tensor, outcome: Tensor) -> StepTree:
@@ -313,19 +339,20 @@ class StepTree:
             ValueError: a kept node's parent is dropped, or an internal node loses all its children.
         """
         keep = keep.bool()
-        lost = keep & (self.parent >= 0) & ~keep[self.parent.clamp(min=0)]
-        _refuse(lost, self.parent, "parent", "is dropped while its child is kept; keep whole paths")
+        orphan = keep & (self.parent >= 0) & ~keep[self.parent.clamp(min=0)]
+        _refuse(orphan, self.parent, "parent", "is dropped while its child is kept; keep whole paths")
         index = keep.nonzero().flatten()
-        rename = torch.cumsum(keep.long(), 0) - 1
-        fields = {f: getattr(self, f)[index] for f in _NODE_FIELDS}
-        fields["parent"] = torch.where(fields["parent"] >= 0, rename[fields["parent"].clamp(min=0)], -1)
+        # (N,) the new index of each node that is kept.
+        new_index = torch.cumsum(keep.long(), 0) - 1
+        fields = {name: getattr(self, name)[index] for name in _NODE_FIELDS}
+        fields["parent"] = torch.where(fields["parent"] >= 0, new_index[fields["parent"].clamp(min=0)], -1)
         groups, fields["group"] = torch.unique(fields["group"], return_inverse=True)
         span = self.span[index]
         new = StepTree(
             **fields | {"tok_start": span.cumsum(0) - span, "tok_end": span.cumsum(0)},
             root_value=self.root_value[groups],
             ok=None if self.ok is None else self.ok[index],
-            tags={k: v[index] for k, v in self.tags.items()},
+            tags={name: column[index] for name, column in self.tags.items()},
         )
         new.order = self.order[index]
         return new
@@ -342,19 +369,22 @@ class StepTree:
         names = set(trees[0].tags)
         if any(set(t.tags) != names or (t.ok is None) != (trees[0].ok is None) for t in trees):
             raise ValueError("trees to concatenate must carry the same tags, and all or none of them `ok`")
-        fields: dict[str, Any] = {f: [getattr(t, f) for t in trees] for f in _NODE_FIELDS}
-        node = group = token = 0
+        fields: dict[str, Any] = {name: [getattr(t, name) for t in trees] for name in _NODE_FIELDS}
+        # Indices count from 0 in every tree, so each tree's are shifted by what the trees before it hold.
+        nodes_before = groups_before = actions_before = 0
         for i, t in enumerate(trees):
-            fields["parent"][i] = torch.where(t.parent >= 0, t.parent + node, -1)
-            fields["group"][i] = t.group + group
-            fields["tok_start"][i], fields["tok_end"][i] = t.tok_start + token, t.tok_end + token
-            node, group = node + len(t), group + t.num_groups
-            token += int(t.tok_end.max()) if len(t) else 0
+            fields["parent"][i] = torch.where(t.parent >= 0, t.parent + nodes_before, -1)
+            fields["group"][i] = t.group + groups_before
+            fields["tok_start"][i] = t.tok_start + actions_before
+            fields["tok_end"][i] = t.tok_end + actions_before
+            nodes_before += len(t)
+            groups_before += t.num_groups
+            actions_before += int(t.tok_end.max()) if len(t) else 0
         return StepTree(
-            **{f: torch.cat(parts) for f, parts in fields.items()},
+            **{name: torch.cat(parts) for name, parts in fields.items()},
             root_value=torch.cat([t.root_value for t in trees]),
             ok=None if trees[0].ok is None else torch.cat([t.ok for t in trees if t.ok is not None]),
-            tags={k: torch.cat([t.tags[k] for t in trees]) for k in sorted(names)},
+            tags={name: torch.cat([t.tags[name] for t in trees]) for name in sorted(names)},
         )
 
     # ---- disk -------------------------------------------------------------------------------------------------
@@ -363,11 +393,14 @@ class StepTree:
         """Write tree.safetensors and tree.json into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f: getattr(self, f) for f in _NODE_FIELDS} | {"root_value": self.root_value, "order": self.order}
-        tensors |= {f"tags.{k}": v for k, v in self.tags.items()}
+        tensors = {name: getattr(self, name) for name in _NODE_FIELDS}
+        tensors |= {"root_value": self.root_value, "order": self.order}
+        tensors |= {f"tags.{name}": column for name, column in self.tags.items()}
         if self.ok is not None:
             tensors["ok"] = self.ok
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "tree.safetensors")
+        # safetensors refuses two tensors that share memory, and tags may be views of each other.
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "tree.safetensors")
         about = {"format": 1, "steps": len(self), "prompts": self.num_groups}
         (folder / "tree.json").write_text(json.dumps(about, indent=1) + "\n")
 
@@ -385,7 +418,7 @@ class StepTree:
         except Exception as error:
             raise ValueError(f"{folder} holds no readable StepTree ({error}); write it with tree.save()") from error
         order = tensors.pop("order")
-        tags = {k.removeprefix("tags."): tensors.pop(k) for k in list(tensors) if k.startswith("tags.")}
+        tags = {key.removeprefix("tags."): tensors.pop(key) for key in list(tensors) if key.startswith("tags.")}
         tree = StepTree(**tensors, tags=tags)
         if len(tree) != about["steps"]:
             raise ValueError(f"{folder}: tree.json says {about['steps']} steps, tree.safetensors has {len(tree)}")
@@ -398,49 +431,57 @@ def _tensor(x: Any, name: str) -> Tensor:
     if isinstance(x, Tensor):
         return x
     try:
-        t = torch.as_tensor(x)
-        return torch.as_tensor(x, dtype=torch.float64) if t.is_floating_point() else t
+        tensor = torch.as_tensor(x)
+        if tensor.is_floating_point():
+            return torch.as_tensor(x, dtype=torch.float64)
+        return tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must hold numbers, rows of equal length ({error})") from None
 
 
 def _ints(x: Any, name: str) -> Tensor:
-    t = _tensor(x, name)
-    if t.ndim != 1 or (t.dtype.is_floating_point and t.numel()):
-        raise ValueError(f"{name} must be a 1-d integer array, got {t.dtype} of shape {tuple(t.shape)}")
-    return t.detach().to("cpu", torch.long)
+    """`x` as a 1-d int64 tensor on the CPU; an empty list, which torch reads as floats, is fine."""
+    tensor = _tensor(x, name)
+    if tensor.ndim != 1 or (tensor.dtype.is_floating_point and tensor.numel()):
+        raise ValueError(f"{name} must be a 1-d integer array, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    return tensor.detach().to("cpu", torch.long)
 
 
 def _floats(x: Any, name: str, n: int = 0) -> Tensor:
+    """`x` as a 1-d float64 tensor on the CPU; `n` times NaN for None."""
     if x is None:
         return torch.full((n,), math.nan, dtype=torch.float64)
-    t = _tensor(x, name)
-    if t.ndim != 1:
-        raise ValueError(f"{name} must be a 1-d array, got shape {tuple(t.shape)}")
-    return t.detach().to("cpu", torch.float64)
+    tensor = _tensor(x, name)
+    if tensor.ndim != 1:
+        raise ValueError(f"{name} must be a 1-d array, got shape {tuple(tensor.shape)}")
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _flags(x: Any, name: str) -> Tensor:
-    t = _tensor(x, name)
-    if t.ndim != 1:
-        raise ValueError(f"{name} must be a 1-d array of True and False, got shape {tuple(t.shape)}")
-    _refuse((t != 0) & (t != 1), t, name, "is neither true nor false; use 1 or 0, and leave out what is unknown")
-    return t.detach().to("cpu", torch.bool)
+    """`x`, of True and False or 1 and 0, as a 1-d bool tensor on the CPU."""
+    tensor = _tensor(x, name)
+    if tensor.ndim != 1:
+        raise ValueError(f"{name} must be a 1-d array of True and False, got shape {tuple(tensor.shape)}")
+    neither = (tensor != 0) & (tensor != 1)
+    _refuse(neither, tensor, name, "is neither true nor false; use 1 or 0, and leave out what is unknown")
+    return tensor.detach().to("cpu", torch.bool)
 
 
 def _refuse(bad: Tensor, x: Tensor, name: str, why: str) -> None:
     """Raise naming the first index where `bad` is True."""
     if bool(bad.any()):
         i = int(bad.nonzero()[0])
-        more = int(bad.sum()) - 1
-        raise ValueError(f"step {i}: {name}={x[i].item()} {why}" + (f" ({more} more)" if more else ""))
+        others = int(bad.sum()) - 1
+        raise ValueError(f"step {i}: {name}={x[i].item()} {why}" + (f" ({others} more)" if others else ""))
 
 
 def _check_groups(group: Tensor) -> int:
+    """The number of prompts; raises ValueError unless the ids are 0..G-1, each with a step."""
     if group.numel() == 0:
         return 0
     if int(group.min()) < 0:
         raise ValueError(f"step {int(group.argmin())}: group {int(group.min())} is negative")
+    # Ids far above the number of steps leave gaps for certain; counting them could exhaust the memory.
     counts = torch.bincount(group) if int(group.max()) < 8 * group.numel() + 64 else torch.zeros(1)
     if bool((counts == 0).any()):
         raise ValueError(
@@ -451,12 +492,14 @@ def _check_groups(group: Tensor) -> int:
 
 def _depth(parent: Tensor) -> Tensor:
     """(N,) depth by pointer doubling; raises on a cycle."""
-    p, d = parent, (parent >= 0).long()
+    ancestor, depth = parent, (parent >= 0).long()
+    # Each round looks twice as far up. Without a cycle, log2(N) + 1 rounds lead every node past its first step.
     for _ in range(max(1, parent.numel()).bit_length() + 1):
-        live = p >= 0
+        live = ancestor >= 0
         if not bool(live.any()):
-            return d
-        above = p.clamp(min=0)
-        d = d + torch.where(live, d[above], 0)
-        p = torch.where(live, p[above], -1)
-    raise ValueError(f"step {int((p >= 0).nonzero()[0])}: its chain of parents is a cycle; parents must lead to -1")
+            return depth
+        above = ancestor.clamp(min=0)
+        depth = depth + torch.where(live, depth[above], 0)
+        ancestor = torch.where(live, ancestor[above], -1)
+    on_cycle = int((ancestor >= 0).nonzero()[0])
+    raise ValueError(f"step {on_cycle}: its chain of parents is a cycle; parents must lead to -1")

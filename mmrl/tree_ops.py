@@ -1,4 +1,4 @@
-"""Operators on a StepTree: lift, backup, togo, returns, path sums.
+"""Operators on a StepTree: means over the leaves below, sums along a path, discounted returns, backed-up values.
 
 Everything is vectorised: one pass per depth level, or pointer doubling where no step has two children, so that a
 chain of 20,000 steps costs 15 passes. All results are float64 and 0 on invalid nodes (no finished leaf below).
@@ -24,17 +24,29 @@ def leaf_sum(tree: StepTree, x: Tensor) -> Tensor:
 
 def lift(tree: StepTree, x: Tensor) -> Tensor:
     """(N,) mean of the leaf quantity `x` (N,) over the finished leaves under each node."""
-    return leaf_sum(tree, x) / tree.m.clamp(min=1)
+    return leaf_sum(tree, x) / tree.leaves_below.clamp(min=1)
 
 
-def togo(tree: StepTree, x: Tensor, gamma: float = 1.0) -> Tensor:
-    """(N,) togo(n) = x(n) + gamma * sum over children c of m(c)/m(n) * togo(c); the suffix sum on a chain."""
+def prompt_sum(tree: StepTree, x: Tensor) -> Tensor:
+    """(G,) float64 sum of `x` (N,) over the steps of each prompt."""
+    return torch.zeros(tree.num_groups, dtype=torch.float64).index_add(0, tree.group, x)
+
+
+def need_chains(tree: StepTree, name: str, fix: str) -> None:
+    """Raises ValueError when a step has two children: the method called `name` needs chains, `fix` says what helps."""
+    if not tree.is_chains:
+        branching = int((tree.num_children > 1).nonzero()[0])
+        raise ValueError(f"{name} needs chains, but step {branching} branches; {fix}")
+
+
+def to_go(tree: StepTree, x: Tensor, gamma: float = 1.0) -> Tensor:
+    """(N,) to_go(n) = x(n) + gamma * sum over children c of m(c)/m(n) * to_go(c); the suffix sum on a chain."""
     return tree.accumulate(torch.where(tree.valid, x.double(), 0.0), gamma * leaf_share(tree))
 
 
 def leaf_share(tree: StepTree) -> Tensor:
     """(N,) m(n)/m(parent), the weight of a child in its parent's to-go; 0 for first steps."""
-    m = tree.m.double()
+    m = tree.leaves_below.double()
     return torch.where(tree.parent >= 0, m / m[tree.parent.clamp(min=0)].clamp(min=1), 0.0)
 
 
@@ -60,7 +72,7 @@ def run_head(tree: StepTree, joined: Tensor) -> Tensor:
 def returns(tree: StepTree, gamma: float = 1.0) -> Tensor:
     """(N,) discounted return of step rewards (NaN reads 0) plus the outcome at finished leaves."""
     outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
-    return togo(tree, tree.step_reward.nan_to_num(nan=0.0) + outcome, gamma)
+    return to_go(tree, tree.step_reward.nan_to_num(nan=0.0) + outcome, gamma)
 
 
 def path_sum(tree: StepTree, x: Tensor) -> Tensor:
@@ -85,6 +97,7 @@ def backup(tree: StepTree, how: Backup = "leaf_mean") -> Tensor:
     Raises:
         ValueError: unknown name, or a weighted form on a tree whose branching steps have no `logp`.
     """
+    # (N,) every one of these passes values from the leaves up; they differ in how siblings are combined.
     if how not in get_args(Backup):
         raise ValueError(f"backup {how!r} is none of {', '.join(get_args(Backup))}")
     outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
@@ -92,27 +105,28 @@ def backup(tree: StepTree, how: Backup = "leaf_mean") -> Tensor:
         return lift(tree, outcome)
     if how in ("edge_softmax", "path_prob"):
         _need_logp(tree, how)
-    value = torch.where(tree.is_finished, outcome, -torch.inf if how == "leaf_max" else 0.0)
     if how == "leaf_max":
+        best = torch.where(tree.is_finished, outcome, -torch.inf)
         for level in reversed(tree.levels[1:]):
-            value.scatter_reduce_(0, tree.parent[level], value[level], "amax")
-        return torch.where(tree.valid, value, 0.0)
+            best.scatter_reduce_(0, tree.parent[level], best[level], "amax")
+        return torch.where(tree.valid, best, 0.0)
     if how == "path_prob":
-        return _path_prob(tree, value)
-    score = tree.logp.nan_to_num(nan=0.0) if how == "edge_softmax" else torch.zeros_like(value)
-    weight = _sibling_softmax(tree, score)
-    return tree.accumulate(value, weight)
+        return _path_prob(tree, outcome)
+    # child_mean: equal scores give every active sibling the same weight.
+    score = tree.logp.nan_to_num(nan=0.0) if how == "edge_softmax" else torch.zeros_like(outcome)
+    return tree.accumulate(outcome, _sibling_softmax(tree, score))
 
 
 def _sibling_softmax(tree: StepTree, score: Tensor) -> Tensor:
     """(N,) softmax of `score` over the active members of each sibling set; 0 on invalid nodes."""
+    sets = tree.sibling_set
     score = torch.where(tree.valid, score, -torch.inf)
-    num = int(tree.sib.max()) + 1 if len(tree) else 0
+    num_sets = int(sets.max()) + 1 if len(tree) else 0
     # The largest score of each set is taken off first, so that exp cannot overflow.
-    top = torch.full((num,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, tree.sib, score, "amax")
-    weight = torch.where(tree.valid, torch.exp(score - top[tree.sib]), 0.0)
-    total = torch.zeros(num, dtype=torch.float64).index_add_(0, tree.sib, weight)
-    return weight / total[tree.sib].clamp(min=1e-300)
+    top = torch.full((num_sets,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, sets, score, "amax")
+    weight = torch.where(tree.valid, torch.exp(score - top[sets]), 0.0)
+    total = torch.zeros(num_sets, dtype=torch.float64).index_add_(0, sets, weight)
+    return weight / total[sets].clamp(min=1e-300)
 
 
 def _path_prob(tree: StepTree, value: Tensor) -> Tensor:
@@ -120,20 +134,23 @@ def _path_prob(tree: StepTree, value: Tensor) -> Tensor:
     log_weight = torch.where(tree.is_finished, 0.0, -torch.inf)
     logp = tree.logp.nan_to_num(nan=0.0)
     for level in reversed(tree.levels[1:]):
-        up, term = tree.parent[level], log_weight[level] + logp[level]
+        up = tree.parent[level]
+        # log of the weight that each step of this level gives to its parent
+        term = log_weight[level] + logp[level]
         # A long path has a probability that no float holds; weights are relative to the best sibling's.
         top = torch.full_like(value, -torch.inf).scatter_reduce_(0, up, term, "amax")
         weight = torch.where(term > -torch.inf, torch.exp(term - top[up]), 0.0)
         total = torch.zeros_like(value).index_add_(0, up, weight)
         mean = torch.zeros_like(value).index_add_(0, up, weight * value[level]) / total.clamp(min=1e-300)
-        seen = total > 0
-        log_weight = torch.where(seen, top + total.clamp(min=1e-300).log(), log_weight)
-        value = torch.where(seen, mean, value)
+        # Only parents of this level have children here; the others keep what they have.
+        has_children = total > 0
+        log_weight = torch.where(has_children, top + total.clamp(min=1e-300).log(), log_weight)
+        value = torch.where(has_children, mean, value)
     return value
 
 
 def _need_logp(tree: StepTree, how: str) -> None:
-    siblings = torch.bincount(tree.sib)[tree.sib] > 1
+    siblings = torch.bincount(tree.sibling_set)[tree.sibling_set] > 1
     bad = siblings & tree.valid & tree.logp.isnan()
     if bool(bad.any()):
         raise ValueError(
@@ -170,7 +187,7 @@ def discounted_leaf(tree: StepTree, gamma: float, agg: Literal["mean", "max"] = 
     outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
     if agg == "mean":
         discount = torch.full((len(tree),), gamma, dtype=torch.float64)
-        return tree.accumulate(outcome, discount) / tree.m.clamp(min=1)
+        return tree.accumulate(outcome, discount) / tree.leaves_below.clamp(min=1)
     if tree.is_chains:
         # One leaf below each step: the maximum is that leaf, and accumulate needs fewer passes than the levels.
         return tree.accumulate(outcome, torch.full((len(tree),), gamma, dtype=torch.float64))

@@ -14,7 +14,7 @@ from mmrl.registry import find, names, rows
 from mmrl.rollout import Prompt
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.tree import FINISHED, UNFINISHED, StepTree
-from mmrl.tree_ops import lift, path_sum, returns, togo
+from mmrl.tree_ops import lift, path_sum, returns, to_go
 
 n = math.nan
 OUTCOME_ONLY = ("grpo", "dr_grpo", "rloo", "tree_rpo", "propa", "branch_depth", "child_minus_parent", "portool", "salt",
@@ -175,7 +175,7 @@ def test_lifted_transforms_are_means_over_flattened_trajectories(spec, seed):
     tree = random_forest(seed)
     chains, source = flatten(tree)
     copies = apply_transform(chains, spec).step_reward
-    mean = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, source, copies) / tree.m.clamp(min=1)
+    mean = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, source, copies) / tree.leaves_below.clamp(min=1)
     torch.testing.assert_close(apply_transform(tree, spec).step_reward, mean, atol=1e-9, rtol=0)
 
 
@@ -188,7 +188,7 @@ def test_sums_that_must_vanish(seed):
         group = tree.group[tree.is_finished]
         assert float(torch.zeros(3, dtype=torch.float64).index_add_(0, group, adv).abs().max()) < 1e-9
     sib = estimate(tree, "tree_rpo", unary="zero").adv
-    assert float(torch.zeros(len(tree), dtype=torch.float64).index_add_(0, tree.sib, sib).abs().max()) < 1e-9
+    assert float(torch.zeros(len(tree), dtype=torch.float64).index_add_(0, tree.sibling_set, sib).abs().max()) < 1e-9
     depth = estimate(tree, "branch_depth").adv
     key = tree.depth * 3 + tree.group
     assert float(torch.zeros(int(key.max()) + 1, dtype=torch.float64).index_add_(0, key, depth).abs().max()) < 1e-9
@@ -247,9 +247,9 @@ def test_guarantees_of_the_transforms(seed):
     clipped = run({"name": "clip", "eta": 0.4})
     assert float(path_sum(clipped, clipped.step_reward).max()) <= 0  # adding steps never pays
     inner = valid & ~tree.is_leaf
-    torch.testing.assert_close(togo(tree, run({"name": "delta"}).step_reward)[inner], r[inner])
+    torch.testing.assert_close(to_go(tree, run({"name": "delta"}).step_reward)[inner], r[inner])
     both = run({"name": "clip", "eta": 0.4}, {"name": "delta"})
-    torch.testing.assert_close(togo(tree, both.step_reward)[inner], clipped.step_reward[inner])
+    torch.testing.assert_close(to_go(tree, both.step_reward)[inner], clipped.step_reward[inner])
     shaped = run({"name": "potential"})
     torch.testing.assert_close(
         estimate(shaped, "fold_grpo").adv, estimate(tree, "fold_grpo").adv, atol=1e-6, rtol=1e-6

@@ -75,7 +75,7 @@ def test_cutting_a_step_in_two_changes_no_thought(make, seed, step):
     cut = split(tree, min(step, len(tree) - 1))
     before, after = transformed(tree, "tp_reward"), transformed(cut, "tp_reward")
     # what the trajectories through a step earn together, from its place on to their ends
-    sums, sums_cut = (t.accumulate(t.m * t.step_reward) for t in (before, after))
+    sums, sums_cut = (t.accumulate(t.leaves_below * t.step_reward) for t in (before, after))
     first, first_cut = tree.parent < 0, cut.parent < 0
     totals, totals_cut = (
         torch.zeros(tree.num_groups, dtype=torch.float64).index_add_(0, t.group[at], x[at])

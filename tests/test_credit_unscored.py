@@ -12,7 +12,7 @@ from mmrl.credit import estimate
 from mmrl.credit.estimate import apply_transform
 from mmrl.registry import names
 from mmrl.tree import StepTree
-from mmrl.tree_ops import path_sum, togo
+from mmrl.tree_ops import path_sum, to_go
 
 n = math.nan
 
@@ -42,7 +42,7 @@ def test_delta_differences_to_the_nearest_scored_steps_below():
                     step_reward=[0.9, 0.6, n, 0.1, 0.4, 0.2, 0.3])  # fmt: skip
     reward = transformed(tree, "delta").step_reward
     check_close(reward, [0.9 - 0.6 / 3 - 0.4 / 3, 0.6, n, 0, 0.4, 0, 0])
-    check_close(togo(tree, reward.nan_to_num(0.0))[[0, 1, 4]], [0.9, 0.6, 0.4])
+    check_close(to_go(tree, reward.nan_to_num(0.0))[[0, 1, 4]], [0.9, 0.6, 0.4])
 
 
 @settings(max_examples=40, deadline=None)
@@ -58,7 +58,7 @@ def test_sums_telescope_over_unscored_steps(seed):
     torch.testing.assert_close(path_sum(tree, red)[here], (tree.step_reward - tree.root_value[tree.group])[here])
     delta = transformed(tree, "delta").step_reward.nan_to_num(0.0)
     inner = here & ~tree.is_leaf
-    torch.testing.assert_close(togo(tree, delta)[inner], tree.step_reward[inner])
+    torch.testing.assert_close(to_go(tree, delta)[inner], tree.step_reward[inner])
 
 
 OWN_SCORE = [  # formulas of a step's own score

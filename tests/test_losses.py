@@ -117,7 +117,7 @@ def spanned(seed: int) -> StepTree:
 def aggregate(tree: StepTree, per_step: torch.Tensor, aggregation: str) -> torch.Tensor:
     owner = tree.step_of_action()
     mask = torch.ones(len(owner), dtype=torch.bool)
-    w, denominator = action_weights(tree, owner, mask, aggregation, tree.m.double())
+    w, denominator = action_weights(tree, owner, mask, aggregation, tree.leaves_below.double())
     return (w * per_step[owner]).sum() / denominator
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import random_forest
 
 from mmrl.tree import StepTree
-from mmrl.tree_ops import backup, leaf_sum, lift, path_pairs, path_sum, returns, togo
+from mmrl.tree_ops import backup, leaf_sum, lift, path_pairs, path_sum, returns, to_go
 
 n = math.nan
 
@@ -19,9 +19,9 @@ def check_close(x, want):
 
 def test_derived_arrays_of_t8(t8):
     assert t8.depth.tolist() == [0, 0, 1, 1, 2, 2, 1, 1]
-    assert t8.m.tolist() == [3, 1, 1, 2, 1, 1, 1, 0]
+    assert t8.leaves_below.tolist() == [3, 1, 1, 2, 1, 1, 1, 0]
     assert [level.tolist() for level in t8.levels] == [[0, 1], [2, 3, 6, 7], [4, 5]]
-    assert t8.sib[2] == t8.sib[3] != t8.sib[4]
+    assert t8.sibling_set[2] == t8.sibling_set[3] != t8.sibling_set[4]
 
 
 T8_BACKUP = {
@@ -45,9 +45,9 @@ def test_returns_of_worked_trees(t8, c7):
 
 
 def slow(tree, node, x, gamma):
-    """togo by its definition."""
-    kids = [c for c in range(len(tree)) if int(tree.parent[c]) == node and tree.m[c] > 0]
-    below = sum(float(tree.m[c]) / float(tree.m[node]) * slow(tree, c, x, gamma) for c in kids)
+    """to_go by its definition."""
+    kids = [c for c in range(len(tree)) if int(tree.parent[c]) == node and tree.leaves_below[c] > 0]
+    below = sum(float(tree.leaves_below[c]) / float(tree.leaves_below[node]) * slow(tree, c, x, gamma) for c in kids)
     return float(x[node]) + gamma * below
 
 
@@ -56,12 +56,12 @@ def slow(tree, node, x, gamma):
 def test_operators_against_their_definitions(seed, gamma, steps):
     tree = random_forest(seed, steps=steps)
     x = torch.rand(len(tree), dtype=torch.float64)
-    want = [slow(tree, i, x, gamma) if tree.m[i] > 0 else 0.0 for i in range(len(tree))]
-    check_close(togo(tree, x, gamma), want)
+    want = [slow(tree, i, x, gamma) if tree.leaves_below[i] > 0 else 0.0 for i in range(len(tree))]
+    check_close(to_go(tree, x, gamma), want)
     leaves, nodes = path_pairs(tree)
     sums = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, nodes, x[leaves])
     check_close(leaf_sum(tree, x), sums.tolist())
-    assert torch.bincount(nodes, minlength=len(tree)).tolist() == tree.m.tolist()
+    assert torch.bincount(nodes, minlength=len(tree)).tolist() == tree.leaves_below.tolist()
     paths = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, leaves, x[nodes])
     finished = tree.is_finished
     check_close(path_sum(tree, x)[finished], paths[finished].tolist())
@@ -140,7 +140,16 @@ def test_concatenate_select_and_replace(t8, c7):
     assert second.parent.tolist() == c7.parent.tolist() and second.tok_end.tolist() == c7.tok_end.tolist()
     assert second.root_value.tolist() == [0.5] and second.tags["a"].tolist() == list(range(7))
     scored = t8.with_outcomes(torch.tensor([7, 2]), torch.tensor([0.5, n]))
-    assert scored.status.tolist() == [0, 0, 2, 0, 1, 1, 1, 1] and scored.m.tolist() == [2, 2, 0, 2, 1, 1, 1, 1]
+    assert scored.status.tolist() == [0, 0, 2, 0, 1, 1, 1, 1] and scored.leaves_below.tolist() == [
+        2,
+        2,
+        0,
+        2,
+        1,
+        1,
+        1,
+        1,
+    ]
     with pytest.raises(ValueError, match="is dropped while its child is kept"):
         both.select(both.depth > 0)
 
@@ -169,7 +178,7 @@ def test_chain_of_20000_and_a_million_leaves_are_fast():
     chain = StepTree(torch.arange(deep) - 1, torch.zeros(deep, dtype=torch.long),
                      torch.arange(deep) // (deep - 1), torch.where(torch.arange(deep) == deep - 1, 1.0, n))  # fmt: skip
     start = time.process_time()
-    value = togo(chain, torch.ones(deep), 1.0)
+    value = to_go(chain, torch.ones(deep), 1.0)
     assert value[0] == deep and value[-1] == 1 and chain.depth[-1] == deep - 1
     wide = 1_000_000
     star = StepTree(torch.where(torch.arange(wide) == 0, -1, 0), torch.zeros(wide, dtype=torch.long),

@@ -41,8 +41,8 @@ def held_out(run: Run, seed: int) -> Rollout:
 
 def sibling_gap(tree: StepTree, x: Tensor) -> Tensor:
     """(N,) x minus its mean over the siblings of each step."""
-    total = torch.zeros(int(tree.sib.max()) + 1, dtype=x.dtype).index_add(0, tree.sib, x)
-    return x - (total / torch.bincount(tree.sib))[tree.sib]
+    total = torch.zeros(int(tree.sibling_set.max()) + 1, dtype=x.dtype).index_add(0, tree.sibling_set, x)
+    return x - (total / torch.bincount(tree.sibling_set))[tree.sibling_set]
 
 
 def paths(tree: StepTree) -> Tensor:

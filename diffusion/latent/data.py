@@ -112,7 +112,7 @@ class TreePairs:
         tree = rollout.tree
         value = backup(tree).where(tree.valid, torch.nan)
         depth = tree.group * (int(tree.depth.max()) + 1) + tree.depth
-        pairs = ranked_pairs(value, tree.sib if self.among == "siblings" else depth, margin=self.margin)
+        pairs = ranked_pairs(value, tree.sibling_set if self.among == "siblings" else depth, margin=self.margin)
         for name, least in self.consistent.items():
             score = step_scores(tree, name)
             better, worse = pairs.unbind(1)

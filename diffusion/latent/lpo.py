@@ -53,7 +53,7 @@ class LatentJudge:
         """
         tree, schedule = rollout.tree, NoiseSchedule.from_record(rollout.about["course"])
         last = len(schedule) - 1 if self._last is None else self._last
-        judged = torch.bincount(tree.sib)[tree.sib] > 1
+        judged = torch.bincount(tree.sibling_set)[tree.sibling_set] > 1
         judged &= (tree.depth >= self._first) & (tree.depth <= last)
         out = torch.full((len(tree),), torch.nan, dtype=torch.float64)
         for depth in tree.depth[judged].unique().tolist():

@@ -1,4 +1,7 @@
-"""compose(): transforms, then a weighted sum of estimators, then what every advantage must satisfy."""
+"""`compose`: from a tree with rewards to advantages, in three stages.
+
+Transforms change the rewards, a weighted sum of estimators turns them into advantages, and the result is checked.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ Counting = Literal["node", "leaf"]
 
 
 class EstimatorConfig(Component):
-    """One estimator of a weighted sum: weight and its own options beside the name."""
+    """One estimator of a weighted sum: its name, its weight, and beside them its options."""
 
     weight: float = 1.0
 
     @property
     def spec(self) -> dict[str, Any]:
-        """As `mmrl.credit.compose` takes it."""
+        """The mapping that `mmrl.credit.compose` takes."""
         return {"name": self.name, "weight": self.weight, **self.options}
 
 
@@ -41,9 +44,10 @@ class CreditConfig(Section):
     transforms: list[str | dict[str, Any]] | None = None
     estimators: list[EstimatorConfig] = Field(default_factory=lambda: [EstimatorConfig(name="grpo")], min_length=1)
     counting: Literal["node", "leaf"] = "node"
-    # A value scores the state and must be differenced.
+    # The meaning of the step rewards: a value is a score of the state and must be differenced before it is summed.
     step_reward_kind: Literal["reward", "value"] = "reward"
-    whiten: bool = False  # centre and scale the sum over the whole batch
+    # Centre and scale the summed advantages over the whole batch.
+    whiten: bool = False
     allow_double_norm: bool = False
     # Advantages are clamped to +-clip. Every public diffusion trainer has 5, those of language models have none.
     clip: PositiveFloat | None = None
@@ -66,9 +70,13 @@ class StepAdvantage:
 
 
 def estimate(
-    tree: StepTree, name: str, transforms: Sequence[str | Spec] = (), *,
-    counting: Counting = "node", **options: Any,
-) -> StepAdvantage:  # fmt: skip
+    tree: StepTree,
+    name: str,
+    transforms: Sequence[str | Spec] = (),
+    *,
+    counting: Counting = "node",
+    **options: Any,
+) -> StepAdvantage:
     """Advantages of all steps by one estimator; `compose` with one entry. Options are the estimator's own."""
     return compose(tree, [{"name": name, **options}], transforms, counting=counting)
 
@@ -103,22 +111,32 @@ def compose(
             that lacks what an estimator needs.
     """
     estimators = as_specs(estimators, "estimators")
-    steps = validate(
-        estimators, transforms, kind=kind, whiten=whiten, allow_double_norm=allow_double_norm, counting=counting,
+    applied = validate(
+        estimators,
+        transforms,
+        kind=kind,
+        whiten=whiten,
+        allow_double_norm=allow_double_norm,
+        counting=counting,
         repeats_prefix=repeats_prefix,
-    )  # fmt: skip
+    )
     before = tree
-    for t in steps:
-        tree = apply_transform(tree, t)
-    check_tree(tree, estimators, steps)
-    parts = [(float(e.get("weight", 1.0)), _run(tree, e, all_sum, past)) for e in estimators]
-    adv = torch.stack([w * c.adv for w, c in parts]).sum(0)
+    for spec in applied:
+        tree = apply_transform(tree, spec)
+    check_tree(tree, estimators, applied)
+
+    credits = [_run(tree, spec, all_sum, past) for spec in estimators]
+    weights = [float(spec.get("weight", 1.0)) for spec in estimators]
+    adv = torch.stack([weight * credit.adv for weight, credit in zip(weights, credits, strict=True)]).sum(0)
     if whiten:
         adv = whiten_over_batch(torch.where(tree.valid, adv, 0.0), tree.valid.double(), all_sum)
-    info = {"estimators": [dict(e) for e in estimators], "transforms": steps}
-    for _, c in reversed(parts):
-        info |= c.info
-    return _finish(tree, before, adv, parts[0][1].returns, counting, info)
+
+    info = {"estimators": [dict(spec) for spec in estimators], "transforms": applied}
+    # Backwards, so that of two estimators with the same fact the first one's is logged.
+    for credit in reversed(credits):
+        info |= credit.info
+    # A critic learns from the returns of the first estimator.
+    return _finish(tree, before, adv, credits[0].returns, counting, info)
 
 
 def validate(
@@ -128,17 +146,18 @@ def validate(
 
     how: see `rules.check_recipe`. Raises ValueError as `compose` does.
     """
-    estimators, steps = as_specs(estimators, "estimators"), as_specs(transforms, "transforms")
+    estimators = as_specs(estimators, "estimators")
+    applied = as_specs(transforms, "transforms")
     if not estimators:
         raise ComponentError(f"estimators is empty: name at least one of {', '.join(names('estimators'))}")
-    for t in steps:
-        row, options = transform_of(t)
+    for spec in applied:
+        row, options = transform_of(spec)
         row.check(options)
-    for e in estimators:
-        row, options = estimator_of(e)
+    for spec in estimators:
+        row, options = estimator_of(spec)
         row.check(options)
-    check_recipe(steps, estimators, **how)
-    return steps
+    check_recipe(applied, estimators, **how)
+    return applied
 
 
 def apply_transform(tree: StepTree, spec: Spec) -> StepTree:
@@ -151,6 +170,7 @@ def apply_transform(tree: StepTree, spec: Spec) -> StepTree:
 
 
 def _run(tree: StepTree, spec: Spec, all_sum: AllSum | None, past: Past) -> Credit:
+    """The credit of one estimator; `all_sum` and `past` reach only functions that take them."""
     row, options = estimator_of(spec)
     credit: Credit = row.build(options, all_sum=all_sum, past=past)(tree)
     return credit
@@ -159,20 +179,29 @@ def _run(tree: StepTree, spec: Spec, all_sum: AllSum | None, past: Past) -> Cred
 def _finish(
     tree: StepTree, before: StepTree, adv: Tensor, returns: Tensor | None, counting: Counting, info: dict[str, Any]
 ) -> StepAdvantage:
+    """The advantages, zero on invalid steps and checked to be finite, with facts for the log.
+
+    Args:
+        tree: after the transforms. before: the tree of the rollout, whose outcomes decide what has no spread.
+    """
     valid = tree.valid
     adv = torch.where(valid, adv, 0.0)
     if not bool(adv.isfinite().all()):
         i = int((~adv.isfinite()).nonzero()[0])
-        raise ValueError(f"{[e['name'] for e in info['estimators']]} gave step {i} the advantage {adv[i].item()}")
+        names_of_sum = [spec["name"] for spec in info["estimators"]]
+        raise ValueError(f"{names_of_sum} gave step {i} the advantage {adv[i].item()}")
     size = adv[valid].abs()
     groups = norm(before.outcome, before.group, Norm(scale="none"))
+    # A lone outcome has no spread either.
+    without_spread = groups.constant | (groups.size < 2)
     info |= {
         "outcome": tree.outcome,
         "groups": tree.num_groups,
-        "zero_spread_groups": int((groups.constant | (groups.size < 2)).sum()),  # a lone outcome has no spread either
+        "zero_spread_groups": int(without_spread.sum()),
         "valid_frac": float(valid.double().mean()) if len(tree) else 0.0,
         "adv_abs_mean": float(size.mean()) if size.numel() else 0.0,
         "adv_abs_max": float(size.max()) if size.numel() else 0.0,
     }
-    weight = tree.m.double() if counting == "leaf" else valid.double()
-    return StepAdvantage(adv, adv if returns is None else torch.where(valid, returns, 0.0), valid, weight, info)
+    weight = tree.leaves_below.double() if counting == "leaf" else valid.double()
+    returns = adv if returns is None else torch.where(valid, returns, 0.0)
+    return StepAdvantage(adv, returns, valid, weight, info)

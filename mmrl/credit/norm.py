@@ -1,4 +1,9 @@
-"""Normalisation inside sets: the one place where a baseline and a scale are taken."""
+"""Normalisation inside sets: the one place where a baseline is subtracted and a scale is divided by.
+
+    norm(x=[1, 0, 3], sets=[0, 0, 1]).z   # [.7071, -.7071, 0]: two samples of prompt 0, one of prompt 1
+
+Shapes: N entries (steps or leaves), S sets (prompts, depths of a prompt, siblings). All arithmetic is float64.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,10 @@ from mmrl.registry import hint, option_group
 
 Scale = Literal["std", "none", "loo", "bernoulli", "batch", "global_std"]
 Singleton = Literal["zero", "raw"]
-Unit = Annotated[float, Field(ge=0, le=1)]  # a share or a discount
-AllSum = Callable[[Tensor], Tensor]  # sums a small tensor over processes; the identity on one
+# A share or a discount.
+Unit = Annotated[float, Field(ge=0, le=1)]
+# Sums a small tensor over processes; the identity where there is one process.
+AllSum = Callable[[Tensor], Tensor]
 
 # (ddof, eps, singleton) as read in each codebase. BranchGRPO's hard zero below std 1e-6 is `std_floor`.
 NORM_PRESETS: dict[str, dict[str, Any]] = {
@@ -27,7 +34,7 @@ NORM_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Norm(NamedTuple):
-    """How to normalise: options every estimator shares. See `norm` for their meaning."""
+    """Options of a normalisation, shared by all estimators that normalise; see `norm` for their meaning."""
 
     scale: Scale = "std"
     eps: Annotated[float, Field(ge=0)] = 1e-6
@@ -40,7 +47,10 @@ option_group(Norm, NORM_PRESETS)
 
 
 class Normed(NamedTuple):
-    """z: (N,) float64. size: (S,) members per set. constant: (S,) bool, two or more members without spread."""
+    """Normalised entries, and facts of their sets.
+
+    z: (N,) float64. size: (S,) members per set. constant: (S,) bool, two or more members without spread.
+    """
 
     z: Tensor
     size: Tensor
@@ -87,26 +97,31 @@ def norm(
         raise ValueError(f"x {tuple(x.shape)} and sets {tuple(sets.shape)} must have one entry per step each")
     member = ~x.isnan() & (sets >= 0)
     # Entries of no set are summed into set 0 with weight 0.
-    sid, v = sets.clamp(min=0), torch.where(member, x.double(), 0.0)
-    num = int(sets.max().clamp(min=0)) + 1 if sets.numel() else 0
-    w = member.double() if weight is None else torch.where(member, weight.double(), 0.0)
-    counted = w > 0
-    size = _sum(counted.double(), sid, num)
-    n = size if weight is None else _sum(w, sid, num)
-    mean = _sum(w * v, sid, num) / n.clamp(min=1)
-    centred = torch.where(member, v - mean[sid], 0.0)
-    var = _sum(w * centred**2, sid, num) / (n - how.ddof).clamp(min=1)
-    constant = (size > 1) & (_is_flat(v, sid, counted, num) | (var.sqrt() < how.std_floor))
+    set_of = sets.clamp(min=0)
+    value = torch.where(member, x.double(), 0.0)
+    num_sets = int(sets.max().clamp(min=0)) + 1 if sets.numel() else 0
+    weights = member.double() if weight is None else torch.where(member, weight.double(), 0.0)
+    counted = weights > 0
+    # (S,) entries, total weight, mean and variance of each set
+    size = _sum(counted.double(), set_of, num_sets)
+    total = size if weight is None else _sum(weights, set_of, num_sets)
+    mean = _sum(weights * value, set_of, num_sets) / total.clamp(min=1)
+    centred = torch.where(member, value - mean[set_of], 0.0)
+    var = _sum(weights * centred**2, set_of, num_sets) / (total - how.ddof).clamp(min=1)
+    flat = _is_flat(value, set_of, counted, num_sets) | (var.sqrt() < how.std_floor)
+    constant = (size > 1) & flat
     if how.scale == "bernoulli":
-        _check_unit(v, member)
+        _check_unit(value, member)
     # Before the pool is taken: a set without spread must not widen the spread of the others.
-    centred = torch.where((constant | (size <= 1))[sid], 0.0, centred)
-    pool = {"batch": centred, "global_std": v}.get(how.scale)
-    if pool is not None:
-        var = moments(pool, w, all_sum, how.ddof)[1]
-    z = centred * _factor(how, n, mean, var)[sid]
+    centred = torch.where((constant | (size <= 1))[set_of], 0.0, centred)
+    # These two scales divide by one spread of the whole batch in place of each set's.
+    if how.scale == "batch":
+        var = moments(centred, weights, all_sum, how.ddof)[1]
+    elif how.scale == "global_std":
+        var = moments(value, weights, all_sum, how.ddof)[1]
+    z = centred * _factor(how, total, mean, var)[set_of]
     if how.singleton == "raw":
-        z = torch.where((size <= 1)[sid], v, z)
+        z = torch.where((size <= 1)[set_of], value, z)
     return Normed(torch.where(member, z, 0.0), size.long(), constant)
 
 
@@ -128,12 +143,12 @@ def moments(x: Tensor, weight: Tensor, all_sum: AllSum | None = None, ddof: int 
 
 def unknown_choice(option: str, value: object, choices: object) -> ValueError:
     """The error for a value that is none of the `choices` of a Literal."""
-    known = get_args(choices)
-    return ValueError(f"{option} {value!r} is none of {', '.join(known)}{hint(str(value), known)}")
+    allowed = get_args(choices)
+    return ValueError(f"{option} {value!r} is none of {', '.join(allowed)}{hint(str(value), allowed)}")
 
 
 def _factor(how: Norm, n: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """(S,) what each set's centred values are multiplied by; `var` of each set, or of the whole pool."""
+    """(S,) factor for each set's centred values; n: (S,) total weight, var: of each set, or one of the whole batch."""
     if how.scale == "none":
         return torch.ones_like(n)
     if how.scale == "loo":
@@ -141,6 +156,7 @@ def _factor(how: Norm, n: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     if how.scale == "bernoulli":
         var = (mean * (1 - mean)).clamp(min=0)
     spread = var.sqrt() + how.eps
+    # With eps 0 a set without spread has nothing to divide by; its values are 0 in any case.
     return torch.where(spread > 0, 1 / spread, 0.0).expand_as(n)
 
 
@@ -148,20 +164,27 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _check_unit(v: Tensor, member: Tensor) -> None:
-    bad = member & ((v < 0) | (v > 1))
+def _check_unit(value: Tensor, member: Tensor) -> None:
+    bad = member & ((value < 0) | (value > 1))
     if bool(bad.any()):
         i = int(bad.nonzero()[0])
-        raise ValueError(f"scale='bernoulli' needs values in [0, 1]; step {i} has {v[i].item()}: use scale='std'")
+        raise ValueError(f"scale='bernoulli' needs values in [0, 1]; step {i} has {value[i].item()}: use scale='std'")
 
 
-def _sum(x: Tensor, sets: Tensor, num: int) -> Tensor:
-    return torch.zeros(num, dtype=torch.float64).index_add_(0, sets, x)
+def _sum(x: Tensor, sets: Tensor, num_sets: int) -> Tensor:
+    """(S,) float64 sum of `x` (N,) over each set."""
+    return torch.zeros(num_sets, dtype=torch.float64).index_add_(0, sets, x)
 
 
-def _is_flat(v: Tensor, sets: Tensor, member: Tensor, num: int) -> Tensor:
+def set_range(x: Tensor, sets: Tensor, member: Tensor, num_sets: int) -> tuple[Tensor, Tensor]:
+    """(smallest, largest) of `x` (N,) among the members of each set, (S,) each; inf and -inf where a set has none."""
+    empty = torch.full((num_sets,), torch.inf, dtype=torch.float64)
+    low = empty.clone().scatter_reduce_(0, sets, torch.where(member, x, torch.inf), "amin")
+    high = (-empty).scatter_reduce_(0, sets, torch.where(member, x, -torch.inf), "amax")
+    return low, high
+
+
+def _is_flat(value: Tensor, sets: Tensor, member: Tensor, num_sets: int) -> Tensor:
     """(S,) bool: no spread beyond rounding."""
-    empty = torch.full((num,), torch.inf, dtype=torch.float64)
-    low = empty.clone().scatter_reduce_(0, sets, torch.where(member, v, torch.inf), "amin")
-    high = (-empty).scatter_reduce_(0, sets, torch.where(member, v, -torch.inf), "amax")
+    low, high = set_range(value, sets, member, num_sets)
     return high - low <= 1e-8 * torch.maximum(low.abs(), high.abs()).clamp(min=1)

@@ -1,4 +1,8 @@
-"""Estimators that read outcomes of finished leaves, and keys, but no step rewards."""
+"""Estimators that read the outcomes of finished leaves and keys of states, but no step rewards.
+
+Each is a function tree -> `Credit`, whose docstring gives the formula: A is the advantage of a step, R the outcome of
+a leaf, and lift(x) the mean of x over the finished leaves below a step. `how` and `all_sum` are those of `norm`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,10 @@ from mmrl.credit.norm import AllSum, Norm, Normed, Unit, moments, norm, unknown_
 from mmrl.credit.table import Credit, estimator
 from mmrl.credit.tags import tag
 from mmrl.tree import StepTree
-from mmrl.tree_ops import Backup, backup, before, discounted_leaf, lift, path_sum, returns, run_head
+from mmrl.tree_ops import Backup, backup, before, discounted_leaf, lift, path_sum, prompt_sum, returns, run_head
 
-Past = Sequence[Sequence[float]]  # earlier outcomes of each prompt, oldest first
+# Earlier outcomes of each prompt, oldest first.
+Past = Sequence[Sequence[float]]
 EpisodeStats = Literal["trajectory", "step"]
 CountBy = Literal["token", "trajectory"]
 Unary = Literal["inherit", "zero"]
@@ -45,8 +50,8 @@ def grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None) -
 
     A prompt with one finished leaf, or with equal outcomes, gets exactly 0.
     """
-    a = episode(tree, how, all_sum=all_sum)
-    return Credit(lift(tree, a.z), info=a.info)
+    outcomes = episode(tree, how, all_sum=all_sum)
+    return Credit(lift(tree, outcomes.z), info=outcomes.info)
 
 
 @estimator(
@@ -87,16 +92,19 @@ def reinforce_pp_baseline(
     Mean and var count a trajectory by the tokens on its path (`token`: long ones count more) or once (`trajectory`).
     The population is the batch of all processes. A batch without spread gets 0.
     """
-    a = episode(tree, Norm(scale="none"))
+    centred = episode(tree, Norm(scale="none"))
     if count_by == "token":
         count = path_sum(tree, tree.span.double())
     elif count_by == "trajectory":
         count = torch.ones(len(tree), dtype=torch.float64)
     else:
         raise unknown_choice("reinforce_pp_baseline.count_by", count_by, CountBy)
-    if not bool(a.z.any()) and all_sum is None:
-        return Credit(torch.zeros_like(a.z), info=a.info)
-    return Credit(lift(tree, whiten(a.z, torch.where(tree.is_finished, count, 0.0), all_sum, ddof=ddof)), info=a.info)
+    # Several processes must all take part in the sums of `whiten`, also those without spread.
+    if not bool(centred.z.any()) and all_sum is None:
+        return Credit(torch.zeros_like(centred.z), info=centred.info)
+    weight = torch.where(tree.is_finished, count, 0.0)
+    whitened = whiten(centred.z, weight, all_sum, ddof=ddof)
+    return Credit(lift(tree, whitened), info=centred.info)
 
 
 @estimator(
@@ -159,19 +167,20 @@ def branch_depth(
     magnitudes: with `depth`, two nodes at a depth always get +-0.7071 whatever their gap. info["singleton_nodes"] is
     the share of valid nodes alone at their depth; above 0.2 (ragged depths) the estimator is a poor choice.
     """
-    v = torch.where(tree.valid, backup(tree, value), torch.nan)
+    values = torch.where(tree.valid, backup(tree, value), torch.nan)
     # One set per (prompt, depth).
     sets = tree.depth * tree.num_groups + tree.group
     if spread == "depth":
-        z = norm(v, sets, how, all_sum=all_sum)
-        adv = z.z
+        normed = norm(values, sets, how, all_sum=all_sum)
+        adv = normed.z
     elif spread == "leaf":
-        z = norm(v, sets, how._replace(scale="none"))
-        adv = _over_leaf_std(tree, z.z, how)
+        normed = norm(values, sets, how._replace(scale="none"))
+        adv = _over_leaf_std(tree, normed.z, how)
     else:
         raise unknown_choice("branch_depth.spread", spread, Spread)
-    alone = (z.size[sets] == 1) & tree.valid
-    return Credit(adv, info=z.info | {"singleton_nodes": float(alone.sum() / tree.valid.sum().clamp(min=1))})
+    alone = (normed.size[sets] == 1) & tree.valid
+    share_alone = float(alone.sum() / tree.valid.sum().clamp(min=1))
+    return Credit(adv, info=normed.info | {"singleton_nodes": share_alone})
 
 
 @estimator("child_minus_parent", reads=("outcome", "forks"), fits="forks", source="as defined here")
@@ -181,10 +190,11 @@ def child_minus_parent(tree: StepTree, *, how: Norm = Norm(eps=1e-8)) -> Credit:
     V of the virtual root is the prompt's mean outcome, so the terms telescope: along any path they sum to the
     leaf's grpo advantage. An only child gets 0. Prompts without spread get 0.
     """
-    flat = episode(tree, Norm(scale="none"))
-    centred = lift(tree, flat.z)  # V minus the prompt's mean, exactly 0 without spread
-    above = before(tree, centred, torch.zeros(tree.num_groups, dtype=torch.float64))
-    return Credit(_over_leaf_std(tree, centred - above, how), info=flat.info)
+    outcomes = episode(tree, Norm(scale="none"))
+    # V minus the prompt's mean, for steps (N,) and their parents (N,); exactly 0 without spread.
+    value = lift(tree, outcomes.z)
+    value_above = before(tree, value, torch.zeros(tree.num_groups, dtype=torch.float64))
+    return Credit(_over_leaf_std(tree, value - value_above, how), info=outcomes.info)
 
 
 @estimator(
@@ -210,7 +220,7 @@ def portool(
     descendant is right. NaN step rewards read 0. An only child's fork part is 0.
     """
     rho = discounted_leaf(tree, gamma, agg) + w_format * tree.step_reward.nan_to_num(nan=0.0)
-    fork = norm(torch.where(tree.valid, rho, torch.nan), tree.sib, how, all_sum=all_sum)
+    fork = norm(torch.where(tree.valid, rho, torch.nan), tree.sibling_set, how, all_sum=all_sum)
     whole = grpo(tree, how=how, all_sum=all_sum)
     return Credit(w_traj * whole.adv + w_fork * fork.z, info=fork.info)
 
@@ -236,13 +246,13 @@ def gigpo(
 
     Steps without key, or alone with it, get A_S = 0. info["mean_set_size"] near 1 means plain GRPO.
     """
-    a = episode(tree, how, episode_stats, all_sum)
+    outcomes = episode(tree, how, episode_stats, all_sum)
     anchored = tree.valid & (tree.state_key >= 0)
-    x = torch.where(anchored, returns(tree, gamma), torch.nan)
-    s = norm(x, dense_sets(tree, tree.state_key, anchored), how, all_sum=all_sum)
-    used = s.size[s.size > 0].double()
-    info = a.info | {"mean_set_size": float(used.mean()) if used.numel() else 0.0}
-    return Credit(lift(tree, a.z) + omega * s.z, info=info)
+    anchored_returns = torch.where(anchored, returns(tree, gamma), torch.nan)
+    same_state = norm(anchored_returns, dense_sets(tree, tree.state_key, anchored), how, all_sum=all_sum)
+    sizes = same_state.size[same_state.size > 0].double()
+    info = outcomes.info | {"mean_set_size": float(sizes.mean()) if sizes.numel() else 0.0}
+    return Credit(lift(tree, outcomes.z) + omega * same_state.z, info=info)
 
 
 @estimator(
@@ -266,13 +276,15 @@ def salt(tree: StepTree, *, base: Base = "grpo") -> Credit:
         raise unknown_choice("salt.base", base, Base)
     merged = tree.valid & (tree.edge_key >= 0)
     sets = dense_sets(tree, tree.edge_key, merged)
-    safe = sets.clamp(min=0)
-    w = torch.where(merged, tree.m.double(), 0.0)
-    zero = torch.zeros(int(sets.max()) + 1 if len(tree) else 0, dtype=torch.float64)
-    if zero.numel() == 0:
+    num_sets = int(sets.max()) + 1 if len(tree) else 0
+    if num_sets == 0:
         return credit
-    mean = zero.index_add(0, safe, w * credit.adv) / zero.index_add(0, safe, w).clamp(min=1)
-    return Credit(torch.where(merged, mean[safe], credit.adv), info=credit.info)
+    # Steps outside any set are summed into set 0 with weight 0.
+    set_of = sets.clamp(min=0)
+    weight = torch.where(merged, tree.leaves_below.double(), 0.0)
+    zero = torch.zeros(num_sets, dtype=torch.float64)
+    mean = zero.index_add(0, set_of, weight * credit.adv) / zero.index_add(0, set_of, weight).clamp(min=1)
+    return Credit(torch.where(merged, mean[set_of], credit.adv), info=credit.info)
 
 
 @estimator("rapo", relative=True, source="Fathom-DeepResearch (RAPO); scaling as defined here")
@@ -285,13 +297,18 @@ def rapo(
     """
     if cap is not None and cap <= 0:
         raise ValueError(f"rapo.cap={cap} must be above 0: it bounds the factor that all advantages are multiplied by")
-    a = episode(tree, how, all_sum=all_sum)
-    counts = torch.tensor([float((a.size > 0).sum()), float(((a.size > 1) & ~a.constant).sum())], dtype=torch.float64)
+    outcomes = episode(tree, how, all_sum=all_sum)
+    has_leaf = outcomes.size > 0
+    has_spread = (outcomes.size > 1) & ~outcomes.constant
+    counts = torch.tensor([float(has_leaf.sum()), float(has_spread.sum())], dtype=torch.float64)
     # Counted over all processes, so that every one scales by the same factor.
-    finished, spread = (all_sum(counts) if all_sum else counts).tolist()
-    f = finished / max(spread, 1.0)
-    f = f if cap is None else min(f, cap)
-    return Credit(f * lift(tree, a.z), info=a.info | {"rapo_factor": f})
+    if all_sum is not None:
+        counts = all_sum(counts)
+    with_leaf, with_spread = counts.tolist()
+    factor = with_leaf / max(with_spread, 1.0)
+    if cap is not None:
+        factor = min(factor, cap)
+    return Credit(factor * lift(tree, outcomes.z), info=outcomes.info | {"rapo_factor": factor})
 
 
 @estimator(
@@ -325,9 +342,11 @@ def ddpo(
         raise ValueError(f"ddpo: past holds outcomes of {len(past)} prompts, the tree has {tree.num_groups}")
     leaves = tree.is_finished.nonzero().flatten()
     now, prompt_now = tree.outcome[leaves], tree.group[leaves]
-    earlier = torch.tensor([r for outcomes in past for r in outcomes], dtype=torch.float64)
+    # (E,) earlier outcomes and the prompt of each; behind them stand this iteration's, so the newest come last.
+    earlier = torch.tensor([outcome for outcomes in past for outcome in outcomes], dtype=torch.float64)
     counts = torch.tensor([len(outcomes) for outcomes in past], dtype=torch.long)
-    prompt = torch.cat([torch.repeat_interleave(torch.arange(len(past)), counts), prompt_now])
+    prompt_earlier = torch.repeat_interleave(torch.arange(len(past)), counts)
+    prompt = torch.cat([prompt_earlier, prompt_now])
     # Outcomes that have left the buffer keep their place, with weight 0.
     in_buffer = _newest(prompt, buffer)
     of_prompt = norm(torch.cat([earlier, now]), prompt, Norm(eps=eps, ddof=0), weight=in_buffer.double())
@@ -336,15 +355,15 @@ def ddpo(
     spread = var.sqrt() > 1e-8 * mean.abs().clamp(min=1)
     of_batch = torch.where(spread, (now - mean) / (var.sqrt() + eps), 0.0)
 
-    known = torch.bincount(prompt, minlength=tree.num_groups)[prompt_now] >= min_count
-    a = torch.zeros(len(tree), dtype=torch.float64)
-    a[leaves] = torch.where(known, of_prompt.z[len(earlier) :], of_batch)
-    return Credit(lift(tree, a), info=of_prompt.info)
+    has_history = torch.bincount(prompt, minlength=tree.num_groups)[prompt_now] >= min_count
+    leaf_adv = torch.zeros(len(tree), dtype=torch.float64)
+    leaf_adv[leaves] = torch.where(has_history, of_prompt.z[len(earlier) :], of_batch)
+    return Credit(lift(tree, leaf_adv), info=of_prompt.info)
 
 
 def _newest(sets: Tensor, count: int) -> Tensor:
     """(N,) bool, the last `count` entries of each set."""
-    # Sorted by set, each entry knows how far it stands from the end of its set.
+    # Sorted by set, an entry is among the last `count` when at most that many entries lead to the end of its set.
     order = torch.argsort(sets, stable=True)
     end = torch.bincount(sets).cumsum(0)[sets[order]]
     newest = torch.empty(len(sets), dtype=torch.bool)
@@ -362,12 +381,12 @@ def dense_sets(tree: StepTree, key: Tensor, member: Tensor) -> Tensor:
 
 def _over_leaf_std(tree: StepTree, x: Tensor, how: Norm) -> Tensor:
     """x divided by the std of its prompt's finished outcomes; 0 in prompts without spread."""
-    leaves = torch.where(tree.is_finished, tree.outcome, 0.0)
-    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
-    n = zero.index_add(0, tree.group, tree.is_finished.double())
-    mean = zero.index_add(0, tree.group, leaves) / n.clamp(min=1)
-    centred = torch.where(tree.is_finished, leaves - mean[tree.group], 0.0)
-    var = zero.index_add(0, tree.group, centred**2) / (n - how.ddof).clamp(min=1)
+    outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
+    # (G,) number, mean and variance of each prompt's finished outcomes
+    count = prompt_sum(tree, tree.is_finished.double())
+    mean = prompt_sum(tree, outcome) / count.clamp(min=1)
+    centred = torch.where(tree.is_finished, outcome - mean[tree.group], 0.0)
+    var = prompt_sum(tree, centred**2) / (count - how.ddof).clamp(min=1)
     return x / (var.sqrt() + how.eps)[tree.group]
 
 
@@ -376,10 +395,11 @@ def _among_siblings(
 ) -> Credit:
     """`value` (N,) normalised over each sibling set; an only active child inherits its parent's result, or gets 0."""
     value = torch.where(tree.valid, value, torch.nan)
-    z = norm(value, tree.sib, how, all_sum=all_sum)
+    normed = norm(value, tree.sibling_set, how, all_sum=all_sum)
     if unary == "zero":
-        return Credit(z.z, info=z.info)
+        return Credit(normed.z, info=normed.info)
     if unary != "inherit":
         raise unknown_choice("unary", unary, Unary)
-    only = ~value.isnan() & (z.size[tree.sib] == 1)
-    return Credit(z.z[run_head(tree, only)], info=z.info)
+    # A run of only children takes the result of the step that it begins with, which has siblings or is a first step.
+    only = ~value.isnan() & (normed.size[tree.sibling_set] == 1)
+    return Credit(normed.z[run_head(tree, only)], info=normed.info)

@@ -1,4 +1,4 @@
-"""Reward machines, also hierarchical: states, and edges guarded by events. Guards are parsed, never evaluated.
+"""Reward machines, also hierarchical: automata whose edges are guarded by events, rewarded on reaching acceptance.
 
     machine = {
         "events": ["key", "door", "lava"],
@@ -6,7 +6,8 @@
         "edges": [["u0", "key & !lava", "u1"], ["u1", "door", "accept"]],
     }
 
-Guards: names, `!`, `&`, `|`, parentheses and `true`. Edges of a state are tried in order; with none true it stays.
+Guards: names, `!`, `&`, `|`, parentheses and `true`. They are parsed here, never given to Python's `eval`. Edges of a
+state are tried in order; with none true the machine stays where it is.
 `accept` is the accepting state. An edge may call another machine, [u, guard, v, {"call": "name"}]: it is taken when
 the called machine accepts; `machines: {name: {"start": ..., "edges": [...]}}` holds the callable ones.
 """
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from mmrl.tree import StepTree
 
-Guard = Callable[[Tensor], Tensor]  # events (M, E) bool -> (M,) bool
+# Events (M, E) bool of M steps -> (M,) bool.
+Guard = Callable[[Tensor], Tensor]
+# (from, guard, to) by name.
 Edge = tuple[str, str, str]
 
 ACCEPT = "accept"
@@ -32,7 +35,7 @@ _TOKEN = re.compile(r"\s*([A-Za-z_][\w.]*|[!&|()])")
 
 @dataclass(frozen=True)
 class RewardMachine:
-    """A flat machine. states[0] is not special; `start` and `accept` are indices into states."""
+    """A machine without calls. `start` and `accept` are indices into `states`, edges are (from, guard, to)."""
 
     states: list[str]
     events: list[str]
@@ -55,9 +58,12 @@ class RewardMachine:
             )
         events = list(spec["events"])
         flat = _flatten(spec, spec.get("machines", {}), ())
-        states = list(dict.fromkeys([spec["start"], *(s for u, _, v in flat for s in (u, v)), ACCEPT]))
-        index = {s: i for i, s in enumerate(states)}
-        edges = [(index[u], parse_guard(guard, events), index[v]) for u, guard, v in flat]
+        # State -> its index, in the order of first appearance.
+        index: dict[str, int] = {}
+        for state in [spec["start"], *(end for source, _, target in flat for end in (source, target)), ACCEPT]:
+            index.setdefault(state, len(index))
+        states = list(index)
+        edges = [(index[source], parse_guard(guard, events), index[target]) for source, guard, target in flat]
         return RewardMachine(states, events, edges, index[spec["start"]], index[ACCEPT])
 
     def run(self, tree: StepTree, events: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,11 +84,12 @@ class RewardMachine:
     def step(self, state: Tensor, events: Tensor) -> Tensor:
         """(M,) next states; acceptance is final."""
         after = state.clone()
-        open_ = state != self.accept
-        for u, guard, v in self.edges:
-            take = open_ & (state == u) & guard(events)
-            after = torch.where(take, v, after)
-            open_ = open_ & ~take
+        # The first edge that applies is taken, after which the row is no longer undecided.
+        undecided = state != self.accept
+        for source, guard, target in self.edges:
+            taken = undecided & (state == source) & guard(events)
+            after = torch.where(taken, target, after)
+            undecided = undecided & ~taken
         return after
 
     def potential(self) -> Tensor:
@@ -91,8 +98,8 @@ class RewardMachine:
         distance = torch.full((far,), far)
         distance[self.accept] = 0
         for _ in range(far):
-            for u, _, v in self.edges:
-                distance[u] = min(int(distance[u]), int(distance[v]) + 1)
+            for source, _, target in self.edges:
+                distance[source] = min(int(distance[source]), int(distance[target]) + 1)
         return -distance.double()
 
 
@@ -102,17 +109,21 @@ def parse_guard(text: str, events: list[str]) -> Guard:
     Raises:
         ValueError: unknown event or malformed guard, with the position.
     """
-    tokens, at = [], 0
-    while at < len(text.rstrip()):
-        match = _TOKEN.match(text, at)
+    tokens, position = [], 0
+    while position < len(text.rstrip()):
+        match = _TOKEN.match(text, position)
         if match is None:
-            raise ValueError(f"guard {text!r}: unexpected {text[at:].strip()[:1]!r} at position {at}")
+            raise ValueError(f"guard {text!r}: unexpected {text[position:].strip()[:1]!r} at position {position}")
         tokens.append(match.group(1))
-        at = match.end()
+        position = match.end()
     guard, rest = _either(tokens, events, text)
     if rest:
         raise ValueError(f"guard {text!r}: unexpected {rest[0]!r} after a complete expression")
     return guard
+
+
+# A parser by recursive descent: or-expressions of and-expressions of atoms. Each function reads what it can from the
+# front of `tokens` and returns it with the tokens that remain; `text` is for messages.
 
 
 def _either(tokens: list[str], events: list[str], text: str) -> tuple[Guard, list[str]]:
@@ -153,19 +164,31 @@ def _atom(tokens: list[str], events: list[str], text: str) -> tuple[Guard, list[
 
 def _flatten(spec: Mapping[str, Any], machines: Mapping[str, Any], calls: tuple[str, ...]) -> list[Edge]:
     """Edges with every called machine copied in: its start becomes the caller's state, its acceptance the target."""
-    out: list[Edge] = []
-    for k, (u, guard, v, *more) in enumerate(spec["edges"]):
-        name = more[0]["call"] if more else None
+    edges: list[Edge] = []
+    for k, (source, guard, target, *call) in enumerate(spec["edges"]):
+        name = call[0]["call"] if call else None
         if name is None:
-            out.append((u, guard, v))
+            edges.append((source, guard, target))
             continue
         if name not in machines:
-            raise ValueError(f"edge {u} -> {v} calls unknown machine {name!r}; known: {', '.join(machines) or 'none'}")
+            raise ValueError(
+                f"edge {source} -> {target} calls unknown machine {name!r}; known: {', '.join(machines) or 'none'}"
+            )
         if name in calls:
             raise ValueError(f"machine {name!r} calls itself ({' -> '.join([*calls, name])}); recursion has no end")
         inner = machines[name]
-        rename = {inner["start"]: u, ACCEPT: v}
-        for a, g, b in _flatten(inner, machines, (*calls, name)):
-            g = f"({guard}) & ({g})" if a == inner["start"] else g  # the guard admits the call, not its later steps
-            out.append((rename.get(a, f"{u}.{k}.{name}.{a}"), g, rename.get(b, f"{u}.{k}.{name}.{b}")))
-    return out
+        # Other states of the called machine get names that no second call of it shares.
+        prefix = f"{source}.{k}.{name}"
+        outer_names = {inner["start"]: source, ACCEPT: target}
+        for inner_source, inner_guard, inner_target in _flatten(inner, machines, (*calls, name)):
+            # The caller's guard decides whether the call begins; later steps of the called machine are free of it.
+            if inner_source == inner["start"]:
+                inner_guard = f"({guard}) & ({inner_guard})"
+            edges.append(
+                (
+                    outer_names.get(inner_source, f"{prefix}.{inner_source}"),
+                    inner_guard,
+                    outer_names.get(inner_target, f"{prefix}.{inner_target}"),
+                )
+            )
+    return edges

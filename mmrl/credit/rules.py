@@ -1,4 +1,7 @@
-"""Which combinations have a meaning. Every refusal names both offenders and the fix."""
+"""Checks of a credit recipe: combinations of transforms and estimators without meaning, and fields that a tree lacks.
+
+Every error names both components that contradict each other and the fix.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from mmrl.credit.table import Spec, estimator_of, transform_of
 from mmrl.credit.tags import tag
 from mmrl.registry import REQUIRED, Row, writers
 from mmrl.tree import StepTree
+from mmrl.tree_ops import need_chains
 
 Kind = Literal["reward", "value"]
 
@@ -27,27 +31,28 @@ def check_recipe(
     counting: str = "node",
     repeats_prefix: bool = False,
 ) -> None:
-    """Refuse what can be seen without a tree.
+    """Refuse combinations without meaning, as far as they can be seen without a tree.
 
-    kind: what `step_reward` holds; a "value" is a score of the state and must be differenced before it is summed.
+    kind: the meaning of `step_reward`; a "value" is a score of the state and must be differenced before it is summed.
     repeats_prefix: the trainer already trains a shared step once per trajectory.
 
     Raises:
         ValueError: naming both offenders and the fix.
     """
-    for e in estimators:
-        _check_ignored_steps(transforms, estimators, e)
-        _check_summed_values(transforms, e, kind)
-        _check_discounts(transforms, e)
-        if whiten and not allow_double_norm and _scale(e) == "std":
+    for spec in estimators:
+        _check_ignored_steps(transforms, estimators, spec)
+        _check_summed_values(transforms, spec, kind)
+        _check_discounts(transforms, spec)
+        if whiten and not allow_double_norm and _scale(spec) == "std":
             raise ValueError(
-                f"whiten with {e['name']!r} (scale 'std') normalises twice; use scale: none, drop whiten, or set "
+                f"whiten with {spec['name']!r} (scale 'std') normalises twice; use scale: none, drop whiten, or set "
                 "allow_double_norm: true"
             )
-    changing = [t["name"] for t in transforms if transform_of(t)[0].facts.get("differences")]
-    if len(changing) > 1:
+    differencing = [spec["name"] for spec in transforms if transform_of(spec)[0].facts.get("differences")]
+    if len(differencing) > 1:
         raise ValueError(
-            f"transforms {changing[0]!r} and {changing[1]!r} both difference the step rewards; keep one of them"
+            f"transforms {differencing[0]!r} and {differencing[1]!r} both difference the step rewards; keep one of "
+            "them"
         )
     if counting == "leaf" and repeats_prefix:
         raise ValueError(
@@ -71,7 +76,8 @@ def check_tree(tree: StepTree, estimators: Sequence[Spec], transforms: Sequence[
         if _optimistic(spec):
             _warn_optimism(tree, row.name)
     if "off_policy" in tree.tags:
-        bad = (tag(tree, "off_policy", classes=2) == 1) & tree.valid & tree.logp.isnan()
+        replayed = tag(tree, "off_policy", classes=2) == 1
+        bad = replayed & tree.valid & tree.logp.isnan()
         if bool(bad.any()):
             raise ValueError(
                 f"step {_first(bad)} is replayed (tags['off_policy']) but has no behaviour logp, so its ratio is "
@@ -80,21 +86,19 @@ def check_tree(tree: StepTree, estimators: Sequence[Spec], transforms: Sequence[
 
 
 def check_need(tree: StepTree, need: str, who: str) -> None:
-    """One need of the table against one tree; see `mmrl.credit.table`."""
+    """Raises ValueError when the tree lacks the field `need` of the component `who`; see `mmrl.credit.table`."""
     if need.startswith("tags."):
         name = need.removeprefix("tags.")
         if name not in tree.tags:
-            filling = writers(need)
-            raise ValueError(
-                f"{who} needs tags[{name!r}] and the tree has {sorted(tree.tags) or 'no tags'}; "
-                + (f"readings that write it: {', '.join(filling)}" if filling else "write it into the tree")
-            )
+            readings = writers(need)
+            remedy = f"readings that write it: {', '.join(readings)}" if readings else "write it into the tree"
+            raise ValueError(f"{who} needs tags[{name!r}] and the tree has {sorted(tree.tags) or 'no tags'}; {remedy}")
         return
     _NEEDS[need](tree, who)
 
 
 def _need_outcome(tree: StepTree, who: str) -> None:
-    """Missing outcomes are refused by the tree itself; prompts without finished leaf get 0."""
+    """Nothing to check: the tree itself refuses missing outcomes, and prompts without finished leaf get 0."""
 
 
 def _need_step_reward(tree: StepTree, who: str) -> None:
@@ -111,9 +115,9 @@ def _need_value(tree: StepTree, who: str) -> None:
 
 
 def _need_root_value(tree: StepTree, who: str) -> None:
-    seen = torch.zeros(tree.num_groups, dtype=torch.bool)
-    seen[tree.group[tree.valid]] = True
-    bad = seen & tree.root_value.isnan()
+    has_valid_step = torch.zeros(tree.num_groups, dtype=torch.bool)
+    has_valid_step[tree.group[tree.valid]] = True
+    bad = has_valid_step & tree.root_value.isnan()
     if bool(bad.any()):
         raise ValueError(f"{who} needs root_value, the value of each prompt; prompt {_first(bad)} has none")
 
@@ -138,19 +142,18 @@ def _need_key(name: str) -> Callable[[StepTree, str], None]:
 
 
 def _need_forks(tree: StepTree, who: str) -> None:
-    first = torch.bincount(tree.group[tree.parent < 0], minlength=tree.num_groups)
-    if len(tree) and tree.is_chains and int(first.max()) <= 1:
+    first_steps = torch.bincount(tree.group[tree.parent < 0], minlength=tree.num_groups)
+    if len(tree) and tree.is_chains and int(first_steps.max()) <= 1:
         raise ValueError(
             f"{who} compares steps of one prompt, but every prompt is a single chain; sample a group or a tree"
         )
 
 
 def _need_chains(tree: StepTree, who: str) -> None:
-    if not tree.is_chains:
-        i = _first(tree.num_children > 1)
-        raise ValueError(f"{who} needs chains, but step {i} branches; take a plan that forks at the prompt alone")
+    need_chains(tree, who, "take a plan that forks at the prompt alone")
 
 
+# Field that a component declares under `reads` -> the check that a tree has it; "forks" and "chains" are shapes.
 _NEEDS: dict[str, Callable[[StepTree, str], None]] = {
     "outcome": _need_outcome,
     "step_reward": _need_step_reward,
@@ -166,34 +169,37 @@ _NEEDS: dict[str, Callable[[StepTree, str], None]] = {
 
 
 def _check_ignored_steps(transforms: Sequence[Spec], estimators: Sequence[Spec], e: Spec) -> None:
+    """Refuse a transform that writes step rewards when neither an estimator reads them nor a later fold."""
     if any(_reads_steps(other) for other in estimators):
         return
-    rewarding = [i for i, t in enumerate(transforms) if "step_reward" in transform_of(t)[0].writes()]
+    rewarding = [i for i, spec in enumerate(transforms) if "step_reward" in transform_of(spec)[0].writes()]
     if not rewarding:
         return
-    if not any(_folds(t) for t in transforms[rewarding[-1] + 1 :]):
+    last = rewarding[-1]
+    if not any(_folds(spec) for spec in transforms[last + 1 :]):
         raise ValueError(
             f"estimator {e['name']!r} does not read step rewards, so those of transform "
-            f"{transforms[rewarding[-1]]['name']!r} would be ignored; append the fold transform, or use process_grpo, "
+            f"{transforms[last]['name']!r} would be ignored; append the fold transform, or use process_grpo, "
             "step_grpo or gae"
         )
 
 
 def _folds(t: Spec) -> bool:
-    """The transform carries step rewards into the outcome."""
+    """True for a transform that carries step rewards into the outcome."""
     row, options = transform_of(t)
     return "step_reward" in row.reads(options) and row.writes(options) == ("outcome",)
 
 
 def _check_summed_values(transforms: Sequence[Spec], e: Spec, kind: Kind) -> None:
+    """Refuse a sum over step rewards that are values, unless a transform differenced them before."""
     if kind != "value":
         return
     differenced = False
-    for t in transforms:
-        facts = transform_of(t)[0].facts
+    for spec in transforms:
+        facts = transform_of(spec)[0].facts
         differenced = differenced or facts.get("differences", False)
         if facts.get("sums_steps") and not differenced:
-            raise _summed(t["name"])
+            raise _summed(spec["name"])
     if estimator_of(e)[0].facts.get("sums_steps") and not differenced:
         raise _summed(e["name"])
 
@@ -206,8 +212,9 @@ def _summed(name: str) -> ValueError:
 
 
 def _check_discounts(transforms: Sequence[Spec], e: Spec) -> None:
-    for t in transforms:
-        row, options = transform_of(t)
+    """Refuse a discount of a shaping transform that differs from the estimator's."""
+    for spec in transforms:
+        row, options = transform_of(spec)
         mine = options.get("gamma", _default(row, "gamma", None))
         theirs = e.get("gamma", _default(estimator_of(e)[0], "gamma", 1.0))
         if mine is not None and abs(mine - theirs) > 1e-12:
@@ -219,12 +226,14 @@ def _check_discounts(transforms: Sequence[Spec], e: Spec) -> None:
 
 def _reads_steps(e: Spec) -> bool:
     row, options = estimator_of(e)
+    # A function that declares nothing may read them.
     if row.declared.reads is None:
-        return True  # a function that declares nothing may read them
+        return True
     return "step_reward" in (*row.reads(options), *row.facts.get("may_read", ()))
 
 
 def _scale(e: Spec) -> str:
+    """The normalisation of an estimator with its options: declared, an option, or "none"."""
     row, options = estimator_of(e)
     fixed = row.facts.get("scale")
     if callable(fixed):
@@ -233,8 +242,11 @@ def _scale(e: Spec) -> str:
 
 
 def _default(row: Row, name: str, otherwise: Any) -> Any:
+    """The default of an option; `otherwise` where the row has no such option, or one without default."""
     option = row.options.get(name)
-    return otherwise if option is None or option.default is REQUIRED else option.default
+    if option is None or option.default is REQUIRED:
+        return otherwise
+    return option.default
 
 
 def _check_sources(tree: StepTree) -> None:
@@ -250,12 +262,13 @@ def _check_sources(tree: StepTree) -> None:
 
 
 def _optimistic(e: Spec) -> bool:
+    """True for an estimator that takes the best leaf below a step as its value."""
     return (e["name"] == "portool" and e.get("agg") == "max") or e.get("value") == "leaf_max"
 
 
 def _warn_optimism(tree: StepTree, name: str) -> None:
-    r = tree.outcome[tree.is_finished]
-    if bool(((r != 0) & (r != 1)).any()):
+    outcome = tree.outcome[tree.is_finished]
+    if bool(((outcome != 0) & (outcome != 1)).any()):
         warnings.warn(f"{name} takes the maximum over leaves of real-valued rewards: optimism bias", stacklevel=4)
 
 

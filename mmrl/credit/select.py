@@ -1,4 +1,4 @@
-"""Which steps get a gradient. Selection never touches the rollout, its rewards or its advantages."""
+"""Selection of the steps that get a gradient. The rollout, its rewards and its advantages stay as they are."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ Width = Literal["none", "top", "extreme", "best_of_n"]
 
 
 class PruneConfig(Section):
-    """Which steps get no gradient; the rollout and its rewards are untouched (BranchGRPO)."""
+    """Pruning of steps from the update; the rollout and its rewards are untouched (BranchGRPO)."""
 
+    # The leaves whose paths are trained, see `prune_width`.
     width: Literal["none", "top", "extreme", "best_of_n"] = "none"
-    keep: float = Field(0.5, gt=0, le=1)  # share of leaves kept by `extreme` and `best_of_n`
-    depth_first: PositiveInt | None = None  # drop steps at this depth and beyond ...
-    depth_stop: NonNegativeInt = 0  # ... sliding down to this one
-    depth_every: PositiveInt = 30  # ... by one step every so many iterations
-    until: float = Field(1.0, ge=0, le=1)  # share of iterations during which pruning is on
+    # Share of the leaves that `extreme` and `best_of_n` keep.
+    keep: float = Field(0.5, gt=0, le=1)
+    # Steps at a depth of depth_first or more are dropped; every depth_every iterations this border falls by one, down
+    # to depth_stop.
+    depth_first: PositiveInt | None = None
+    depth_stop: NonNegativeInt = 0
+    depth_every: PositiveInt = 30
+    # Share of the iterations during which steps are pruned.
+    until: float = Field(1.0, ge=0, le=1)
 
 
 def prune_depths(tree: StepTree, first: int, stop: int, every: int, iteration: int) -> Tensor:
@@ -47,14 +52,17 @@ def prune_width(tree: StepTree, how: Width, last_split: int, keep: float = 0.5) 
         return torch.ones(len(tree), dtype=torch.bool)
     leaves = tree.is_finished.nonzero().flatten()
     if how == "top":
-        fork = tree.sib[_ancestor_at(tree, leaves, last_split)]
+        fork = tree.sibling_set[_ancestor_at(tree, leaves, last_split)]
         chosen = leaves[_rank_in(fork, -tree.outcome[leaves]) == 0]
     elif how in ("extreme", "best_of_n"):
-        group, r = tree.group[leaves], tree.outcome[leaves]
+        group, outcome = tree.group[leaves], tree.outcome[leaves]
         half = (torch.bincount(group)[group] * keep / 2).round().clamp(min=1)
-        chosen = leaves[(_rank_in(group, -r) < half) | (_rank_in(group, r) < half)]
+        among_best = _rank_in(group, -outcome) < half
+        among_worst = _rank_in(group, outcome) < half
+        chosen = leaves[among_best | among_worst]
     else:
         raise unknown_choice("prune.width", how, Width)
+    # Steps above a chosen leaf count at least one of them.
     marked = torch.zeros(len(tree), dtype=torch.float64)
     marked[chosen] = 1
     above_chosen = tree.accumulate(marked) > 0
@@ -62,16 +70,17 @@ def prune_width(tree: StepTree, how: Width, last_split: int, keep: float = 0.5) 
 
 
 def _ancestor_at(tree: StepTree, nodes: Tensor, depth: int) -> Tensor:
-    """The ancestor-or-self at `depth` of each node; nodes above it stay."""
-    at = nodes
-    while bool((tree.depth[at] > depth).any()):
-        at = torch.where(tree.depth[at] > depth, tree.parent[at], at)
-    return at
+    """(M,) the ancestor at `depth` of each of `nodes` (M,), or the node itself where it lies no deeper."""
+    ancestor = nodes
+    while bool((tree.depth[ancestor] > depth).any()):
+        ancestor = torch.where(tree.depth[ancestor] > depth, tree.parent[ancestor], ancestor)
+    return ancestor
 
 
 def _rank_in(sets: Tensor, x: Tensor) -> Tensor:
-    """0 for the smallest x of each set, 1 for the next; stable."""
+    """(M,) rank of each entry in its set: 0 for the smallest `x`, 1 for the next; of equal ones the earlier first."""
     by_x = torch.argsort(x, stable=True)
+    # Set after set, each from its smallest entry to its largest.
     order = by_x[torch.argsort(sets[by_x], stable=True)]
     size = torch.bincount(sets)
     start = (size.cumsum(0) - size)[sets[order]]

@@ -1,4 +1,8 @@
-"""Estimators that read step rewards or values beside the outcome."""
+"""Estimators that read step rewards or values beside the outcome.
+
+Notation of the docstrings: A advantage, R outcome, r step reward, V value; to_go(x, gamma) is the discounted sum of x
+from a step on, averaged over the finished leaves below, and lift(x) the mean of a leaf quantity over these leaves.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from mmrl.credit.tags import tag
 from mmrl.credit.transforms import (
     SparkRule,
     fold,
-    need_chains,
     renorm,
     spark_outcome,
     stepsearch_reward,
@@ -25,7 +28,7 @@ from mmrl.credit.transforms import (
 )
 from mmrl.seeding import named_generator
 from mmrl.tree import StepTree
-from mmrl.tree_ops import before, leaf_share, leaf_sum, lift, run_head, togo
+from mmrl.tree_ops import before, leaf_share, leaf_sum, lift, need_chains, prompt_sum, run_head, to_go
 
 Pool = Literal["joint", "separate"]
 VoteRule = Literal["intersection", "majority"]
@@ -34,9 +37,9 @@ PrimeForm = Literal["paper", "code"]
 
 def scored_steps(tree: StepTree, how: Norm, all_sum: AllSum | None = None) -> tuple[Tensor, dict[str, float]]:
     """(N,) step rewards normalised over all scored valid steps of the prompt, each once; 0 where not scored."""
-    x = torch.where(tree.valid, tree.step_reward, torch.nan)
-    z = norm(x, tree.group, how, all_sum=all_sum)
-    return z.z, z.info
+    rewards = torch.where(tree.valid, tree.step_reward, torch.nan)
+    normed = norm(rewards, tree.group, how, all_sum=all_sum)
+    return normed.z, normed.info
 
 
 @estimator(
@@ -46,12 +49,12 @@ def scored_steps(tree: StepTree, how: Norm, all_sum: AllSum | None = None) -> tu
     source="DeepSeekMath 4.1.3; intent of WebGen-Agent's cumulative form",
 )
 def process_grpo(tree: StepTree, *, gamma: Unit = 1.0, how: Norm = Norm(), all_sum: AllSum | None = None) -> Credit:
-    """z = step reward normalised over all scored steps of the prompt; A = togo(z, gamma).
+    """z = step reward normalised over all scored steps of the prompt; A = to_go(z, gamma).
 
     The outcome is not used unless folded in. Unscored steps (NaN) add 0.
     """
     z, info = scored_steps(tree, how, all_sum)
-    return Credit(togo(tree, z, gamma), info=info)
+    return Credit(to_go(tree, z, gamma), info=info)
 
 
 @estimator("step_grpo", reads=("step_reward",), source="WebGen-Agent; parity")
@@ -85,7 +88,7 @@ def ppr(tree: StepTree, *, accumulate: bool = True, how: Norm = Norm(), all_sum:
     """process_grpo (or, without `accumulate`, step_grpo) on ReNorm-ed step rewards; rewards and outcomes in [0, 1]."""
     normed = renorm(tree)
     z, info = scored_steps(normed, how, all_sum)
-    return Credit(togo(normed, z) if accumulate else z, info=info)
+    return Credit(to_go(normed, z) if accumulate else z, info=info)
 
 
 @estimator(
@@ -111,11 +114,15 @@ def ui_s1(
     """
     assert tree.ok is not None
     valid, above = tree.valid, tree.parent.clamp(min=0)
-    r = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0), 0.0)
-    g = tree.accumulate(r, gamma * leaf_share(tree) * tree.ok.double() * tree.ok[above].double())
-    s = norm(torch.where(valid, g, torch.nan), tree.depth * tree.num_groups + tree.group, how, all_sum=all_sum)
-    e = episode(tree, how, episode_stats, all_sum)
-    return Credit(w_episode * lift(tree, e.z) + w_step * s.z, info=e.info)
+    rewards = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0), 0.0)
+    # A child's return reaches its parent only when both agree with the reference.
+    both_ok = tree.ok.double() * tree.ok[above].double()
+    broken_return = tree.accumulate(rewards, gamma * leaf_share(tree) * both_ok)
+    # One set per (prompt, depth).
+    sets = tree.depth * tree.num_groups + tree.group
+    of_steps = norm(torch.where(valid, broken_return, torch.nan), sets, how, all_sum=all_sum)
+    outcomes = episode(tree, how, episode_stats, all_sum)
+    return Credit(w_episode * lift(tree, outcomes.z) + w_step * of_steps.z, info=outcomes.info)
 
 
 @estimator(
@@ -145,9 +152,9 @@ def srgpo(
         sets = tag(tree, "set_id").nan_to_num(nan=-1.0).long()
     else:
         sets = _random_sets(scored, set_size, seed)
-    e = episode(tree, how, episode_stats, all_sum)
-    s = norm(torch.where(scored, tree.step_reward, torch.nan), sets, how, all_sum=all_sum)
-    return Credit(w_episode * lift(tree, e.z) + omega * s.z, info=e.info | {"set_id": sets})
+    outcomes = episode(tree, how, episode_stats, all_sum)
+    of_steps = norm(torch.where(scored, tree.step_reward, torch.nan), sets, how, all_sum=all_sum)
+    return Credit(w_episode * lift(tree, outcomes.z) + omega * of_steps.z, info=outcomes.info | {"set_id": sets})
 
 
 def _random_sets(member: Tensor, size: int, seed: int) -> Tensor:
@@ -166,10 +173,12 @@ def pav(tree: StepTree, *, alpha: NonNegativeFloat = 3.0, best_of: PositiveInt =
     `best_of` K turns a base value v into the Best-of-K prover's 1 - (1 - v)^K. alpha 3 to 5 in the authors' runs.
     A prover that is the policy itself adds nothing that the outcome does not say.
     """
-    e = episode(tree, Norm(scale="none"))
-    mu = 1 - (1 - tree.value) ** best_of
-    root = 1 - (1 - tree.root_value) ** best_of
-    return Credit(lift(tree, e.z) + alpha * (mu - before(tree, mu, root)), info=e.info)
+    outcomes = episode(tree, Norm(scale="none"))
+    # Values of the Best-of-K prover, V_mu, at the steps (N,) and at the prompts (G,).
+    prover = 1 - (1 - tree.value) ** best_of
+    prover_root = 1 - (1 - tree.root_value) ** best_of
+    progress = prover - before(tree, prover, prover_root)
+    return Credit(lift(tree, outcomes.z) + alpha * progress, info=outcomes.info)
 
 
 @estimator(
@@ -187,21 +196,21 @@ def igpo(
     how: Norm = Norm(),
     all_sum: AllSum | None = None,
 ) -> Credit:
-    """A = togo(z, gamma); z of an inner turn is its information gain (`step_reward`), of a leaf its outcome.
+    """A = to_go(z, gamma); z of an inner turn is its information gain (`step_reward`), of a leaf its outcome.
 
     `joint` normalises gains and outcomes of a prompt in one set, `separate` in two. A leaf's own step reward is
     ignored. gain(n) = p(answer | after n) - p(answer | before n).
     """
-    x = torch.where(tree.is_finished, tree.outcome, tree.step_reward)
-    x = torch.where(tree.valid, x, torch.nan)
+    gain_or_outcome = torch.where(tree.is_finished, tree.outcome, tree.step_reward)
+    gain_or_outcome = torch.where(tree.valid, gain_or_outcome, torch.nan)
     if pool == "joint":
         sets = tree.group
     elif pool == "separate":
         sets = 2 * tree.group + tree.is_leaf.long()
     else:
         raise unknown_choice("igpo.pool", pool, Pool)
-    z = norm(x, sets, how, all_sum=all_sum)
-    return Credit(togo(tree, z.z, gamma), info=z.info)
+    normed = norm(gain_or_outcome, sets, how, all_sum=all_sum)
+    return Credit(to_go(tree, normed.z, gamma), info=normed.info)
 
 
 @estimator(
@@ -224,25 +233,27 @@ def capo(
     A(n) = mean over the leaves below n. A step's tokens count once per trajectory that contains them. tags["wrong"]
     is the judges' verdict (see `judged_wrong`); a step that was not judged (NaN) is not wrong.
     """
-    w = tree.span.double()
+    tokens = tree.span.double()
     wrong = (tree.valid & (tag(tree, "wrong", classes=2) == 1)).double()
-    m = tree.m.double()
+    m = tree.leaves_below.double()
     centred = episode(tree, Norm(scale="none"))
     # Every trajectory through a node gives its tokens another reward. Their mean and the sum of their squares follow
-    # from sums over the leaves below, so that no trajectory is written out. r: mean centred outcome below each node.
-    r = w_out * lift(tree, centred.z)
-    r2 = w_out**2 * leaf_sum(tree, centred.z**2)
-    x = r - w_proc * wrong
-    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
-    n = zero.index_add(0, tree.group, w * m)
-    mean = zero.index_add(0, tree.group, w * m * x) / n.clamp(min=1)
+    # from sums over the leaves below, so that no trajectory is written out.
+    # (N,) mean over the leaves below of w_out R, the sum of its squares, and the mean token reward of the step.
+    mean_outcome = w_out * lift(tree, centred.z)
+    sum_squares = w_out**2 * leaf_sum(tree, centred.z**2)
+    reward = mean_outcome - w_proc * wrong
+    # (G,) number of tokens over all trajectories of a prompt, and their mean reward
+    count = prompt_sum(tree, tokens * m)
+    mean = prompt_sum(tree, tokens * m * reward) / count.clamp(min=1)
+    # A token's reward less the mean is w_out R - c; its squares are summed over the leaves below.
     c = w_proc * wrong + mean[tree.group]
-    # The sum over the leaves below of (w_out R - c)^2.
-    squares = w * (r2 - 2 * c * r * m + m * c**2)
-    var = zero.index_add(0, tree.group, squares).clamp(min=0) / (n - ddof).clamp(min=1)
-    largest = zero.scatter_reduce(0, tree.group, x.abs(), "amax").clamp(min=1)
+    squares = tokens * (sum_squares - 2 * c * mean_outcome * m + m * c**2)
+    var = prompt_sum(tree, squares).clamp(min=0) / (count - ddof).clamp(min=1)
+    # Rounding leaves a tiny variance where all rewards are equal; it must not be divided by.
+    largest = torch.zeros_like(var).scatter_reduce(0, tree.group, reward.abs(), "amax").clamp(min=1)
     flat = var.sqrt() <= 1e-8 * largest
-    adv = (x - mean[tree.group]) / (var.sqrt() + eps)[tree.group]
+    adv = (reward - mean[tree.group]) / (var.sqrt() + eps)[tree.group]
     return Credit(torch.where(flat[tree.group], 0.0, adv), info=centred.info)
 
 
@@ -274,10 +285,11 @@ def gae(tree: StepTree, *, gamma: Unit = 1.0, lam: Unit = 0.95) -> Credit:
     valid, finished = tree.valid, tree.is_finished
     cut = tree.tags.get("bootstrapped", torch.zeros(len(tree), dtype=torch.bool))
     value_before = before(tree, tree.value, tree.root_value)
-    after = torch.where(finished & ~cut, 0.0, gamma * tree.value)
+    value_after = torch.where(finished & ~cut, 0.0, gamma * tree.value)
     outcome = torch.where(finished, tree.outcome, 0.0)
-    delta = torch.where(valid, tree.step_reward.nan_to_num(nan=0.0) + outcome + after - value_before, 0.0)
-    adv = togo(tree, delta, gamma * lam)
+    delta = tree.step_reward.nan_to_num(nan=0.0) + outcome + value_after - value_before
+    delta = torch.where(valid, delta, 0.0)
+    adv = to_go(tree, delta, gamma * lam)
     return Credit(adv, returns=adv + torch.where(valid, value_before, 0.0))
 
 
@@ -323,8 +335,8 @@ def tp_grpo(tree: StepTree, *, how: Norm = Norm(), all_sum: AllSum | None = None
     reward = torch.where(tree.valid, thought_reward(tree), torch.nan)
     # A thought enters mean and std once, by its first step; its other steps have weight 0.
     first = thoughts(tree) == torch.arange(len(tree))
-    z = norm(reward, tree.group, how, weight=first.double(), all_sum=all_sum)
-    return Credit(z.z, info=z.info)
+    normed = norm(reward, tree.group, how, weight=first.double(), all_sum=all_sum)
+    return Credit(normed.z, info=normed.info)
 
 
 @estimator(
@@ -347,9 +359,10 @@ def oprl(
     tree: StepTree, *, alpha: NonNegativeFloat = 1.0, how: Norm = Norm(), all_sum: AllSum | None = None
 ) -> Credit:
     """A = grpo + alpha * norm over all steps of the prompt of tags["implicit"] = beta (logp_PRM - logp_old)."""
-    e = episode(tree, how, all_sum=all_sum)
-    x = torch.where(tree.valid, tag(tree, "implicit"), torch.nan)
-    return Credit(lift(tree, e.z) + alpha * norm(x, tree.group, how, all_sum=all_sum).z, info=e.info)
+    outcomes = episode(tree, how, all_sum=all_sum)
+    implicit = torch.where(tree.valid, tag(tree, "implicit"), torch.nan)
+    of_steps = norm(implicit, tree.group, how, all_sum=all_sum)
+    return Credit(lift(tree, outcomes.z) + alpha * of_steps.z, info=outcomes.info)
 
 
 @estimator(
@@ -382,22 +395,23 @@ def prime(
     valid, implicit = tree.valid, tag(tree, "implicit")
     scored = valid & ~implicit.isnan()
     r = torch.where(scored, implicit, 0.0)
+    # (N,) first step of each step's chain, under which the chain's length and mean reward m_i are kept
     chain = run_head(tree, torch.ones(len(tree), dtype=torch.bool))
-    length = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, scored.double())
-    mean = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, chain, r) / length.clamp(min=1)
-    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
-    finished = tree.is_finished
-    n = zero.index_add(0, tree.group, finished.double())[tree.group]
-    total = zero.index_add(0, tree.group, torch.where(finished, mean[chain], 0.0))[tree.group]
+    zero = torch.zeros(len(tree), dtype=torch.float64)
+    length = zero.index_add(0, chain, scored.double())
+    mean = zero.index_add(0, chain, r) / length.clamp(min=1)
+    # (N,) number of the prompt's samples, and the sum of their means; a finished leaf stands for its sample
+    n = prompt_sum(tree, tree.is_finished.double())[tree.group]
+    sum_means = prompt_sum(tree, torch.where(tree.is_finished, mean[chain], 0.0))[tree.group]
     others = (n - 1).clamp(min=1)
     if form == "paper":
-        centred = r - (total - mean[chain]) / others
+        centred = r - (sum_means - mean[chain]) / others
     elif form == "code":
-        centred = r * n / others - total / others
+        centred = r * n / others - sum_means / others
     else:
         raise unknown_choice("prime.form", form, PrimeForm)
     process = torch.where(scored & (n > 1), centred, 0.0)
     outcome = episode(tree, Norm(scale="loo"))
-    returned = w_process * togo(tree, process, gamma) + w_outcome * togo(tree, outcome.z, gamma)
+    returned = w_process * to_go(tree, process, gamma) + w_outcome * to_go(tree, outcome.z, gamma)
     adv = whiten(returned, valid.double(), all_sum) if whitened else returned
     return Credit(adv, returns=returned, info=outcome.info)

@@ -1,4 +1,8 @@
-"""How an estimator or a transform enters the registry: a function and the decorator that names it.
+"""The decorators by which estimators and transforms enter the registry.
+
+    @estimator("mean_outcome", source="example")
+    def mean_outcome(tree: StepTree) -> Credit:
+        return Credit(lift(tree, tree.outcome))
 
 `reads` names the fields a tree must have; `mmrl.credit.rules` checks them. See `mmrl.registry` for their names.
 """
@@ -13,11 +17,12 @@ from torch import Tensor
 from mmrl.registry import ComponentError, Fields, Row, find, register
 from mmrl.tree import StepTree
 
-Spec = Mapping[str, Any]  # {"name": ..., option: ...}
+# An entry of a recipe: {"name": ..., option: ...}.
+Spec = Mapping[str, Any]
 
 
 class Credit(NamedTuple):
-    """What an estimator returns: adv (N,), optionally returns (N,), and facts worth logging."""
+    """The result of an estimator: advantages (N,), optionally returns (N,) for a critic, and facts for the log."""
 
     adv: Tensor
     returns: Tensor | None = None
@@ -39,16 +44,25 @@ def estimator(
     """Enter the decorated function as an estimator.
 
     Args:
-        may_read: fields it uses where the tree has them.
+        may_read: fields that the function uses where the tree has them.
         sums_steps: it adds step rewards up along a path, so a score of the state must be differenced before.
-        scale: the normalisation it uses where that is no option; it may depend on the options.
+        scale: the normalisation of a function without that option; it may depend on the other options.
         relative: it compares the outcomes of one prompt alone, so a single rollout of it teaches nothing.
-        remembers: the option that says how many earlier outcomes of each prompt it wants, as the argument `past`.
+        remembers: the option whose value is the number of earlier outcomes of each prompt that the function gets, as
+            its argument `past`.
     """
     return register(
-        "estimators", name, reads=reads, fits=fits, source=source,
-        may_read=may_read, sums_steps=sums_steps, scale=scale, remembers=remembers, relative=relative,
-    )  # fmt: skip
+        "estimators",
+        name,
+        reads=reads,
+        fits=fits,
+        source=source,
+        may_read=may_read,
+        sums_steps=sums_steps,
+        scale=scale,
+        remembers=remembers,
+        relative=relative,
+    )
 
 
 def transform(
@@ -68,9 +82,15 @@ def transform(
         sums_steps: it adds step rewards up along a path, so a score of the state must be differenced before.
     """
     return register(
-        "transforms", name, reads=reads, writes=writes, fits=fits, source=source,
-        differences=differences, sums_steps=sums_steps,
-    )  # fmt: skip
+        "transforms",
+        name,
+        reads=reads,
+        writes=writes,
+        fits=fits,
+        source=source,
+        differences=differences,
+        sums_steps=sums_steps,
+    )
 
 
 def estimator_of(spec: Spec) -> tuple[Row, dict[str, Any]]:
@@ -83,12 +103,13 @@ def estimator_of(spec: Spec) -> tuple[Row, dict[str, Any]]:
         raise ComponentError(
             f"estimator {row.name!r} has an option 'weight', which a recipe reads as its weight in the sum; rename it"
         )
-    return row, {k: v for k, v in spec.items() if k not in ("name", "weight")}
+    return row, {option: value for option, value in spec.items() if option not in ("name", "weight")}
 
 
 def transform_of(spec: Spec) -> tuple[Row, dict[str, Any]]:
     """The row that `{"name": ..., option: ...}` names, and its options."""
-    return find("transforms", str(spec["name"])), {k: v for k, v in spec.items() if k != "name"}
+    row = find("transforms", str(spec["name"]))
+    return row, {option: value for option, value in spec.items() if option != "name"}
 
 
 def as_specs(entries: Sequence[str | Spec], kind: str) -> list[dict[str, Any]]:
@@ -98,7 +119,7 @@ def as_specs(entries: Sequence[str | Spec], kind: str) -> list[dict[str, Any]]:
     """
     if isinstance(entries, str | Mapping):
         raise ComponentError(f"{kind}={entries!r} must be a list, such as [{entries!r}]")
-    specs = [{"name": e} if isinstance(e, str) else dict(e) for e in entries]
+    specs = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in entries]
     for spec in specs:
         if "name" not in spec:
             raise ComponentError(f"{kind}: {spec} needs a name beside its options")

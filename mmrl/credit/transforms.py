@@ -1,5 +1,7 @@
 """Reward transforms: pure functions tree -> tree, applied before the estimator in the order they are listed.
 
+Docstrings give the new reward r' (of a step) or R' (outcome of a leaf) in terms of the old one.
+
 Steps without a score. NaN in `step_reward` or in a tag says "not scored", which is another thing than 0. All
 transforms treat such a step alike:
 
@@ -24,12 +26,23 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from mmrl.credit.norm import Unit, unknown_choice
+from mmrl.credit.norm import Unit, set_range, unknown_choice
 from mmrl.credit.reward_machine import RewardMachine
 from mmrl.credit.table import transform
 from mmrl.credit.tags import tag
 from mmrl.tree import FINISHED, UNFINISHED, StepTree
-from mmrl.tree_ops import before, last_scored, leaf_share, leaf_sum, lift, path_max, path_sum, run_head
+from mmrl.tree_ops import (
+    before,
+    last_scored,
+    leaf_share,
+    leaf_sum,
+    lift,
+    need_chains,
+    path_max,
+    path_sum,
+    prompt_sum,
+    run_head,
+)
 
 SparkRule = Literal["mean", "all"]
 
@@ -44,16 +57,18 @@ def clip(tree: StepTree, *, eta: float) -> StepTree:
 def delta(tree: StepTree) -> StepTree:
     """Inner step: r(n) minus the leaf-weighted mean of its inner children's r; leaf: 0.
 
-    Then togo(r', 1)(n) = r(n) on scored inner steps: the return cannot grow with length.
+    Then to_go(r', 1)(n) = r(n) on scored inner steps: the return cannot grow with length.
     """
     inner = ~tree.is_leaf & tree.valid
     scored = inner & ~tree.step_reward.isnan()
-    r = torch.where(scored, tree.step_reward, 0.0)
+    reward = torch.where(scored, tree.step_reward, 0.0)
     share, above = leaf_share(tree), tree.parent.clamp(min=0)
-    # an unscored step stands for what the nearest scored steps below it hold
-    held = tree.accumulate(r, torch.where(scored[above], 0.0, share))
-    below = torch.zeros_like(r).index_add_(0, above, torch.where(tree.parent >= 0, share * held, 0.0))
-    return _steps(tree, torch.where(scored, r - below, torch.where(inner, torch.nan, 0.0)))
+    # (N,) the step's own score; an unscored step stands for the nearest scored steps below it
+    represented = tree.accumulate(reward, torch.where(scored[above], 0.0, share))
+    from_child = torch.where(tree.parent >= 0, share * represented, 0.0)
+    below = torch.zeros_like(reward).index_add_(0, above, from_child)
+    unscored = torch.where(inner, torch.nan, 0.0)
+    return _steps(tree, torch.where(scored, reward - below, unscored))
 
 
 @transform("potential", reads=("value", "root_value"), source="Ng, Harada, Russell 1999")
@@ -126,8 +141,10 @@ def fold(tree: StepTree, *, step_weight: float = 1.0, threshold: float | None = 
 @transform("contrastive", writes=("outcome",), reads=("outcome", "tags.baseline"), source="Contrastive Rewards")
 def contrastive(tree: StepTree) -> StepTree:
     """R' = R - mean reward of the prompt's offline baseline answers, tags["baseline"] (N,) or (N, K)."""
-    several = tree.tags["baseline"].ndim == 2 if "baseline" in tree.tags else False
-    base = tag(tree, "baseline", ndim=2).nanmean(1) if several else tag(tree, "baseline")
+    if "baseline" in tree.tags and tree.tags["baseline"].ndim == 2:
+        base = tag(tree, "baseline", ndim=2).nanmean(1)
+    else:
+        base = tag(tree, "baseline")
     missing = tree.is_finished & base.isnan()
     if bool(missing.any()):
         i = int(missing.nonzero()[0])
@@ -163,17 +180,16 @@ def step_prune(tree: StepTree, *, penalty: Unit = 0.5, max_step_tokens: Positive
     save steps must not pay.
     """
     right = tree.is_finished & (tree.outcome >= 0.5)
-    k = tree.depth.double() + 1
-    empty = torch.full((tree.num_groups,), torch.inf, dtype=torch.float64)
-    low = empty.clone().scatter_reduce_(0, tree.group, torch.where(right, k, torch.inf), "amin")[tree.group]
-    high = (-empty).scatter_reduce_(0, tree.group, torch.where(right, k, -torch.inf), "amax")[tree.group]
-    reward = torch.where(right, 1 - penalty * (k - low) / (high - low).clamp(min=1), 0.0)
-    out = tree.replace(outcome=torch.where(tree.is_finished, reward, torch.nan))
+    num_steps = tree.depth.double() + 1
+    # (N,) K_min and K_max of each step's prompt
+    low, high = (bound[tree.group] for bound in set_range(num_steps, tree.group, right, tree.num_groups))
+    reward = torch.where(right, 1 - penalty * (num_steps - low) / (high - low).clamp(min=1), 0.0)
+    pruned = tree.replace(outcome=torch.where(tree.is_finished, reward, torch.nan))
     if max_step_tokens is None:
-        return out
-    too_long = (path_sum(tree, (tree.span > max_step_tokens).long()) > 0) & tree.is_finished
-    leaves = too_long.nonzero().flatten()
-    return out.with_outcomes(leaves, torch.full((len(leaves),), torch.nan))
+        return pruned
+    long_steps_on_path = path_sum(tree, (tree.span > max_step_tokens).long())
+    leaves = ((long_steps_on_path > 0) & tree.is_finished).nonzero().flatten()
+    return pruned.with_outcomes(leaves, torch.full((len(leaves),), torch.nan))
 
 
 @transform("severity", reads=("tags.severity",), source="xCOMET/MQM; as defined here")
@@ -181,9 +197,9 @@ def severity(
     tree: StepTree, *, rewards: Annotated[Sequence[float], Field(min_length=1)] = (0.0, -1.0, -5.0, -10.0)
 ) -> StepTree:
     """r' = rewards[class], tags["severity"] 0 none, 1 minor, 2 major, 3 critical."""
-    kind = tag(tree, "severity", classes=len(rewards))
-    judged = tree.valid & ~kind.isnan()
-    reward = torch.tensor(rewards, dtype=torch.float64)[torch.where(judged, kind, 0.0).long()]
+    category = tag(tree, "severity", classes=len(rewards))
+    judged = tree.valid & ~category.isnan()
+    reward = torch.tensor(rewards, dtype=torch.float64)[torch.where(judged, category, 0.0).long()]
     return _steps(tree, torch.where(judged, reward, torch.nan))
 
 
@@ -205,8 +221,9 @@ def attribution(tree: StepTree, *, weights: Sequence[float]) -> StepTree:
     phi = tag(tree, "attribution", ndim=2)
     if phi.shape[1] != len(w):
         raise ValueError(f"attribution: {len(w)} weights for the {phi.shape[1]} columns of tags['attribution']")
-    r = lift(tree, torch.where(tree.is_finished, tree.outcome, 0.0)) * (phi @ w)
-    return _steps(tree, r).replace(outcome=tree.outcome * 0)
+    mean_outcome = lift(tree, torch.where(tree.is_finished, tree.outcome, 0.0))
+    # times 0: 0 on finished leaves, and still NaN on the other steps
+    return _steps(tree, mean_outcome * (phi @ w)).replace(outcome=tree.outcome * 0)
 
 
 @transform(
@@ -254,19 +271,19 @@ def vsrm(
     Chains only: on a branching tree the look-ahead is ambiguous.
     """
     need_chains(tree, "vsrm", "its look-ahead is ambiguous there: use the progress transform, which lifts")
-    d = torch.where(tree.valid, tree.value - before(tree, tree.value, tree.root_value), 0.0)
-    # On a chain every step has one child at most, so that looking ahead follows one pointer.
-    child = torch.full((len(tree),), -1)
-    inner = (tree.parent >= 0).nonzero().flatten()
-    child[tree.parent[inner]] = inner
-    strong = d.abs() > threshold
-    out, found, at = torch.where(strong, d, 0.0), strong.clone(), child
+    change = torch.where(tree.valid, tree.value - before(tree, tree.value, tree.root_value), 0.0)
+    significant = change.abs() > threshold
+    reward, decided = torch.where(significant, change, 0.0), significant
+    # On a chain every step has at most one child, so looking ahead follows one pointer: `ahead` is the step at
+    # distance q, -1 behind the end.
+    child = ahead = tree.only_child
     for q in range(1, window + 1):
-        below = at.clamp(min=0)
-        hit = ~found & (at >= 0) & strong[below]
-        out, found = torch.where(hit, discount**q * d[below], out), found | hit
-        at = torch.where(at >= 0, child[below], -1)
-    return _steps(tree, out)
+        below = ahead.clamp(min=0)
+        reached = ~decided & (ahead >= 0) & significant[below]
+        reward = torch.where(reached, discount**q * change[below], reward)
+        decided = decided | reached
+        ahead = torch.where(ahead >= 0, child[below], -1)
+    return _steps(tree, reward)
 
 
 @transform(
@@ -281,15 +298,20 @@ def spa(tree: StepTree, *, exact: bool = False, alpha: float = 1.0, beta: float 
     `exact` first adds (R - sum c)/T to each of the T contributions of a chain, so that they sum to R. The outcome
     becomes 0.
     """
-    c = tag(tree, "contribution")
+    contribution = tag(tree, "contribution")
     if exact:
         need_chains(tree, "spa(exact)", "use exact: false")
-        scored = tree.valid & ~c.isnan()
-        missing = tree.outcome - path_sum(tree, torch.where(scored, c, 0.0))
-        rest = torch.where(tree.is_finished, missing / path_sum(tree, scored.double()).clamp(min=1), 0.0)
-        c = c + lift(tree, rest)
-    grounded = tag(tree, "grounded", classes=2) == 1 if "grounded" in tree.tags else torch.zeros(len(tree))
-    return _steps(tree, alpha * c + beta * grounded.double()).replace(outcome=tree.outcome * 0)
+        scored = tree.valid & ~contribution.isnan()
+        missing = tree.outcome - path_sum(tree, torch.where(scored, contribution, 0.0))
+        per_step = missing / path_sum(tree, scored.double()).clamp(min=1)
+        # On a chain, lift carries the leaf's number to every step above it.
+        contribution = contribution + lift(tree, torch.where(tree.is_finished, per_step, 0.0))
+    if "grounded" in tree.tags:
+        grounded = tag(tree, "grounded", classes=2) == 1
+    else:
+        grounded = torch.zeros(len(tree))
+    reward = alpha * contribution + beta * grounded.double()
+    return _steps(tree, reward).replace(outcome=tree.outcome * 0)
 
 
 @transform("tp_reward", reads=("outcome", "tags.wrong"), source="TP-GRPO; as defined here")
@@ -357,13 +379,15 @@ def reward_machine(
     state, reward = compiled.run(tree, tag(tree, "events", ndim=2, classes=2) == 1)
     if gamma is not None:
         phi = compiled.potential()
-        reward = reward + gamma * phi[state] - before(tree, phi[state], phi[compiled.start].expand(tree.num_groups))
-    out = _steps(tree, _read(tree) + reward).replace(tags=tree.tags | {"machine_state": state})
+        phi_start = phi[compiled.start].expand(tree.num_groups)
+        reward = reward + gamma * phi[state] - before(tree, phi[state], phi_start)
+    rewarded = _steps(tree, _read(tree) + reward).replace(tags=tree.tags | {"machine_state": state})
     if not state_key:
-        return out
-    first = torch.full((tree.num_groups,), compiled.start)
-    earlier = before(tree, state, first)
-    return out.replace(state_key=earlier + len(compiled.states) * tree.group)  # states of one prompt are compared
+        return rewarded
+    start = torch.full((tree.num_groups,), compiled.start)
+    state_before = before(tree, state, start)
+    # The prompt is part of the key: only states of one prompt are compared.
+    return rewarded.replace(state_key=state_before + len(compiled.states) * tree.group)
 
 
 @transform("unfinished_outcome", writes=("outcome",), reads=("outcome",), source="MASPRM (-1)")
@@ -389,6 +413,7 @@ def _steps(tree: StepTree, r: Tensor) -> StepTree:
 
 
 def _read(tree: StepTree) -> Tensor:
+    """(N,) step rewards, 0 where a step was not scored."""
     return tree.step_reward.nan_to_num(nan=0.0)
 
 
@@ -398,13 +423,17 @@ def _path_mean(tree: StepTree) -> Tensor:
 
 
 def _gain(tree: StepTree) -> Tensor:
-    sim = tag(tree, "similarity", ndim=2)
-    return (sim - _best_before(tree, sim.nan_to_num(nan=0.0))).clamp(min=0).nanmean(1)
+    """(N,) information gain, see `info_gain`."""
+    similarity = tag(tree, "similarity", ndim=2)
+    best_so_far = _best_before(tree, similarity.nan_to_num(nan=0.0))
+    return (similarity - best_so_far).clamp(min=0).nanmean(1)
 
 
 def _repeated(tree: StepTree) -> Tensor:
-    docs = (tag(tree, "documents", ndim=2, classes=2) == 1).double()
-    return (docs * _best_before(tree, docs)).sum(1) / docs.sum(1).clamp(min=1)
+    """(N,) share of documents that came before, see `redundancy`."""
+    documents = (tag(tree, "documents", ndim=2, classes=2) == 1).double()
+    repeated = documents * _best_before(tree, documents)
+    return repeated.sum(1) / documents.sum(1).clamp(min=1)
 
 
 def _best_before(tree: StepTree, x: Tensor) -> Tensor:
@@ -418,12 +447,12 @@ def _per_thought(tree: StepTree, leaf_total: Callable[[Tensor], Tensor]) -> Tens
     wrong = tag(tree, "wrong", classes=2)
     solved = torch.where(tree.is_finished, (tree.outcome >= 0.5).double(), 0.0)
     failed = tree.is_finished.double() - solved
-    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
-    successes, failures = (zero.index_add(0, tree.group, x) for x in (solved, failed))
+    successes, failures = prompt_sum(tree, solved), prompt_sum(tree, failed)
+    # (N,) success rate of each step's prompt. The sums below are the tables of `tp_reward`, zero entries left out.
     p = (successes / (successes + failures).clamp(min=1))[tree.group]
     of_right = leaf_total(solved) + 0.5 * (1 - p) * leaf_total(failed)
     of_wrong = -p * (leaf_total(solved) + leaf_total(failed))
-    reward = torch.where(wrong == 1, of_wrong, of_right) / tree.m.clamp(min=1)
+    reward = torch.where(wrong == 1, of_wrong, of_right) / tree.leaves_below.clamp(min=1)
     return torch.where(wrong.isnan(), torch.nan, reward)
 
 
@@ -441,14 +470,9 @@ def _shared_in_thought(tree: StepTree, x: Tensor) -> Tensor:
     return tree.accumulate(ending / length.clamp(min=1), joined.double())
 
 
-def need_chains(tree: StepTree, name: str, fix: str) -> None:
-    """Raises ValueError naming the first branching step."""
-    if not tree.is_chains:
-        i = int((tree.num_children > 1).nonzero()[0])
-        raise ValueError(f"{name} needs chains, but step {i} branches; {fix}")
-
-
 def _check_range(tree: StepTree, x: Tensor, what: str, name: str) -> None:
-    if bool(((x < 0) | (x > 1)).any()):
-        bad = x[(x < 0) | (x > 1)][0].item()
-        raise ValueError(f"{name} needs {what} in [0, 1], found {bad}; rescale them, or leave {name} out")
+    outside = x[(x < 0) | (x > 1)]
+    if len(outside):
+        raise ValueError(
+            f"{name} needs {what} in [0, 1], found {outside[0].item()}; rescale them, or leave {name} out"
+        )

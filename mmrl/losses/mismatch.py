@@ -1,4 +1,4 @@
-"""Two engines for one policy: how far their log-probs differ, and weights that correct for it.
+"""Mismatch of log-probs between a generation engine and the trainer, and weights that correct for it.
 
 Actions were sampled by a generation engine (vLLM) under `rollout_logp`; the trainer recomputes `train_logp` with the
 same weights. Other kernels and precisions make them differ a little, and the gradient is then slightly off-policy.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def mismatch(train_logp: Tensor, rollout_logp: Tensor) -> dict[str, float]:
-    """How far two engines disagree on sampled actions, d = train_logp - rollout_logp.
+    """Distances between the log-probs of two engines on sampled actions, d = train_logp - rollout_logp.
 
     mean: mean |d|, nats. max: max |d|, nats. k3: mean(exp(d) - 1 - d) >= 0, an unbiased estimate of
     KL(rollout || train), since the actions were drawn from the rollout engine; |d| above 20 counts as 20 in it.
@@ -21,13 +21,14 @@ def mismatch(train_logp: Tensor, rollout_logp: Tensor) -> dict[str, float]:
     Raises:
         ValueError: shapes differ, nothing to compare, or a value that is not finite (its index is named).
     """
-    d = _difference(train_logp, rollout_logp)
-    if not d.numel():
+    difference = _difference(train_logp, rollout_logp)
+    if not difference.numel():
         raise ValueError("no actions to compare; mismatch needs at least one")
-    bounded = d.clamp(-20, 20)
+    # One action of probability 0 under an engine would make exp(d), and with it the mean, infinite.
+    bounded = difference.clamp(-20, 20)
     return {
-        "mean": float(d.abs().mean()),
-        "max": float(d.abs().max()),
+        "mean": float(difference.abs().mean()),
+        "max": float(difference.abs().max()),
         "k3": float((bounded.expm1() - bounded).mean()),
     }
 
@@ -51,7 +52,7 @@ def truncated_importance(train_logp: Tensor, rollout_logp: Tensor, *, cap: float
 
 
 def _difference(train_logp: Tensor, rollout_logp: Tensor) -> Tensor:
-    """(A,) float64 without gradient."""
+    """(A,) float64 train_logp - rollout_logp, without gradient; raises ValueError as `mismatch` does."""
     if train_logp.shape != rollout_logp.shape:
         raise ValueError(f"train_logp {tuple(train_logp.shape)} and rollout_logp {tuple(rollout_logp.shape)} differ")
     train, rollout = train_logp.detach().double(), rollout_logp.detach().double().to(train_logp.device)

@@ -27,30 +27,37 @@ KlForm = Literal["exact", "k1", "k2", "k3"]
 class LossConfig(Section):
     """The policy loss."""
 
-    ratio: Literal["action", "step", "trajectory"] = "action"  # step and trajectory: the GSPO form
+    # The unit that has one importance ratio; step and trajectory are the GSPO form.
+    ratio: Literal["action", "step", "trajectory"] = "action"
     surrogate: Literal["clip", "unclipped", "cispo", "sapo"] = "clip"
-    # of `mmrl list loss_rules`, in order: they change ratios and weights of actions before the surrogate
+    # Rows of `mmrl list loss_rules`, in order; they change ratios and weights of actions before the surrogate.
     rules: list[Component] = Field(default_factory=list)
     # PPO's range; a policy whose log-probs are of another size declares its own (denoising: 0.001).
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     dual_clip: float | None = Field(None, gt=1)
-    kl: float = Field(0.0, ge=0)  # weight of the divergence from the initial model
+    # Weight of the divergence from the initial model.
+    kl: float = Field(0.0, ge=0)
     kl_form: Literal["exact", "k1", "k2", "k3"] = "exact"
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "step-mean"] = (
         "token-mean"
     )
-    max_len: PositiveInt | None = None  # for `constant`
-    drop_zero_spread: bool = False  # leave groups with equal rewards out of the denominator as well
-    recompute_old_logp: bool = False  # one extra pass; for engines whose log-probs differ from the trainer's
-    importance_cap: PositiveFloat | None = None  # with it: weight actions by min(trainer / engine probability, cap)
+    # The longest row allowed, for the aggregation `constant`.
+    max_len: PositiveInt | None = None
+    # Leave groups with equal rewards out of the denominator as well.
+    drop_zero_spread: bool = False
+    # One extra forward pass before the update, for engines whose log-probs differ from the trainer's.
+    recompute_old_logp: bool = False
+    # When set, actions are weighted by min(trainer probability / engine probability, cap).
+    importance_cap: PositiveFloat | None = None
 
 
 class LossRule(Protocol):
     """A row of `loss_rules`: a policy-gradient method's change of each action's log-ratio and weight.
 
-    Called as `rule(log_ratio, weight, advantage, extra)`, each (A,), the log-ratio differentiable. Its fact `extra`
-    names the tensors that it asks for of `ActionLogProbs.extra`, with what to do where one is missing.
+    Called as `rule(log_ratio, weight, advantage, extra)`: the first three are (A,), the log-ratio differentiable, and
+    extra is `ActionLogProbs.extra`. The row's fact `extra` maps the names of the tensors that the rule needs to what
+    a user can do where one is missing.
     """
 
     def __call__(
@@ -59,11 +66,12 @@ class LossRule(Protocol):
 
 
 def loss_rules(config: LossConfig) -> list[LossRule]:
-    """The rules of a recipe, each checking that the policy gives what it asks for."""
-    return [_checked_rule(c.name, c.options, f"loss.rules.{i}") for i, c in enumerate(config.rules)]
+    """The rules of a recipe; each raises ComponentError when the policy does not give the tensors that it needs."""
+    return [_checked_rule(entry.name, entry.options, f"loss.rules.{i}") for i, entry in enumerate(config.rules)]
 
 
 def _checked_rule(name: str, options: Mapping[str, Any], where: str) -> LossRule:
+    """The rule called `name`, checked at each call; `where` is its place in the recipe, for messages."""
     row = find("loss_rules", name)
     rule: LossRule = row.build(options, where)
     needs: Mapping[str, str] = row.facts.get("extra", {})
@@ -90,7 +98,8 @@ def clipped_surrogate(
     With `dual_clip` c, negative advantages are bounded: min(loss, -A c). c must exceed 1.
     """
     ratio = log_ratio.clamp(-20, 20).exp()
-    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high))
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-adv * ratio, -adv * clipped_ratio)
     if dual_clip is None:
         return loss
     if dual_clip <= 1:
@@ -128,6 +137,7 @@ def pooled_log_ratio(log_ratio: Tensor, segment: Tensor) -> Tensor:
     total = log_ratio.new_zeros(int(inverse.max()) + 1 if inverse.numel() else 0)
     count = total.index_add(0, inverse, torch.ones_like(log_ratio))
     mean = total.index_add(0, inverse, log_ratio.detach()) / count.clamp(min=1)
+    # The last two terms cancel in value and carry the gradient.
     return mean[inverse] + log_ratio - log_ratio.detach()
 
 
@@ -155,7 +165,7 @@ def action_weights(
     count: Tensor,
     max_len: int | None = None,
 ) -> tuple[Tensor, float]:
-    """Weights w (T,) float64 and the denominator such that the aggregated loss is sum(w * loss) / denominator.
+    """Weights (T,) float64 and the denominator such that the aggregated loss is sum(weight * loss) / denominator.
 
     Rows are root-to-leaf paths (finished leaves); an action shared by m of them counts `count` times: m with leaf
     counting, 1 with node counting.
@@ -177,22 +187,26 @@ def action_weights(
     mask = mask & (owner >= 0)
     step = owner.clamp(min=0)
     mask = mask & (count[step] > 0)
-    per_step = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, step, mask.double())  # actions in the loss
+    # (N,) actions of each step that are in the loss
+    num_actions = torch.zeros(len(tree), dtype=torch.float64).index_add_(0, step, mask.double())
     if aggregation == "step-mean":
-        steps = (per_step > 0).double() * count
-        return torch.where(mask, (count / per_step.clamp(min=1))[step], 0.0), float(steps.sum())
+        num_steps = ((num_actions > 0).double() * count).sum()
+        per_action = count / num_actions.clamp(min=1)
+        return torch.where(mask, per_action[step], 0.0), float(num_steps)
     if aggregation == "token-mean":
-        w = torch.where(mask, count[step], 0.0)
-        return w, float(w.sum())
+        weight = torch.where(mask, count[step], 0.0)
+        return weight, float(weight.sum())
+    # (N,) actions in the loss on the path to each step; at a finished leaf, the length of its row
+    length = path_sum(tree, num_actions)
     if aggregation == "seq-mean-token-mean":
-        length = path_sum(tree, per_step)
         inverse = torch.where(tree.is_finished & (length > 0), 1 / length.clamp(min=1), 0.0)
-        share = tree.accumulate(inverse) * count / tree.m.clamp(min=1)  # sum over the rows through the step
-        w = torch.where(mask, share[step], 0.0)
-        return w, float(w.sum())
-    rows = float((tree.is_finished & (path_sum(tree, per_step) > 0)).sum())
+        # Summed over the rows through the step: each gives its actions the weight 1 / length.
+        share = tree.accumulate(inverse) * count / tree.leaves_below.clamp(min=1)
+        weight = torch.where(mask, share[step], 0.0)
+        return weight, float(weight.sum())
+    denominator = float((tree.is_finished & (length > 0)).sum())
     if aggregation == "constant":
         if max_len is None:
             raise ValueError("aggregation 'constant' divides by rows * max_len: set loss.max_len")
-        rows *= max_len
-    return torch.where(mask, count[step], 0.0), rows
+        denominator *= max_len
+    return torch.where(mask, count[step], 0.0), denominator

@@ -66,8 +66,12 @@ class Preference:
 
     @property
     def needs_actions(self) -> str | None:
-        """What the loss reads of every action besides its log-probs: `guide`, `token_reward`, or None."""
-        return "guide" if self.guide else "token_reward" if self.regulariser else None
+        """The tensor per action that the loss needs besides log-probs: `guide`, `token_reward`, or None."""
+        if self.guide:
+            return "guide"
+        if self.regulariser:
+            return "token_reward"
+        return None
 
 
 P = TypeVar("P", bound=Preference)
@@ -102,9 +106,12 @@ class PairLoss(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """(P,) terms for the log; accuracy is 1 where the chosen segment has the higher implicit reward."""
         return {
-            "loss": self.loss.detach(), "accuracy": (self.margin > 0).float(), "margin": self.margin,
-            "chosen_reward": self.chosen_reward, "rejected_reward": self.rejected_reward,
-        }  # fmt: skip
+            "loss": self.loss.detach(),
+            "accuracy": (self.margin > 0).float(),
+            "margin": self.margin,
+            "chosen_reward": self.chosen_reward,
+            "rejected_reward": self.rejected_reward,
+        }
 
 
 def preference_loss(
@@ -116,7 +123,7 @@ def preference_loss(
     gap: Tensor | None = None,
     smoothing: Tensor | None = None,
 ) -> PairLoss:
-    """The loss of each of P pairs; see the module. All arithmetic is float32.
+    """The loss of each of P pairs, by the formulas of the module's docstring. All arithmetic is float32.
 
     Args:
         gap: (P,) difference of the pair's scores, for settings.gap_margin.
@@ -128,8 +135,10 @@ def preference_loss(
     """
     _check_side("chosen", chosen, num_pairs, settings)
     _check_side("rejected", rejected, num_pairs, settings)
-    s_w, s_l = (_score(side, num_pairs, settings) for side in (chosen, rejected))
-    h = settings.beta * (s_w - s_l)
+    # (P,) S(w) and S(l) of the module's formula
+    chosen_score = _score(chosen, num_pairs, settings)
+    rejected_score = _score(rejected, num_pairs, settings)
+    h = settings.beta * (chosen_score - rejected_score)
     margin: Tensor | float = settings.margin
     if settings.gap_margin:
         if gap is None:
@@ -140,7 +149,12 @@ def preference_loss(
         loss = loss + settings.nll * _mean_nll(chosen, num_pairs)
     if settings.regulariser:
         loss = loss + settings.regulariser * token_regulariser(chosen, rejected, h, settings.beta)
-    return PairLoss(loss, h.detach(), settings.beta * s_w.detach(), settings.beta * s_l.detach())
+    return PairLoss(
+        loss,
+        h.detach(),
+        settings.beta * chosen_score.detach(),
+        settings.beta * rejected_score.detach(),
+    )
 
 
 def _check_side(name: str, side: Side, num_pairs: int, settings: Preference) -> None:
@@ -157,9 +171,13 @@ def _check_side(name: str, side: Side, num_pairs: int, settings: Preference) -> 
 
 
 def _weights(side: Side) -> Tensor:
-    one = torch.ones_like(side.logp, dtype=torch.float32)
-    step = one if side.step_weight is None else side.step_weight.to(one)
-    return step if side.action_weight is None else step * side.action_weight.to(one)
+    """(A,) float32 product of step weight and action weight of each action."""
+    weight = torch.ones_like(side.logp, dtype=torch.float32)
+    if side.step_weight is not None:
+        weight = side.step_weight.to(weight)
+    if side.action_weight is not None:
+        weight = weight * side.action_weight.to(weight)
+    return weight
 
 
 def _score(side: Side, num_pairs: int, settings: Preference) -> Tensor:
@@ -178,6 +196,7 @@ def _score(side: Side, num_pairs: int, settings: Preference) -> Tensor:
 
 
 def _main_loss(h: Tensor, settings: Preference, smoothing: Tensor | None) -> Tensor:
+    """(P,) the sigmoid or ipo term of the loss; h: (P,) after the margin."""
     if settings.form == "ipo":
         return (h / settings.beta - 1 / (2 * settings.beta)) ** 2
     loss = -F.logsigmoid(h)
@@ -194,6 +213,7 @@ def _mean_nll(side: Side, num_pairs: int) -> Tensor:
 
 
 def _sum_by(x: Tensor, pair: Tensor, num_pairs: int) -> Tensor:
+    """(P,) sum of `x` (A,) over the actions of each pair."""
     return x.new_zeros(num_pairs).index_add(0, pair.to(x.device), x)
 
 
@@ -220,13 +240,16 @@ def reward_weights(rewards: Tensor, segment: Tensor, gamma: float) -> Tensor:
             f"step weights by reward: a step of segment {int(segment[row])} has no reward; score all steps (by the "
             "recipe's step_rewards), or set loss.gamma=0"
         )
-    _, place = torch.unique(segment, return_inverse=True)
-    n = int(place.max()) + 1 if len(place) else 0
-    r = gamma * rewards.double()
-    top = torch.full((n,), -math.inf, dtype=r.dtype, device=r.device).scatter_reduce(0, place, r, "amax")
-    e = (r - top[place]).exp()
-    size = torch.bincount(place, minlength=n)
-    return (e / e.new_zeros(n).index_add(0, place, e)[place] * size[place]).float()
+    _, dense = torch.unique(segment, return_inverse=True)
+    num_segments = int(dense.max()) + 1 if len(dense) else 0
+    scaled = gamma * rewards.double()
+    # The softmax inside each segment; its largest entry is taken off first, so that exp cannot overflow.
+    lowest = torch.full((num_segments,), -math.inf, dtype=scaled.dtype, device=scaled.device)
+    top = lowest.scatter_reduce(0, dense, scaled, "amax")
+    exp = (scaled - top[dense]).exp()
+    total = exp.new_zeros(num_segments).index_add(0, dense, exp)
+    size = torch.bincount(dense, minlength=num_segments)
+    return (exp / total[dense] * size[dense]).float()
 
 
 def guide_weights(guide: Tensor, alpha: float, beta: float, *, chosen: bool) -> Tensor:
@@ -247,8 +270,8 @@ def visit_smoothing(chosen: Tensor, rejected: Tensor) -> Tensor:
 def token_rewards(better_logp: Tensor, worse_logp: Tensor) -> Tensor:
     """(A,) sigmoid(ln p(y_i | better) - ln p(y_i | worse)) - 1/2 (T-REG).
 
-    better_logp, worse_logp: log-probs of the same actions under the reference, told to revise for the better and for
-    the worse.
+    better_logp, worse_logp: (A,) log-probs of the same actions under the reference, instructed to revise for the
+    better and for the worse.
     """
     return torch.sigmoid(better_logp.float() - worse_logp.float()) - 0.5
 
@@ -261,6 +284,7 @@ def token_regulariser(chosen: Side, rejected: Side, h: Tensor, beta: float) -> T
     total = torch.zeros_like(h)
     for side in (chosen, rejected):
         assert side.token_reward is not None
+        # (A,) rhat_i
         rhat = side.token_reward.detach().to(h)
         total = total + _sum_by(-beta * rhat * side.logp.float(), side.pair, len(h))
     return torch.sigmoid(-h.detach()) * total
@@ -278,7 +302,7 @@ def value_ranking(chosen: Tensor, rejected: Tensor, *, margin: float = 0.0) -> T
 
 
 def fields_read(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Fields of a rollout that the loss reads with these settings, besides log-probs; what pairs read is their own."""
+    """Fields of a rollout that the loss itself reads with these settings, besides log-probs."""
     needed = {
         "step_reward": options["gamma"],
         "tags.visits": options["smooth_by_visits"],
@@ -291,7 +315,7 @@ def published(name: str, source: str, pairs: str, **options: Any) -> Callable[[t
     """Enter a subclass of `Preference` whose defaults are those of a paper.
 
     Args:
-        pairs, options: the pair builder that it compares by, where a recipe names none.
+        pairs, options: the pair builder and its options, where a recipe names none.
     """
     return register("preferences", name, reads=fields_read, source=source, pairs={"name": pairs, **options})
 

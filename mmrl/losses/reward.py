@@ -33,26 +33,29 @@ class RewardLossConfig(Component):
     """The loss of a step reward model, a row of `step_losses`; its own options stand beside these."""
 
     name: str = "bce"
-    balance: Literal["none", "class", "solution"] = "none"  # equal weight per labelled step, per class, per solution
+    # Equal weight of every labelled step, of the two classes, or of every solution.
+    balance: Literal["none", "class", "solution"] = "none"
     smoothing: float = Field(0.0, ge=0, lt=1)
-    last_step_only: bool = False  # an outcome reward model
-    among: Literal["solution", "prompt"] = "solution"  # what a loss that compares steps compares: those of a solution
-    # (of a state, in stored trees), or all labelled ones of a prompt; with last_step_only, its solutions
+    # Label the last step alone, with the outcome: an outcome reward model.
+    last_step_only: bool = False
+    # The steps that a loss on pairs compares: those of a solution (in stored trees, those after one state), or all
+    # labelled ones of a prompt, which with last_step_only are its solutions.
+    among: Literal["solution", "prompt"] = "solution"
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """A loss in the form that trainers use.
+    """A loss on all steps of a batch, labelled or not, around a function of the labelled ones.
 
-    function: (logits (L, C), labels (L,)) of labelled steps -> (L,); one that compares the steps of a solution takes
-        `path` (L,) too, the solution of each step.
+    function: (logits (L, C), labels (L,)) of L labelled steps -> (L,) losses. A function that compares the steps of a
+        solution takes `path` (L,) too, the solution of each step.
     """
 
     function: Callable[..., Tensor]
 
     @cached_property
     def needs_path(self) -> bool:
-        """Whether it compares the steps of a solution: they must stay in one micro-batch, in order."""
+        """True for a loss that compares the steps of a solution: they must stay in one micro-batch, in order."""
         return "path" in inspect.signature(self.function).parameters
 
     def __call__(
@@ -68,15 +71,18 @@ class StepLoss:
         """
         labels = labels.to(logits.device, torch.float32)
         labelled = (~labels.isnan()).nonzero().flatten()
-        y = labels[labelled]
-        _check_labels(y, labelled)
+        given_labels = labels[labelled]
+        _check_labels(given_labels, labelled)
         if self.needs_path and path is None:
             raise ValueError("this loss compares the steps of a solution: give `path`, the solution of each step")
-        extra = {"path": path.to(logits.device)[labelled]} if self.needs_path and path is not None else {}
-        each = self.function(logits[labelled], y, **extra)
+        extra = {}
+        if self.needs_path and path is not None:
+            extra["path"] = path.to(logits.device)[labelled]
+        losses = self.function(logits[labelled], given_labels, **extra)
         if weight is not None:
-            each = each * weight.to(each)[labelled]
-        return torch.zeros_like(labels).index_put((labelled,), each)
+            losses = losses * weight.to(losses)[labelled]
+        # Unlabelled rows never enter the function, so that even NaN logits there cannot reach a gradient.
+        return torch.zeros_like(labels).index_put((labelled,), losses)
 
 
 def step_loss(name: str, **options: Any) -> StepLoss:
@@ -114,8 +120,10 @@ def good_logit(logits: Tensor) -> Tensor:
 
     With a buffer class this is p_right / (p_right + p_wrong), the score FreePRM reads.
     """
-    z = logits.float()
-    return z[:, 0] if z.shape[1] == 1 else z[:, 0] - z[:, 1]
+    logits = logits.float()
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    return logits[:, 0] - logits[:, 1]
 
 
 @register("step_losses", "bce", source="MM-PRM, URSA")
@@ -189,8 +197,10 @@ def buffered_nll(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
     """
     _need_columns(logits, 3, "free_prm")
     logp = logits.float().log_softmax(1)
-    buffer = logp[:, 2] + share.log()  # a = 0: -inf, which logaddexp takes as "nothing added"
-    right, wrong = torch.logaddexp(logp[:, 0], buffer), torch.logaddexp(logp[:, 1], buffer)
+    # Where a is 0 this is -inf, and logaddexp adds nothing.
+    buffer = logp[:, 2] + share.log()
+    right = torch.logaddexp(logp[:, 0], buffer)
+    wrong = torch.logaddexp(logp[:, 1], buffer)
     return -(labels * right + (1 - labels) * wrong)
 
 
@@ -220,16 +230,20 @@ def q_rank(logits: Tensor, labels: Tensor, path: Tensor, *, zeta: float = 4.0, a
         path: (L,) int, the solution of each row; rows of one solution are in step order.
     """
     q, right = good_logit(logits), labels >= 0.5
-    same = path[:, None] == path[None, :]
     row = torch.arange(len(q), device=q.device)
+    # (L, L) entry [i, j]: step j is a wrong step of i's solution, or a right one before i or i itself.
+    same = path[:, None] == path[None, :]
     wrong = same & ~right
+    before = same & right & (row[None, :] <= row[:, None])
+    # (L,) q of right steps, q + zeta of wrong ones, as they stand in the denominators
     rival = q + zeta * ~right
-    before = same & right & (row[None, :] <= row[:, None])  # with itself
+    # One term per right step: -ln of its share of the denominator.
     terms = _logsumexp(rival, before | wrong, anchor)[right] - q[right]
     _, solution = torch.unique(path, return_inverse=True)
     total = q.new_zeros(len(q)).index_add(0, solution[right], terms)
     count = q.new_zeros(len(q)).index_add(0, solution[right], torch.ones_like(terms))
     if anchor:
+        # One further term per solution with a wrong step; its first row stands for the solution.
         first = _first_rows(solution)
         has_wrong = wrong[first].any(1)
         first = first[has_wrong]
@@ -255,15 +269,21 @@ def preference(logits: Tensor, labels: Tensor, path: Tensor, *, center: NonNegat
     size = torch.bincount(pair)
     mass = labels.new_zeros(len(size)).index_add(0, pair, labels)
     if bool((mass == 0).any()):
-        raise ValueError(f"path {int(path[(mass == 0)[pair]][0])} has no label above 0: a preference needs a better "
-                         "step, or a tie of 1/2 each")  # fmt: skip
+        first_path = int(path[(mass == 0)[pair]][0])
+        raise ValueError(
+            f"path {first_path} has no label above 0: a preference needs a better step, or a tie of 1/2 each"
+        )
     target = labels / mass[pair]
-    top = q.detach().new_full((len(size),), -math.inf).scatter_reduce(0, pair, q.detach(), "amax")[pair]
+    # (L,) log-softmax of q inside each path; its largest entry is taken off first, so that exp cannot overflow.
+    lowest = q.detach().new_full((len(size),), -math.inf)
+    top = lowest.scatter_reduce(0, pair, q.detach(), "amax")[pair]
     total = q.new_zeros(len(size)).index_add(0, pair, (q - top).exp())
     logp = q - top - total.log()[pair]
-    each = torch.xlogy(target, target) - target * logp
+    # (L,) terms of KL(target || softmax); xlogy reads 0 ln 0 as 0
+    terms = torch.xlogy(target, target) - target * logp
+    divergence = q.new_zeros(len(size)).index_add(0, pair, terms)
     mean = q.new_zeros(len(size)).index_add(0, pair, q) / size
-    return (q.new_zeros(len(size)).index_add(0, pair, each) + center * mean**2)[pair]
+    return (divergence + center * mean**2)[pair]
 
 
 @register("step_losses", "value_margin", source="SVPO, 2024")
@@ -281,12 +301,11 @@ def value_margin(
     _, fork = torch.unique(path, return_inverse=True)
     count = torch.bincount(fork).float()
     squares = p.new_zeros(len(count)).index_add(0, fork, (p - labels) ** 2)
-    better = (labels[:, None] - labels[None, :] >= margin - 1e-6) & (fork[:, None] == fork[None, :])
-    better &= labels[:, None] > labels[None, :]
-    w, l = better.nonzero().unbind(1)  # noqa: E741
-    short = p.new_zeros(len(count)).index_add(0, fork[w], value_ranking(p[w], p[l], margin=margin))
-    pairs = torch.bincount(fork[w], minlength=len(count)).clamp(min=1)
-    return (squares / count + weight * short / pairs)[fork]
+    better, worse = _ordered_pairs(labels, fork, margin)
+    ranking = value_ranking(p[better], p[worse], margin=margin)
+    shortfall = p.new_zeros(len(count)).index_add(0, fork[better], ranking)
+    num_pairs = torch.bincount(fork[better], minlength=len(count)).clamp(min=1)
+    return (squares / count + weight * shortfall / num_pairs)[fork]
 
 
 @register("step_losses", "bradley_terry", source="rStar-Math, OPRL, SWEET-RL")
@@ -312,8 +331,9 @@ def bradley_terry(
         loss = -F.logsigmoid(delta - margin)
         if gamma == 0:
             return loss
-        # 1 - 2 (sigmoid(d) - 1/2) = 2 sigmoid(-d); as a logarithm, because its power has no gradient at 0
-        return loss * (gamma * (math.log(2) + F.logsigmoid(-delta)).clamp(max=0)).exp()
+        # 1 - 2 (sigmoid(d) - 1/2) = 2 sigmoid(-d); as a logarithm, because its power has no gradient at 0.
+        log_factor = (math.log(2) + F.logsigmoid(-delta)).clamp(max=0)
+        return loss * (gamma * log_factor).exp()
 
     return _over_pairs(good_logit(logits), labels, path, gap, each)
 
@@ -338,10 +358,11 @@ def return_decomposition(logits: Tensor, labels: Tensor, path: Tensor) -> Tensor
     Every step of a solution is labelled with the solution's outcome, and carries the loss of its solution. Read the
     contributions as logits: the reading `score` with `form: logit` and `into: tags.contribution`.
     """
-    c = good_logit(logits)
+    contribution = good_logit(logits)
     _, solution = torch.unique(path, return_inverse=True)
     count = torch.bincount(solution).float()
-    total = c.new_zeros(len(count)).index_add(0, solution, c)
+    total = contribution.new_zeros(len(count)).index_add(0, solution, contribution)
+    # All steps of a solution have its outcome as label, so their mean is that outcome.
     outcome = labels.new_zeros(len(count)).index_add(0, solution, labels) / count
     return ((total - outcome) ** 2)[solution]
 
@@ -351,16 +372,27 @@ def _over_pairs(
 ) -> Tensor:
     """(L,) mean of `each` (q of the better ones (P,), q of the worse ones (P,)) over the ordered pairs of a path."""
     _, fork = torch.unique(path, return_inverse=True)
-    better = (fork[:, None] == fork[None, :]) & (labels[:, None] > labels[None, :])
-    better &= labels[:, None] - labels[None, :] >= gap - 1e-6
-    w, l = better.nonzero().unbind(1)  # noqa: E741
-    total = q.new_zeros(len(q)).index_add(0, fork[w], each(q[w], q[l]))
-    count = torch.bincount(fork[w], minlength=len(q)).clamp(min=1)
+    better, worse = _ordered_pairs(labels, fork, gap)
+    total = q.new_zeros(len(q)).index_add(0, fork[better], each(q[better], q[worse]))
+    count = torch.bincount(fork[better], minlength=len(q)).clamp(min=1)
     return (total / count)[fork]
 
 
+def _ordered_pairs(labels: Tensor, path: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """(better, worse), each (P,) int: rows of one path whose labels differ by at least `gap`, and at all."""
+    same = path[:, None] == path[None, :]
+    above = labels[:, None] > labels[None, :]
+    # Labels are float32: a difference of exactly `gap` may come out a little smaller.
+    far = labels[:, None] - labels[None, :] >= gap - 1e-6
+    better, worse = (same & above & far).nonzero().unbind(1)
+    return better, worse
+
+
 def _logsumexp(x: Tensor, among: Tensor, with_zero: bool) -> Tensor:
-    """(R,) ln sum e^{x_j} over `among` (R, L); with_zero adds e^0. No row may be empty of both."""
+    """(R,) ln of the sum of e^{x_j} over the j where `among` (R, L) is True, plus e^0 when `with_zero`.
+
+    A row of `among` without any True needs `with_zero`.
+    """
     rows = x.expand(among.shape).masked_fill(~among, -math.inf)
     if with_zero:
         rows = F.pad(rows, (0, 1))
@@ -374,11 +406,12 @@ def _first_rows(solution: Tensor) -> Tensor:
     return first[first < len(row)]
 
 
-def _check_labels(y: Tensor, labelled: Tensor) -> None:
-    bad = ((y < 0) | (y > 1)).nonzero().flatten()
+def _check_labels(labels: Tensor, labelled: Tensor) -> None:
+    """Raises ValueError for a label outside [0, 1]; `labelled` are the step indices, for the message."""
+    bad = ((labels < 0) | (labels > 1)).nonzero().flatten()
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"label {float(y[i]):g} of step {int(labelled[i])} is outside [0, 1] ({len(bad)} in all); an unlabelled "
-            "step is NaN, a signed value v is (v + 1) / 2"
+            f"label {float(labels[i]):g} of step {int(labelled[i])} is outside [0, 1] ({len(bad)} in all); an "
+            "unlabelled step is NaN, a signed value v is (v + 1) / 2"
         )

@@ -1,4 +1,7 @@
-"""Pairs of steps that share a parent: from any tree of any modality to what a preference loss learns from."""
+"""Preference pairs from trees of any modality: two steps after one state, of which one is better.
+
+pairs = build_pairs(tree, "siblings", {"by": "value", "threshold": 0.1})
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,18 @@ def build_pairs(tree: StepTree, name: str, options: Mapping[str, Any]) -> Pairs:
 
 
 __all__ = [
-    "Pairs", "best_and_worst", "best_path", "build_pairs", "contrastive", "extremes", "first_wrong", "fork_of",
-    "leaves", "recalibrated", "segment_steps", "select_steps", "siblings", "step_scores",
-]  # fmt: skip
+    "Pairs",
+    "best_and_worst",
+    "best_path",
+    "build_pairs",
+    "contrastive",
+    "extremes",
+    "first_wrong",
+    "fork_of",
+    "leaves",
+    "recalibrated",
+    "segment_steps",
+    "select_steps",
+    "siblings",
+    "step_scores",
+]

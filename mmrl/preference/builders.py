@@ -23,8 +23,9 @@ from mmrl.tree_ops import backup, before, path_sum
 
 
 def _reads(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Fields that a builder reads with its options: steps to compare, and their scores."""
-    return ("forks", *(field_of(options[key]) for key in ("by", "divergence") if key in options))
+    """Fields that a builder reads with its options: forks, and the scores of its steps."""
+    scores = [field_of(options[name]) for name in ("by", "divergence") if name in options]
+    return ("forks", *scores)
 
 
 @register("pairs", "siblings", reads=_reads)
@@ -34,7 +35,7 @@ def siblings(tree: StepTree, *, by: Score = "outcome", threshold: NonNegativeFlo
     SVPO's pairs with by: value; step pairs for a Q model from a search's values.
     """
     score = step_scores(tree, by)
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     forks, counts = _forks(tree, torch.ones(len(tree), dtype=torch.bool), ~score.isnan())
     counts |= {"equal": 0, "below_threshold": 0}
     for members in forks:
@@ -43,10 +44,10 @@ def siblings(tree: StepTree, *, by: Score = "outcome", threshold: NonNegativeFlo
             for worse in ranked[i + 1 :]:
                 gap = float(score[better] - score[worse])
                 if gap > threshold:
-                    found.append((better, worse))
+                    pairs.append((better, worse))
                 else:
                     counts["equal" if gap == 0 else "below_threshold"] += 1
-    chosen, rejected = _columns(found)
+    chosen, rejected = _columns(pairs)
     return Pairs.of_steps(chosen, rejected, score[chosen] - score[rejected], counts)
 
 
@@ -77,7 +78,8 @@ def best_path(tree: StepTree, *, by: Score = "outcome", threshold: NonNegativeFl
     """Along the path of best steps, the best against the worst sibling at every depth (MCTS-DPO; by: value is Q)."""
     score = step_scores(tree, by)
     top = _best_member(tree, score)
-    off_path = path_sum(tree, (~top).long()) > 0  # a step on the path is the best of its siblings, as all above it
+    # A step lies on the path when it and all steps above it are the best of their siblings.
+    off_path = path_sum(tree, (~top).long()) > 0
     above = torch.where(tree.parent >= 0, off_path[tree.parent.clamp(min=0)], False)
     return best_and_worst(tree, score, ~above, threshold)
 
@@ -93,17 +95,21 @@ def contrastive(
 ) -> Pairs:
     """Best and worst alternative at the k steps of each solution that diverge most (pDPO).
 
-    divergence: score of a step that says how much it depends on the input, such as the KL between answers to clean and
-        to destroyed pictures. A fork is used when a solution has one of its k steps there; k 2 as in the
-        authors' code, solutions of at most k steps use all, those with an unmeasured step none.
+    divergence: score of a step's dependence on the input, such as the KL between answers to clean and to destroyed
+        pictures. A fork is used when a solution has one of its k steps there; k 2 as in the authors' code, solutions
+        of at most k steps use all, those with an unmeasured step none.
     """
-    d = step_scores(tree, divergence)
-    picked = torch.zeros(int(tree.sib.max()) + 1 if len(tree) else 0, dtype=torch.bool)
+    divergences = step_scores(tree, divergence)
+    num_sets = int(tree.sibling_set.max()) + 1 if len(tree) else 0
+    is_used = torch.zeros(num_sets, dtype=torch.bool)
     for leaf in tree.is_finished.nonzero().flatten().tolist():
         path = _path(tree, leaf)
-        if not bool(d[path].isnan().any()):
-            picked[tree.sib[[path[i] for i in select_steps(d[path].tolist(), k)]]] = True
-    return best_and_worst(tree, step_scores(tree, by), picked[tree.sib], threshold)
+        along_path = divergences[path]
+        if bool(along_path.isnan().any()):
+            continue
+        for position in select_steps(along_path.tolist(), k):
+            is_used[tree.sibling_set[path[position]]] = True
+    return best_and_worst(tree, step_scores(tree, by), is_used[tree.sibling_set], threshold)
 
 
 @register("pairs", "leaves", reads=("outcome", "forks"), source="DPO")
@@ -112,22 +118,23 @@ def leaves(tree: StepTree, *, threshold: NonNegativeFloat = 0.0) -> Pairs:
 
     What they share counts on both sides alike and cancels, so on any tree this is DPO on whole responses.
     """
-    found: list[tuple[int, int, int, int]] = []
+    segments: list[tuple[int, int, int, int]] = []
     gaps: list[float] = []
     counts = {"prompts": tree.num_groups, "equal": 0, "below_threshold": 0, "alone": 0}
-    for g in range(tree.num_groups):
-        own = (tree.is_finished & (tree.group == g)).nonzero().flatten()
-        if len(own) < 2:
+    for group in range(tree.num_groups):
+        finished = (tree.is_finished & (tree.group == group)).nonzero().flatten()
+        if len(finished) < 2:
             counts["alone"] += 1
             continue
-        best, worst = int(own[tree.outcome[own].argmax()]), int(own[tree.outcome[own].argmin()])
-        gap = float(tree.outcome[best] - tree.outcome[worst])
+        outcomes = tree.outcome[finished]
+        best, worst = int(finished[outcomes.argmax()]), int(finished[outcomes.argmin()])
+        gap = float(outcomes.max() - outcomes.min())
         if gap > threshold:
-            found.append((*fork_of(tree, best, worst), best, worst))
+            segments.append((*fork_of(tree, best, worst), best, worst))
             gaps.append(gap)
         else:
             counts["equal" if gap == 0 else "below_threshold"] += 1
-    return _continuations(found, gaps, counts)
+    return _continuations(segments, gaps, counts)
 
 
 @register("pairs", "first_wrong", reads=_reads, source="Step-DPO")
@@ -137,21 +144,23 @@ def first_wrong(tree: StepTree, *, by: Score = "ok", right_at: float = 0.5) -> P
     right_at: score from which a step is right. Steps after an unscored one have an unknown prefix and are left out.
     """
     score = step_scores(tree, by)
-    right = score >= right_at  # NaN is not right
-    faults = path_sum(tree, (~right).long())
-    clean = faults - (~right).long() == 0  # all steps before it are right
-    wrong = clean & ~right & ~score.isnan()
-    found: list[tuple[int, int]] = []
-    forks, counts = _forks(tree, clean, ~score.isnan())
+    # A step without score (NaN) is not right either.
+    right = score >= right_at
+    not_right = (~right).long()
+    # All steps before it are right.
+    clean_prefix = path_sum(tree, not_right) - not_right == 0
+    first_wrong_step = clean_prefix & ~right & ~score.isnan()
+    pairs: list[tuple[int, int]] = []
+    forks, counts = _forks(tree, clean_prefix, ~score.isnan())
     counts["one_sided"] = 0
     for members in forks:
-        good, bad = members[right[members]], members[wrong[members]]
+        good, bad = members[right[members]], members[first_wrong_step[members]]
         if not len(good) or not len(bad):
             counts["one_sided"] += 1
             continue
         best = int(good[score[good].argmax()])
-        found += [(best, v) for v in bad.tolist()]
-    chosen, rejected = _columns(found)
+        pairs += [(best, wrong) for wrong in bad.tolist()]
+    chosen, rejected = _columns(pairs)
     return Pairs.of_steps(chosen, rejected, score[chosen] - score[rejected], counts)
 
 
@@ -167,43 +176,53 @@ def recalibrated(tree: StepTree, *, right_at: float = 1.0, threshold: NonNegativ
     """
     value = torch.where(tree.valid, backup(tree, "leaf_mean"), torch.nan)
     top = torch.where(tree.valid, backup(tree, "leaf_max"), torch.nan)
-    root = torch.stack([tree.outcome[tree.is_finished & (tree.group == g)].mean() for g in range(tree.num_groups)])
+    finished_of = [tree.is_finished & (tree.group == group) for group in range(tree.num_groups)]
+    root = torch.stack([tree.outcome[finished].mean() for finished in finished_of])
     falls = value <= before(tree, value, root)
-    families = {int(tree.sib[m[0]]): m for m in _families(tree, tree.valid)}
-    found: dict[int, tuple[int, int, int, int]] = {}
+    families = {int(tree.sibling_set[members[0]]): members for members in _families(tree, tree.valid)}
+    # Step of a deviation -> the pair there. Failed leaves are visited from the worst one on, and the first to reach a
+    # deviation decides where its rejected segment ends.
+    pair_at: dict[int, tuple[int, int, int, int]] = {}
     failed = (tree.is_finished & (tree.outcome < right_at)).nonzero().flatten()
-    failed = failed[torch.argsort(tree.outcome[failed], stable=True)]  # the worst leaf below a deviation comes first
+    failed = failed[torch.argsort(tree.outcome[failed], stable=True)]
     counts = {"failed": len(failed), "one_sided": 0}
     for leaf in failed.tolist():
-        for v in _path(tree, leaf):
-            family = families[int(tree.sib[v])]
-            better = family[(top[family] >= right_at) & (value[family] > value[v] + threshold)]
-            if bool(falls[v]) and len(better):
-                u = int(better[value[better].argmax()])
-                found.setdefault(v, (u, v, _best_leaf(tree, u), leaf))
+        for step in _path(tree, leaf):
+            family = families[int(tree.sibling_set[step])]
+            better = family[(top[family] >= right_at) & (value[family] > value[step] + threshold)]
+            if bool(falls[step]) and len(better):
+                chosen = int(better[value[better].argmax()])
+                pair_at.setdefault(step, (chosen, step, _best_leaf(tree, chosen), leaf))
                 break
         else:
             counts["one_sided"] += 1
-    gaps = [float(value[u] - value[v]) for u, v, _, _ in found.values()]
-    return _continuations(list(found.values()), gaps, counts)
+    segments = list(pair_at.values())
+    gaps = [float(value[chosen] - value[rejected]) for chosen, rejected, _, _ in segments]
+    return _continuations(segments, gaps, counts)
 
 
 # --- shared ------------------------------------------------------------------------------------------------------
 
 
 def _families(tree: StepTree, keep: Tensor) -> list[Tensor]:
-    """Members (ascending, of `keep`) of every sibling set that has any."""
+    """The nodes of `keep` (N,) bool, split into sibling sets; ascending in each, empty sets left out."""
     nodes = keep.nonzero().flatten()
-    nodes = nodes[torch.argsort(tree.sib[nodes], stable=True)]
-    sizes = torch.bincount(tree.sib[nodes])
-    return list(nodes.split(sizes[sizes > 0].tolist())) if len(nodes) else []
+    if not len(nodes):
+        return []
+    nodes = nodes[torch.argsort(tree.sibling_set[nodes], stable=True)]
+    sizes = torch.bincount(tree.sibling_set[nodes])
+    return list(nodes.split(sizes[sizes > 0].tolist()))
 
 
 def _forks(tree: StepTree, allowed: Tensor, scored: Tensor) -> tuple[list[Tensor], dict[str, int]]:
-    """The scored members of every fork of `allowed` steps that has two; how many those are, how many have fewer."""
-    families = [m for m in _families(tree, allowed & scored) if len(m) > 1]
-    every = sum(len(m) > 1 for m in _families(tree, allowed))
-    return families, {"forks": len(families), "unscored": every - len(families)}
+    """The scored members of every fork of `allowed` steps that has at least two of them.
+
+    Returns:
+        One tensor of nodes per fork, and the counts `forks` (these) and `unscored` (forks with fewer scored members).
+    """
+    forks = [members for members in _families(tree, allowed & scored) if len(members) > 1]
+    num_forks = sum(len(members) > 1 for members in _families(tree, allowed))
+    return forks, {"forks": len(forks), "unscored": num_forks - len(forks)}
 
 
 def best_and_worst(
@@ -212,30 +231,32 @@ def best_and_worst(
     """Best and worst of every family of siblings, when their gap exceeds the threshold.
 
     Args:
-        score: (N,), NaN is in no pair. allowed: (N,) bool, steps that may be in one.
-        threshold: one number, or (N,), read at the best. squash: the gap is tanh((best - worst) / 2).
+        score: (N,), a step with NaN is in no pair. allowed: (N,) bool, steps that may be in a pair.
+        threshold: one number, or (N,) of which the best step's entry counts.
+        squash: the gap is tanh((best - worst) / 2).
     """
-    least = torch.as_tensor(threshold, dtype=torch.float64).expand(len(tree))
-    found: list[tuple[int, int]] = []
+    thresholds = torch.as_tensor(threshold, dtype=torch.float64).expand(len(tree))
+    pairs: list[tuple[int, int]] = []
     gaps: list[float] = []
     forks, counts = _forks(tree, allowed, ~score.isnan())
     counts |= {"equal": 0, "below_threshold": 0}
     for members in forks:
-        own = score[members]
-        best, worst = int(members[own.argmax()]), int(members[own.argmin()])
-        gap = float(own.max() - own.min())
-        gap = math.tanh(gap / 2) if squash else gap
-        if gap > float(least[best]):
-            found.append((best, worst))
+        scores = score[members]
+        best, worst = int(members[scores.argmax()]), int(members[scores.argmin()])
+        gap = float(scores.max() - scores.min())
+        if squash:
+            gap = math.tanh(gap / 2)
+        if gap > float(thresholds[best]):
+            pairs.append((best, worst))
             gaps.append(gap)
         else:
             counts["equal" if gap == 0 else "below_threshold"] += 1
-    chosen, rejected = _columns(found)
+    chosen, rejected = _columns(pairs)
     return Pairs.of_steps(chosen, rejected, torch.tensor(gaps), counts)
 
 
 def _best_member(tree: StepTree, score: Tensor) -> Tensor:
-    """(N,) bool, the first best step of each family; of a family without scores, none."""
+    """(N,) bool, True at the best step of each sibling set, the first one of equals; at none without scores."""
     best = torch.zeros(len(tree), dtype=torch.bool)
     for members in _families(tree, ~score.isnan()):
         best[members[score[members].argmax()]] = True
@@ -244,26 +265,30 @@ def _best_member(tree: StepTree, score: Tensor) -> Tensor:
 
 def _best_leaf(tree: StepTree, step: int) -> int:
     """The first best finished leaf at or below `step`."""
-    inside = torch.zeros(len(tree), dtype=torch.long).index_fill(0, torch.tensor([step]), 1)
-    own = ((path_sum(tree, inside) > 0) & tree.is_finished).nonzero().flatten()
-    return int(own[tree.outcome[own].argmax()])
+    mark = torch.zeros(len(tree), dtype=torch.long).index_fill(0, torch.tensor([step]), 1)
+    at_or_below = path_sum(tree, mark) > 0
+    finished = (at_or_below & tree.is_finished).nonzero().flatten()
+    return int(finished[tree.outcome[finished].argmax()])
 
 
 def _path(tree: StepTree, leaf: int) -> list[int]:
-    """The steps to `leaf`, the first one first."""
+    """The steps from the first one to `leaf`."""
     path = [leaf]
     while int(tree.parent[path[-1]]) >= 0:
         path.append(int(tree.parent[path[-1]]))
     return path[::-1]
 
 
-def _columns(found: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    table = torch.tensor(found, dtype=torch.long).reshape(-1, 2)
+def _columns(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected), each (P,) int."""
+    table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
-def _continuations(found: Sequence[tuple[int, int, int, int]], gaps: Sequence[float], counts: dict[str, int]) -> Pairs:
-    """Pairs of segments; each row has chosen and rejected step, then their ends."""
-    table = torch.tensor(found, dtype=torch.long).reshape(-1, 4)
+def _continuations(
+    segments: Sequence[tuple[int, int, int, int]], gaps: Sequence[float], counts: dict[str, int]
+) -> Pairs:
+    """Pairs of segments; each row has the chosen and the rejected step, then their ends."""
+    table = torch.tensor(segments, dtype=torch.long).reshape(-1, 4)
     gap = torch.tensor(gaps, dtype=torch.float32)
     return Pairs(table[:, 0], table[:, 1], table[:, 2], table[:, 3], gap, torch.ones_like(gap), counts)

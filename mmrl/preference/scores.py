@@ -1,4 +1,4 @@
-"""What makes one step better than another: scores of steps, and steps worth comparing."""
+"""Scores by which steps are compared, and the choice of the steps that are worth comparing."""
 
 from __future__ import annotations
 
@@ -55,29 +55,31 @@ def step_scores(tree: StepTree, by: str) -> Tensor:
     return score.double()
 
 
+# Score -> the end of the error message when no step has one.
 _REMEDY = {
-    "outcome": "reward its leaves", "best": "reward its leaves", "value": "give values, or take by: outcome",
+    "outcome": "reward its leaves",
+    "best": "reward its leaves",
+    "value": "give values, or take by: outcome",
     "step_reward": "name a step reward in the recipe's step_rewards, or take by: outcome",
     "ok": "mark right steps, or take by: step_reward",
-}  # fmt: skip
+}
 
 
 def tag_scores(tree: StepTree, name: str) -> Tensor:
     """(N,) float64, a tag as scores. Raises ValueError: no such tag, or several numbers per step."""
     if name not in tree.tags:
         raise ValueError(f"the rollout has no tag {name!r}; it has {', '.join(tree.tags) or 'none'}")
-    x = tree.tags[name]
-    if x.ndim != 1:
-        raise ValueError(f"tag {name!r} has shape {tuple(x.shape)}; a score is one number per step")
-    return x.double()
+    scores = tree.tags[name]
+    if scores.ndim != 1:
+        raise ValueError(f"tag {name!r} has shape {tuple(scores.shape)}; a score is one number per step")
+    return scores.double()
 
 
 def select_steps(divergences: Sequence[float], k: int = 2) -> list[int]:
     """Ascending indices of the k largest divergences; all steps when there are at most k. Ties: the earlier one.
 
-    pDPO compares alternatives where the answer depends most on what is seen.
+    pDPO compares alternatives at the steps that depend most on the media.
     """
-    if len(divergences) <= k:
-        return list(range(len(divergences)))
-    order = sorted(range(len(divergences)), key=lambda i: (-divergences[i], i))
+    # sorted() is stable: of equal divergences the earlier index stays first, also in reverse.
+    order = sorted(range(len(divergences)), key=divergences.__getitem__, reverse=True)
     return sorted(order[:k])

@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmrl.capabilities import Attributor, RootScorer, model_of
-from mmrl.credit.transforms import need_chains
 from mmrl.finite import check_finite
 from mmrl.readings.base import ReadingContext, Values
 from mmrl.registry import register
@@ -18,7 +17,7 @@ from mmrl.rollout import Rollout, StepReward, StepScorer
 from mmrl.scorers.implicit import Against, ImplicitPrm, step_log_ratios
 from mmrl.scorers.scoring import ScorerSpec, good_logits, load_scorer
 from mmrl.tree import StepTree
-from mmrl.tree_ops import before, run_head
+from mmrl.tree_ops import before, need_chains, run_head
 
 Form = Literal["score", "logit"]
 

@@ -1,4 +1,4 @@
-"""Readings of the tree itself: no model is run."""
+"""The reading `tree_value`: values of steps from the outcomes below them, without running a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from mmrl.readings.base import ReadingContext, Values
 from mmrl.registry import register
 from mmrl.rollout import Rollout
-from mmrl.tree_ops import Backup, backup, leaf_sum
+from mmrl.tree_ops import Backup, backup, leaf_sum, prompt_sum
 
 
 @register(
@@ -18,7 +18,7 @@ from mmrl.tree_ops import Backup, backup, leaf_sum
     source="Monte Carlo tree search statistics; VinePPO on the rollout's own tree",
 )
 def tree_value(rollout: Rollout, context: ReadingContext, *, how: Backup = "leaf_mean") -> Values:
-    """Values and visits that the rollout's own leaves give: no further sampling.
+    """Values and visits computed from the rollout's own leaves, without further sampling.
 
     value: outcomes below the step, backed up by `how`. root_value: mean outcome of the prompt. visits: finished leaves
     below the step. q_sum: sum of their outcomes. A tree of a stored search has visits of its own: leave this out.
@@ -26,7 +26,10 @@ def tree_value(rollout: Rollout, context: ReadingContext, *, how: Backup = "leaf
     tree = rollout.tree
     value = torch.where(tree.valid, backup(tree, how), torch.nan)
     outcome = torch.where(tree.is_finished, tree.outcome, 0.0)
-    zero = torch.zeros(tree.num_groups, dtype=torch.float64)
-    count = zero.index_add(0, tree.group, tree.is_finished.double())
-    root = zero.index_add(0, tree.group, outcome) / count
-    return {"value": value, "root_value": root, "tags.visits": tree.m, "tags.q_sum": leaf_sum(tree, outcome)}
+    root = prompt_sum(tree, outcome) / prompt_sum(tree, tree.is_finished.double())
+    return {
+        "value": value,
+        "root_value": root,
+        "tags.visits": tree.leaves_below,
+        "tags.q_sum": leaf_sum(tree, outcome),
+    }

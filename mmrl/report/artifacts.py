@@ -79,7 +79,7 @@ def shown_steps(rollout: Rollout) -> Tensor:
     tree = rollout.tree
     if rollout.texts:
         return torch.arange(len(tree))
-    family = torch.bincount(tree.sib)[tree.sib]
+    family = torch.bincount(tree.sibling_set)[tree.sibling_set]
     return (tree.is_leaf | (family > 1) | (tree.parent < 0)).nonzero().flatten()
 
 

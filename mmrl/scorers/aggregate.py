@@ -1,4 +1,6 @@
-"""Step scores of one solution -> one number to rank solutions by.
+"""Aggregates: from the step scores of one solution to one number by which solutions are ranked.
+
+    aggregate("min")([.9, .4, .8])   # .4
 
 Every aggregate takes a sequence of T scores and keyword options. A solution without steps gets -inf, so it never wins;
 a step without a score (NaN) is an error. Those that take logarithms, odds or products need probabilities; before logs
@@ -18,8 +20,10 @@ from pydantic import PositiveFloat
 from mmrl.registry import build, register
 
 Scores = Sequence[float]
-Key = float | tuple[float, float]  # what candidates are ordered by
+# The number, or the pair of numbers, by which candidates are ordered.
+Key = float | tuple[float, float]
 
+# Distance from 0 and 1 that probabilities keep before logarithms and odds.
 EPS = 1e-6
 
 
@@ -38,74 +42,82 @@ def maximum(scores: Scores) -> float:
 @register("aggregates", "last")
 def last(scores: Scores) -> float:
     """The last step: the value of the finished solution."""
-    s = _checked(scores)
-    return s[-1] if s else -math.inf
+    checked = _checked(scores)
+    return checked[-1] if checked else -math.inf
 
 
 @register("aggregates", "mean")
 def mean(scores: Scores) -> float:
     """Arithmetic mean (VisualPRM's default)."""
-    s = _checked(scores)
-    return math.fsum(s) / len(s) if s else -math.inf
+    checked = _checked(scores)
+    return math.fsum(checked) / len(checked) if checked else -math.inf
 
 
 @register("aggregates", "product")
 def product(scores: Scores) -> float:
     """Probability that all steps are good, were they independent."""
-    s = _probabilities(scores)
-    return math.prod(s) if s else -math.inf
+    probabilities = _probabilities(scores)
+    return math.prod(probabilities) if probabilities else -math.inf
 
 
 @register("aggregates", "sum_logprob")
 def sum_logprob(scores: Scores) -> float:
     """sum ln p; ranks as `product` does."""
-    s = _clamped(scores)
-    return math.fsum(map(math.log, s)) if s else -math.inf
+    clamped = _clamped(scores)
+    return math.fsum(map(math.log, clamped)) if clamped else -math.inf
 
 
 @register("aggregates", "sum_logit")
 def sum_logit(scores: Scores) -> float:
     """Sum of log-odds ln(p / (1 - p))."""
-    s = _clamped(scores)
-    return math.fsum(math.log(p / (1 - p)) for p in s) if s else -math.inf
+    clamped = _clamped(scores)
+    return math.fsum(math.log(p / (1 - p)) for p in clamped) if clamped else -math.inf
 
 
 @register("aggregates", "geometric")
 def geometric(scores: Scores) -> float:
     """exp(mean ln p): `product` without its preference for short solutions."""
-    s = _clamped(scores)
-    return math.exp(math.fsum(map(math.log, s)) / len(s)) if s else -math.inf
+    clamped = _clamped(scores)
+    return math.exp(math.fsum(map(math.log, clamped)) / len(clamped)) if clamped else -math.inf
 
 
 @register("aggregates", "mean_odds")
 def mean_odds(scores: Scores) -> float:
     """Mean of p / (1 - p)."""
-    s = _clamped(scores)
-    return math.fsum(p / (1 - p) for p in s) / len(s) if s else -math.inf
+    clamped = _clamped(scores)
+    return math.fsum(p / (1 - p) for p in clamped) / len(clamped) if clamped else -math.inf
 
 
 @register("aggregates", "harmonic")
 def harmonic(scores: Scores) -> float:
     """T / sum(1 / p)."""
-    s = _clamped(scores)
-    return len(s) / math.fsum(1 / p for p in s) if s else -math.inf
+    clamped = _clamped(scores)
+    return len(clamped) / math.fsum(1 / p for p in clamped) if clamped else -math.inf
 
 
 @register("aggregates", "softmin")
 def softmin(scores: Scores, *, tau: PositiveFloat = 0.1) -> float:
     """sum softmax(-s / tau) s (PURE): the minimum for tau -> 0, the mean for tau -> inf."""
-    s = _checked(scores)
-    if not s:
+    checked = _checked(scores)
+    if not checked:
         return -math.inf
-    low = min(s)
-    return _weighted(s, [math.exp((low - x) / tau) for x in s])
+    # The smallest score is taken off first, so that exp cannot overflow.
+    lowest = min(checked)
+    weights = [math.exp((lowest - score) / tau) for score in checked]
+    weighted = math.fsum(weight * score for weight, score in zip(weights, checked, strict=True))
+    return weighted / math.fsum(weights)
 
 
 @register("aggregates", "first_below")
 def first_below(scores: Scores, *, tau: float = 0.5) -> float:
     """Share of the solution before the first step with p < tau; 1 without such a step."""
-    s = _checked(scores)
-    return next((t for t, p in enumerate(s) if p < tau), len(s)) / len(s) if s else -math.inf
+    checked = _checked(scores)
+    if not checked:
+        return -math.inf
+    for position, score in enumerate(checked):
+        if score < tau:
+            return position / len(checked)
+    return 1.0
 
 
 @register("aggregates", "min_then_last")
@@ -124,27 +136,27 @@ def aggregate(name: str, **options: Any) -> Callable[[Scores], Key]:
     return function
 
 
-def _weighted(scores: Scores, weights: Sequence[float]) -> float:
-    return math.fsum(w * s for w, s in zip(weights, scores, strict=True)) / math.fsum(weights)
-
-
 def _checked(scores: Scores) -> list[float]:
-    s = [float(p) for p in scores]
-    for t, p in enumerate(s):
-        if math.isnan(p):
-            raise ValueError(f"step {t} of {len(s)} has no score (NaN); score every step, or leave the solution out")
-    return s
+    """The scores as Python floats; raises ValueError for NaN."""
+    checked = [float(score) for score in scores]
+    for step, score in enumerate(checked):
+        if math.isnan(score):
+            raise ValueError(
+                f"step {step} of {len(checked)} has no score (NaN); score every step, or leave the solution out"
+            )
+    return checked
 
 
 def _probabilities(scores: Scores) -> list[float]:
-    s = _checked(scores)
-    for t, p in enumerate(s):
-        if not 0 <= p <= 1:
+    """The scores, checked to be probabilities."""
+    checked = _checked(scores)
+    for step, score in enumerate(checked):
+        if not 0 <= score <= 1:
             raise ValueError(
-                f"step {t} scored {p:g}, which is no probability; this aggregate takes logs or products: map scores "
-                "to [0, 1], or use min, mean or last"
+                f"step {step} scored {score:g}, which is no probability; this aggregate takes logs or products: map "
+                "scores to [0, 1], or use min, mean or last"
             )
-    return s
+    return checked
 
 
 def _clamped(scores: Scores) -> list[float]:

@@ -1,4 +1,4 @@
-"""An implicit process reward model: step rewards are log-ratios of a policy against its start, learned from outcomes.
+"""An implicit process reward model: a policy trained on outcomes, whose log-ratio to its start is the step reward.
 
 Free Process Rewards without Process Labels (Yuan et al.), PRIME: r_t = beta * sum over the step's actions of
 log(pi / pi_ref); q_t, their sum along the path, is a soft value of the prefix under the reference. It needs only
@@ -34,7 +34,8 @@ class ImplicitPrm:
     Called, it gives the step rewards r_t themselves, which are no probabilities.
     """
 
-    increments = True  # its rewards add up to a value along a path: nothing to difference or to clip
+    # Its rewards are increments of a value along a path already, so transforms must not difference or clip them.
+    increments = True
 
     def __init__(
         self,
@@ -44,8 +45,14 @@ class ImplicitPrm:
         section: Mapping[str, Any] | None = None,
         reduce: Reduce = "sum",
     ) -> None:
-        """reference: the policy before training; by default its weights of now. section: what `build` made it of.
-        reduce: log-ratios of a step's actions are added up, or averaged (SWEET-RL)."""
+        """Wrap a policy.
+
+        Args:
+            beta: scale of the log-ratio, above 0.
+            reference: the policy before training; by default `policy` remembers its present weights.
+            section: the recipe section of the policy, for the record of a saved scorer.
+            reduce: log-ratios of a step's actions are added up, or averaged (SWEET-RL).
+        """
         if beta <= 0:
             raise ValueError(f"scorer.beta={beta}: the scale of the log-ratio is above 0")
         self.policy, self.beta, self.reference, self._section = policy, beta, reference, section
@@ -61,8 +68,12 @@ class ImplicitPrm:
         reduce: Reduce = "sum",
         model: str | None = None,
     ) -> ImplicitPrm:
-        """From a recipe: `policy:` is a section like a trainer's, with `name` and options; beta .05 (PRIME). Or from
-        the folder of a saved one, `model`, whose record names the policy it started from, beta and reduce.
+        """A scorer from a recipe, or from the folder of a saved one.
+
+        Args:
+            policy: a section like a trainer's, with `name` and options.
+            beta: .05 as PRIME.
+            model: folder of a saved scorer; its record names the policy that it started from, beta and reduce.
 
         Raises:
             ValueError: neither of the two, or both.
@@ -87,11 +98,11 @@ class ImplicitPrm:
         self.policy.model = model
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """(N,) float64 step rewards r_t = beta * log-ratio of the step's own actions."""
+        """(N,) float64 step rewards r_t = beta * log-ratio of the actions that the step owns."""
         return self.step_rewards(rollout)
 
     def step_rewards(self, rollout: Rollout, against: Against = "reference") -> Tensor:
-        """(N,) float64 step rewards, also against the policy that sampled the rollout; without gradient."""
+        """(N,) float64 step rewards against the reference, or the policy that sampled; without gradient."""
         rollout = self._with_actions(rollout)
         with torch.no_grad():
             rewards = self._rewards(rollout, torch.arange(len(rollout.tree)), against).double().cpu()
@@ -103,47 +114,52 @@ class ImplicitPrm:
         return torch.zeros(len(rollout.prompts), dtype=torch.float64)
 
     def begin_iteration(self) -> None:
-        """The policy's; see `mmrl.capabilities.EncodingCache`."""
+        """Start an iteration of the policy; see `mmrl.capabilities.EncodingCache`."""
         begin_iteration(self.policy)
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The policy's."""
+        """The prompts that the policy can take."""
         return self.policy.admit(prompts)
 
     def readable(self, rollout: Rollout) -> Tensor:
-        """(N,) bool, all: every step has a density."""
+        """(N,) bool, all True: every step has a density."""
         return torch.ones(len(rollout.tree), dtype=torch.bool)
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
-        """The policy's, whole prompts: the logit of a step needs all steps before it."""
+        """The policy's micro-batches of whole prompts: the logit of a step needs all steps before it."""
         return self.policy.micro_batches(self._with_actions(rollout), steps, whole_prompts=True)
 
     def logits(self, rollout: Rollout, steps: Tensor) -> Tensor:
         """(S, 1) q_t of each step: the sum of r along its path."""
         rollout = self._with_actions(rollout)
         tree = rollout.tree
-        below = tree.accumulate(torch.zeros(len(tree)).index_fill(0, steps, 1.0))  # of each step, how many are asked
-        needed = (below > 0).nonzero().flatten()
+        # A logit sums over the path, so rewards are needed of the given steps and of all steps above them.
+        requested_below = tree.accumulate(torch.zeros(len(tree)).index_fill(0, steps, 1.0))
+        needed = (requested_below > 0).nonzero().flatten()
         rewards = self._rewards(rollout, needed).cpu()
-        return path_sum(tree, rewards.new_zeros(len(tree)).index_add(0, needed, rewards))[steps][:, None]
+        reward_of_step = rewards.new_zeros(len(tree)).index_add(0, needed, rewards)
+        return path_sum(tree, reward_of_step)[steps][:, None]
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy in its ecosystem's format, and a record of the policy it started from, its reference."""
         self.policy.save(folder, state_dict)
         record = {
-            "scorer": "implicit_prm", "policy": dict(self._section or {}), "beta": self.beta,
-            "reduce": self.reduce, "format": {"aggregate": "min"},
-        }  # fmt: skip
+            "scorer": "implicit_prm",
+            "policy": dict(self._section or {}),
+            "beta": self.beta,
+            "reduce": self.reduce,
+            "format": {"aggregate": "min"},
+        }
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
     def _rewards(self, rollout: Rollout, steps: Tensor, against: Against = "reference") -> Tensor:
-        """(S,) beta * log-ratio of the own actions of ascending `steps`, differentiable."""
+        """(S,) beta * log-ratio of the actions of ascending `steps`, differentiable."""
         return self.beta * step_log_ratios(
             self.policy, rollout, steps, against=against, reference=self.reference, reduce=self.reduce
         )
 
     def _with_actions(self, rollout: Rollout) -> Rollout:
-        """A written rollout gets the policy's own actions for its texts."""
+        """The rollout; one of texts alone gets the actions that the policy makes of its texts."""
         if rollout.actions.logp.numel():
             return rollout
         if not isinstance(self.policy, StepWriter):
@@ -160,33 +176,37 @@ def step_log_ratios(
     reference: Policy | None = None,
     reduce: Reduce = "sum",
 ) -> Tensor:
-    """(S,) log-ratio of the own actions of ascending `steps`, added up or averaged per step, differentiable.
+    """(S,) log-ratio of the actions of ascending `steps`, added up or averaged per step, differentiable.
 
     Args:
-        against: what the policy was before training, or the policy that sampled, by the rollout's own log-probs.
+        against: the policy before training, or the policy that sampled, by the log-probs of the rollout.
         reference: the policy before training, where `policy` does not remember it itself.
     """
-    tree, out = rollout.tree, None
-    owners = tree.step_of_action(rollout.actions.logp.numel())
+    total: Tensor | None = None
+    owners = rollout.tree.step_of_action(rollout.actions.logp.numel())
+    remembers_reference = against == "reference" and reference is None
     for part in policy.micro_batches(rollout, steps):
-        lp = policy.log_probs(rollout, part, reference=against == "reference" and reference is None)
-        ratio = lp.logp.float() - _old_logp(rollout, part, lp, against, reference).to(lp.logp.device)
-        row = torch.searchsorted(steps, owners[lp.index]).to(ratio.device)
+        new = policy.log_probs(rollout, part, reference=remembers_reference)
+        # (A,) log-ratio of each action of the part, and the row of its step among `steps`
+        ratio = new.logp.float() - _old_logp(rollout, part, new, against, reference).to(new.logp.device)
+        row = torch.searchsorted(steps, owners[new.index]).to(ratio.device)
         if reduce == "mean":
             ratio = ratio / torch.bincount(row, minlength=len(steps))[row]
-        out = (ratio.new_zeros(len(steps)) if out is None else out).index_add(0, row, ratio)
-    assert out is not None
-    return out
+        if total is None:
+            total = ratio.new_zeros(len(steps))
+        total = total.index_add(0, row, ratio)
+    assert total is not None
+    return total
 
 
 def _old_logp(
-    rollout: Rollout, steps: Tensor, lp: ActionLogProbs, against: Against, reference: Policy | None
+    rollout: Rollout, steps: Tensor, new: ActionLogProbs, against: Against, reference: Policy | None
 ) -> Tensor:
-    """(A,) log-probs of the same actions under what the policy is compared with."""
+    """(A,) log-probs of the same actions under the policy that `new` is compared with."""
     if against == "behaviour":
-        return rollout.actions.logp[lp.index].float()
+        return rollout.actions.logp[new.index].float()
     if reference is None:
-        assert lp.ref_logp is not None
-        return lp.ref_logp.float().detach()
+        assert new.ref_logp is not None
+        return new.ref_logp.float().detach()
     with torch.no_grad():
         return reference.log_probs(rollout, steps).logp.float()

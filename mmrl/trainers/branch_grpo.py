@@ -230,7 +230,7 @@ class BranchGrpo(PolicyTrainer):
 
     def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batch: Batch) -> dict[str, float]:
         sums = {"flat": float(credit.info["zero_spread_groups"]), "groups": float(credit.info["groups"])}
-        sums["trained"] = float(torch.unique(rollout.tree.sib[batch.steps]).numel())
+        sums["trained"] = float(torch.unique(rollout.tree.sibling_set[batch.steps]).numel())
         sums["leaves"] = float(self.run.meter.cost["leaves"] or rollout.tree.is_finished.sum())  # sampled, or read
         sums = dict(zip(sums, self.loop.all_sum(*sums.values()), strict=True))
         metrics = {

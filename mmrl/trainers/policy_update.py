@@ -172,16 +172,20 @@ def ratio_rows(
     if ratio == "step":
         return every, pooled_log_ratio(log_ratio, owner), torch.ones(len(every))
     rows, trajectory = _trajectories(batch.rollout.tree, owner)
-    return rows, pooled_log_ratio(log_ratio[rows], trajectory), 1 / batch.rollout.tree.m[owner][rows].float()
+    return (
+        rows,
+        pooled_log_ratio(log_ratio[rows], trajectory),
+        1 / batch.rollout.tree.leaves_below[owner][rows].float(),
+    )
 
 
 def _trajectories(tree: StepTree, owner: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, leaf): each action, given by its step, once for every finished leaf below that step."""
     leaf, node = path_pairs(tree)
-    count = tree.m[owner]
+    count = tree.leaves_below[owner]
     rows = torch.repeat_interleave(torch.arange(len(owner)), count)
     offset = torch.arange(len(rows)) - torch.repeat_interleave(count.cumsum(0) - count, count)
-    start = tree.m.cumsum(0) - tree.m  # a step is on the path of m leaves
+    start = tree.leaves_below.cumsum(0) - tree.leaves_below  # a step is on the path of m leaves
     by_node = leaf[torch.argsort(node, stable=True)]
     return rows, by_node[start[owner[rows]] + offset]
 

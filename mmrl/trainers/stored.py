@@ -237,7 +237,7 @@ def _how(about: Mapping[str, Any]) -> Any:
 
 def _family(tree: StepTree) -> Tensor:
     """(N,) int, how many siblings each step belongs to."""
-    return torch.bincount(tree.sib)[tree.sib]
+    return torch.bincount(tree.sibling_set)[tree.sibling_set]
 
 
 def _same_forks(stored: StepTree, made: StepTree, plan: BranchPlan, folder: Path) -> None:

@@ -267,7 +267,7 @@ def test_a_stored_search_trains_step_preferences(tiny_model, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "s" / "results.jsonl").read_text().splitlines()]
     for j, rollout in enumerate(stored):
         tree = rollout.tree
-        assert bool((torch.bincount(tree.sib)[tree.sib[tree.depth < STEPS - 1]] == 4).all())
+        assert bool((torch.bincount(tree.sibling_set)[tree.sibling_set[tree.depth < STEPS - 1]] == 4).all())
         ends = tree.is_finished.nonzero().flatten()
         assert len(ends) == 4 and torch.equal(tree.value[ends], tree.value[~tree.value.isnan()])
         assert tree.outcome[ends].tolist() == pytest.approx([row["k4"]["rewards"][j] for row in rows])

@@ -440,7 +440,10 @@ def test_trained_on_the_node_values_of_saved_trees(tiny_model, tmp_path):
     leaf = tree.is_leaf[first]
     assert bool((tree.outcome[first] > tree.outcome[second])[leaf].all())
     siblings = TreePairs(str(tmp_path / "train"), str(tmp_path / "eval"), among="siblings").labelled(task.prompts[:2])
-    assert bool((siblings.rollout.tree.sib[siblings.node.view(-1, 2)].diff() == 0).all()) and len(siblings.node) == 12
+    assert (
+        bool((siblings.rollout.tree.sibling_set[siblings.node.view(-1, 2)].diff() == 0).all())
+        and len(siblings.node) == 12
+    )
     trainer = StepRewardTrainer(config(tmp_path / "run", 30), LatentReward.build(str(tiny_model)), task)
     before = trainer.evaluate(0)["eval/pair_acc"]
     last = trainer.train()

@@ -101,9 +101,9 @@ def test_one_of_the_candidates_goes_on(kind, tiny_model):
     steps = p.sampling.steps
     assert len(tree) == 3 * (4 * noisy + (steps - noisy)) == 3 * p.forecast(BranchPlan({})).steps
     assert rollout.counts == {"calls": 3 * steps, "leaves": 3}  # candidates cost no call
-    families = torch.bincount(tree.sib)
+    families = torch.bincount(tree.sibling_set)
     assert sorted(set(families.tolist())) == ([1, 4] if kind == "flow" else [4])
-    live = torch.zeros(len(families), dtype=torch.long).index_add(0, tree.sib, (~side).long())
+    live = torch.zeros(len(families), dtype=torch.long).index_add(0, tree.sibling_set, (~side).long())
     assert bool((live == 1).all())
     assert bool((tree.num_children[side] == 0).all()) and bool(tree.is_leaf[side].all())
     assert bool(rollout.actions.trainable[side].all())  # both members of a pair need a density
@@ -114,7 +114,9 @@ def test_the_choice_is_random_and_repeatable(tiny_model):
 
     def place(seed):
         tree = p.rollout(PROMPTS, BranchPlan({}), seed=seed).tree
-        return [int((~tree.tags["side"])[m].nonzero()) for m in tree.sib.unique() for m in [tree.sib == m]]
+        return [
+            int((~tree.tags["side"])[m].nonzero()) for m in tree.sibling_set.unique() for m in [tree.sibling_set == m]
+        ]
 
     first = place(0)
     assert first == place(0) and first != place(1) and len(set(first)) > 1
@@ -244,7 +246,7 @@ def test_best_and_worst_of_four_above_the_dynamic_threshold(kind, tiny_model):
     """Scores 20.1 19.3 20.9 19.8: third against second, gap tanh .8 = .664; a threshold above it drops the pair."""
     p = policy(kind, tiny_model)
     tree = p.rollout(PROMPTS, BranchPlan({}), seed=0).tree
-    family = torch.bincount(tree.sib)[tree.sib] == 4
+    family = torch.bincount(tree.sibling_set)[tree.sibling_set] == 4
     score = torch.full((len(tree),), torch.nan, dtype=torch.float64)
     score[family] = torch.tensor([20.1, 19.3, 20.9, 19.8], dtype=torch.float64).repeat(int(family.sum()) // 4)
     tree = tree.replace(step_reward=score)
@@ -338,7 +340,7 @@ def test_the_best_candidate_goes_on_with_a_judge(kind, tiny_model):
     p = policy(kind, tiny_model)
     rollout = p.sample_best(PROMPTS, k=4, score=brightest, seed=0)
     tree, mean = rollout.tree, rollout.actions.payload["latent"].flatten(1).mean(1)
-    for members in (tree.sib == s for s in tree.sib.unique()):
+    for members in (tree.sibling_set == s for s in tree.sibling_set.unique()):
         assert bool((~tree.tags["side"])[members][mean[members].argmax()])
     plain = p.rollout(PROMPTS, BranchPlan({}), seed=0)
     assert rollout.counts == plain.counts

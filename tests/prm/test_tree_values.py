@@ -45,7 +45,9 @@ def test_every_step_has_the_value_below_it(task):
     assert sorted(data.node.tolist()) == list(range(3 * 8))
     for rows in data.paths:  # a path is the children of one state
         nodes = data.node[rows]
-        assert len(tree.sib[nodes].unique()) == 1 and len(nodes) == int((tree.sib == tree.sib[nodes[0]]).sum())
+        assert len(tree.sibling_set[nodes].unique()) == 1 and len(nodes) == int(
+            (tree.sibling_set == tree.sibling_set[nodes[0]]).sum()
+        )
 
 
 def test_measures_by_hand(task):
