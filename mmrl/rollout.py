@@ -142,7 +142,8 @@ class Actions:
             raise ValueError(f"action {int(bad.nonzero()[0])} is trainable but its logp is not finite")
 
 
-LENGTH = ".length"  # behind the name of a payload whose prompts differ in length; see `Rollout.prompt_payload`
+# Ends the name of the lengths of a payload whose prompts differ in length; see `Rollout.prompt_payload`.
+LENGTH = ".length"
 
 
 @dataclass(frozen=True)
