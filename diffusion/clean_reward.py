@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.policy import DiffusionPolicy
+from mmrl.model_names import model_name
 from mmrl.registry import build, declares
 from mmrl.rollout import Rollout, Sample
 
@@ -28,7 +30,7 @@ class CleanReward:
     def __init__(
         self,
         reward: str = "legible_symmetric",
-        model: str = "digits",
+        model: Annotated[str, model_name("digits")] = "digits",
         first_depth: int = 0,
         last_depth: int | None = None,
     ) -> None:

@@ -23,6 +23,7 @@ from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates, placed
 from mmrl.byte_cache import ByteCache
 from mmrl.capabilities import require
 from mmrl.finite import check_finite
+from mmrl.model_names import model_name
 from mmrl.reference import Reference, unwrap
 from mmrl.registry import declares, of_kind
 from mmrl.rollout import ActionLogProbs, Actions, BranchPlan, Forecast, Place, Prompt, Rollout, Sample, Sight
@@ -81,7 +82,7 @@ class DiffusionPolicy:
     )
     def build(
         cls,
-        model: str = "digits",
+        model: Annotated[str, model_name("digits")] = "digits",
         max_batch: int = 256,
         adapter: Annotated[str, of_kind("adapters", options=False)] | None = None,
         guidance_scale: float | None = None,

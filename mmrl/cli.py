@@ -213,8 +213,10 @@ def _section(text: str) -> str | dict[str, Any]:
         return text
     import yaml
 
+    from mmrl.config import read_yaml
+
     try:
-        return dict(yaml.safe_load(text))
+        return dict(read_yaml(text))
     except yaml.YAMLError as error:
         raise ValueError(f"{text!r} is no YAML mapping: {error}") from None
 

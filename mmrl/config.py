@@ -88,14 +88,57 @@ def parse_config(tree: Mapping[str, Any], where: str = "config", model: type[C] 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, with the floats of YAML 1.2: `1e-6` is a number, not a text."""
+    """YAML as PyYAML reads it, with the numbers and truth values of YAML 1.2.
+
+    `1e-6` is a number, not a text; `Yes` and `No` are texts, and options that are true or false take them as such;
+    `1:30` is no number to the base of 60.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses `{0:8}`, a key `0:8` without value, which was meant as `{0: 8}`."""
+        for key, value in node.value if node.flow_style else ():
+            if isinstance(key, yaml.ScalarNode) and not key.style and ":" in key.value and _is_left_out(value):
+                blank = key.value.replace(":", ": ", 1)
+                raise yaml.MarkedYAMLError(
+                    problem=f"write a blank after the colon: {blank!r}, not {key.value!r}",
+                    problem_mark=key.start_mark,
+                )
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
+def _is_left_out(value: yaml.Node) -> bool:
+    """True of the value of `{key}`, false of `{key: }` and `{key: null}`."""
+    return isinstance(value, yaml.ScalarNode) and value.value == "" and not value.style
+
+
+def _resolve_as_1_2() -> None:
+    patterns = {
+        "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+        "float": (
+            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+            "-+.0123456789",
+        ),
+    }
+    tags = {f"tag:yaml.org,2002:{name}" for name in patterns}
+    _Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in tags]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for name, (pattern, first) in patterns.items():
+        _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"(?:{pattern})$"), list(first))
+
+
+_resolve_as_1_2()
+
+
+def read_yaml(text: str) -> Any:
+    """What a recipe, an override or a section on the command line says.
+
+    Raises:
+        yaml.YAMLError: no valid YAML, with line and column.
+    """
+    return yaml.load(text, _Loader)
 
 
 def with_declared_defaults(tree: Mapping[str, Any], model: type[Section]) -> Mapping[str, Any]:
@@ -154,7 +197,7 @@ def _read(file: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     if (folder := str(path.resolve().parent)) not in sys.path:
         sys.path.append(folder)
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        tree = read_yaml(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -169,7 +212,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     if not equals:
         raise ConfigError(f"override {item!r} must be key.path=value, such as optim.lr=1e-4")
     try:
-        parsed = yaml.load(value, _Loader)
+        parsed = read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {item!r}: the value is no valid YAML ({error})") from error
     node: Any = tree

@@ -357,7 +357,11 @@ class _Job:
             protocol: what the policy has to follow. others: told where it does not: methods for other policies.
         """
         asker = f"method.name={config.method.name!r}{f' ({others})' if others else ''}"
-        refuse_row(asker, protocol, find("policies", config.policy.name))
+        policy_row = find("policies", config.policy.name)
+        refuse_row(asker, protocol, policy_row)
+        policy_row.check(config.policy.options, "policy")
+        if config.verifier is not None:
+            find("rewards", config.verifier.name).check(config.verifier.options, "verifier")
         import torch
         from accelerate import PartialState
 

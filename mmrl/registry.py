@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, create_model
 
 from mmrl.extras import how_to_install
+from mmrl.foreign_keys import key_here
 
 log = logging.getLogger(__name__)
 
@@ -225,9 +226,10 @@ class Row:
         for key in options:
             if key not in self.options:
                 known = ", ".join(self.options) or "none"
+                near = key_here(key) or hint(key, self.options)
                 raise ComponentError(
-                    f"unknown key {where}.{key}={options[key]!r}{hint(key, self.options)}; {self.kind.singular} "
-                    f"{self.name!r} takes {known}"
+                    f"unknown key {where}.{key}={options[key]!r}{near}; {self.kind.singular} {self.name!r} takes "
+                    f"{known}"
                 )
         asked = {k: o for k, o in self.options.items() if k in options or o.default is REQUIRED}
         if not asked:
@@ -438,11 +440,14 @@ def explain(error: ValidationError, section: str = "", model: Any = None) -> str
             known = _keys_at(model, e["loc"][:-1])
             nearest = get_close_matches(parts[-1], known, 1, cutoff=0.5)
             told = f" (did you mean {'.'.join([*parts[:-1], *nearest])}?)" if nearest else ""
+            told = key_here(parts[-1]) or told
             lines.append(f"unknown key {path}={e['input']!r}{told}; known: {', '.join(known)}")
         elif e["type"] == "value_error":  # raised by the section itself: its words as they are
             lines.append(f"{path}={e['input']!r}: {e['ctx']['error']}")
         else:
             near = hint(str(e["input"]), _QUOTED.findall(e["msg"])) if e["type"] == "literal_error" else ""
+            if e["type"] == "string_type" and isinstance(e["input"], bool | int | float):
+                near = "; a text that YAML reads as a number, true or false goes in quotes"
             lines.append(f"{path}={e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}{near}")
     return "\n".join(lines)
 
@@ -602,7 +607,9 @@ def _options(target: Callable[..., Any], kind: Kind) -> dict[str, Option]:
         elif p.kind is p.VAR_KEYWORD:
             out |= _open_options(target)
         else:
-            out[p.name] = Option(hints.get(p.name, Any), p.default)
+            # "yes" for an option of one's own without a type, but with a default that is true or false
+            untyped = bool if isinstance(p.default, bool) else Any
+            out[p.name] = Option(hints.get(p.name, untyped), p.default)
     return out
 
 

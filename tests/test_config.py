@@ -1,3 +1,4 @@
+import re
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -5,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmrl.cli import _section
 from mmrl.config import ConfigError, load_config, load_section, parse_config
+from mmrl.foreign_keys import FOREIGN_KEYS
 from mmrl.reasoning.annotate.recipe import AnnotateConfig
-from mmrl.registry import ComponentError, build, find
+from mmrl.registry import ComponentError, build, find, rows
 from mmrl.search.recipe import SearchConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -188,3 +191,105 @@ def test_a_bare_name_is_a_section_without_options():
     }
     full = parse_config(tree | named | {"credit": {"estimators": [{"name": "gae"}, {"name": "grpo", "weight": 0.5}]}})
     assert short == full and short.loss.clip_low == 0.2  # the policy's defaults reach a bare name too
+
+
+def test_names_of_other_trainers_are_told_the_key_here(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    for key, told in [
+        ("optim.learning_rate=1e-4", r"unknown key optim.learning_rate=0.0001 \(here: optim.lr\); known: "),
+        ("run.gradient_accumulation_steps=4", "(here: policy.max_tokens"),
+        ("gradient_checkpointing=true", "(here: policy.gradient_checkpointing)"),
+        ("precision=bf16", "(here: run.mixed_precision"),
+        ("run.num_train_epochs=3", "(here: run."),
+        ("run.per_device_train_batch_size=8", "(here: run.prompts_per_iteration"),
+        ("loss.beta=0.04", "(here: loss.kl)"),
+        ("loss.epsilon=0.2", "(here: loss.clip_low and loss.clip_high)"),
+        ("num_generations=8", "(here: plan, such as plan: {0: 8})"),
+    ]:
+        with pytest.raises(ConfigError, match=told if "\\" in told else re.escape(told)):
+            load_config(file, [key])
+    for key, told in [("lora_r", "policy.lora_rank"), ("max_completion_length", "policy.max_new_tokens")]:
+        with pytest.raises(ComponentError, match=rf"unknown key policy\.{key}=16 \(here: {told}\)"):
+            find("policies", "vision").check({key: 16}, "policy")
+
+
+def test_every_key_that_other_trainers_names_lead_to_exists():
+    """No hint sends anybody to a key that a recipe does not have."""
+    recipes = [find("trainers", name).facts["config"] for name in ("branch_grpo", "step_preference")]
+    known = {"policy": {}, "task": {}}
+    for recipe in recipes:
+        for section, field in recipe.model_fields.items():
+            known.setdefault(section, {}).update(getattr(field.annotation, "model_fields", {}))
+    for kind, section in (("policies", "policy"), ("tasks", "task")):
+        for row in rows(kind):
+            known[section].update(row.options)
+    for foreign, told in FOREIGN_KEYS.items():
+        for key in re.findall(r"\b(?:optim|run|loss|credit|policy|task)\.\w+|^(?:plan|rewards)\b", told):
+            section, _, name = key.partition(".")
+            assert section in known and (not name or name in known[section]), (foreign, told)
+            assert foreign not in known[section] or foreign == name, f"{foreign} is a key of {section} itself"
+        assert re.match(r"(optim|run|loss|credit|policy|task)\.\w|plan|rewards", told), (foreign, told)
+
+
+def test_truth_values_and_times_are_those_of_yaml_1_2(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        yaml.safe_dump(BASE)
+        + "run: {resume: yes, cpu: Off, mixed_precision: no, output: 1:30}\n"
+        + "step_rewards: [{name: vision_prm, format: {positive: Yes, negative: No}}]\n"
+    )
+    config = load_config(file, ["run.report=no"])
+    assert (config.run.resume, config.run.cpu, config.run.report, config.run.mixed_precision) == (True, False, False, "no")
+    assert config.run.output == Path("1:30")
+    options = config.step_rewards[0].options
+    assert find("scorers", "vision_prm").check(options) == {"format": {"positive": "Yes", "negative": "No"}}
+    with pytest.raises(ComponentError, match="format.positive=True: .* goes in quotes"):
+        find("scorers", "vision_prm").check({"format": {"positive": True}})
+    # an own function without types
+    assert find("rewards", "test_config:_untyped").check({"strict": "no"}) == {"strict": False}
+    assert _section("{name: vision_prm, format: {positive: Yes}, lr: 1e-6}")["lr"] == 1e-6
+
+
+def _untyped(samples, *, strict=True):
+    return [0.0 for _ in samples]
+
+
+def test_a_blank_that_lacks_behind_a_colon_is_told(tmp_path):
+    file = tmp_path / "r.yaml"
+    for section, told in [("plan: {0:8}", "'0: 8', not '0:8'"), ("rewards: [{name:x}]", "'name: x', not 'name:x'")]:
+        file.write_text(f"trainer: branch_grpo\n{section}\n")
+        with pytest.raises(ConfigError, match=f"is no valid YAML: write a blank after the colon: {told}(.|\n)*line 2"):
+            load_config(file)
+    file.write_text(yaml.safe_dump(BASE))
+    with pytest.raises(ConfigError, match="override 'plan={0:8}': .*write a blank after the colon"):
+        load_config(file, ["plan={0:8}"])
+    assert load_config(file, ["task.given={'0:8', a}"]).task.options["given"] == {"0:8": None, "a": None}
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("policies", "vision"), ("policies", "video"), ("policies", "diffusion"), ("scorers", "vision_prm")]
+)
+def test_a_model_that_is_not_there_is_told_when_options_are_checked(kind, name, tmp_path, monkeypatch):
+    row = find(kind, name)
+    for missing in (str(tmp_path / "none"), "runs/of/nobody", "./none"):
+        with pytest.raises(ComponentError, match=rf"policy.model='{missing}': there is no such folder"):
+            row.check({"model": missing}, "policy")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(ComponentError, match="this is a file; give the folder of the model"):
+        row.check({"model": str(tmp_path / "weights.bin")}, "policy")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    assert row.check({"model": "own/model"}) == {"model": "own/model"}
+
+
+def test_a_hub_name_is_looked_for_in_the_cache_and_on_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    row = find("policies", "vision")
+    with pytest.raises(ComponentError, match="no such folder in .*, and the hub cannot be asked"):
+        row.check({"model": "Qwen/not-cached"}, "policy")
+    (tmp_path / "models--Qwen--cached").mkdir()
+    assert row.check({"model": "Qwen/cached"}, "policy") == {"model": "Qwen/cached"}

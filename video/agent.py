@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mmrl.capabilities import Extender, StepWriter
+from mmrl.model_names import model_name
 from mmrl.reference import bare
 from mmrl.registry import declares
 from video.encoding import VideoEncoder, Views
@@ -33,7 +34,7 @@ from vision import (
     options_of=PolicyOptions,
 )  # fmt: skip
 def video_agent(
-    model: str = "clips",
+    model: Annotated[str, model_name("clips")] = "clips",
     dtype: str = "float32",
     attn: str = "sdpa",
     lora_rank: int = 0,

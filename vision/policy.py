@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.finite import check_finite
+from mmrl.model_names import model_name
 from mmrl.reference import Reference, bare, unwrap
 from mmrl.registry import check_section, declares, of_kind
 from mmrl.rollout import (
@@ -96,7 +97,7 @@ class VisionPolicy:
     )
     def build(
         cls,
-        model: str = "shapes",
+        model: Annotated[str, model_name("shapes")] = "shapes",
         steps: Annotated[str | dict[str, Any], of_kind("step_rules")] = "line",
         dtype: str = "float32",
         attn: str = "sdpa",

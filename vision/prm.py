@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmrl.finite import check_finite
 from mmrl.losses.reward import good_logit
+from mmrl.model_names import model_name
 from mmrl.reasoning.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
 from mmrl.reference import Adapted, bare, unwrap
 from mmrl.registry import declares
@@ -103,7 +104,7 @@ class VisionPrm:
     @declares(reads=("texts",), untrained=_untrained, recipe={"optim.lr": 1e-5})
     def build(
         cls,
-        model: str = "shapes",
+        model: Annotated[str, model_name("shapes")] = "shapes",
         head: Head | None = None,
         format: FormatOptions | None = None,
         lora_rank: int = 0,

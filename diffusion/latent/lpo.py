@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffusion.adapters.base import Level
 from diffusion.latent.reward import LatentReward
 from diffusion.schedule import NoiseSchedule
+from mmrl.model_names import model_name
 from mmrl.registry import declares
 from mmrl.rollout import Rollout
 
@@ -31,7 +32,7 @@ class LatentJudge:
 
     def __init__(
         self,
-        model: str,
+        model: Annotated[str, model_name()],
         first_depth: int = 0,
         last_depth: int | None = None,
         told: Literal["after", "before"] = "after",

@@ -22,6 +22,7 @@ from diffusion.adapters.base import Cond, Level
 from diffusion.latent.features import Family
 from diffusion.schedule import NoiseSchedule
 from mmrl.finite import check_finite
+from mmrl.model_names import model_name
 from mmrl.reference import unwrap
 from mmrl.registry import declares, find, of_kind
 from mmrl.rollout import Prompt, Rollout
@@ -169,7 +170,7 @@ class LatentReward:
     @declares(reads=("actions.latent",), fits="latents", shardable=False, untrained=_untrained)
     def build(
         cls,
-        model: str = "digits",
+        model: Annotated[str, model_name("digits")] = "digits",
         enhance: float | None = None,
         max_batch: int = 256,
         train_denoiser: bool = True,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmrl.capabilities import Chooser, begin_iteration, build_policy, model_of, policy_section
+from mmrl.model_names import model_name
 from mmrl.reasoning.answer_text import reply_spans
 from mmrl.registry import declares, of_kind
 from mmrl.rewards.steps import step_views
@@ -63,7 +64,7 @@ class GenerativePrm:
         samples: int | None = None,
         stop: bool | None = None,
         seed: int | None = None,
-        model: str | None = None,
+        model: Annotated[str, model_name()] | None = None,
     ) -> GenerativePrm:
         """From a recipe: `policy:` is a section like a trainer's, with `name` and options. Or from the folder of a
         saved one, `model`, which brings its own options where none are named.

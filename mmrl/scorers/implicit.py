@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmrl.capabilities import StepWriter, begin_iteration, build_policy, policy_section
 from mmrl.finite import check_finite
+from mmrl.model_names import model_name
 from mmrl.registry import of_kind
 from mmrl.rollout import ActionLogProbs, Policy, Prompt, Rollout
 from mmrl.scorers.scoring import RECORD
@@ -66,7 +67,7 @@ class ImplicitPrm:
         policy: Annotated[Mapping[str, Any], of_kind("policies"), policy_section(Policy)] | None = None,
         beta: float = 0.05,
         reduce: Reduce = "sum",
-        model: str | None = None,
+        model: Annotated[str, model_name()] | None = None,
     ) -> ImplicitPrm:
         """A scorer from a recipe, or from the folder of a saved one.
 
