@@ -240,7 +240,12 @@ def test_truth_values_and_times_are_those_of_yaml_1_2(tmp_path):
         + "step_rewards: [{name: vision_prm, format: {positive: Yes, negative: No}}]\n"
     )
     config = load_config(file, ["run.report=no"])
-    assert (config.run.resume, config.run.cpu, config.run.report, config.run.mixed_precision) == (True, False, False, "no")
+    assert (config.run.resume, config.run.cpu, config.run.report, config.run.mixed_precision) == (
+        True,
+        False,
+        False,
+        "no",
+    )
     assert config.run.output == Path("1:30")
     options = config.step_rewards[0].options
     assert find("scorers", "vision_prm").check(options) == {"format": {"positive": "Yes", "negative": "No"}}
