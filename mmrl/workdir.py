@@ -120,7 +120,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is damaged ({error}); use another folder") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} is damaged (it holds no sections); use another folder")
-    return json.loads(json.dumps(settings))  # keys become texts, as in the settings that it is compared with
+    return json.loads(json.dumps(settings, default=str))  # keys become texts, as in the settings compared with it
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str], within: str = "") -> list[str]:
