@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -60,11 +61,14 @@ def read_rows(
     max_bad: float,
     key: Callable[[T], str] | None = None,
     limit: int | None = None,
+    text_as: str = "",
 ) -> tuple[list[T], list[Quarantined]]:
     """What `make(row, "file:row")` returns for every row, and the rows for which it raised a RowError.
 
-    Files: JSON lines; `.json` with one array of objects; `.parquet` where pyarrow is installed.
+    Files: JSON lines; `.json` with one array of objects; `.csv` and `.tsv` with a line of names; `.parquet` where
+    pyarrow is installed.
     key: name that must be unique among the results; limit: stop after this many results, None for all.
+    text_as: column that a bare text becomes, a line of a `.txt` file or a text in a JSON array; "" = it is a bad row.
 
     Raises:
         ValueError: the file is missing, has no usable row, or its share of bad rows is above `max_bad`.
@@ -81,7 +85,8 @@ def read_rows(
             break
         try:
             with as_row_errors():
-                made = list(make(as_object(row), f"{path.name}:{number}"))
+                values = _from_text(row, path, text_as) if text_as else as_object(row)
+                made = list(make(values, f"{path.name}:{number}"))
             if not made:
                 raise RowError("no content: nothing could be made of it")
             if key is not None:
@@ -139,9 +144,11 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a file with their number from 1: bytes of a line, or values of a JSON array or a parquet table."""
+    """Rows of a file with their number from 1: bytes of a line, or values of a JSON array or a table."""
     if path.suffix == ".parquet":
         return enumerate(_parquet(path), start=1)
+    if path.suffix in (".csv", ".tsv"):
+        return enumerate(_table(path), start=1)
     if path.suffix == ".json":
         return _json_entries(path)
     return lines(path)
@@ -189,9 +196,21 @@ def as_object(row: Any) -> dict[str, Any]:
     """The object of one entry; RowError when it is none."""
     if isinstance(row, bytes):
         return parse_object(row)
+    if isinstance(row, _Unreadable):
+        raise RowError(row.reason)
     if not isinstance(row, dict):
         raise RowError(f"no JSON object but {type(row).__name__}")
     return row
+
+
+def _from_text(row: Any, path: Path, column: str) -> dict[str, Any]:
+    """The object of one entry, of a bare text that with one column."""
+    if path.suffix == ".txt":
+        try:
+            return {column: row.decode("utf-8-sig").strip()}
+        except UnicodeDecodeError as error:
+            raise RowError(f"no UTF-8: {error}") from error
+    return {column: row} if isinstance(row, str) else as_object(row)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -244,6 +263,26 @@ def _add_keys(seen: set[str], keys: list[str]) -> None:
             raise RowError(f"id used twice: id {key!r} occurs before")
         new.add(key)
     seen |= new
+
+
+class _Unreadable(NamedTuple):
+    """A row of a table, with why it is none."""
+
+    reason: str
+
+
+def _table(path: Path) -> Iterator[dict[str, str] | _Unreadable]:
+    """Rows of a table of texts, whose first line names the columns."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        # a tab-separated file has no quotes: a prompt may begin with one that never ends
+        how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        for row in csv.DictReader(file, **how):
+            if None in row or None in row.values():
+                yield _Unreadable("another number of cells than the table has columns")
+            elif any("\udc80" <= character <= "\udcff" for cell in row.values() for character in cell):
+                yield _Unreadable("no UTF-8")
+            else:
+                yield row
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

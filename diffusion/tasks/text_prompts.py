@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from mmrl.jsonl import Quarantined, check_share, lines, read_rows, set_aside
-from mmrl.reasoning.questions import IMAGE_COLUMNS, VIDEO_COLUMNS, check_json, last_question
-from mmrl.reasoning.rows import rest, row_id, text
+from diffusion.tasks import prompt_formats
+from mmrl.jsonl import Quarantined, read_rows
+from mmrl.reasoning.questions import IMAGE_COLUMNS, VIDEO_COLUMNS
+from mmrl.registry import build, find, of_kind
 from mmrl.rollout import Prompt
 
 log = logging.getLogger(__name__)
 
 
 class TextPrompts:
-    """Prompts of two files: plain text (`.txt`, one prompt a line), or JSON lines, `.json` or parquet with a column.
+    """Prompts of two files: plain text (`.txt`, one prompt a line), JSON lines, `.json`, `.csv`, `.tsv` or parquet.
 
-    A row becomes `inputs = {prompt}` and `reference` = every other column. `id` is the row's id, else `file:row`. A
-    prompt may be TRL's list of one turn. Set aside (`quarantined`) are rows without text, with turns or media in the
-    prompt, with columns that no run folder can hold, and ids seen before. Pictures in other columns are for rewards
-    and told, since no policy here shows them. The task has no reward of its own.
+    A row becomes `inputs = {prompt}` and a `reference`, by its format; with `rows` that is every other column, and
+    `id` the row's id, else `file:row`. A prompt may be TRL's list of one turn. Set aside (`quarantined`) are rows
+    without text, with turns or media in the prompt, with columns that no run folder can hold, and ids seen before.
+    Pictures in other columns are for rewards and told, since no policy here shows them. The task has no reward of its
+    own.
 
     Args:
         train, eval: files, UTF-8.
-        prompt: the column of the text.
+        prompt: the column of the text, for `format: rows`.
+        format: a row of `mmrl list prompt_formats`, for files as they are published.
         max_bad: share of bad rows of a file, in [0, 1], above which loading fails.
         limit: usable rows to take from the start of each file, None for all.
     Raises:
@@ -33,15 +36,21 @@ class TextPrompts:
     """
 
     def __init__(
-        self, train: str, eval: str, prompt: str = "prompt", max_bad: float = 0.05, limit: int | None = None
+        self,
+        train: str,
+        eval: str,
+        prompt: str = "prompt",
+        format: Annotated[str, of_kind("prompt_formats", options=False)] = "rows",
+        max_bad: float = 0.05,
+        limit: int | None = None,
     ) -> None:
-        self.prompts, bad_train = load_prompts(train, prompt, max_bad=max_bad, limit=limit)
-        self.eval_prompts, bad_eval = load_prompts(eval, prompt, max_bad=max_bad, limit=limit)
+        self.prompts, bad_train = load_prompts(train, prompt, format=format, max_bad=max_bad, limit=limit)
+        self.eval_prompts, bad_eval = load_prompts(eval, prompt, format=format, max_bad=max_bad, limit=limit)
         self.quarantined = bad_train + bad_eval
 
 
 def load_prompts(
-    file: str | Path, column: str, *, max_bad: float, limit: int | None = None
+    file: str | Path, column: str, *, format: str = "rows", max_bad: float, limit: int | None = None
 ) -> tuple[list[Prompt], list[Quarantined]]:
     """Prompts of a file and the rows set aside.
 
@@ -49,37 +58,37 @@ def load_prompts(
         ValueError: the file is missing, has no usable row, or its share of bad rows is above `max_bad`.
     """
     path = Path(file)
-    if path.suffix == ".txt":
-        return _plain(path, max_bad, limit)
-
-    def make(row: Mapping[str, Any], name: str) -> list[Prompt]:
-        value = row.get(column)
-        prompt = last_question(value, column) if isinstance(value, list) else text(row, column).strip()
-        others = rest(row, "id", column)
-        check_json(others)
-        return [Prompt(row_id(row, name), {"prompt": prompt}, others)]
-
-    prompts, bad = read_rows(path, make, max_bad=max_bad, key=lambda p: p.id, limit=limit)
+    if not path.is_file():
+        raise ValueError(f"no file {path}; give a text file, one prompt per line, JSON lines or a table")
+    row_format = find("prompt_formats", format)
+    make = build("prompt_formats", "task.format", format, {"column": column} if format == "rows" else {})
+    repeats = bool(row_format.facts.get("repeats"))
+    prompts, bad = read_rows(
+        path,
+        partial(_as_list, make),
+        max_bad=max_bad,
+        key=lambda p: p.id,
+        # where rows share a prompt, only the whole file says which are new
+        limit=None if repeats else limit,
+        text_as=column if format == "rows" else "prompt",
+    )
+    if repeats:
+        prompts = _first_of_each_text(prompts, path)[:limit]
     media = sorted({k for p in prompts for k in (*IMAGE_COLUMNS, *VIDEO_COLUMNS) if p.reference.get(k)})
     if media:
         log.warning("%s: columns %s look like media; rewards see them, but no policy of texts shows them", path, media)
     return prompts, bad
 
 
-def _plain(path: Path, max_bad: float, limit: int | None) -> tuple[list[Prompt], list[Quarantined]]:
-    """One prompt per line that is not blank."""
-    if not path.is_file():
-        raise ValueError(f"no file {path}; give a text file, one prompt per line, or JSON lines")
-    found: list[Prompt] = []
-    bad: list[Quarantined] = []
-    for number, line in lines(path):
-        if limit is not None and len(found) >= limit:
-            break
-        try:
-            found.append(Prompt(f"{path.name}:{number}", {"prompt": line.decode("utf-8-sig").strip()}, {}))
-        except UnicodeDecodeError as error:
-            bad.append(set_aside(path, number, f"no UTF-8: {error}"))
-    check_share(path, bad, len(found), max_bad)
-    if not found:
-        raise ValueError(f"{path} has no usable row; one prompt per line is expected")
-    return found, bad
+def _as_list(make: prompt_formats.PromptFormat, row: prompt_formats.Row, place: str) -> list[Prompt]:
+    return [make(row, place)]
+
+
+def _first_of_each_text(prompts: list[Prompt], path: Path) -> list[Prompt]:
+    """The prompts whose text none before them has."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.inputs["prompt"], prompt)
+    if len(first) < len(prompts):
+        log.info("%s: %d prompts, of which %d repeat an earlier one", path, len(prompts), len(prompts) - len(first))
+    return list(first.values())
