@@ -100,7 +100,7 @@ def annotate(recipe: Recipe, overrides: Overrides = None) -> None:
     from mmrl.reasoning.annotate.recipe import AnnotateConfig
 
     config = load_section(recipe, AnnotateConfig, overrides or [])
-    from mmrl.jobs import run_annotate
+    from mmrl.reasoning.annotate.verb import run_annotate
 
     report = run_annotate(config)
     if report:
@@ -135,7 +135,7 @@ def score(
     ] = "records",
 ) -> None:
     """Score every step of written solutions."""
-    from mmrl.jobs import run_score
+    from mmrl.reasoning.verbs import run_score
 
     told = run_score(_section(scorer), data, out, _section(format_))
     typer.echo(f"{told['records']} solutions, {told['unscored']} unscored, {told['quarantined']} set aside: {out}")
@@ -164,7 +164,7 @@ def search(recipe: Recipe, overrides: Overrides = None) -> None:
     from mmrl.search.recipe import SearchConfig
 
     config = load_section(recipe, SearchConfig, overrides or [])
-    from mmrl.jobs import run_search
+    from mmrl.search.verb import run_search
 
     report = run_search(config)
     for name, row in report["reward" if "reward" in report else "accuracy"].items():
@@ -183,7 +183,7 @@ def bench(
     media_root: Annotated[Path | None, typer.Option(help="Folder that pictures are relative to")] = None,
 ) -> None:
     """Measure a step scorer on a public benchmark's file."""
-    from mmrl.jobs import run_benchmark
+    from mmrl.reasoning.verbs import run_benchmark
     from mmrl.scorers.scoring import aggregate_of
 
     chosen = _section(scorer)

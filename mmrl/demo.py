@@ -119,9 +119,10 @@ def _train(recipe: str, folder: Path, overrides: Overrides, seed: int = 0) -> No
 def _prm(demo: Demo, folder: Path, overrides: Overrides) -> None:
     """Annotate with the policy, train the scorer on that, search with both. Overrides are for the training."""
     from mmrl.config import load_section
-    from mmrl.jobs import run_annotate, run_search
     from mmrl.reasoning.annotate.recipe import AnnotateConfig
+    from mmrl.reasoning.annotate.verb import run_annotate
     from mmrl.search.recipe import SearchConfig
+    from mmrl.search.verb import run_search
 
     train, test, found = (_run(folder, name) for name in ("shapes_annotate", "shapes_exact", "shapes_search"))
     policy = f"policy.model={_run(folder, 'vision/shapes_steps.yaml') / 'model'}"

@@ -133,6 +133,8 @@ add_kind(
     )
 )
 add_kind(Kind("sample_searches", "search of samples", arguments=3, keywords=("n", "k", "seed")))
+# of two solutions: whether their answers are equal is whether these texts are
+add_kind(Kind("answer_forms", "answer form", ("mmrl.search.votes", "mmrl.reasoning.canonical"), arguments=2))
 add_kind(
     Kind(
         "annotations",

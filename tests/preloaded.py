@@ -5,6 +5,7 @@ import peft  # noqa: F401
 import transformers.generation  # noqa: F401
 
 import diffusion.policy  # noqa: F401
-import mmrl.jobs
+import mmrl.reasoning.annotate.verb
+import mmrl.search.verb
 import mmrl.trainers.branch_grpo  # noqa: F401
 import vision.policy  # noqa: F401

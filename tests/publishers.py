@@ -13,13 +13,13 @@ import torch
 import mmrl.workdir
 from mmrl.cache import made_once
 from mmrl.config import parse_config
-from mmrl.jobs import run_score
 from mmrl.reasoning.answers import ExactAnswer
 from mmrl.reasoning.bench.run import run_bench
 from mmrl.reasoning.canonical import canonical_answer
 from mmrl.reasoning.formats import convert
 from mmrl.reasoning.records import SolutionRecord, Step
 from mmrl.reasoning.records_io import write_records
+from mmrl.reasoning.verbs import run_score
 from mmrl.report.artifacts import save_samples, save_tree
 from mmrl.rollout import Actions, Prompt, Rollout, Sample
 from mmrl.rollout_folder import RolloutFolder

@@ -184,7 +184,7 @@ def job(args: argparse.Namespace, recipe: str, kind: Any, folder: Path, changes:
 
 def annotated(args: argparse.Namespace, folder: Path, seed: int) -> Records:
     """Solutions of the policy with Monte-Carlo counts and soft labels; no planted errors, to compare labels alone."""
-    from mmrl.jobs import run_annotate
+    from mmrl.reasoning.annotate.verb import run_annotate
 
     changes = {"prompts": args.questions, "seed": seed, "inject": None}
     run_annotate(job(args, "shapes_annotate", AnnotateConfig, folder, changes))
@@ -195,7 +195,7 @@ def solved(
     args: argparse.Namespace, folder: Path, split: str, questions: int, *, seed: int, scenes: int = 0
 ) -> Records:
     """Solutions of the policy with exact labels up to the first wrong step. scenes: the task's own seed."""
-    from mmrl.jobs import run_annotate
+    from mmrl.reasoning.annotate.verb import run_annotate
 
     changes = {"split": split, "prompts": questions, "seed": seed, "task.seed": scenes}
     run_annotate(job(args, "shapes_exact", AnnotateConfig, folder, changes))
@@ -292,7 +292,7 @@ def scored(model: Path, test: Records, known: Records) -> Scored:
 
 def best_of_8(args: argparse.Namespace, folder: Path, model: Path, seed: int) -> list[dict[str, Any]]:
     """Held-out questions searched with a model; the same seed draws the same candidates for every model."""
-    from mmrl.jobs import run_search
+    from mmrl.search.verb import run_search
     from mmrl.search.votes import majority
 
     run_search(job(args, "shapes_search", SearchConfig, folder, {

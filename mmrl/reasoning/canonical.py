@@ -6,11 +6,13 @@ import re
 from fractions import Fraction
 
 from mmrl.reasoning.answer_text import choice_letter, extract_answer, final_line, normalise
+from mmrl.registry import register
 from mmrl.rollout import Prompt
 
 _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/\d{1,40})?")
 
 
+@register("answer_forms", "stated")
 def canonical_answer(prompt: Prompt, text: str) -> str | None:
     """The answer that `text` states in a form in which equal answers are equal strings, None without one.
 

@@ -11,14 +11,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+from mmrl.registry import register
 from mmrl.rollout import Prompt
 from mmrl.search.core import best
 
 Answers = Sequence[str | None]
 
 
+@register("answer_forms", "whole_text")
 def whole_text(prompt: Prompt, text: str) -> str:
-    """Two answers are equal where their texts are: for searches that are told nothing better."""
+    """The whole text without blanks around it, for solutions that state no answer apart."""
     return text.strip()
 
 

@@ -15,12 +15,12 @@ from diffusion.policy import DiffusionPolicy
 from diffusion.schedule import SamplingConfig
 from diffusion.search import best_of_k
 from mmrl.config import ConfigError, load_section, parse_config, trainer_config
-from mmrl.jobs import run_search
 from mmrl.registry import ComponentError
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import BranchPlan, Forecast, Prompt, Rollout, Sample
 from mmrl.search.recipe import SearchConfig
 from mmrl.search.samples import SearchResult, search_samples
+from mmrl.search.verb import run_search
 from mmrl.trainers import trainer_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "diffusion"

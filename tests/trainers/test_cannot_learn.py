@@ -434,8 +434,9 @@ def test_a_head_that_learns_along_or_reads_the_models_own_tokens_is_taken(tmp_pa
 
 
 def test_score_search_and_bench_refuse_it_too(tmp_path):
-    from mmrl.jobs import run_benchmark, run_score, run_search
+    from mmrl.reasoning.verbs import run_benchmark, run_score
     from mmrl.search.recipe import SearchConfig
+    from mmrl.search.verb import run_search
 
     (tmp_path / "data.jsonl").write_text(json.dumps({"id": "a", "question": "?", "steps": ["x"]}) + "\n")
     with pytest.raises(ComponentError, match="the head of 'vision_prm' is untrained"):

@@ -156,7 +156,7 @@ def test_prmbench_without_pictures(trained, tmp_path):
 def test_solutions_too_long_to_read_count_against_the_scorer(trained, tmp_path, monkeypatch):
     """PRMBench: without a score a solution lowers the validity; elsewhere it is an error that names it."""
     short = functools.partial(load_scorer, options={"max_length": 600})
-    monkeypatch.setattr("mmrl.jobs.load_scorer", short)
+    monkeypatch.setattr("mmrl.reasoning.verbs.load_scorer", short)
     out = tmp_path / "report.json"
     run_verb("bench", "prmbench", "--data", DATA / "prmbench.jsonl", "--scorer", trained[1], "--out", out)
     assert 0 < json.loads(out.read_text())["metrics"]["validity"] < 1
