@@ -1,20 +1,23 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from known_tree import KnownTree, complete_tree, is_best
 from verbs import stored_rollouts
 
+from mmrl.config import ConfigError, parse_config
 from mmrl.credit import compose
 from mmrl.reasoning.answers import ExactAnswer
 from mmrl.reasoning.canonical import canonical_answer
-from mmrl.registry import names
+from mmrl.registry import find, names
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Prompt
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.search.budget import Budget
 from mmrl.search.measures import measure
+from mmrl.search.recipe import SearchConfig
 from mmrl.search.run import search
 from mmrl.tree_ops import backup
 
@@ -293,3 +296,27 @@ class Dies:
         if any(s.prompt.id == self.at for s in states):
             raise KeyboardInterrupt
         return self.policy.score(states)
+
+
+def first_letter(prompt, text):
+    return text[:1]
+
+
+def test_a_recipe_names_the_form_in_which_answers_are_equal():
+    sections = {
+        "policy": {"name": "vision"},
+        "task": {"name": "shapes"},
+        "method": {"name": "best_of_n"},
+        "output": "o",
+    }
+
+    def form(name):
+        config = parse_config(sections | {"answers": name}, model=SearchConfig)
+        return partial(find("answer_forms", config.answers).target, PROMPTS[0])
+
+    one, other = "\\boxed{0.50}", "so \\boxed{1/2}"
+    assert form("stated")(one) == form("stated")(other) == "0.5"
+    assert form("whole_text")(one) != form("whole_text")(other)
+    assert form("test_search_run:first_letter")(other) == "s"
+    with pytest.raises(ConfigError, match="did you mean stated"):
+        form("sttated")
