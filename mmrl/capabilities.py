@@ -1,6 +1,6 @@
 """Capabilities: what a component can do beyond the least of its kind, as protocols with names.
 
-`Policy`, `OutcomeReward` and `StepReward` of `mmrl.rollout` and `Task` of `mmrl.trainers.task` are what every trainer
+`Policy`, `OutcomeReward` and `StepReward` of `mmrl.rollout` and `Task` of `mmrl.task` are what every trainer
 needs. What only some recipes need is a protocol here. A component has a capability by defining its members; nothing is
 registered. Whoever needs one asks for it by name: `refuse_row` before anything is loaded, where the class is known
 from the registry, `require` once the component is there. Both errors name the components that have it.

@@ -117,7 +117,7 @@ def rollouts(
     from mmrl.config import load_config
 
     config = load_config(recipe, overrides or [])
-    from mmrl.jobs import run_rollouts
+    from mmrl.trainers.rollouts import run_rollouts
 
     told = run_rollouts(config, out)
     if told:

@@ -17,7 +17,7 @@ from mmrl.registry import build, find
 from mmrl.rollout import OutcomeReward, Prompt, StepReward
 from mmrl.rollout_folder import RolloutFolder
 from mmrl.scorers.scoring import load_scorer
-from mmrl.trainers.task import Task, build_reward
+from mmrl.task import Task, build_reward
 from mmrl.workdir import WorkDir
 
 

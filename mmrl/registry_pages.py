@@ -98,7 +98,7 @@ class is known (from its row, or the return annotation of its factory), else whe
 components that have it. `mmrl.registry.declares(lacks=(Protocol,))` says that a component refuses one although its
 class has the methods.
 
-The least: `Policy`, `OutcomeReward` and `StepReward` of `mmrl.rollout`, `Task` of `mmrl.trainers.task`; for a
+The least: `Policy`, `OutcomeReward` and `StepReward` of `mmrl.rollout`, `Task` of `mmrl.task`; for a
 step-reward model `StepScorer` of `mmrl.rollout` and `LabelledTask` of `mmrl.scorers.labelled`. Shapes: G prompts, N
 steps, A actions, S steps or places asked for.
 

@@ -18,7 +18,7 @@ from mmrl.registry import ComponentError
 from mmrl.rewards import Isolated, RewardError, score
 from mmrl.rewards.isolation import _make_reward
 from mmrl.rollout import Prompt, Sample
-from mmrl.trainers.task import build_rewards
+from mmrl.task import build_rewards
 from mmrl.worker import Worker, WorkerError, WorkerStartError, dumps
 
 TESTS = Path(__file__).parent
@@ -188,7 +188,7 @@ def test_wrong_arguments():
 )
 def test_recipes_choose_the_process(entry, isolated, timeout_s, monkeypatch):
     if entry["name"] == "legible_symmetric":
-        monkeypatch.setattr("mmrl.trainers.task.build", lambda *a: foreign_rewards.by_output)
+        monkeypatch.setattr("mmrl.task.build", lambda *a: foreign_rewards.by_output)
     rewards = build_rewards(parse_config(recipe(Path("model"), Path("run"), rewards=[entry])), None)
     reward, weight = rewards[entry["name"]]
     assert weight == 1.0 and isinstance(reward, Isolated) == isolated

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from mmrl.rollout import OutcomeReward, Policy, Rollout
+from mmrl.task import Task
 from mmrl.trainers.callback import Callback
 from mmrl.trainers.loop import Trainer
 from mmrl.trainers.run import Demands, Run
-from mmrl.trainers.task import Task
 
 
 class PolicyTrainer(Trainer):

@@ -11,9 +11,9 @@ from mmrl.capabilities import SampleJudge
 from mmrl.report.artifacts import save_samples
 from mmrl.rewards import score
 from mmrl.rollout import OutcomeReward, Policy
+from mmrl.task import Task
 from mmrl.trainers.data import Admission
 from mmrl.trainers.processes import Processes
-from mmrl.trainers.task import Task
 
 EVAL_SEED = 20_000_003  # evaluation noise is the same in every run, whatever run.seed
 

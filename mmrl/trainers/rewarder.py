@@ -17,10 +17,10 @@ from mmrl.rewards import score
 from mmrl.rewards.scoring import Scored, write_outcomes
 from mmrl.rewards.steps import score_steps
 from mmrl.rollout import OutcomeReward, Policy, Prompt, Rollout, Sample, StepReward
+from mmrl.task import Task
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.meter import Meter
 from mmrl.trainers.online import OnlineConfig, OnlineScorer
-from mmrl.trainers.task import Task
 
 
 class Rewarder:

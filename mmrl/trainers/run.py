@@ -23,6 +23,7 @@ from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, check_prompts
 from mmrl.sharding import check_launcher
+from mmrl.task import Task, build_readings, build_rewards, build_step_rewards, check_heads, producers
 from mmrl.trainers.callback import Callback
 from mmrl.trainers.callbacks import callbacks_of
 from mmrl.trainers.evaluator import Evaluator
@@ -31,7 +32,6 @@ from mmrl.trainers.meter import Meter
 from mmrl.trainers.rewarder import Rewarder, refusals
 from mmrl.trainers.sampler import Sampler
 from mmrl.trainers.stored import StoredRollouts
-from mmrl.trainers.task import Task, build_readings, build_rewards, build_step_rewards, check_heads, producers
 
 log = logging.getLogger(__name__)
 

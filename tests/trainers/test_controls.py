@@ -9,9 +9,9 @@ from tiny import recipe
 from mmrl.config import ConfigError, parse_config
 from mmrl.recipe import RewardConfig
 from mmrl.rollout import Prompt
+from mmrl.task import build_reward
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.stored import store_rollouts
-from mmrl.trainers.task import build_reward
 
 
 class Contrast:

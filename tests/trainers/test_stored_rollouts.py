@@ -15,9 +15,9 @@ from verbs import run_verb
 from vision_tiny import vision_recipe
 
 from mmrl.config import ConfigError, load_config, parse_config, trainer_config
-from mmrl.jobs import run_rollouts
 from mmrl.rollout import Rollout
 from mmrl.trainers import trainer_of
+from mmrl.trainers.rollouts import run_rollouts
 from mmrl.trainers.stored import StoredRollouts, store_rollouts
 
 TESTS = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from mmrl.config import load_config
-from mmrl.jobs import run_rollouts
+from mmrl.trainers.rollouts import run_rollouts
 from mmrl.trainers import trainer_of
 recipe, disk, output = sys.argv[1:]
 run_rollouts(load_config(recipe), Path(disk))
