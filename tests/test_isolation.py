@@ -304,7 +304,7 @@ def test_busy_neighbours_decide_nothing():
     """Four processes share one processor, so .4 s of it take 1.6 s on the clock; the limit is .8 s."""
     reward = isolated("computes", timeout_s=0.8)
     spin = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print('spins', flush=True)\n"
+        "import os, signal; signal.alarm(120); os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print('spins', flush=True)\n"
         "while True: pass"
     )
     # In sessions of their own: Linux shares a processor among sessions first.

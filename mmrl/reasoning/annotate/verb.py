@@ -17,16 +17,17 @@ from mmrl.reasoning.annotate.direct import annotate_directly
 from mmrl.reasoning.annotate.inject import with_errors
 from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
 from mmrl.reasoning.annotate.omega import Omega
-from mmrl.reasoning.annotate.output import summary, write_report
+from mmrl.reasoning.annotate.output import summary
 from mmrl.reasoning.annotate.recipe import AnnotateConfig
 from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
 from mmrl.reasoning.annotate.select import unsure
-from mmrl.reasoning.annotate.store import CompletionStore
+from mmrl.reasoning.annotate.store import STORE, CompletionStore
 from mmrl.reasoning.formats import read_format
 from mmrl.reasoning.records import SolutionRecord, Step
 from mmrl.reasoning.records_io import read_records, write_records
 from mmrl.registry import build, find
 from mmrl.scorers.scoring import check_trained
+from mmrl.workdir import WorkDir, write_json
 
 
 class AnnotationJob(Job):
@@ -41,7 +42,7 @@ class AnnotationJob(Job):
     @cached_property
     def readings(self) -> CompletionStore:
         """What a judge has said so far."""
-        store = CompletionStore(self.config.output / "judge" / "store.jsonl", fingerprint=self.fingerprint)
+        store = CompletionStore(self.config.output / "judge" / STORE, fingerprint=self.fingerprint)
         return self.files.enter_context(store)
 
 
@@ -63,7 +64,7 @@ def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
         if not given:
             raise ValueError("active: the scorers are sure of every solution; lower active.d_std or raise active.d_p")
     name, options = config.method.name, config.method.options
-    with job.files:
+    with job.files, WorkDir(config.output, job.rank).owned():
         if _completes(name):
             items: Any = job.prompts if given is None else job.takes(given)
             report = _annotate_on_all_ranks(config, job, items, build("annotations", "method", name, options), rule)
@@ -161,11 +162,12 @@ def _finish(config: AnnotateConfig, job: AnnotationJob, report: dict[str, Any]) 
             planted = with_errors(records, seed=config.seed, **config.inject.model_dump())
             records, report["injected"] = [*records, *planted], len(planted)
         write_records(file, records)
-        made = summary({}, report["items"], file, [], {})
+        with file.open() as lines:
+            made = summary({}, report["items"], lines, [], {})
         report |= {k: made[k] for k in ("records", "steps", "labels", "first_error", "final_correct_frac")}
     if "readings" in vars(job):
         report["cost"]["judge"] = job.readings.spent
-    write_report(told, report)
+    write_json(told, report)
     if not report["records"]:
         first = "; ".join(f"{q['id']}: {q['reason']}" for q in report["quarantined"][:3])
         what = "refine left none" if "refined" in report else "the method found no question to learn from"
