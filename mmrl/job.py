@@ -41,7 +41,7 @@ class Job:
         if config.cpu or not torch.cuda.is_available():
             torch.set_num_threads(config.threads)
         state = PartialState(cpu=config.cpu)
-        self.config, self._cpu, self.wait = config, config.cpu, state.wait_for_everyone
+        self.config, self._cpu = config, config.cpu
         self.rank, self.world = state.process_index, state.num_processes
         self.task: Task = build("tasks", "task", config.task.name, config.task.options)
         policy = build_with({asker: protocol}, "policies", "policy", config.policy.name, config.policy.options)
@@ -86,11 +86,8 @@ class Job:
             "made_by": self.fingerprint,
             **(about or {}),
         }
-        if self.rank == 0:
-            self.files.enter_context(WorkDir(config.rollouts).owned())
-        folder = RolloutFolder(config.rollouts, record, write=self.rank == 0)
-        self.wait()
-        return folder
+        self.files.enter_context(WorkDir(config.rollouts).owned())
+        return RolloutFolder(config.rollouts, record)
 
     def alone(self, verb: str) -> None:
         """ConfigError when several processes were started for what one does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from pydantic import PositiveInt
@@ -19,7 +19,7 @@ from mmrl.reasoning.annotate.monte_carlo import MonteCarlo
 from mmrl.reasoning.annotate.omega import Omega
 from mmrl.reasoning.annotate.output import summary
 from mmrl.reasoning.annotate.recipe import AnnotateConfig
-from mmrl.reasoning.annotate.run import LabelRule, annotate, merge_ranks
+from mmrl.reasoning.annotate.run import LabelRule, annotate
 from mmrl.reasoning.annotate.select import unsure
 from mmrl.reasoning.annotate.store import STORE, CompletionStore
 from mmrl.reasoning.formats import read_format
@@ -47,8 +47,10 @@ class AnnotationJob(Job):
 
 
 def run_annotate(config: AnnotateConfig) -> dict[str, Any]:
-    """Label steps as the recipe says; writes records.jsonl and report.json below its output, returns the report.
+    """Label steps as the recipe says; writes records.jsonl and report.json below its output.
 
+    Returns:
+        The report (main process only).
     Raises:
         ValueError: a name or file that does not exist, or no solution got a label (report.json says why).
     """
@@ -134,15 +136,21 @@ def _check_names(config: AnnotateConfig) -> None:
 def _annotate_on_all_ranks(
     config: AnnotateConfig, job: AnnotationJob, items: Any, method: Any, rule: LabelRule
 ) -> Any:
-    """Each rank its own questions; the last to end merges the files."""
-    report = annotate(
-        job.policy, job.verifier, items, method, config.output, rule=rule, fingerprint=job.fingerprint,
-        seed=config.seed, batch=config.batch, rank=job.rank, world=job.world,
-        rollouts=job.rollouts({"records": str(config.records)}),
+    """Each rank pays for questions of its own; then the first one writes what there is to all of them."""
+    rollouts = job.rollouts({"records": str(config.records)}) if job.rank == 0 else None
+    run = partial(
+        annotate, job.policy, job.verifier, items, method, config.output, rule=rule, fingerprint=job.fingerprint,
+        seed=config.seed, batch=config.batch,
     )  # fmt: skip
-    if job.world > 1:
-        job.wait()
-        report = merge_ranks(config.output, job.world) if job.rank == 0 else report
+    if job.world == 1:
+        return run(rollouts=rollouts)
+    from accelerate.utils import gather_object
+
+    costs = gather_object([run(rank=job.rank, world=job.world)["cost"]["run"]])
+    if job.rank:
+        return {}
+    report = run(rollouts=rollouts)
+    report["cost"]["run"] = {name: sum(cost[name] for cost in costs) for name in costs[0]}
     return report
 
 
