@@ -33,7 +33,11 @@ class Job:
         asker = f"method.name={config.method.name!r}"
         if others:
             asker += f" ({others})"
-        refuse_row(asker, protocol, find("policies", config.policy.name))
+        policy_row = find("policies", config.policy.name)
+        refuse_row(asker, protocol, policy_row)
+        policy_row.check(config.policy.options, "policy")
+        if config.verifier is not None:
+            find("rewards", config.verifier.name).check(config.verifier.options, "verifier")
         # imported here: a recipe that cannot run is refused without waiting for torch
         import torch
         from accelerate import PartialState
