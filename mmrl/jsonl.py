@@ -275,8 +275,11 @@ def _table(path: Path) -> Iterator[dict[str, str] | _Unreadable]:
     """Rows of a table of texts, whose first line names the columns."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # a tab-separated file has no quotes: a prompt may begin with one that never ends
-        how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        for row in csv.DictReader(file, **how):
+        if path.suffix == ".tsv":
+            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            rows = csv.DictReader(file)
+        for row in rows:
             if None in row or None in row.values():
                 yield _Unreadable("another number of cells than the table has columns")
             elif any("\udc80" <= character <= "\udcff" for cell in row.values() for character in cell):
