@@ -54,8 +54,8 @@ def agent(model: str, train_vision: bool = False, scripted: bool = True, **optio
     )
     rule = step_rule(tokenizer_of(processor), "line", bare(hf).config.get_text_config().vocab_size)
     policy = VisionPolicy(hf, processor, rule, chosen, None, environment, encoder)
-    ends = [i for i in range(0, len(policy.tokenizer), 3) if i not in policy.decoding.banned]
-    policy.decoding = replace(policy.decoding, eos=tuple(sorted({*policy.decoding.eos, *ends})))
+    ends = [i for i in range(0, len(policy.tokenizer), 3) if i not in policy.sampling.banned]
+    policy.sampling = replace(policy.sampling, eos=tuple(sorted({*policy.sampling.eos, *ends})))
     return policy
 
 

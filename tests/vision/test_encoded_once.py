@@ -21,7 +21,7 @@ import agent_tiny  # noqa: F401  # makes the next module importable
 from make_clips import write_clip
 # ruff: isort: on
 
-import mmrl.scorers.scoring
+import mmrl.reasoning.solutions
 import video.encoding
 import vision.forward.backbone
 import vision.forward.network
@@ -215,7 +215,7 @@ def test_training_a_reward_model_encodes_each_question_once(tmp_path, monkeypatc
 
 def test_scoring_encodes_each_question_once(tmp_path, monkeypatch):
     small_caches(monkeypatch, prompts=2)
-    monkeypatch.setattr(mmrl.scorers.scoring, "QUESTIONS_AT_ONCE", 5)
+    monkeypatch.setattr(mmrl.reasoning.solutions, "QUESTIONS_AT_ONCE", 5)
     prompts, towers = count_encodings(monkeypatch)
     records = []
     for i in range(12):
@@ -225,7 +225,7 @@ def test_scoring_encodes_each_question_once(tmp_path, monkeypatch):
     scorer = VisionPrm.build(model=str(family_folder("qwen2_5_vl")), max_tokens=200)
     in_parts = score_records(scorer, records)
     assert set(prompts.calls.values()) == set(towers.calls.values()) == {1} and len(prompts.calls) == 12
-    monkeypatch.setattr(mmrl.scorers.scoring, "QUESTIONS_AT_ONCE", 12)
+    monkeypatch.setattr(mmrl.reasoning.solutions, "QUESTIONS_AT_ONCE", 12)
     for some, all_at_once in zip(in_parts, score_records(scorer, records), strict=True):
         assert some == pytest.approx(all_at_once, abs=1e-6)
 
