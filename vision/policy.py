@@ -1,4 +1,11 @@
-"""A vision-language (or plain language) model as a Policy: steps are runs of sampled tokens."""
+"""A vision-language (or plain language) model as a `Policy`: steps are runs of sampled tokens.
+
+    policy = VisionPolicy.build("folder of a Qwen2.5-VL", steps="line", max_new_tokens=256)
+    rollout = policy.rollout(prompts, BranchPlan({0: 4, 1: 2}), seed=0)  # trees of 4 x 2 answers
+    new = policy.log_probs(rollout, torch.arange(len(rollout.tree)))  # new.logp: (A,), with gradient
+
+`vision.growth` samples, and the packed forward in `vision.forward` recomputes log-probs; here they are put together.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +24,6 @@ from mmrl.reference import Reference, bare, unwrap
 from mmrl.registry import check_section, declares, of_kind
 from mmrl.rollout import (
     ActionLogProbs,
-    Actions,
     Answer,
     BranchPlan,
     Continuation,
@@ -31,10 +37,8 @@ from mmrl.rollout import (
 )
 from mmrl.seeding import named_generator
 from mmrl.sharding import is_sharded
-from mmrl.tree import INTERNAL, UNFINISHED, StepTree
 from vision.forward.backbone import Backbone, trainable_model
 from vision.forward.network import Network, kl_job, run_job
-from vision.forward.packing import ancestors
 from vision.forward.passes import Job, TokenTree, build_job
 from vision.growth.answers import AnswerTrees
 from vision.growth.completion import Completions
@@ -44,6 +48,7 @@ from vision.growth.engine_sync import SyncedEngine, vllm_engine
 from vision.growth.environment import Environment
 from vision.growth.requests import GrowthRequest, Node, SamplingOptions
 from vision.growth.rollout_trees import RolloutTrees, step_batches
+from vision.growth.rollouts import RolloutBuilder
 from vision.inputs.loading import banned_ids, eos_ids, load_processor, save_model, tokenizer_of
 from vision.inputs.options import TOKEN_DEFAULTS, PolicyOptions
 from vision.inputs.prompts import PromptEncoder
@@ -70,9 +75,15 @@ class VisionPolicy:
     """
 
     def __init__(
-        self, hf: Any, processor: Any, rule: StepRule, options: PolicyOptions, engine: SyncedEngine | None = None,
-        environment: Environment | None = None, encode: PromptEncoder | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        hf: Any,
+        processor: Any,
+        rule: StepRule,
+        options: PolicyOptions,
+        engine: SyncedEngine | None = None,
+        environment: Environment | None = None,
+        encode: PromptEncoder | None = None,
+    ) -> None:
         self.rule, self.options = rule, options
         network = Network(hf)
         self.model: nn.Module = network
@@ -87,6 +98,7 @@ class VisionPolicy:
         self._reference = Reference()
         self._dialogue = Dialogue(self.tokenizer) if environment is None else MultiTurn(environment, self.tokenizer)
         self._trees = RolloutTrees(self.encode, self._dialogue)
+        self._rollouts = RolloutBuilder(self.tokenizer, self._dialogue, banned, self.sampling.eos)
 
     @classmethod
     @declares(
@@ -136,13 +148,18 @@ class VisionPolicy:
         processor = load_processor(model)
         hf = trainable_model(model, dtype, attn, lora_rank, train_vision, chosen.gradient_checkpointing)
         rule = step_rule(tokenizer_of(processor), steps, bare(hf).config.get_text_config().vocab_size)
-        other = None
+        sampler = None
         if engine == "vllm":
-            other = vllm_engine(
-                model, engine_url, engine_exchange, max_model_len=chosen.max_prompt_tokens + chosen.max_new_tokens,
-                memory=engine_memory, lora_rank=lora_rank, dtype=dtype,
-            )  # fmt: skip
-        return cls(hf, processor, rule, chosen, other)
+            sampler = vllm_engine(
+                model,
+                engine_url,
+                engine_exchange,
+                max_model_len=chosen.max_prompt_tokens + chosen.max_new_tokens,
+                memory=engine_memory,
+                lora_rank=lora_rank,
+                dtype=dtype,
+            )
+        return cls(hf, processor, rule, chosen, sampler)
 
     @property
     def _network(self) -> Network:
@@ -158,7 +175,7 @@ class VisionPolicy:
         return Forecast(bound.leaves, bound.steps, bound.steps, bound.steps, bound.leaves * self.sampling.max_steps)
 
     def begin_iteration(self) -> None:
-        """Let go of what the last iteration encoded; see `mmrl.capabilities.EncodingCache`."""
+        """Give up what the last iteration encoded; see `mmrl.capabilities.EncodingCache`."""
         self._body.begin_iteration()
         self._dialogue.begin_iteration()
 
@@ -172,12 +189,16 @@ class VisionPolicy:
         seeds = [named_generator(seed, iteration, p.id).initial_seed() for p in prompts]
         nodes = self._grow(self._request(prompts, tokens, plan, self.sampling, seeds))
         about = {"seed": seed, "iteration": iteration, "temperature": self.sampling.temperature}
-        return self._as_rollout(prompts, tokens, nodes, about)
+        return self._rollouts.of_nodes(prompts, tokens, nodes, about)
 
     def _request(
-        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], plan: BranchPlan, sampling: SamplingOptions,
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[PromptTokens],
+        plan: BranchPlan,
+        sampling: SamplingOptions,
         seeds: Sequence[int],
-    ) -> GrowthRequest:  # fmt: skip
+    ) -> GrowthRequest:
         return GrowthRequest(tokens, plan, sampling, self.rule, seeds, self._dialogue.answers(prompts, tokens))
 
     def _grow(self, request: GrowthRequest) -> list[Node]:
@@ -200,53 +221,19 @@ class VisionPolicy:
         assert isinstance(network, Network)
         return sampling_mode(network.hf, self._body.style.implementation)
 
-    def _as_rollout(
-        self, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens], nodes: Sequence[Node], about: dict[str, Any]
-    ) -> Rollout:
-        order = sorted(range(len(nodes)), key=lambda i: nodes[i].prompt)  # stable: parents stay before children
-        place = {old: new for new, old in enumerate(order)}
-        nodes = [nodes[i] for i in order]
-        parent = torch.tensor([place[n.parent] if n.parent >= 0 else -1 for n in nodes])
-        inner = torch.zeros(len(nodes), dtype=torch.bool)
-        inner[parent[parent >= 0]] = True
-        end = torch.tensor([len(n.ids) for n in nodes]).cumsum(0)
-        truncated = torch.tensor([n.end == "length" for n in nodes])
-        texts = [self.tokenizer.decode(n.ids, skip_special_tokens=True) for n in nodes]
-        observed = torch.tensor([n.observed for n in nodes])
-        tree = StepTree(
-            parent, torch.tensor([n.prompt for n in nodes]), torch.where(inner, INTERNAL, UNFINISHED),
-            torch.full((len(nodes),), torch.nan), logp=torch.tensor([sum(n.logp) for n in nodes]),
-            tok_start=end - torch.tensor([len(n.ids) for n in nodes]), tok_end=end, tags={"truncated": truncated},
-            **text_states(parent.tolist(), [n.prompt for n in nodes], texts),
-        )  # fmt: skip
-        logp = torch.tensor([x for n in nodes for x in n.logp], dtype=torch.float32)
-        ids = torch.tensor([x for n in nodes for x in n.ids])
-        counts = {
-            "calls": len(nodes), "leaves": int((~inner).sum()), "tokens": len(ids), "truncated": int(truncated.sum()),
-            "prompt_tokens": sum(len(t.ids) for t in tokens), "observed_tokens": int(observed.sum()),
-        }  # fmt: skip
-        size = torch.tensor([len(t.ids) for t in tokens])
-        actions = Actions(logp, torch.ones(len(ids), dtype=torch.bool), {"token": ids})
-        rollout = Rollout(list(prompts), tree, actions, {"prompt_tokens": size}, counts, about, texts)
-        return self._dialogue.annotated(rollout, observed)
-
     def write(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Rollout:
         """A rollout of given completions, one per prompt and ended, as if sampled with log-prob 0; for imitation."""
         tokens = [self.encode(p) for p in prompts]
+        spelling = Spelling(self._rollouts.ids_of, self.rule, self._rollouts.end, self.sampling.max_steps)
         nodes: list[Node] = []
-        spelling = Spelling(self._written, self.rule, self._end, self.sampling.max_steps)
-        for g, text in enumerate(texts):
-            nodes += self._dialogue.written(prompts[g], tokens[g], g, text, len(nodes), spelling)
-        return self._as_rollout(prompts, tokens, nodes, {"written": True, "temperature": self.sampling.temperature})
+        for index, text in enumerate(texts):
+            nodes += self._dialogue.written(prompts[index], tokens[index], index, text, len(nodes), spelling)
+        about = {"written": True, "temperature": self.sampling.temperature}
+        return self._rollouts.of_nodes(prompts, tokens, nodes, about)
 
     def beyond_limits(self, texts: Sequence[str]) -> list[str]:
         """See `mmrl.trainers.references.Writer`: the longest completion, or the longest turn and their number."""
         return [self._dialogue.beyond_limits(text, self.sampling) for text in texts]
-
-    @property
-    def _end(self) -> int:
-        named = self.tokenizer.eos_token_id
-        return int(named) if named in self.sampling.eos else self.sampling.eos[0]
 
     def samples(self, rollout: Rollout) -> list[Sample]:
         """The completions, special tokens left out; of conversations the turns, a line break between them."""
@@ -260,7 +247,7 @@ class VisionPolicy:
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
         tokens = [self.encode(p) for p in prompts]
         nodes = self._grow(self._request(prompts, tokens, BranchPlan({0: 1}), sampling, seeds))
-        return self.samples(self._as_rollout(prompts, tokens, nodes, {}))
+        return self.samples(self._rollouts.of_nodes(prompts, tokens, nodes, {}))
 
     def extend(
         self,
@@ -279,29 +266,19 @@ class VisionPolicy:
         self._dialogue.need_single_turn(
             "search and annotation with a policy that acts in an environment are not supported yet"
         )
-        heat = self.sampling.temperature if temperature is None else temperature
-        sampling = replace(self.sampling, temperature=heat, stop_after=steps)
+        if temperature is None:
+            temperature = self.sampling.temperature
+        sampling = replace(self.sampling, temperature=temperature, stop_after=steps)
         tokens = [self.encode(s.prompt).followed_by(self._ids_of(s)) for s in states]
         seeds = [named_generator(seed, s.prompt.id, s.text).initial_seed() for s in states]
         nodes = self._grow(self._request([s.prompt for s in states], tokens, BranchPlan({0: n}), sampling, seeds))
-        texts = self.tokenizer.batch_decode([x.ids for x in nodes], skip_special_tokens=True)
-        inner = {x.parent for x in nodes}
-        parent = [x.parent for x in nodes]
-        out: list[list[Continuation]] = [[] for _ in states]
-        for leaf, node in enumerate(nodes):
-            if leaf not in inner:
-                path = ancestors(parent, leaf)[::-1]
-                logps = tuple(tuple(nodes[v].logp) for v in path)
-                ids = tuple(tuple(nodes[v].ids) for v in path)
-                done, cut = node.end in ("eos", "length"), node.end == "length"
-                out[node.prompt].append(Continuation(tuple(texts[v] for v in path), logps, done, cut, ids))
-        return out
+        return self._rollouts.continuations(nodes, len(states))
 
     def _ids_of(self, state: State) -> Tensor:
-        """Ids of what a state has written: as sampled where that is known."""
+        """(L,) int64 ids of what was written in a state: as sampled, or where that is unknown, of its text."""
         if not state.ids:
-            return self._written(state.text)
-        return torch.tensor([i for step in state.ids for i in step], dtype=torch.int64)
+            return self._rollouts.ids_of(state.text)
+        return torch.tensor([token for step in state.ids for token in step], dtype=torch.int64)
 
     def choice_logps(self, states: Sequence[State], choices: Sequence[str]) -> Tensor:
         """(S, C) float32 log-prob of the first token of each choice directly after each state, temperature 1.
@@ -309,72 +286,35 @@ class VisionPolicy:
         Raises:
             ValueError: two choices begin with the same token.
         """
-        first = [self.tokenizer.encode(c, add_special_tokens=False)[:1] for c in choices]
-        if len({tuple(f) for f in first}) < len(first):
+        first = [self.tokenizer.encode(choice, add_special_tokens=False)[:1] for choice in choices]
+        if len({tuple(ids) for ids in first}) < len(first):
             raise ValueError(f"choices {list(choices)} begin with the same token; name others")
-        ids = [torch.tensor(f) for f in first]
-        out, size = [], self.options.max_batch
-        for a in range(0, len(states), size):
-            tokens = [self.encode(s.prompt).followed_by(self._written(s.text)) for s in states[a : a + size]]
-            trees = [TokenTree(t, [-1, *[0] * len(ids)], [t.ids, *ids]) for t in tokens]
-            wanted = [t.packed.start[1:] for t in trees]
+        branches = [torch.tensor(ids) for ids in first]
+        parts = []
+        for start in range(0, len(states), self.options.max_batch):
+            # A tree per state: what was written so far is its prompt, and every choice is a child of one token.
+            trees = []
+            for state in states[start : start + self.options.max_batch]:
+                tokens = self.encode(state.prompt).followed_by(self._rollouts.ids_of(state.text))
+                trees.append(TokenTree(tokens, [-1, *[0] * len(branches)], [tokens.ids, *branches]))
+            wanted = [tree.packed.start[1:] for tree in trees]
             with torch.no_grad():
-                out.append(self._log_probs(trees, wanted, 1.0)["logp"].reshape(len(trees), len(ids)).cpu())
-        logps = torch.cat(out)
+                logp = self._log_probs(trees, wanted, 1.0)["logp"]
+            parts.append(logp.reshape(len(trees), len(branches)).cpu())
+        logps = torch.cat(parts)
         check_finite(logps, "the language model", "states")
         return logps
 
     def write_steps(self, written: Rollout) -> Rollout:
-        """See `mmrl.capabilities.StepWriter`.
-
-        Of steps with a text alone, every one but a leaf ends with the line break that separates steps, and a leaf
-        that is not tagged `open` with the end of the answer.
-        """
+        """The rollout with tokens for the steps that are texts; see `mmrl.capabilities.StepWriter`."""
         self._dialogue.need_single_turn(
             "steps of a policy that acts in an environment cannot be written; give whole outputs"
         )
-        tree, sampled = written.tree, written.actions
-        still_open = tree.tags.get("open", torch.zeros(len(tree), dtype=torch.bool)).tolist()
-        ids: list[list[int]] = []
-        logps: list[list[float]] = []
-        for v, (a, b) in enumerate(zip(tree.tok_start.tolist(), tree.tok_end.tolist(), strict=True)):
-            if "token" in sampled.payload and a < b:
-                ids.append(sampled.payload["token"][a:b].tolist())
-                logps.append(sampled.logp[a:b].tolist())
-                continue
-            leaf = bool(tree.is_leaf[v])
-            text = written.texts[v] if leaf else written.texts[v].removesuffix("\n") + "\n"
-            ids.append([*self._written(text).tolist(), *([self._end] if leaf and not still_open[v] else [])])
-            logps.append([0.0] * len(ids[-1]))
-        size = torch.tensor([len(x) for x in ids])
-        end = size.cumsum(0)
-        texts = [self.tokenizer.decode(x, skip_special_tokens=True) for x in ids]
-        tags = {"truncated": torch.zeros(len(tree), dtype=torch.bool)} | tree.tags
-        return replace(
-            written,
-            tree=tree.replace(
-                logp=torch.tensor([sum(x) for x in logps]), tok_start=end - size, tok_end=end, tags=tags,
-                **text_states(tree.parent.tolist(), tree.group.tolist(), texts),
-            ),
-            actions=Actions(
-                torch.tensor([x for own in logps for x in own], dtype=torch.float32),
-                torch.ones(int(size.sum()), dtype=torch.bool),
-                {"token": torch.tensor([x for own in ids for x in own], dtype=torch.int64)},
-            ),
-            prompt_payload={"prompt_tokens": torch.tensor([len(self.encode(p).ids) for p in written.prompts])},
-            about={"temperature": self.sampling.temperature, "written": True} | dict(written.about),
-            texts=texts,
-        )  # fmt: skip
-
-    def _written(self, text: str) -> Tensor:
-        """Ids of a text; placeholders in it are spelt out, as no picture belongs to them."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if not set(self.sampling.banned).isdisjoint(ids):
-            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return torch.tensor(ids, dtype=torch.int64)
+        tokens = [self.encode(p) for p in written.prompts]
+        return self._rollouts.of_steps(written, tokens, self.sampling.temperature)
 
     def describe(self, rollout: Rollout, steps: Tensor) -> list[Any]:
-        """What the steps say; of a conversation, with what that made the environment show, (text, picture or None)."""
+        """The steps as texts; those of a conversation as (text, picture of what the environment showed or None)."""
         return self._dialogue.describe(rollout, steps)
 
     # ---- update -----------------------------------------------------------------------------------------------
@@ -414,7 +354,7 @@ class VisionPolicy:
         sharded = is_sharded(self._network)
         return self._body.job(trees, lambda mode: build_job(trees, wanted, mode, style), sharded=sharded)
 
-    # ---- a second look ----------------------------------------------------------------------------------------
+    # ---- readings of a rollout --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def complete(
@@ -425,36 +365,23 @@ class VisionPolicy:
 
         Steps of a policy with another tokenizer are read as text.
         """
-        heat = self.sampling.temperature if temperature is None else temperature
-        sampling, n = replace(self.sampling, temperature=heat), n if heat > 0 else 1
+        if temperature is None:
+            temperature = self.sampling.temperature
+        if temperature == 0:
+            n = 1  # greedy completions are all the same
+        sampling = replace(self.sampling, temperature=temperature)
         rollout = self._respelt(rollout)
-        finish = Completions(self._body, self._trees, self._dialogue, self.rule)
+        completions = Completions(self._body, self._trees, self._dialogue, self.rule)
         if self._engine is not None:
-            return finish.by_engine(self._engine, self._network.hf, rollout, places, n, sampling, seeds)
+            return completions.by_engine(self._engine, self._network.hf, rollout, places, n, sampling, seeds)
         with self._sampling(self._network):
-            done: list[list[Sample]] = self._network(finish.run, rollout, places, n, sampling, seeds)
-        return done
+            samples: list[list[Sample]] = self._network(completions.run, rollout, places, n, sampling, seeds)
+        return samples
 
     def _respelt(self, rollout: Rollout) -> Rollout:
-        """The rollout in this policy's own tokens.
-
-        Raises:
-            ValueError: a conversation in other tokens, whose observations would be others too.
-        """
-        steps = range(len(rollout.tree))
-        ids = [self._trees.ids(rollout, v) for v in steps]
-        if self.tokenizer.batch_decode([i.tolist() for i in ids], skip_special_tokens=True) == list(rollout.texts):
-            return rollout
-        self._dialogue.need_single_turn(
-            "these conversations were sampled with another tokenizer; take a model that shares it"
-        )
-        tree = rollout.tree
-        nodes = [
-            Node(int(tree.group[v]), int(tree.parent[v]), int(tree.depth[v]), own, [0.0] * len(own), "step")
-            for v, own in ((v, self._written(rollout.texts[v]).tolist()) for v in steps)
-        ]
-        tokens = [self.encode(p) for p in rollout.prompts]
-        return self._as_rollout(rollout.prompts, tokens, nodes, dict(rollout.about))
+        """The rollout in this policy's own tokens."""
+        step_ids = [self._trees.ids(rollout, step) for step in range(len(rollout.tree))]
+        return self._rollouts.respelt(rollout, [self.encode(p) for p in rollout.prompts], step_ids)
 
     @torch.no_grad()
     def answer_logps(
@@ -462,11 +389,11 @@ class VisionPolicy:
     ) -> Tensor:
         """Mean log-probs of answers behind states, at temperature 1; see `mmrl.capabilities.AnswerReader`."""
         self._need_whole_weights("answer_probability")
-        rollout = self._seen(rollout, sight)
-        asked = AnswerTrees(self._trees, self._written, answers, self.options.max_tokens)
+        rollout = self._with_sight(rollout, sight)
+        answer_trees = AnswerTrees(self._trees, self._rollouts.ids_of, answers, self.options.max_tokens)
         total = torch.zeros(len(places), dtype=torch.float64)
         count = torch.zeros_like(total)
-        for trees, wanted, owner in asked.parts(rollout, places, blank=sight == "blank"):
+        for trees, wanted, owner in answer_trees.parts(rollout, places, blank=sight == "blank"):
             logp = self._log_probs(trees, wanted, 1.0)["logp"].double().cpu()
             total.index_add_(0, owner, logp)
             count.index_add_(0, owner, torch.ones_like(logp))
@@ -480,14 +407,15 @@ class VisionPolicy:
         See `mmrl.capabilities.SightReader`.
         """
         self._need_whole_weights("divergence")
-        other = self._seen(rollout, sight)
+        other = self._with_sight(rollout, sight)
+        # (N,) sums over the tokens of each step, and (A,) the step of each token
         total = torch.zeros(len(rollout.tree), dtype=torch.float64)
         owner = rollout.tree.step_of_action(rollout.actions.logp.numel())
         self._network.hf.eval()
         for part in self.micro_batches(rollout, steps):
             given, wanted, index = self._trees.of_steps(rollout, part)
-            blind, _, _ = self._trees.of_steps(other, part, blank=sight == "blank")
-            jobs = [self._job(trees, wanted) for trees in (given, blind)]
+            changed, _, _ = self._trees.of_steps(other, part, blank=sight == "blank")
+            jobs = [self._job(trees, wanted) for trees in (given, changed)]
             kl = self._network(kl_job, *jobs, self._body.features)
             total.index_add_(0, owner[index], kl.double().cpu())
         check_finite(total, "the language model", "steps")
@@ -496,13 +424,13 @@ class VisionPolicy:
     def instructed_logps(self, rollout: Rollout, steps: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
         """Actions and log-probs at temperature 1 with the instruction behind the question; see
         `mmrl.capabilities.Instructable`."""
-        told = [replace(p, inputs={**p.inputs, "question": _told(p, instruction)}) for p in rollout.prompts]
-        rollout = replace(rollout, prompts=told)
+        prompts = [_with_instruction(p, instruction) for p in rollout.prompts]
+        rollout = replace(rollout, prompts=prompts)
         index, logps = [], []
         with self._reference.applied(self.model, self._network.hf) as model:
             for part in self.micro_batches(rollout, steps):
-                trees, wanted, own = self._trees.of_steps(rollout, part, reworded=True)
-                index.append(own)
+                trees, wanted, actions = self._trees.of_steps(rollout, part, reworded=True)
+                index.append(actions)
                 logps.append(self._log_probs(trees, wanted, 1.0, model)["logp"].cpu())
         return torch.cat(index), torch.cat(logps)
 
@@ -516,11 +444,11 @@ class VisionPolicy:
         plan = BranchPlan({0: n}, n)
         with self._reference.applied(self.model, self._network.hf) as model:
             nodes = self._grow_by(model, self._request(prompts, tokens, plan, self.sampling, seeds))
-        rollout = self._as_rollout(prompts, tokens, nodes, {})
-        out: list[list[Sample]] = [[] for _ in prompts]
+        rollout = self._rollouts.of_nodes(prompts, tokens, nodes, {})
+        by_prompt: list[list[Sample]] = [[] for _ in prompts]
         for sample in self.samples(rollout):
-            out[int(rollout.tree.group[sample.step])].append(sample)
-        return out
+            by_prompt[int(rollout.tree.group[sample.step])].append(sample)
+        return by_prompt
 
     def _need_whole_weights(self, reading: str) -> None:
         if is_sharded(self._network):
@@ -529,8 +457,11 @@ class VisionPolicy:
                 "unequal numbers of them; unset ACCELERATE_CONFIG"
             )
 
-    def _seen(self, rollout: Rollout, sight: Sight) -> Rollout:
-        """The rollout with the prompts that are seen; blank ones have the same tokens, blanked where they are run."""
+    def _with_sight(self, rollout: Rollout, sight: Sight) -> Rollout:
+        """The rollout with its prompts as the model sees them: frames in another order where `sight` is "shuffled".
+
+        "blank" changes no token, so there the trees are built with blank pictures instead.
+        """
         if sight != "shuffled":
             return rollout
         return replace(rollout, prompts=[self.encode.shuffled(p) for p in rollout.prompts])
@@ -548,19 +479,7 @@ class VisionPolicy:
         save_model(self._network.hf, self.processor, folder, weights)
 
 
-def _told(prompt: Prompt, instruction: str) -> str:
-    return f"{prompt.inputs.get('question', '')}\n{instruction}"
-
-
-def text_states(parent: Sequence[int], group: Sequence[int], texts: Sequence[str]) -> dict[str, list[int]]:
-    """state_key and edge_key of written steps: what was written before a step is its state (white space apart).
-
-    Chains of one prompt that wrote the same lines are in the same state, which is what GiGPO and SALT compare.
-    """
-    ids: dict[tuple[int, str], int] = {}
-    state: list[int] = []
-    edge: list[int] = []
-    for p, g, text in zip(parent, group, texts, strict=True):
-        state.append(edge[p] if p >= 0 else ids.setdefault((-1 - g, ""), len(ids)))
-        edge.append(ids.setdefault((state[-1], " ".join(text.split())), len(ids)))
-    return {"state_key": state, "edge_key": edge}
+def _with_instruction(prompt: Prompt, instruction: str) -> Prompt:
+    """The prompt with a line behind its question."""
+    question = f"{prompt.inputs.get('question', '')}\n{instruction}"
+    return replace(prompt, inputs={**prompt.inputs, "question": question})

@@ -192,7 +192,7 @@ class VisionPrm:
         lost = int((~good).sum()) - sum(self._step_ids(t) == [] for t in rollout.texts)
         if lost:
             self.dropped += lost
-            self._body.tell("dropped", logging.WARNING, f"{lost} steps of a batch have no score: too long, with a "
+            self._body.log_once("dropped", logging.WARNING, f"{lost} steps of a batch have no score: too long, with a "
                             "marker inside, or of a prompt that was left out; `dropped` counts them")  # fmt: skip
         return good
 

@@ -179,7 +179,7 @@ def test_a_placeholder_that_was_written_is_text(family, pictures):
     policy = policy_of(family)
     token = policy.tokenizer.convert_ids_to_tokens(policy.sampling.banned[-1])
     state = State(prompt(pictures, family), (f"see {token}\n",))
-    ids = policy._written(state.text)
+    ids = policy._rollouts.ids_of(state.text)
     assert len(ids) == len(state.text) and not torch.isin(ids, torch.tensor(policy.sampling.banned)).any()
     ((one,),) = policy.extend([state], 1, seed=0)
     assert all(x == x and x > -50 for step in one.logps for x in step)

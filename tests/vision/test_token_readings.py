@@ -236,10 +236,10 @@ def test_what_seeing_adds_is_a_tag(pictures):
 
 def test_a_token_between_lead_and_answer_is_the_answers():
     policy = policy_of("text")
-    ids, first = spell(Answer("answer ", "12"), policy._written)
+    ids, first = spell(Answer("answer ", "12"), policy._rollouts.ids_of)
     assert policy.tokenizer.decode(ids[:first]) == "answer " and policy.tokenizer.decode(ids[first:]) == "12"
     with pytest.raises(ValueError, match="no token of its own"):
-        spell(Answer("answer ", ""), policy._written)
+        spell(Answer("answer ", ""), policy._rollouts.ids_of)
 
 
 def test_a_tree_is_read_in_one_pass(pictures, monkeypatch):

@@ -91,7 +91,7 @@ def test_answers_stand_behind_what_was_shown(family, files):
     policy, _ = policy_of(family, files)
     rollout = rewarded(policy, family, files)
     tree = filled(rollout, policy, AnswerProbability(), ("value", "root_value"))
-    ids, first = spell(Answer("it is ", "3"), policy._written)
+    ids, first = spell(Answer("it is ", "3"), policy._rollouts.ids_of)
     parent = rollout.tree.parent.tolist()
     for place in inner_places(rollout):
         path = ancestors(parent, place.step)[::-1] if place.step >= 0 else []
@@ -99,7 +99,7 @@ def test_answers_stand_behind_what_was_shown(family, files):
         prompt = rollout.prompts[place.prompt]
         nodes = policy._dialogue.taken(prompt, policy.encode(prompt), 0, [*turns, ids.tolist()], 0)
         assert len(nodes) == len(turns) + 1
-        told = policy._as_rollout([prompt], [policy.encode(prompt)], nodes, {})
+        told = policy._rollouts.of_nodes([prompt], [policy.encode(prompt)], nodes, {})
         policy.sampling, sampled = replace(policy.sampling, temperature=1.0), policy.sampling
         with torch.no_grad():
             logp = policy.log_probs(told, torch.tensor([len(turns)])).logp

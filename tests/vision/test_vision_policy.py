@@ -17,8 +17,9 @@ from vision_tiny import vision_recipe
 from mmrl.config import parse_config
 from mmrl.rollout import BranchPlan, Prompt, Rollout
 from mmrl.trainers.branch_grpo import BranchGrpo
+from vision.growth.rollouts import text_states
 from vision.inputs.loading import vision_tower
-from vision.policy import VisionPolicy, text_states
+from vision.policy import VisionPolicy
 
 TREE = BranchPlan({0: 2, 1: 2, 2: 2})
 

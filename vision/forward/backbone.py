@@ -1,4 +1,4 @@
-"""What a policy and a process reward model share: a model that reads trees of tokens, and how its work is cut."""
+"""The common part of a policy and a process reward model: a model that runs trees of tokens, in parts that fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vision.inputs.prompts import PromptEncoder, PromptError
 
 log = logging.getLogger(__name__)
 
-# of pictures as a frozen encoder made them, kept from earlier iterations
+# Memory for pictures of earlier iterations, as a frozen encoder made them.
 FEATURE_BYTES = 2**30
 
 
@@ -39,9 +39,15 @@ class Backbone:
     """
 
     def __init__(
-        self, network: Network, processor: Any, options: PolicyOptions, *, keep_images: bool = False,
-        opening: str | None = None, encode: PromptEncoder | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        network: Network,
+        processor: Any,
+        options: PolicyOptions,
+        *,
+        keep_images: bool = False,
+        opening: str | None = None,
+        encode: PromptEncoder | None = None,
+    ) -> None:
         hf = network.hf
         self.hf, self.processor, self.options = hf, processor, options
         self.tokenizer = tokenizer_of(processor)
@@ -53,10 +59,10 @@ class Backbone:
         self.blank = self.encode.blank() if trained_images else None
         if self.blank is not None:
             freeze_idle(hf, self.blank, image_parameters(bare(hf)))
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def begin_iteration(self) -> None:
-        """Let go of the last iteration's prompts and pictures; see `mmrl.capabilities.EncodingCache`."""
+        """Give up the last iteration's prompts and pictures; see `mmrl.capabilities.EncodingCache`."""
         self.encode.begin_iteration()
         if self.features is not None:
             self.features.begin_iteration()
@@ -69,28 +75,31 @@ class Backbone:
                 self.encode(prompt)
                 good.append(prompt)
             except PromptError as error:
-                self.tell(f"quarantined: {error}", logging.WARNING)
+                self.log_once(f"quarantined: {error}", logging.WARNING)
         return good
 
     def job(self, trees: Sequence[TokenTree], build: Callable[[Mode], Job], *, sharded: bool) -> Job:
-        """`build` the cheapest possible layout of `trees`; says once which one it is."""
-        shown = [(t.packed, t.parent) for t in trees]
+        """`build` of the cheapest possible layout of `trees`. The first use of a layout is logged."""
+        layouts = [(tree.packed, tree.parent) for tree in trees]
         modes = _equal_calls(self.modes) if sharded else self.modes
-        job = build(choose_mode(shown, modes, bare(self.hf).config.get_text_config().hidden_size))
-        if job.mode not in self._told:
-            unique = sum(len(t.packed) for t in trees)
-            rows = sum(len(r) for packed, parent in shown for r in rows_of(packed, parent, "rows"))
-            self.tell(
-                job.mode, logging.INFO,
-                f"layout {job.mode}: {rows / unique:.1f} tokens of separate rows per unique token, {job.row_tokens} "
-                f"run for {unique}",
-            )  # fmt: skip
+        job = build(choose_mode(layouts, modes, bare(self.hf).config.get_text_config().hidden_size))
+        if job.mode not in self._logged:
+            unique = sum(len(tree.packed) for tree in trees)
+            separate = 0  # tokens that the same work would take as separate rows
+            for packed, parent in layouts:
+                separate += sum(len(row) for row in rows_of(packed, parent, "rows"))
+            self.log_once(
+                job.mode,
+                logging.INFO,
+                f"layout {job.mode}: {separate / unique:.1f} tokens of separate rows per unique token, "
+                f"{job.row_tokens} run for {unique}",
+            )
         return job
 
-    def tell(self, key: str, level: int, message: str | None = None) -> None:
-        """Log `message` (by default the key itself) the first time `key` is seen."""
-        if key not in self._told:
-            self._told.add(key)
+    def log_once(self, key: str, level: int, message: str | None = None) -> None:
+        """Log `message` (by default the key itself), the first time that `key` is given."""
+        if key not in self._logged:
+            self._logged.add(key)
             log.log(level, "%s", message or key)
 
 
@@ -117,9 +126,13 @@ def trainable_model(
 
 
 def micro_batches(
-    tree: StepTree, steps: Tensor, sizes: Sequence[int], prompt_sizes: Mapping[int, int], limit: int,
+    tree: StepTree,
+    steps: Tensor,
+    sizes: Sequence[int],
+    prompt_sizes: Mapping[int, int],
+    limit: int,
     whole_prompts: bool = False,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Steps of whole prompts while their trees fit in `limit` tokens; a larger tree is cut along its branches.
 
     Args:
@@ -127,15 +140,15 @@ def micro_batches(
         whole_prompts: never cut a tree.
     """
     parts: list[list[int]] = []
-    used = 0
-    for g, own in by_prompt(tree, steps):
+    used = 0  # tokens of the last part
+    for group, own in by_prompt(tree, steps):
         nodes, parent = closure(tree, own)
-        lengths = [prompt_sizes[g], *(sizes[v] for v in nodes)]
+        lengths = [prompt_sizes[group], *(sizes[step] for step in nodes)]
         total = sum(lengths)
-        place = {v: i + 1 for i, v in enumerate(nodes)}
         if total > limit and not whole_prompts:
-            cut = split(parent, lengths, [place[v] for v in own], limit)
-            parts += [[nodes[i - 1] for i in part] for part in cut]
+            place = {step: index for index, step in enumerate(nodes, 1)}
+            for part in split(parent, lengths, [place[step] for step in own], limit):
+                parts.append([nodes[index - 1] for index in part])
             used = limit  # the next prompt starts a part of its own
         elif parts and used + total <= limit:
             parts[-1] += own
@@ -143,46 +156,49 @@ def micro_batches(
         else:
             parts.append(own)
             used = total
-    return [torch.tensor(sorted(p)) for p in parts]
+    return [torch.tensor(sorted(part)) for part in parts]
 
 
 def by_prompt(tree: StepTree, steps: Tensor) -> list[tuple[int, list[int]]]:
     """(prompt, its steps in their order) for every prompt that has one of `steps`, ascending."""
     groups: dict[int, list[int]] = {}
-    for g, step in zip(tree.group[steps].tolist(), steps.tolist(), strict=True):
-        groups.setdefault(g, []).append(step)
+    for group, step in zip(tree.group[steps].tolist(), steps.tolist(), strict=True):
+        groups.setdefault(group, []).append(step)
     return sorted(groups.items())
 
 
 def closure(tree: StepTree, steps: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Steps and their ancestors ascending, and their parents where 0 is the prompt and node i is place i + 1.
+    """Steps and their ancestors ascending, and the parents of the prompt and these: 0 is the prompt, the i-th step is
+    i + 1. The steps [4] of a chain 2 -> 4 give [2, 4] and [-1, 0, 1].
 
     Takes as long as there are such steps, however large the forest.
     """
     above = tree.parents
     nodes: set[int] = set()
-    for s in steps:
-        v = s
-        while v >= 0 and v not in nodes:
-            nodes.add(v)
-            v = above[v]
+    for step in steps:
+        while step >= 0 and step not in nodes:
+            nodes.add(step)
+            step = above[step]
     order = sorted(nodes)
-    place = {v: i + 1 for i, v in enumerate(order)} | {-1: 0}
-    return order, [-1, *(place[above[v]] for v in order)]
+    place = {-1: 0}
+    for index, step in enumerate(order, 1):
+        place[step] = index
+    return order, [-1, *(place[above[step]] for step in order)]
 
 
 def _equal_calls(modes: Sequence[Mode]) -> list[Mode]:
-    """Where weights are sharded a call is a collective; prefix_packed makes one or two of them."""
-    left: list[Mode] = [m for m in modes if m != "prefix_packed"]
-    if not left:
+    """The modes without prefix_packed: it makes one call or two, and with sharded weights each is a collective."""
+    equal: list[Mode] = [mode for mode in modes if mode != "prefix_packed"]
+    if not equal:
         raise ValueError("policy.mode: prefix_packed cannot run with sharded weights; use auto")
-    return left
+    return equal
 
 
 def _allowed(mode: str, plain: bool, checkpointing: bool, hf: Any) -> list[Mode]:
-    """Modes `auto` chooses from, the simplest first; a named mode must be possible."""
+    """The modes that `auto` chooses from, the simplest first; a named mode must be possible."""
     implementation = hf.config.get_text_config()._attn_implementation
-    if implementation == FLEX:  # its mask is the tree's block mask; without one it would see everything
+    if implementation == FLEX:
+        # Its only mask is the block mask of packed trees; without one every token would see all others.
         if mode not in ("auto", "packed"):
             raise ValueError(f"policy.mode={mode!r}: flex attention takes packed alone; use auto")
         return ["packed"]

@@ -1,6 +1,13 @@
 """Tree packing: every unique token of a prompt's tree once in one row (arrays, masks, costs; no network here).
 
-Nodes lie in depth-first pre-order, so every subtree is one interval and the tree mask is two comparisons.
+Nodes lie in depth-first pre-order, so every subtree is one interval and the tree mask is two comparisons. A prompt of
+two tokens (node 0) with the steps 1 and 2 below it and step 3 below 1, a token each:
+
+    packed index   0  1  2  3  4
+    node           0  0  1  3  2
+    path           0  1  2  3  2     place in the row of its leaf, and so the rotary position of a text
+    end            5  5  4  4  5     token i sees token j where j <= i < end[j]
+    pred          -1  0  1  2  1     the output that predicts the token
 """
 
 from __future__ import annotations
@@ -19,8 +26,8 @@ Mode = Literal["rows", "rows_shared_image", "packed", "prefix_packed"]
 class Packed:
     """T unique tokens of one tree; all arrays int64 (T,) unless said otherwise.
 
-    ids: tokens. node: owner (index of the caller). path: index of the token in its leaf row.
-    end: exclusive packed end of the owner's subtree. pred: packed index whose output predicts the token, -1 for the
+    ids: tokens. node: the node that a token belongs to. path: index of the token in its leaf row.
+    end: exclusive packed end of that node's subtree. pred: packed index whose output predicts the token, -1 for the
         first. types: 1 at image placeholders. start, last: (N,) per node, first index and index of the last token on
         the path that ends with it (its parent's for an empty node). prompt: tokens of node 0.
     """
@@ -51,31 +58,48 @@ def pack(parent: Sequence[int], ids: Sequence[Tensor], types: Sequence[Tensor] |
     """
     if parent[0] != -1 or len(ids[0]) == 0:
         raise ValueError("node 0 must be the prompt: parent -1 and at least one token")
-    for v, p in enumerate(parent[1:], 1):
-        if not 0 <= p < v:
-            raise ValueError(f"node {v} has parent {p}; parents come before children and all hang from node 0")
-    size = [len(x) for x in ids]
+    for child, above in enumerate(parent[1:], 1):
+        if not 0 <= above < child:
+            raise ValueError(f"node {child} has parent {above}; parents come before children and all hang from node 0")
+    num_nodes = len(parent)
     order = _depth_first(parent)
+
+    # Per node: its tokens, those of its subtree, its first packed index, the tokens above it on its path, and the
+    # packed index of the last token on the path that ends with it.
+    size = [len(own) for own in ids]
     subtree = list(size)
-    for v in range(len(parent) - 1, 0, -1):
-        subtree[parent[v]] += subtree[v]
-    start, last, above = [0] * len(parent), [0] * len(parent), [0] * len(parent)
-    at = 0
-    for v in order:
-        start[v] = at
-        at += size[v]
-        above[v] = 0 if v == 0 else above[parent[v]] + size[parent[v]]
-        last[v] = at - 1 if size[v] else last[parent[v]]
-    node = torch.repeat_interleave(torch.tensor(order), torch.tensor([size[v] for v in order]))
-    first = torch.tensor(start)[node]
-    here = torch.arange(at)
-    before = torch.tensor([-1, *(last[p] for p in parent[1:])])[node]
-    kinds = torch.cat([types[v] for v in order]) if types is not None else torch.zeros(at, dtype=torch.int64)
+    for child in range(num_nodes - 1, 0, -1):
+        subtree[parent[child]] += subtree[child]
+    start, depth, last = [0] * num_nodes, [0] * num_nodes, [0] * num_nodes
+    length = 0
+    for node in order:
+        start[node] = length
+        length += size[node]
+        if node != 0:
+            depth[node] = depth[parent[node]] + size[parent[node]]
+        last[node] = length - 1 if size[node] else last[parent[node]]
+
+    # (T,) per token, from its node
+    node_of = torch.repeat_interleave(torch.tensor(order), torch.tensor([size[node] for node in order]))
+    here = torch.arange(length)
+    first = torch.tensor(start)[node_of]
+    # A node's first token is predicted by the last one before the node, every other one by its left neighbour.
+    before_node = torch.tensor([-1, *(last[above] for above in parent[1:])])[node_of]
+    if types is None:
+        packed_types = torch.zeros(length, dtype=torch.int64)
+    else:
+        packed_types = torch.cat([types[node] for node in order])
     return Packed(
-        torch.cat([ids[v] for v in order]), node, torch.tensor(above)[node] + here - first,
-        first + torch.tensor(subtree)[node], torch.where(here == first, before, here - 1), kinds,
-        torch.tensor(start), torch.tensor(last), size[0],
-    )  # fmt: skip
+        ids=torch.cat([ids[node] for node in order]),
+        node=node_of,
+        path=torch.tensor(depth)[node_of] + here - first,
+        end=first + torch.tensor(subtree)[node_of],
+        pred=torch.where(here == first, before_node, here - 1),
+        types=packed_types,
+        start=torch.tensor(start),
+        last=torch.tensor(last),
+        prompt=size[0],
+    )
 
 
 def tree_mask(packed: Packed, take: Tensor | None = None) -> Tensor:
@@ -89,12 +113,17 @@ def tree_mask(packed: Packed, take: Tensor | None = None) -> Tensor:
 
 def leaf_rows(packed: Packed, leaves: Sequence[int]) -> list[Tensor]:
     """The packed indices along the path of each leaf (prompt included), ascending: what a row-wise trainer runs."""
-    i = torch.arange(len(packed))
-    return [((i <= int(packed.last[v])) & (int(packed.last[v]) < packed.end)).nonzero().flatten() for v in leaves]
+    here = torch.arange(len(packed))
+    rows = []
+    for leaf in leaves:
+        last = int(packed.last[leaf])
+        on_path = (here <= last) & (last < packed.end)
+        rows.append(on_path.nonzero().flatten())
+    return rows
 
 
 def rows_of(packed: Packed, parent: Sequence[int], mode: Mode) -> list[Tensor]:
-    """Which packed indices each network row of `mode` holds. For prefix_packed the prompt is a pass of its own.
+    """The packed indices of each network row of `mode`. For prefix_packed the prompt is a pass of its own.
 
     rows: a path per leaf. packed: everything. prefix_packed: each subtree that hangs from the prompt.
     """
@@ -103,35 +132,39 @@ def rows_of(packed: Packed, parent: Sequence[int], mode: Mode) -> list[Tensor]:
     if mode == "prefix_packed":
         return [torch.arange(a, b) for a, b in _top_level(packed, parent)]
     inner = set(parent)
-    leaves = [v for v in range(len(parent)) if v not in inner] or [0]
+    leaves = [node for node in range(len(parent)) if node not in inner] or [0]
     return leaf_rows(packed, leaves)
 
 
 def _top_level(packed: Packed, parent: Sequence[int]) -> list[tuple[int, int]]:
     """Intervals of the subtrees below the prompt; empty nodes hand their children up, so starts decide, not nodes."""
-    at, out = packed.prompt, []
-    while at < len(packed):
-        end = int(packed.end[at])
-        out.append((at, end))
-        at = end
-    return out
+    intervals = []
+    start = packed.prompt
+    while start < len(packed):
+        end = int(packed.end[start])
+        intervals.append((start, end))
+        start = end
+    return intervals
 
 
 def cost(packed: Packed, parent: Sequence[int], mode: Mode, hidden: int) -> float:
     """Arbitrary units per layer: 12 h^2 per token and 2 h per visible pair (dense masks pay for every pair)."""
-    sizes = [len(r) for r in rows_of(packed, parent, mode)]
-    tokens, pairs = float(sum(sizes)), float(sum(n * n for n in sizes))
+    sizes = [len(row) for row in rows_of(packed, parent, mode)]
     if mode == "prefix_packed":
-        p = packed.prompt
-        widest = max(sizes, default=0)  # rows are padded to the longest
-        tokens = p + widest * len(sizes)
-        pairs = p * p + len(sizes) * widest * (p + widest)
+        # Rows are padded to the longest, and every one of their tokens sees the prompt's cache as well.
+        prompt, widest = packed.prompt, max(sizes, default=0)
+        tokens = float(prompt + widest * len(sizes))
+        pairs = float(prompt * prompt + len(sizes) * widest * (prompt + widest))
+    else:
+        tokens = float(sum(sizes))
+        pairs = float(sum(n * n for n in sizes))
     return 12 * hidden**2 * tokens + 2 * hidden * pairs
 
 
 def choose_mode(trees: Sequence[tuple[Packed, Sequence[int]]], allowed: Sequence[Mode], hidden: int) -> Mode:
     """The cheapest allowed mode for these trees by the cost model; the earlier one wins a tie."""
-    return min(allowed, key=lambda mode: sum(cost(p, parent, mode, hidden) for p, parent in trees))
+    costs = {mode: sum(cost(packed, parent, mode, hidden) for packed, parent in trees) for mode in allowed}
+    return min(allowed, key=costs.__getitem__)
 
 
 def split(parent: Sequence[int], sizes: Sequence[int], wanted: Sequence[int], budget: int) -> list[list[int]]:
@@ -140,42 +173,42 @@ def split(parent: Sequence[int], sizes: Sequence[int], wanted: Sequence[int], bu
     Exact: a node's log-probs depend on its ancestors alone, which every part repeats. Depth-first, so that a part
     shares as much as it can. A single path longer than the budget is a part of its own.
     """
-    asked = set(wanted)
+    to_place = set(wanted)
     parts: list[list[int]] = []
-    inside: set[int] = set()
-    total = 0
-    for v in _depth_first(parent):
-        if v not in asked:
+    closure: set[int] = set()  # nodes of the last part, ancestors included
+    total = 0  # its tokens
+    for node in _depth_first(parent):
+        if node not in to_place:
             continue
-        path = ancestors(parent, v)
-        new = [u for u in path if u not in inside]
-        more = sum(sizes[u] for u in new)
-        if not parts or (total + more > budget and parts[-1]):
+        path = ancestors(parent, node)
+        added = [above for above in path if above not in closure]
+        added_tokens = sum(sizes[above] for above in added)
+        if not parts or total + added_tokens > budget:
             parts.append([])
-            inside, total = set(path), sum(sizes[u] for u in path)
+            closure, total = set(path), sum(sizes[above] for above in path)
         else:
-            inside.update(new)
-            total += more
-        parts[-1].append(v)
+            closure.update(added)
+            total += added_tokens
+        parts[-1].append(node)
     return parts
 
 
 def _depth_first(parent: Sequence[int]) -> list[int]:
     """Nodes in pre-order, siblings as they come."""
     children: list[list[int]] = [[] for _ in parent]
-    for v, p in enumerate(parent[1:], 1):
-        children[p].append(v)
+    for child, above in enumerate(parent[1:], 1):
+        children[above].append(child)
     order, stack = [], [0]
     while stack:
-        v = stack.pop()
-        order.append(v)
-        stack.extend(reversed(children[v]))
+        node = stack.pop()
+        order.append(node)
+        stack.extend(reversed(children[node]))
     return order
 
 
-def ancestors(parent: Sequence[int], v: int) -> list[int]:
-    """v and everything above it up to the root."""
-    out = [v]
-    while parent[out[-1]] >= 0:
-        out.append(parent[out[-1]])
-    return out
+def ancestors(parent: Sequence[int], node: int) -> list[int]:
+    """The node and everything above it, up to the root."""
+    path = [node]
+    while parent[path[-1]] >= 0:
+        path.append(parent[path[-1]])
+    return path

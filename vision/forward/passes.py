@@ -1,4 +1,13 @@
-"""Network passes: trees of token lists become batches of rows in one of four layouts, all with the same result."""
+"""Network passes: trees of token lists become batches of rows in one of four layouts, all with the same result.
+
+A prompt P with the steps A, B below it and C below A, as the rows of each layout:
+
+    rows, rows_shared_image   [P A C]  [P B]          a row per leaf
+    packed                    [P A C B]               every token once; a mask hides B from A and C, and the other way
+    prefix_packed             [P], then [A C]  [B]    the prompt first, its cache is continued by the rows below it
+
+`rows` encodes a picture in every row, the other three once.
+"""
 
 from __future__ import annotations
 
@@ -30,21 +39,26 @@ class TokenTree:
 
     @cached_property
     def packed(self) -> Packed:
-        """The tree laid out."""
-        given = {0: self.prompt, **self.shown}
-        types = [given[v].types if v in given else torch.zeros_like(x) for v, x in enumerate(self.ids)]
+        """The tree with every token once, in depth-first order."""
+        types = [torch.zeros_like(ids) for ids in self.ids]
+        for node, tokens in self._encoded.items():
+            types[node] = tokens.types
         return pack(self.parent, self.ids, types)
+
+    @property
+    def _encoded(self) -> dict[int, PromptTokens]:
+        """The nodes that may hold pictures: the prompt and the observations."""
+        return {0: self.prompt, **self.shown}
 
     @cached_property
     def images(self) -> dict[int, Pixels]:
         """Images and films by the node they stand in, the prompt's included."""
-        given = {0: self.prompt, **self.shown}
-        return {v: piece.pixels for v, piece in given.items() if piece.pixels is not None}
+        return {node: tokens.pixels for node, tokens in self._encoded.items() if tokens.pixels is not None}
 
     def images_along(self, take: Tensor) -> list[Pixels]:
         """Images whose placeholders lie in these packed indices, in their order."""
-        images = self.images
-        return [images[v] for v in torch.unique_consecutive(self.packed.node[take]).tolist() if v in images]
+        nodes = torch.unique_consecutive(self.packed.node[take]).tolist()
+        return [self.images[node] for node in nodes if node in self.images]
 
     @cached_property
     def positions(self) -> Tensor:
@@ -52,20 +66,26 @@ class TokenTree:
         packed, prompt = self.packed, self.prompt
         if prompt.positions.ndim == 1:
             return packed.path
-        after = [prompt.next_position]
-        out = torch.empty((3, len(packed)), dtype=torch.int64)
-        out[:, : packed.prompt] = prompt.positions
-        for v in range(1, len(self.parent)):
-            start, piece, n = after[self.parent[v]], self.shown.get(v), len(self.ids[v])
-            at = int(packed.start[v])
-            out[:, at : at + n] = start + (torch.arange(n) if piece is None else piece.positions)
-            after.append(start + (n if piece is None else piece.next_position))
-        return out
+        positions = torch.empty((3, len(packed)), dtype=torch.int64)
+        positions[:, : packed.prompt] = prompt.positions
+        next_position = [prompt.next_position]  # of each node, what a child's first token gets
+        for node in range(1, len(self.parent)):
+            begin = next_position[self.parent[node]]
+            length = len(self.ids[node])
+            observation = self.shown.get(node)
+            columns = slice(int(packed.start[node]), int(packed.start[node]) + length)
+            if observation is None:
+                positions[:, columns] = begin + torch.arange(length)
+                next_position.append(begin + length)
+            else:
+                positions[:, columns] = begin + observation.positions
+                next_position.append(begin + observation.next_position)
+        return positions
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of the model. ids (B, L); positions (B, L) or (3, B, L); keep: columns whose logits are wanted."""
+    """One call of the model. ids (B, L); positions (B, L) or (3, B, L); keep: columns whose outputs are read."""
 
     ids: Tensor
     positions: Tensor
@@ -76,11 +96,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything one micro-batch asks of the network: log-probs of A tokens.
+    """All network calls of one micro-batch, and where in their outputs the log-probs of A tokens are read.
 
     prefix: the prompts, run once with a cache (prefix_packed only); cache_rows (B,): which prompt each row continues.
-    rows: the main pass, None when every wanted token follows a prompt directly. source (A,): row of the logits,
-    prefix logits first, then rows x keep flattened. tokens (A,): the ids, none where only outputs are read.
+    rows: the main pass, None when every token that is read follows a prompt directly. source (A,): row of the outputs,
+    prefix outputs first, then rows x keep flattened. tokens (A,): the ids, none where only outputs are read.
     row_tokens: tokens run, padding included.
     """
 
@@ -99,96 +119,145 @@ def build_job(trees: Sequence[TokenTree], wanted: Sequence[Tensor], mode: Mode, 
     Raises:
         ValueError: an attention implementation without tree masks, or a wanted token without predecessor.
     """
-    reads = [t.packed.pred[w] for t, w in zip(trees, wanted, strict=True)]
-    tokens = torch.cat([t.packed.ids[w] for t, w in zip(trees, wanted, strict=True)])
+    reads, tokens = _predictions(trees, wanted)
     return _lay_out(trees, reads, tokens, mode, style)
 
 
 def build_reading(
-    trees: Sequence[TokenTree], reads: Sequence[Tensor], mode: Mode, style: AttentionStyle,
+    trees: Sequence[TokenTree],
+    reads: Sequence[Tensor],
+    mode: Mode,
+    style: AttentionStyle,
     wanted: Sequence[Tensor] = (),
-) -> Job:  # fmt: skip
+) -> Job:
     """Lay out `trees` so that the outputs at packed indices `reads[i]` of tree i can be read, and behind them those
-    that predict the tokens at `wanted[i]`, if any; `tokens` are these alone."""
-    ahead = [t.packed.pred[w] for t, w in zip(trees, wanted, strict=bool(wanted))]
-    tokens = [t.packed.ids[w] for t, w in zip(trees, wanted, strict=bool(wanted))]
-    none = torch.empty(0, dtype=torch.int64)
-    return _lay_out(trees, [*reads, *ahead], torch.cat([none, *tokens]), mode, style)
+    that predict the tokens at `wanted[i]`, if any; `Job.tokens` are these alone."""
+    outputs = list(enumerate(reads))
+    if not wanted:
+        return _lay_out(trees, outputs, torch.empty(0, dtype=torch.int64), mode, style)
+    predictions, tokens = _predictions(trees, wanted)
+    return _lay_out(trees, outputs + predictions, tokens, mode, style)
+
+
+def _predictions(trees: Sequence[TokenTree], wanted: Sequence[Tensor]) -> tuple[list[tuple[int, Tensor]], Tensor]:
+    """(tree, packed indices whose outputs predict its wanted tokens), and the ids of all wanted tokens."""
+    reads = []
+    tokens = []
+    for index, (tree, places) in enumerate(zip(trees, wanted, strict=True)):
+        reads.append((index, tree.packed.pred[places]))
+        tokens.append(tree.packed.ids[places])
+    return reads, torch.cat(tokens)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A network row: the index of its tree, and the packed indices (n,) of its tokens."""
+
+    tree: int
+    tokens: Tensor
 
 
 def _lay_out(
-    trees: Sequence[TokenTree], reads: Sequence[Tensor], tokens: Tensor,
-    mode: Mode, style: AttentionStyle,
-) -> Job:  # fmt: skip
-    picked = [(i, take) for i, t in enumerate(trees) for take in rows_of(t.packed, t.parent, mode)]
-    positions = [t.positions for t in trees]
-    ahead = mode == "prefix_packed"
-    place = _Places(trees, picked, ahead)
-    source = torch.cat([place.find(i % len(trees), r) for i, r in enumerate(reads)])  # once or twice around
-    keep = torch.unique(source[source >= 0] % place.width) if bool((source >= 0).any()) else None
-    prefix = _prefix(trees, positions) if ahead else None
-    rows = None if keep is None else _rows(trees, picked, positions, mode, style, keep)
-    row_of, column = source.div(place.width, rounding_mode="floor"), source % place.width
-    after = len(trees) if ahead else 0
-    if keep is not None:
-        where = torch.searchsorted(keep, column)
-        inside = after + row_of * len(keep) + where
-        source = torch.where(source >= 0, inside, -1 - source)
-    else:
-        source = -1 - source
-    size = (0 if prefix is None else prefix.ids.numel()) + (0 if rows is None else rows.ids.numel())
-    return Job(mode, prefix, torch.tensor([i for i, _ in picked]) if ahead else None, rows, source, tokens, size)
+    trees: Sequence[TokenTree],
+    reads: Sequence[tuple[int, Tensor]],
+    tokens: Tensor,
+    mode: Mode,
+    style: AttentionStyle,
+) -> Job:
+    """The job whose `source` leads to the outputs at `reads`, pairs of (tree, packed indices)."""
+    rows = []
+    for index, tree in enumerate(trees):
+        rows += [_Row(index, take) for take in rows_of(tree.packed, tree.parent, mode)]
+    positions = [tree.positions for tree in trees]
+    prompts_first = mode == "prefix_packed"
+
+    places = _Places(trees, rows, prompts_first)
+    source = torch.cat([places.find(tree, indices) for tree, indices in reads])  # (A,)
+    in_rows = source >= 0
+    # The output layer runs on the columns that any row is read at, not on all of them.
+    keep = torch.unique(source[in_rows] % places.width)
+
+    prefix = _prefix(trees, positions) if prompts_first else None
+    main = _main_pass(trees, rows, positions, mode, style, keep) if len(keep) else None
+    # Outputs of the prefix come first, one per prompt; then those of the rows, len(keep) each.
+    offset = len(trees) if prompts_first else 0
+    row, column = source.div(places.width, rounding_mode="floor"), source % places.width
+    of_rows = offset + row * len(keep) + torch.searchsorted(keep, column)
+    source = torch.where(in_rows, of_rows, -1 - source)
+
+    cache_rows = torch.tensor([row.tree for row in rows]) if prompts_first else None
+    size = sum(part.ids.numel() for part in (prefix, main) if part is not None)
+    return Job(mode, prefix, cache_rows, main, source, tokens, size)
 
 
 class _Places:
     """Where a packed index of a tree lies: row * width + column of the main pass, or -1 - tree for a prompt's end."""
 
-    def __init__(self, trees: Sequence[TokenTree], picked: Sequence[tuple[int, Tensor]], ahead: bool) -> None:
-        self.width = max((len(take) for _, take in picked), default=1)
-        self.at = [torch.full((len(t.packed),), torch.iinfo(torch.int64).min) for t in trees]
-        for row, (i, take) in reversed(list(enumerate(picked))):  # the first row that holds a token wins
-            self.at[i][take] = row * self.width + torch.arange(len(take))
-        if ahead:
-            for i, t in enumerate(trees):
-                self.at[i][t.packed.prompt - 1] = -1 - i
+    _NOWHERE = torch.iinfo(torch.int64).min
 
-    def find(self, tree: int, pred: Tensor) -> Tensor:
-        out = self.at[tree][pred]
-        if bool((pred < 0).any()) or bool((out == torch.iinfo(torch.int64).min).any()):
+    def __init__(self, trees: Sequence[TokenTree], rows: Sequence[_Row], prompts_first: bool) -> None:
+        self.width = max((len(row.tokens) for row in rows), default=1)
+        self._places = [torch.full((len(tree.packed),), self._NOWHERE) for tree in trees]
+        # Backwards, so that of several rows that hold a token the first one wins.
+        for number, row in reversed(list(enumerate(rows))):
+            self._places[row.tree][row.tokens] = number * self.width + torch.arange(len(row.tokens))
+        if prompts_first:
+            for index, tree in enumerate(trees):
+                self._places[index][tree.packed.prompt - 1] = -1 - index
+
+    def find(self, tree: int, indices: Tensor) -> Tensor:
+        """The places of packed indices.
+
+        Raises:
+            ValueError: an index that is -1, the predecessor of the first token, or in no row.
+        """
+        places = self._places[tree][indices]
+        if bool((indices < 0).any()) or bool((places == self._NOWHERE).any()):
             raise ValueError("a wanted token has no predecessor in the network rows; prompt tokens have no log-prob")
-        return out
+        return places
 
 
-def _rows(
-    trees: Sequence[TokenTree], picked: Sequence[tuple[int, Tensor]], positions: Sequence[Tensor],
-    mode: Mode, style: AttentionStyle, keep: Tensor,
-) -> Pass:  # fmt: skip
-    ids = pad_sequence([trees[i].packed.ids[take] for i, take in picked], batch_first=True)
-    where = pad_positions([positions[i][..., take] for i, take in picked])
-    images = [p for i, take in picked for p in trees[i].images_along(take)]
+def _main_pass(
+    trees: Sequence[TokenTree],
+    rows: Sequence[_Row],
+    positions: Sequence[Tensor],
+    mode: Mode,
+    style: AttentionStyle,
+    keep: Tensor,
+) -> Pass:
+    """All rows, padded on the right to the longest."""
+    ids = pad_sequence([trees[row.tree].packed.ids[row.tokens] for row in rows], batch_first=True)
+    row_positions = pad_positions([positions[row.tree][..., row.tokens] for row in rows])
+    images = []
+    for row in rows:
+        images += trees[row.tree].images_along(row.tokens)
     if mode in ("rows", "rows_shared_image") and style.plain:
-        length = torch.tensor([len(take) for _, take in picked])
-        full = bool((length == ids.shape[1]).all())
-        attention: Any = None if full else (torch.arange(ids.shape[1])[None] < length[:, None]).long()
+        # An ordinary causal batch: the model makes its own mask, and needs one of padding only.
+        length = torch.tensor([len(row.tokens) for row in rows])
+        padded = bool((length != ids.shape[1]).any())
+        attention: Any = (torch.arange(ids.shape[1])[None] < length[:, None]).long() if padded else None
     else:
-        prefix = [trees[i].packed.prompt for i, _ in picked] if mode == "prefix_packed" else None
-        attention = tree_attention([(trees[i].packed, take) for i, take in picked], style, prefix)
-    return Pass(ids, where, attention, images, keep)
+        prefix = [trees[row.tree].packed.prompt for row in rows] if mode == "prefix_packed" else None
+        attention = tree_attention([(trees[row.tree].packed, row.tokens) for row in rows], style, prefix)
+    return Pass(ids, row_positions, attention, images, keep)
 
 
 def _prefix(trees: Sequence[TokenTree], positions: Sequence[Tensor]) -> Pass:
     """The prompts, left-padded so that the last column is every prompt's last token."""
-    prompts = [t.packed.prompt for t in trees]
-    ids, attention = left_pad([t.packed.ids[:n] for t, n in zip(trees, prompts, strict=True)])
-    where = pad_positions([p[..., :n] for p, n in zip(positions, prompts, strict=True)], left=True)
-    images = [i for t, n in zip(trees, prompts, strict=True) for i in t.images_along(torch.arange(n))]
-    return Pass(ids, where, attention, images, torch.tensor([ids.shape[1] - 1]))
+    lengths = [tree.packed.prompt for tree in trees]
+    ids, attention = left_pad([tree.packed.ids[:n] for tree, n in zip(trees, lengths, strict=True)])
+    prompt_positions = [own[..., :n] for own, n in zip(positions, lengths, strict=True)]
+    images = []
+    for tree, n in zip(trees, lengths, strict=True):
+        images += tree.images_along(torch.arange(n))
+    last_column = torch.tensor([ids.shape[1] - 1])
+    return Pass(ids, pad_positions(prompt_positions, left=True), attention, images, last_column)
 
 
 def left_pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """(B, L) with padding on the left, and the attention mask, None where nothing is padded."""
-    ids = pad_sequence([r.flip(0) for r in rows], batch_first=True).flip(1)
-    length = torch.tensor([len(r) for r in rows])
+    ids = pad_sequence(list(rows), batch_first=True, padding_side="left")
+    length = torch.tensor([len(row) for row in rows])
     if bool((length == ids.shape[1]).all()):
         return ids, None
     return ids, (torch.arange(ids.shape[1])[None] >= ids.shape[1] - length[:, None]).long()
@@ -197,5 +266,6 @@ def left_pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 def pad_positions(rows: Sequence[Tensor], left: bool = False) -> Tensor:
     """(B, L) or (3, B, L) from (n,) or (3, n) per row."""
     side = "left" if left else "right"
-    flat = pad_sequence([r.movedim(-1, 0) for r in rows], batch_first=True, padding_side=side)
-    return flat if flat.ndim == 2 else flat.permute(2, 0, 1).contiguous()
+    # `pad_sequence` pads the first dimension: (n, 3) per row become (B, L, 3).
+    padded = pad_sequence([row.movedim(-1, 0) for row in rows], batch_first=True, padding_side=side)
+    return padded if padded.ndim == 2 else padded.permute(2, 0, 1).contiguous()
