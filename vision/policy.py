@@ -199,7 +199,7 @@ class VisionPolicy:
         sampling: SamplingOptions,
         seeds: Sequence[int],
     ) -> GrowthRequest:
-        return GrowthRequest(tokens, plan, sampling, self.rule, seeds, self._dialogue.answers(prompts, tokens))
+        return GrowthRequest(tokens, plan, sampling, self.rule, seeds, self._dialogue.responders(prompts, tokens))
 
     def _grow(self, request: GrowthRequest) -> list[Node]:
         if self._engine is not None:

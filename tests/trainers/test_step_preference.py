@@ -112,7 +112,7 @@ def test_micro_batches_change_nothing(make):
         if name == "parts" and make.kind == "latent":
             policy.max_batch = 1
         elif name == "parts":
-            policy.settings = replace(policy.settings, max_tokens=1)
+            policy.options = replace(policy.options, max_tokens=1)
         parts = batch.parts(policy)
         counts.append(len(parts))
         assert sum(len(batch.pairs_in(p)) for p in parts) == len(batch.pairs)

@@ -97,7 +97,7 @@ def test_answers_stand_behind_what_was_shown(family, files):
         path = ancestors(parent, place.step)[::-1] if place.step >= 0 else []
         turns = [policy._trees.ids(rollout, v).tolist() for v in path]
         prompt = rollout.prompts[place.prompt]
-        nodes = policy._dialogue.taken(prompt, policy.encode(prompt), 0, [*turns, ids.tolist()], 0)
+        nodes = policy._dialogue._nodes_of_turns(prompt, policy.encode(prompt), 0, [*turns, ids.tolist()], 0)
         assert len(nodes) == len(turns) + 1
         told = policy._rollouts.of_nodes([prompt], [policy.encode(prompt)], nodes, {})
         policy.sampling, sampled = replace(policy.sampling, temperature=1.0), policy.sampling

@@ -280,7 +280,7 @@ def test_greedy_conversations_are_those_of_the_transformers_decoder(family, file
     rows = prompts() if family == "text" else prompts(files)
     tokens = [policy.encode(p) for p in rows]
     greedy = replace(policy.sampling, temperature=0.0)
-    answers = policy._dialogue.answers(rows, tokens)
+    answers = policy._dialogue.responders(rows, tokens)
     request = GrowthRequest(tokens, BranchPlan({0: 1}), greedy, policy.rule, (1, 2), answers)
     want = grow(TransformersEngine(policy.model.hf.eval()), request)
     got = grow(VllmEngine(Transformers(policy.model.hf, greedy.banned)), request)

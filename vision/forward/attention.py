@@ -16,12 +16,13 @@ from torch import Tensor
 from vision.forward.packing import Packed, tree_mask
 from vision.inputs.foreign import attribute
 
-FLEX = "mmrl_flex"  # for the update on a GPU; needs layout `packed`, sampling takes sdpa
+# FlexAttention for the update on a GPU. It needs the layout `packed`; sampling takes sdpa in its place.
+FLEX = "mmrl_flex"
 
 
 @dataclass(frozen=True)
 class AttentionStyle:
-    """What the model's attention needs. window: tokens seen by sliding layers, None = all layers see everything.
+    """The kind of attention of a model. window: tokens seen by sliding layers, None = all layers see everything.
 
     image_blocks: tokens of one image see each other in both directions (Gemma 3).
     """
@@ -38,7 +39,7 @@ class AttentionStyle:
 
 
 def style_of(model: Any) -> AttentionStyle:
-    """From a loaded transformers model; `attn_implementation` was fixed when it was loaded."""
+    """The attention style of a loaded transformers model; `attn_implementation` was fixed when it was loaded."""
     text = model.config.get_text_config()
     layers = set(attribute(text, "layer_types") or ["full_attention"])
     unknown = layers - {"full_attention", "sliding_attention"}
@@ -83,37 +84,43 @@ def _visible(
     rows: Sequence[tuple[Packed, Tensor]], style: AttentionStyle, prefix: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
     """(B, L, K) bool for full layers and for sliding layers."""
-    length, ahead = max(len(take) for _, take in rows), max(prefix or [0])
-    full = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty softmax
+    length = max(len(take) for _, take in rows)
+    # Padding sees itself alone: a softmax over nothing would be NaN.
+    full = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
     near = full.clone() if style.window is not None else full
-    for b, (packed, take) in enumerate(rows):
+    for row, (packed, take) in enumerate(rows):
         n = len(take)
-        seen = tree_mask(packed, take)
-        block = _same_image(packed, take) if style.image_blocks else torch.zeros_like(seen)
-        full[b, :n, :n] = seen | block
+        visible = tree_mask(packed, take)
+        block = _same_image(packed, take) if style.image_blocks else torch.zeros_like(visible)
+        full[row, :n, :n] = visible | block
         if style.window is not None:
             path = packed.path[take]
-            near[b, :n, :n] = (seen & (path[:, None] - path[None] < style.window)) | block
-    if ahead:
-        cached = torch.arange(ahead)[None] >= ahead - torch.tensor(prefix)[:, None]
+            in_window = path[:, None] - path[None] < style.window
+            near[row, :n, :n] = (visible & in_window) | block
+    longest_prefix = max(prefix or [0])
+    if longest_prefix:
+        # (B, longest prefix): the prompts lie on the right of the cache, padding on the left
+        cached = torch.arange(longest_prefix)[None] >= longest_prefix - torch.tensor(prefix)[:, None]
         full = torch.cat([cached[:, None].expand(-1, length, -1), full], 2)
     return full, near
 
 
 def _same_image(packed: Packed, take: Tensor) -> Tensor:
-    """True between the placeholders of one image: one run of type 1 in the packed row."""
-    image = packed.types == 1
-    run = (image & ~torch.cat([image.new_zeros(1), image[:-1]])).cumsum(0)
-    own, on = run[take], image[take]
-    return on[None] & on[:, None] & (own[None] == own[:, None])
+    """(n, n) bool, True between the placeholders of one image: one run of type 1 in the packed row."""
+    is_image = packed.types == 1
+    starts_run = is_image & ~torch.cat([is_image.new_zeros(1), is_image[:-1]])
+    run = starts_run.cumsum(0)[take]
+    in_image = is_image[take]
+    return in_image[None] & in_image[:, None] & (run[None] == run[:, None])
 
 
 def _as_input(visible: Tensor, style: AttentionStyle) -> Tensor:
-    visible = visible[:, None]
+    """(B, 1, L, K) as the attention function takes it: bool for sdpa, else 0 where visible and the lowest number."""
+    mask = visible[:, None]
     if style.implementation == "sdpa":
-        return visible
+        return mask
     lowest = torch.finfo(style.dtype).min
-    return torch.zeros(visible.shape, dtype=style.dtype).masked_fill(~visible, lowest)
+    return torch.zeros(mask.shape, dtype=style.dtype).masked_fill(~mask, lowest)
 
 
 def attend_by(hf: Any, implementation: str) -> None:
@@ -135,16 +142,19 @@ def _flex(rows: Sequence[tuple[Packed, Tensor]], style: AttentionStyle, prefix: 
     if not style.plain:
         raise ValueError("flex attention is not set up for sliding layers or image blocks; load with attn: sdpa")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    length, ahead = max(len(take) for _, take in rows), max(prefix or [0])
-    place = torch.full((len(rows), length), -1, device=device)  # packed index, -1 = padding
-    end = torch.full((len(rows), length), -1, device=device)  # padding is in no tree
-    for b, (packed, take) in enumerate(rows):
-        place[b, : len(take)], end[b, : len(take)] = take.to(device), packed.end[take].to(device)
-    first = ahead - torch.tensor(prefix or [0] * len(rows), device=device)
+    length, longest_prefix = max(len(take) for _, take in rows), max(prefix or [0])
+    # (B, L) per column its packed index and the end of its subtree; -1 at padding, which is in no tree
+    place = torch.full((len(rows), length), -1, device=device)
+    end = torch.full((len(rows), length), -1, device=device)
+    for row, (packed, take) in enumerate(rows):
+        place[row, : len(take)] = take.to(device)
+        end[row, : len(take)] = packed.end[take].to(device)
+    first_cached = longest_prefix - torch.tensor(prefix or [0] * len(rows), device=device)
 
+    # b: row, h: head, q: query column, k: key column, the cache's columns first; names of `create_block_mask`
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (k - ahead).clamp(min=0)
-        tree = (own <= q) & (place[b, own] <= place[b, q]) & (place[b, q] < end[b, own])
-        return torch.where(k < ahead, k >= first[b], tree | (own == q))
+        column = (k - longest_prefix).clamp(min=0)
+        in_tree = (column <= q) & (place[b, column] <= place[b, q]) & (place[b, q] < end[b, column])
+        return torch.where(k < longest_prefix, k >= first_cached[b], in_tree | (column == q))
 
-    return create_block_mask(visible, len(rows), None, length, ahead + length, device=device)
+    return create_block_mask(visible, len(rows), None, length, longest_prefix + length, device=device)

@@ -16,7 +16,7 @@ class AnswerTrees:
     """The answers of some places, laid out behind them.
 
     Args:
-        write: text -> ids. answers: one per place. limit: most tokens of a part.
+        trees: lays the rollout out. write: text -> ids. answers: one per place. limit: most tokens of a part.
     """
 
     def __init__(
@@ -24,6 +24,7 @@ class AnswerTrees:
     ) -> None:
         self._trees, self._limit = trees, limit
         spelt = {answer: spell(answer, write) for answer in set(answers)}
+        # Per place the ids of its answer with the lead, and where the answer's own begin.
         self._tails = [spelt[answer] for answer in answers]
 
     def parts(
@@ -33,38 +34,44 @@ class AnswerTrees:
 
         Places that are ends are in none.
         """
-        going = open_places(rollout, places)
+        open_positions = open_places(rollout, places)
         longest = max((len(ids) for ids, _ in self._tails), default=0)
-        chosen = [places[i] for i in going]
+        chosen = [places[position] for position in open_positions]
         for part in place_batches(rollout, chosen, self._limit, extra=longest, most=max(len(places), 1)):
+            by_prompt: dict[int, list[int]] = {}
+            for index in part:
+                position = open_positions[index]
+                by_prompt.setdefault(places[position].prompt, []).append(position)
+
             trees: list[TokenTree] = []
             wanted: list[Tensor] = []
             owner: list[int] = []
-            own = [going[j] for j in part]
-            for g in dict.fromkeys(places[i].prompt for i in own):
-                mine = [i for i in own if places[i].prompt == g]
-                behind = [(places[i].step, self._tails[i][0]) for i in mine]
-                laid = self._trees.lay_out(
-                    rollout, self._trees.checked_prompt(rollout, g), [step for step, _ in behind if step >= 0],
-                    blank=blank, open_ended=True, tails=behind,
-                )  # fmt: skip
-                spans = [laid.tokens(node)[self._tails[i][1] :] for node, i in zip(laid.tails, mine, strict=True)]
-                trees.append(laid.tree)
+            for group, positions in by_prompt.items():
+                tails = [(places[position].step, self._tails[position][0]) for position in positions]
+                prompt = self._trees.checked_prompt(rollout, group)
+                steps = [step for step, _ in tails if step >= 0]
+                laid_out = self._trees.lay_out(rollout, prompt, steps, blank=blank, open_ended=True, tails=tails)
+                trees.append(laid_out.tree)
+                spans = []
+                for node, position in zip(laid_out.tails, positions, strict=True):
+                    span = laid_out.tokens(node)[self._tails[position][1] :]
+                    spans.append(span)
+                    owner += [position] * len(span)
                 wanted.append(torch.cat(spans))
-                owner += [i for i, span in zip(mine, spans, strict=True) for _ in span]
             yield trees, wanted, torch.tensor(owner)
 
 
 def spell(answer: Answer, write: Callable[[str], Tensor]) -> tuple[Tensor, int]:
-    """Ids of an answer behind its lead, and where the answer's own begin: a token that holds the end of the lead and
-    the beginning of the answer is the answer's.
+    """Ids of an answer behind its lead, and the index of the answer's first one: a token that holds the end of the
+    lead and the beginning of the answer is the answer's.
 
     Raises:
         ValueError: an answer without tokens.
     """
     ids, lead = write(answer.lead + answer.text), write(answer.lead)
-    n = min(len(ids), len(lead))
-    first = int((ids[:n] == lead[:n]).long().cumprod(0).sum())
+    length = min(len(ids), len(lead))
+    # the length of the common beginning
+    first = int((ids[:length] == lead[:length]).long().cumprod(0).sum())
     if first == len(ids):
         raise ValueError(f"the answer {answer.text!r} behind {answer.lead!r} has no token of its own")
     return ids, first

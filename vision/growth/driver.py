@@ -67,7 +67,7 @@ class _Growth:
             places = [self._fork(s.prompt, -1, s.depth, s.slot, s.sampled, s.state) for s in starts]
         while places:
             samples = self.session.generate(places)
-            if isinstance(self.rule, UnsureRule) and not self.request.answers:
+            if isinstance(self.rule, UnsureRule) and not self.request.responders:
                 places, samples = self._fork_before(self.rule, places, samples)
             places = [new for p, own in zip(places, samples, strict=True) for new in self._attach(p, own)]
             places = places or self._answered()
@@ -82,9 +82,9 @@ class _Growth:
         """The place where the children of `parent` begin."""
         d, stride = self.sampling, self.plan.leaves // self.plan.width(depth + 1)
         slots = range(slot, slot + self.plan.factor(depth) * stride, stride)
-        room = d.max_new_tokens - (0 if self.request.answers else sampled)
+        room = d.max_new_tokens - (0 if self.request.responders else sampled)
         is_behind_forks = depth >= self.last_fork and d.stop_after is None
-        step_by_step = not self.request.answers and depth + 1 < d.max_steps and not is_behind_forks
+        step_by_step = not self.request.responders and depth + 1 < d.max_steps and not is_behind_forks
         return _Place(prompt, slots, sampled, room, state, observation, step_by_step, parent, depth)
 
     def _child(self, place: _Place) -> int:
@@ -152,13 +152,13 @@ class _Growth:
             place.room -= sampled - place.sampled
             place.sampled, place.state, place.observation = sampled, sample.state, None
             return [place]
-        if node.end == "eos" and self.request.answers and node.depth + 1 < self.sampling.max_steps:
+        if node.end == "eos" and self.request.responders and node.depth + 1 < self.sampling.max_steps:
             self.closed.append(_ClosedTurn(at, slot, sampled, self.session.keep(sample.state)))
         return []
 
     def _end(self, node: Node, sampled: int) -> Literal["open", "step", "eos", "length"]:
         """Why a node stops at its last token; `sampled` tokens are on its path."""
-        d, turns = self.sampling, bool(self.request.answers)
+        d, turns = self.sampling, bool(self.request.responders)
         if node.ids[-1] in self.eos:
             return "eos"
         if (len(node.ids) if turns else sampled) == d.max_new_tokens:
@@ -175,7 +175,7 @@ class _Growth:
         for turn in closed:
             node = self.nodes[turn.node]
             turns = [self.nodes[v].ids for v in reversed(ancestors(parent, turn.node))]
-            observation = self.request.answers[node.prompt](turns)
+            observation = self.request.responders[node.prompt](turns)
             if observation is not None:
                 node.end, node.observed = "step", len(observation.ids)
                 after = (turn.slot, turn.sampled, turn.state, observation)

@@ -89,7 +89,7 @@ class Decoder:
     def __init__(self, hf: Any, features: ByteCache | None, request: GrowthRequest) -> None:
         self._hf, self._features, self._request = hf, features, request
         self._device, self._sampling = bare(hf).device, request.sampling
-        room = self._sampling.max_new_tokens * (self._sampling.max_steps if request.answers else 1)
+        room = self._sampling.max_new_tokens * (self._sampling.max_steps if request.responders else 1)
         self._noise = torch.stack([noise_table(s, room, request.plan.leaves) for s in request.seeds])
         self._past: Any = None
         self._mask: Tensor | None = None
@@ -136,7 +136,7 @@ class Decoder:
             prompts = [self._request.prompts[r.prompt] for r in requests]
             self._logits, self._past, self._mask = prefill(self._hf, prompts, self._features)
             self._position = [p.next_position for p in prompts]
-            if self._request.answers:
+            if self._request.responders:
                 check_cache(self._past)
             return
         kept = [s for s in states if s is not None]

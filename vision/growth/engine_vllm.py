@@ -215,7 +215,7 @@ class Requests:
 
     def __init__(self, engine: VllmEngine, request: GrowthRequest) -> None:
         self._engine, self._prompts, self._seeds = engine, request.prompts, request.seeds
-        self._sampling, self._turns = request.sampling, bool(request.answers)
+        self._sampling, self._turns = request.sampling, bool(request.responders)
         self._step_ids = request.rule.candidates.nonzero().flatten().tolist()
         if self._turns:
             self._begun = [History.of(p) for p in request.prompts]

@@ -1,4 +1,7 @@
-"""What answers a policy between its steps: an environment whose observations are a function of what was written."""
+"""Environments that answer a policy between its steps, and a memory of their answers.
+
+A tree visits a turn many times: while it grows, in every update and in every reading. `Replay` keeps the results.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from mmrl.rollout import Prompt
 from vision.inputs.prompts import size_in_bytes
 from vision.inputs.tokens import PromptTokens
 
-OBSERVED_BYTES = 2**29  # of observations of earlier iterations
+# Memory for observations of earlier iterations.
+OBSERVED_BYTES = 2**29
 
 
 class Environment(Protocol):
@@ -25,19 +29,23 @@ class Environment(Protocol):
         """The state before the first turn."""
 
     def step(self, state: Any, text: str, used: int) -> TurnResult:
-        """What follows a turn.
+        """The result of a turn.
 
         used: tokens of the conversation so far, observations included.
         """
 
     def picture(self, state: Any, text: str) -> Image.Image | None:
-        """What a person would look at to see what a turn shows from here, None where that is nothing."""
+        """A picture of what the turn makes the environment show; None where that is
+        nothing."""
 
 
 @dataclass(frozen=True)
 class TurnResult:
-    """state: the new one. observation: tokens from behind the turn's end mark to where the next turn begins; None ends
-    the conversation. ok: the turn was understood and carried out, or is the answer."""
+    """The environment's answer to a turn.
+
+    state: the new one. observation: tokens from behind the turn's end mark to where the next turn begins; None ends
+    the conversation. ok: the turn was understood and carried out, or is the answer.
+    """
 
     state: Any
     observation: PromptTokens | None
@@ -53,35 +61,35 @@ class TurnRecord:
 
 
 class Replay:
-    """An environment with a memory: what was answered after the same turns is not worked out twice.
+    """An environment with a memory: the result of the same turns is not computed twice.
 
     An iteration's observations are kept until the next one begins, up to 8 times `OBSERVED_BYTES`; of earlier ones
-    `OBSERVED_BYTES`, the newest. What is forgotten is replayed from the prompt.
+    `OBSERVED_BYTES`, the newest. A result that was dropped is replayed from the prompt.
     """
 
     def __init__(self, environment: Environment) -> None:
         self.environment, self._kept = environment, ByteCache(OBSERVED_BYTES, name="observations")
 
     def begin_iteration(self) -> None:
-        """Let go of the last iteration's observations; see `mmrl.capabilities.EncodingCache`."""
+        """Give up the last iteration's observations; see `mmrl.capabilities.EncodingCache`."""
         self._kept.begin_iteration()
 
     def after(self, prompt: Prompt, start: int, turns: tuple[tuple[str, int], ...]) -> TurnRecord:
-        """Where the conversation stands after `turns`, each the text and its number of tokens; `start` tokens were
-        the prompt's."""
+        """The state of the conversation after `turns`, each its text and its number of tokens.
+
+        start: tokens of the prompt.
+        """
         if not turns:
             return TurnRecord(TurnResult(self.environment.start(prompt), None), start)
         key = (prompt.id, str(dict(prompt.inputs)), turns)
-        known: TurnRecord | None = self._kept.get(key)
-        if known is None:
+        record: TurnRecord | None = self._kept.get(key)
+        if record is None:
+            text, num_tokens = turns[-1]
             before = self.after(prompt, start, turns[:-1])
-            seen = before.result.observation
-            used = before.used + (0 if seen is None else len(seen.ids)) + turns[-1][1]
-            known = TurnRecord(self.environment.step(before.result.state, turns[-1][0], used), used)
-            self._kept.put(key, known, _size(known))
-        return known
-
-
-def _size(moment: TurnRecord) -> int:
-    seen = moment.result.observation
-    return 0 if seen is None else size_in_bytes(seen)
+            used = before.used + num_tokens
+            if before.result.observation is not None:
+                used += len(before.result.observation.ids)
+            record = TurnRecord(self.environment.step(before.result.state, text, used), used)
+            observation = record.result.observation
+            self._kept.put(key, record, 0 if observation is None else size_in_bytes(observation))
+        return record

@@ -1,4 +1,10 @@
-"""What a generation engine takes and gives: encoded prompts in, trees of sampled steps out."""
+"""Requests to a generation engine: encoded prompts go in, trees of sampled steps come out.
+
+    request = GrowthRequest([prompt], BranchPlan({0: 2}), SamplingOptions(1.0, 64, 8, eos=(2,)), rule, seeds=[0])
+    nodes = grow(TransformersEngine(hf), request)  # two answers, a node for each of their steps
+
+`GrowthRequest` is for a whole tree; the driver cuts it into `SampleRequest`s, each for samples from one place.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,8 @@ from vision.inputs.tokens import PromptTokens
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn. temperature 0 is greedy; above 0 it divides the logits, in the update as well.
+    """The distribution of sampled tokens and where a completion ends. temperature 0 is greedy; above 0 it divides the
+    logits, in the update as well.
 
     banned: ids that may never be sampled (image placeholders). eos: ids that end a completion.
     max_steps: depth from which a completion is no longer cut into steps. stop_after: steps after which a path is
@@ -30,27 +37,33 @@ class SamplingOptions:
 
 @dataclass
 class Node:
-    """One sampled step. `end` says why it stopped; only a node that ended as a step has children."""
+    """One sampled step.
 
-    prompt: int  # index into the prompts
-    parent: int  # index into the list of nodes, -1 = the prompt
+    prompt: index into the prompts. parent: index into the list of nodes, -1 = the prompt.
+    logp: of each token under the sampling distribution, banned ids removed.
+    end: why it stopped; only a node that ended as a step has children.
+    observed: tokens of the observation that follows it.
+    """
+
+    prompt: int
+    parent: int
     depth: int
     ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)  # under the sampling distribution, banned ids removed
+    logp: list[float] = field(default_factory=list)
     end: Literal["open", "step", "eos", "length"] = "open"
-    observed: int = 0  # tokens of the observation that follows it
+    observed: int = 0
 
 
-# the turns of a conversation, each its ids -> the observation after the last one, None = the conversation is over
-Answer = Callable[[Sequence[Sequence[int]]], PromptTokens | None]
+# From the turns of a conversation, each its ids, to the observation after the last one; None ends the conversation.
+Responder = Callable[[Sequence[Sequence[int]]], PromptTokens | None]
 
 
 @dataclass(frozen=True)
 class Start:
     """Where a tree begins: before the first step of a prompt, or behind steps that were written earlier.
 
-    depth: of the first nodes. slot: number of its first leaf. sampled: tokens written before. state: what the engine
-    remembers of them; None = only the prompt comes before.
+    depth: of the first nodes. slot: number of its first leaf. sampled: tokens written before. state: the engine's
+    state behind them; None = only the prompt comes before.
     """
 
     prompt: int
@@ -65,9 +78,9 @@ class GrowthRequest:
     """Trees of steps to sample.
 
     plan: a step at depth d that ends as a step gets plan.factor(d + 1) children. rule: where a step ends.
-    seeds: one per prompt; what a prompt samples depends on its own alone.
-    answers: one per prompt where an environment answers. A step then is a turn of at most `max_new_tokens` that ends
-        with an end mark, `rule` is not asked, and a conversation has at most `max_steps` turns.
+    seeds: one per prompt; a prompt's samples depend on its own alone.
+    responders: one per prompt where an environment answers. A step then is a turn of at most `max_new_tokens` that
+        ends with an end mark, `rule` is not asked, and a conversation has at most `max_steps` turns.
     starts: by default one before the first step of every prompt.
     """
 
@@ -76,12 +89,13 @@ class GrowthRequest:
     sampling: SamplingOptions
     rule: StepRule
     seeds: Sequence[int]
-    answers: Sequence[Answer] = ()
+    responders: Sequence[Responder] = ()
     starts: Sequence[Start] | None = None
 
-    def part(self, a: int, b: int) -> GrowthRequest:
-        """The request of prompts `a` to `b`, which begin before their first steps."""
-        return replace(self, prompts=self.prompts[a:b], seeds=self.seeds[a:b], answers=self.answers[a:b])
+    def part(self, start: int, end: int) -> GrowthRequest:
+        """The request of prompts `start` to `end`, whose trees begin before their first steps."""
+        part = slice(start, end)
+        return replace(self, prompts=self.prompts[part], seeds=self.seeds[part], responders=self.responders[part])
 
 
 # ---- engines ----------------------------------------------------------------------------------------------------
@@ -91,9 +105,10 @@ class GrowthRequest:
 class SampleRequest:
     """Samples that begin, or go on, at one place of a tree: as many as `slots`.
 
-    slots: the first leaf's number of each; what a sample draws depends on its prompt's seed, its slot and `sampled`.
+    slots: the number of each sample's first leaf; a sample depends on its prompt's seed, its slot and `sampled`.
     sampled: tokens of the path so far. room: most tokens. state: of an earlier sample, a start, or None = the prompt.
-    observation: what is shown before the next token. step_by_step: a sample may not go on behind the end of its step.
+    observation: tokens between the state and the next sampled one. step_by_step: a sample may not go on behind the
+    end of its step.
     """
 
     prompt: int
@@ -133,11 +148,11 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
-    """What samples tokens."""
+    """Samples tokens."""
 
     def open(self, request: GrowthRequest) -> Session:
         """Begin work on a request that has prompts.
 
         Raises:
-            ValueError: what the engine cannot sample.
+            ValueError: a request that the engine cannot sample.
         """

@@ -1,4 +1,4 @@
-"""A rollout's prompts, steps and observations as trees of tokens: what an update and a second look run."""
+"""A rollout's prompts, steps and observations as trees of tokens, which updates and readings run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from vision.inputs.tokens import PromptTokens
 
 @dataclass(frozen=True)
 class LaidOut:
-    """One prompt's tree of tokens. node: of each step. after: what a step's continuation hangs from, the observation
-    behind it or the step itself; -1 is the prompt. tails: nodes of what was hung behind places, in their order."""
+    """One prompt's tree of tokens.
+
+    node: step -> its node in the tree. after: step -> the node that its continuation hangs from, which is the
+    observation behind it or the step itself; -1 stands for the prompt. tails: nodes that were hung behind places, in
+    the order of the places.
+    """
 
     tree: TokenTree
     node: Mapping[int, int]
@@ -39,7 +43,8 @@ class RolloutTrees:
     """Lays rollouts out for a model.
 
     Args:
-        dialogue: brings the observations between steps.
+        encode: prompts to tokens.
+        dialogue: gives the observations between steps.
     """
 
     def __init__(self, encode: PromptEncoder, dialogue: Dialogue) -> None:
@@ -50,70 +55,87 @@ class RolloutTrees:
     ) -> tuple[list[TokenTree], list[Tensor], Tensor]:
         """The trees that `steps` need, the packed indices of their tokens, and the actions these are.
 
-        blank: with nothing to see in any picture. reworded: the prompts may have other lengths than when sampled.
+        Args:
+            steps: (S,) of any prompts.
+            blank: every picture has nothing to see. reworded: prompts may have other lengths than when sampled.
+        Returns:
+            A tree and packed indices per prompt, and (A,) the places of these tokens in `rollout.actions`.
         """
         tree = rollout.tree
-        trees, wanted, index = [], [], []
-        for g, own in by_prompt(tree, steps):
-            prompt = self._encode(rollout.prompts[g]) if reworded else self.checked_prompt(rollout, g)
-            laid = self.lay_out(rollout, prompt, own, blank=blank)
-            wanted.append(torch.cat([laid.tokens(laid.node[v]) for v in own]))
-            index.append(torch.cat([torch.arange(int(tree.tok_start[v]), int(tree.tok_end[v])) for v in own]))
-            trees.append(laid.tree)
-        return trees, wanted, torch.cat(index)
+        trees, wanted, actions = [], [], []
+        for group, own in by_prompt(tree, steps):
+            prompt = self._encode(rollout.prompts[group]) if reworded else self.checked_prompt(rollout, group)
+            laid_out = self.lay_out(rollout, prompt, own, blank=blank)
+            trees.append(laid_out.tree)
+            wanted.append(torch.cat([laid_out.tokens(laid_out.node[step]) for step in own]))
+            for step in own:
+                actions.append(torch.arange(int(tree.tok_start[step]), int(tree.tok_end[step])))
+        return trees, wanted, torch.cat(actions)
 
     def lay_out(
-        self, rollout: Rollout, prompt: PromptTokens, steps: Sequence[int], *, blank: bool = False,
-        open_ended: bool = False, tails: Sequence[tuple[int, Tensor]] = (),
-    ) -> LaidOut:  # fmt: skip
+        self,
+        rollout: Rollout,
+        prompt: PromptTokens,
+        steps: Sequence[int],
+        *,
+        blank: bool = False,
+        open_ended: bool = False,
+        tails: Sequence[tuple[int, Tensor]] = (),
+    ) -> LaidOut:
         """The prompt, `steps` and what comes before them.
 
         Args:
             open_ended: `steps` are followed by their observations even where no other step follows.
-            tails: (step or -1, ids) of what is hung behind states, as children of their own.
+            tails: (step or -1, ids) of tokens that are hung behind states, each as a child of its own.
         """
-        nodes, parent = closure(rollout.tree, steps)
-        ids, above, shown = [prompt.ids], [-1], {}
-        node: dict[int, int] = {}
-        below = [0]  # by place in `parent`: what a child hangs from
-        inner = set(parent)
+        closed_steps, closed_parents = closure(rollout.tree, steps)
+        has_child = set(closed_parents)
         opened = set(steps) if open_ended else set()
-        for i, v in enumerate(nodes, 1):
-            node[v] = len(ids)
-            ids.append(self.ids(rollout, v))
-            above.append(below[parent[i]])
-            seen = self._dialogue.observation(rollout, v) if i in inner or v in opened else None
-            if seen is not None:
-                shown[len(ids)] = seen.blank if blank else seen
-                ids.append(seen.ids)
-                above.append(node[v])
-            below.append(len(ids) - 1)
-        after = {-1: 0} | dict(zip(nodes, below[1:], strict=True))
-        first = len(ids)
+        # A step becomes one node, or two where an observation follows it: the step, and the observation below it.
+        ids = [prompt.ids]
+        parents = [-1]
+        shown: dict[int, PromptTokens] = {}
+        node_of: dict[int, int] = {}
+        after = {-1: 0}
+        for place, step in enumerate(closed_steps, 1):
+            above = closed_parents[place]
+            parents.append(after[closed_steps[above - 1] if above else -1])
+            node_of[step] = after[step] = len(ids)
+            ids.append(self.ids(rollout, step))
+            if place not in has_child and step not in opened:
+                continue
+            observation = self._dialogue.observation(rollout, step)
+            if observation is not None:
+                after[step] = len(ids)
+                shown[len(ids)] = observation.blank if blank else observation
+                ids.append(observation.ids)
+                parents.append(node_of[step])
+        num_nodes = len(ids)
         for step, tail in tails:
             ids.append(tail)
-            above.append(after[step])
-        tree = TokenTree(prompt.blank if blank else prompt, above, ids, shown)
-        return LaidOut(tree, node, after, range(first, len(ids)))
+            parents.append(after[step])
+        tree = TokenTree(prompt.blank if blank else prompt, parents, ids, shown)
+        return LaidOut(tree, node_of, after, range(num_nodes, len(ids)))
 
-    def checked_prompt(self, rollout: Rollout, g: int) -> PromptTokens:
+    def checked_prompt(self, rollout: Rollout, group: int) -> PromptTokens:
         """The prompt's tokens.
 
         Raises:
             ValueError: they are more or fewer than when the rollout was made.
         """
-        prompt, size = self._encode(rollout.prompts[g]), int(rollout.prompt_payload["prompt_tokens"][g])
+        prompt, size = self._encode(rollout.prompts[group]), int(rollout.prompt_payload["prompt_tokens"][group])
         if len(prompt.ids) != size:
             raise ValueError(
-                f"prompt {rollout.prompts[g].id!r} has {len(prompt.ids)} tokens now and had {size} when the rollout "
-                "was made; use the processor, instruction and pictures of that run"
+                f"prompt {rollout.prompts[group].id!r} has {len(prompt.ids)} tokens now and had {size} when the "
+                "rollout was made; use the processor, instruction and pictures of that run"
             )
         return prompt
 
     @staticmethod
-    def ids(rollout: Rollout, v: int) -> Tensor:
-        """The ids of one step."""
-        return rollout.actions.payload["token"][int(rollout.tree.tok_start[v]) : int(rollout.tree.tok_end[v])]
+    def ids(rollout: Rollout, step: int) -> Tensor:
+        """(n,) ids of one step."""
+        start, end = int(rollout.tree.tok_start[step]), int(rollout.tree.tok_end[step])
+        return rollout.actions.payload["token"][start:end]
 
 
 def step_batches(rollout: Rollout, steps: Tensor, limit: int, *, whole_prompts: bool = False) -> list[Tensor]:
@@ -123,8 +145,9 @@ def step_batches(rollout: Rollout, steps: Tensor, limit: int, *, whole_prompts: 
 
 
 def open_places(rollout: Rollout, places: Sequence[Place]) -> list[int]:
-    """Positions of the places that something followed: a state of tokens that nothing follows is an end."""
-    return [i for i, p in enumerate(places) if p.step < 0 or not bool(rollout.tree.is_leaf[p.step])]
+    """Positions of the places that a step follows; a place behind a leaf is an end."""
+    is_leaf = rollout.tree.is_leaf
+    return [index for index, place in enumerate(places) if place.step < 0 or not bool(is_leaf[place.step])]
 
 
 def place_batches(
@@ -134,27 +157,37 @@ def place_batches(
 
     extra: further tokens behind every place.
     """
-    by_step = {p.step: i for i, p in enumerate(places) if p.step >= 0}
-    roots = {p.prompt: i for i, p in enumerate(places) if p.step < 0}
-    prompts = {g: n + extra for g, n in enumerate(rollout.prompt_payload["prompt_tokens"].tolist())}
-    steps = torch.tensor(sorted(by_step), dtype=torch.long)
+    # Positions by the step behind which they lie, or by their prompt where nothing was written yet.
+    by_step: dict[int, int] = {}
+    roots: dict[int, int] = {}
+    for position, place in enumerate(places):
+        if place.step >= 0:
+            by_step[place.step] = position
+        else:
+            roots[place.prompt] = position
+    prompt_sizes = {group: n + extra for group, n in enumerate(rollout.prompt_payload["prompt_tokens"].tolist())}
+
     parts: list[list[int]] = []
+    steps = torch.tensor(sorted(by_step), dtype=torch.long)
     if len(steps):
-        for part in micro_batches(rollout.tree, steps, _sizes(rollout, extra), prompts, limit, False):
+        for part in micro_batches(rollout.tree, steps, _sizes(rollout, extra), prompt_sizes, limit, False):
+            # A prompt's own place goes with the first part that runs the prompt anyway.
             groups = dict.fromkeys(rollout.tree.group[part].tolist())
-            parts.append([roots.pop(g) for g in groups if g in roots] + [by_step[v] for v in part.tolist()])
+            positions = [roots.pop(group) for group in groups if group in roots]
+            parts.append(positions + [by_step[step] for step in part.tolist()])
+    # The remaining prompts have no other place; they fill parts of their own.
     room = 0
-    for g, i in roots.items():
-        if prompts[g] > room:
+    for group, position in roots.items():
+        if prompt_sizes[group] > room:
             parts.append([])
             room = limit
-        parts[-1].append(i)
-        room -= prompts[g]
-    return [part[a : a + most] for part in parts for a in range(0, len(part), most)]
+        parts[-1].append(position)
+        room -= prompt_sizes[group]
+    return [part[start : start + most] for part in parts for start in range(0, len(part), most)]
 
 
 def _sizes(rollout: Rollout, extra: int) -> list[int]:
-    """Tokens of each step, its observation and what is hung behind it."""
+    """(N,) tokens of each step, its observation and the `extra` ones behind it."""
     tree = rollout.tree
     sizes: list[int] = (tree.span + tree.tags.get("observed", 0) + extra).tolist()
     return sizes
