@@ -459,7 +459,7 @@ class DiffusionPolicy:
 
     def _pictures(self, model: nn.Module, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]) -> Tensor:
         """One ODE sample per prompt by `model`, each from a latent by its own generator."""
-        levels = self.adapter.schedule(self.sampling.steps)
+        levels = self.adapter.schedule(self.sampling.eval_steps or self.sampling.steps)
         schedule = NoiseSchedule(levels, [False] * (len(levels) - 1), [1.0] * (len(levels) - 1))
         cond = self._embed(prompts)
         init = torch.stack([self.adapter.init(g) for g in generators])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.adapters.base import Level
-from diffusion.kernels import Transition, correlated_noise, log_prob, ode
+from diffusion.kernels import Transition, correlated_noise, dpmpp_2m, log_prob, ode
 from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates
 from mmrl.finite import check_finite
 from mmrl.registry import find
@@ -66,6 +66,20 @@ def transition(
     return drawn._replace(std=drawn.std * schedule.std_scale[i])
 
 
+def solver_step(
+    sampling: SamplingConfig, schedule: NoiseSchedule, i: int, x: Tensor, x0: Tensor, eps: Tensor, previous: Tensor
+) -> Transition:
+    """`transition`, by the rollout's solver where it draws no noise.
+
+    previous: (N, *D) clean estimates of step i - 1, NaN where that was none of the solver's.
+    """
+    step = transition(sampling, schedule, i, x, x0, eps)
+    last = i == len(schedule) - 1
+    if schedule.noisy[i] or last or i == 0 or sampling.solver == "euler":
+        return step
+    return step._replace(mean=dpmpp_2m(x, x0, previous, schedule.interval(i - 1), schedule.interval(i)))
+
+
 def kernel_stds(sampling: SamplingConfig, schedule: NoiseSchedule) -> list[float]:
     """Standard deviation of each step's transition, 0 where it draws no noise."""
     # a kernel's std depends on the noise levels alone, so any latent will do
@@ -92,12 +106,13 @@ def sample_forest(
     storage = getattr(torch, sampling.storage)
     x = init.to(storage).float()
     own, parent = torch.arange(len(init)), torch.full((len(init),), -1)
+    previous = torch.full_like(x, torch.nan)
     rows: dict[str, list[Tensor]] = {k: [] for k in Forest._fields if k != "calls"}
     made = calls = 0
     for i in range(len(schedule)):
         x0, eps = predict(x, i, own)
         calls += len(x)
-        step = transition(sampling, schedule, i, x, x0, eps)
+        step = solver_step(sampling, schedule, i, x, x0, eps, previous)
         tried = candidates(sampling, plan, schedule, i)
         k = plan.factor(i) * tried
         own, parent = own.repeat_interleave(k), parent.repeat_interleave(k)
@@ -113,6 +128,8 @@ def sample_forest(
             rows[name].append(value)
         parent, made = made + kept, made + len(x)
         x, own = x[kept.to(x.device)], own[kept]
+        # noise ends what a solver knows; without noise nothing splits, so the rows are those of the estimates
+        previous = torch.full_like(x, torch.nan) if schedule.noisy[i] else x0
     forest = Forest(**{k: torch.cat(v) for k, v in rows.items()}, calls=calls)
     _check_latents(forest, len(schedule))
     return forest
@@ -142,14 +159,18 @@ def complete(
     """
     storage = getattr(torch, sampling.storage)
     x, own, row = starts[0].latent.new_zeros((0, *starts[0].latent.shape)), torch.zeros(0, dtype=torch.long), []
+    previous = x
     for i in range(min(s.step for s in starts), len(schedule)):
         joining = [j for j, s in enumerate(starts) if s.step == i for _ in range(n if any(schedule.noisy[i:]) else 1)]
         x = torch.cat([x, *(starts[j].latent[None] for j in joining)])
         own = torch.cat([own, torch.tensor([starts[j].prompt for j in joining], dtype=torch.long)])
         row += joining
-        step = transition(sampling, schedule, i, x, *predict(x, i, own))
-        x = step.mean
+        estimates = predict(x, i, own)
+        previous = torch.cat([previous, previous.new_full((len(joining), *x.shape[1:]), torch.nan)])
+        step = solver_step(sampling, schedule, i, x, *estimates, previous)
+        x, previous = step.mean, estimates[0]
         if schedule.noisy[i]:
+            previous = torch.full_like(x, torch.nan)
             # those that joined before have n rows each, as has everything that joins while noise is to come
             noise = [torch.randn((n, *x.shape[1:]), generator=generators[j]) for j in dict.fromkeys(row)]
             x = x + step.std * torch.cat(noise).to(x.device)
@@ -202,8 +223,8 @@ def _noise(shape: torch.Size, k: int, sampling: SamplingConfig, generators: list
 def sample_ode(predict: Predict, init: Tensor, sampling: SamplingConfig, schedule: NoiseSchedule) -> Tensor:
     """(N, *D) clean latents by the deterministic solver, one row per initial latent, every row its own prompt."""
     quiet = replace(schedule, noisy=[False] * len(schedule))
-    own, x = torch.arange(len(init)), init
+    own, x, previous = torch.arange(len(init)), init, torch.full_like(init, torch.nan)
     for i in range(len(quiet)):
         x0, eps = predict(x, i, own)
-        x = transition(sampling, quiet, i, x, x0, eps).mean
+        x, previous = solver_step(sampling, quiet, i, x, x0, eps, previous).mean, x0
     return x

@@ -20,6 +20,7 @@ WindowStart = Literal["progressive", "random", "exp_decay"]
 SplitNoise = Literal["correlated", "independent", "scaled"]
 PURE_NOISE = 0.999  # noise levels from here on count as pure noise
 FinalStep = Literal["mean", "x0", "sample"]
+Solver = Literal["euler", "dpmpp_2m"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class SamplingConfig:
     candidates: latents drawn after every state at a noisy step where the plan does not split; a random one goes on,
         the others are leaves without outcome and cost no network call (LPO, SPO).
     final_step: what becomes of the last transition: its mean, the clean estimate x0, or a trained sample of it.
+    solver: of steps without noise, in the tail and in evaluation: `euler` (DDIM), or `dpmpp_2m`, DPM-Solver++ of
+        second order, which needs fewer of them. It starts anew after every noisy step and at every completion.
+    eval_steps: denoising steps of evaluation; None = `steps`.
     reduce: log-prob averaged or summed over latent elements.
     keep_mean: store the transition means too (GRPO-Guard needs them); doubles a rollout's memory.
     storage: dtype latents are kept in; samples are rounded to it before the old log-prob is taken.
@@ -63,11 +67,15 @@ class SamplingConfig:
     split_scale: float = 4.0
     candidates: int = 1
     final_step: FinalStep = "mean"
+    solver: Solver = "euler"
+    eval_steps: int | None = None
     reduce: Reduce = "mean"
     storage: Literal["float32", "bfloat16"] = "float32"
     keep_mean: bool = False
 
     def __post_init__(self) -> None:
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise ValueError(f"policy.eval_steps={self.eval_steps}: at least one denoising step is needed")
         if self.steps < 1:
             raise ValueError(f"policy.steps={self.steps}: at least one denoising step is needed")
         find("kernels", self.kernel).check(self.kernel_options, "policy")
@@ -94,7 +102,7 @@ class SamplingConfig:
 
 
 # Recorded only where they are set, so that rollouts stored before they existed still compare equal.
-_LATER_FIELDS = ("window_start", "window_range", "plan_in_window")
+_LATER_FIELDS = ("window_start", "window_range", "plan_in_window", "solver", "eval_steps")
 
 
 @dataclass(frozen=True)

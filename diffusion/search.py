@@ -35,6 +35,8 @@ def best_of_k(
     judge = require("a search over denoising steps", LatentScorer, scorer, "scorers").score
     if policy.sampling.noise == "split":
         raise ValueError("policy.noise='split' draws noise where a plan splits, which a search lacks; set it to all")
+    if policy.sampling.eval_steps not in (None, policy.sampling.steps):
+        raise ValueError("policy.eval_steps: a search is compared at equal steps with plain samples; leave it out")
     scored = 0
 
     def counted_score(x: Tensor, level: Level, cond: Cond, own: Tensor) -> Tensor:

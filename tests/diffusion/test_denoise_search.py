@@ -105,6 +105,9 @@ def test_what_cannot_be_searched(policy, tiny_model):
     split = DiffusionPolicy(DiTAdapter.from_pretrained(tiny_model), SamplingConfig(steps=STEPS))
     with pytest.raises(ValueError, match="noise='split' draws noise where a plan splits"):
         best_of_k(split, PROMPTS, Brightest(), n=1, k=2, seed=0)
+    policy.sampling = SamplingConfig(steps=STEPS, noise="all", eval_steps=STEPS + 1)
+    with pytest.raises(ValueError, match="eval_steps: a search is compared at equal steps"):
+        best_of_k(policy, PROMPTS, Brightest(), n=1, k=2, seed=0)
 
 
 # ---- the report ---------------------------------------------------------------------------------------------------
