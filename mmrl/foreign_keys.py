@@ -51,6 +51,10 @@ FOREIGN_KEYS: dict[str, str] = {
     "report_to": "run.trackers",
     "log_with": "run.trackers",
     "resume_from_checkpoint": "run.resume",
+    "load_best_model_at_end": "callbacks, such as callbacks: [{name: best_model, metric: eval/reward}]",
+    "metric_for_best_model": "callbacks, such as callbacks: [{name: best_model, metric: eval/reward}]",
+    "early_stopping_patience": "callbacks, such as callbacks: [{name: early_stop, metric: eval/reward}]",
+    "push_to_hub": "callbacks, such as callbacks: [{name: push_to_hub, repo: user/name}]",
     # ---- model
     "model_name_or_path": "policy.model",
     "model_id": "policy.model",

@@ -225,11 +225,11 @@ def test_every_key_that_other_trainers_names_lead_to_exists():
         for row in rows(kind):
             known[section].update(row.options)
     for foreign, told in FOREIGN_KEYS.items():
-        for key in re.findall(r"\b(?:optim|run|loss|credit|policy|task)\.\w+|^(?:plan|rewards)\b", told):
+        for key in re.findall(r"\b(?:optim|run|loss|credit|policy|task)\.\w+|^(?:plan|rewards|callbacks)\b", told):
             section, _, name = key.partition(".")
             assert section in known and (not name or name in known[section]), (foreign, told)
             assert foreign not in known[section] or foreign == name, f"{foreign} is a key of {section} itself"
-        assert re.match(r"(optim|run|loss|credit|policy|task)\.\w|plan|rewards", told), (foreign, told)
+        assert re.match(r"(optim|run|loss|credit|policy|task)\.\w|plan|rewards|callbacks", told), (foreign, told)
 
 
 def test_truth_values_and_times_are_those_of_yaml_1_2(tmp_path):
