@@ -1,4 +1,14 @@
-"""The video agent as a Policy: a Qwen-VL model in conversation with a clip, one manipulation a turn."""
+"""The video agent as a Policy: a Qwen-VL model in conversation with a clip, one manipulation a turn.
+
+    policy:
+      name: video
+      model: Qwen/Qwen2.5-VL-3B-Instruct
+      max_steps: 6
+      views: {frames: 32, segment_frames: 16}
+
+It is a `VisionPolicy` with an encoder that takes clips (`video.encoding`) and an environment that answers turns
+(`video.environment`).
+"""
 
 from __future__ import annotations
 
@@ -25,14 +35,13 @@ from vision import (
 
 
 @declares(
-    writes=(
-        "logp", "texts", "state_key", "edge_key", "ok", "tags.truncated", "tags.observed", "actions.token",
-    ),
+    writes=("logp", "texts", "state_key", "edge_key", "ok", "tags.truncated", "tags.observed", "actions.token"),
     modality="conversation",
-    lacks=(Extender, StepWriter),  # a state or a step as text lacks what the environment showed
+    # a state or a step as text lacks the frames that the environment showed
+    lacks=(Extender, StepWriter),
     recipe=TOKEN_DEFAULTS,
     options_of=PolicyOptions,
-)  # fmt: skip
+)
 def video_agent(
     model: Annotated[str, model_name("clips")] = "clips",
     dtype: str = "float32",
@@ -83,14 +92,25 @@ def video_agent(
     reader = VideoReader(cache_bytes=frame_cache_mb * 2**20, timeout_s=decode_timeout_s)
     encoder = VideoEncoder(hf, processor, chosen, reader, views or Views())
     environment = VideoEnvironment(
-        encoder, syntax=syntax, coords=coords, turns=chosen.max_steps, max_context=max_context,
-        reserve=chosen.max_new_tokens, hints=hints,
-    )  # fmt: skip
+        encoder,
+        syntax=syntax,
+        coords=coords,
+        turns=chosen.max_steps,
+        max_context=max_context,
+        reserve=chosen.max_new_tokens,
+        hints=hints,
+    )
     rule = step_rule(tokenizer_of(processor), "line", bare(hf).config.get_text_config().vocab_size)
-    other = None
+    sampling_engine = None
     if engine == "vllm":
-        other = vllm_engine(
-            model, "", "", max_model_len=max_context + chosen.max_new_tokens, memory=engine_memory,
-            lora_rank=lora_rank, dtype=dtype, films=True,
-        )  # fmt: skip
-    return VisionPolicy(hf, processor, rule, chosen, other, environment, encoder)
+        sampling_engine = vllm_engine(
+            model,
+            "",
+            "",
+            max_model_len=max_context + chosen.max_new_tokens,
+            memory=engine_memory,
+            lora_rank=lora_rank,
+            dtype=dtype,
+            films=True,
+        )
+    return VisionPolicy(hf, processor, rule, chosen, sampling_engine, environment, encoder)

@@ -1,7 +1,13 @@
-"""Clips and what manipulations show become tokens: placeholders, patches and rotary positions of the Qwen-VL families.
+"""Clips and looks as tokens: placeholders, patches and rotary positions of the Qwen-VL families.
 
-A first view and a segment are films, a frame and a crop are still images. What they look like on the way to the model
-is in `Views`; everything is decoded once per distinct look by the reader's cache and patched once per observation.
+A first view and a segment are films, a frame and a crop are still images. A film of 8 frames at 56 x 84 pixels, with
+patches of 14 x 14 and 2 x 2 of them a token, becomes
+
+    text    <|vision_start|> + 4 * (2 * 3) placeholders + <|vision_end|>     two frames are one temporal patch
+    pixels  (4 * 4 * 6, 3 * 2 * 14 * 14) rows, and their grid (4, 4, 6)
+
+(Qwen3-VL writes the seconds before each temporal patch.) How many frames are shown, and how large, is in `Views`.
+Every distinct look is decoded once, by the reader's cache, and patched once per observation.
 """
 
 from __future__ import annotations
@@ -26,14 +32,16 @@ from video.reading.reader import Frames, VideoDecodeError, VideoInfo, VideoReade
 from video.reading.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
 from vision import Pixels, PolicyOptions, PromptEncoder, PromptError, PromptTokens, Turn, size_in_bytes, turns_of
 
-SMALLEST_DECODED = 64  # side in pixels: below, decord's own scaling fails at times
-OBSERVED_BYTES = 2**28  # of observations kept: group members often look at the same place
+# side in pixels: below, decord's own scaling fails at times
+SMALLEST_DECODED = 64
+# of observations kept: group members often look at the same place
+OBSERVED_BYTES = 2**28
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
 class Views:
-    """How much of a clip the model sees at once.
+    """Number and size of the frames that the model sees at once.
 
     frames, segment_frames: of the first view and of a segment; fewer where there are not as many.
     video_pixels: most per frame of these two. frame_pixels, crop_pixels: most of a still. min_pixels: least of any
@@ -69,15 +77,18 @@ class VideoEncoder(PromptEncoder):
         config = bare(hf).config
         if config.model_type not in FAMILIES:
             raise ValueError(f"video agents need a model of {', '.join(FAMILIES)}; this one is {config.model_type}")
-        self.reader, self.views, self._stamped = reader, views, config.model_type == "qwen3_vl"
+        self.reader, self.views = reader, views
+        # Qwen3-VL tells times by text, the others by rotary positions
+        self._has_time_marks = config.model_type == "qwen3_vl"
         vision, pictures = config.vision_config, processor.image_processor
         self._patch, self._merge = vision.patch_size, vision.spatial_merge_size
         self._temporal = vision.temporal_patch_size
         self._norm = Norm(tuple(pictures.image_mean), tuple(pictures.image_std))
-        ids = (config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id)
-        self._observed = ByteCache(OBSERVED_BYTES, name="looks into clips")
+        self._observations = ByteCache(OBSERVED_BYTES, name="looks into clips")
+        # the template's text around an observation; the policy's turn has written its end mark already
         self._closing, between = self.turns()
         self._between = between.removeprefix(str(self.tokenizer.eos_token))
+        ids = (config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id)
         self._open, self._close, self._image, self._video = self.tokenizer.convert_ids_to_tokens(ids)
 
     @property
@@ -86,14 +97,15 @@ class VideoEncoder(PromptEncoder):
         return int(self._patch * self._merge)
 
     def begin_iteration(self) -> None:
-        """As the base does; of looks into clips as well."""
+        """Begin an iteration of all caches, that of looks into clips included."""
         super().begin_iteration()
-        self._observed.begin_iteration()
+        self._observations.begin_iteration()
 
     def key(self, prompt: Prompt) -> tuple[str, ...]:
-        """What decides a prompt's tokens."""
-        order = [prompt.id] if prompt.inputs.get("shuffled") else []
-        return (*super().key(prompt), *order)
+        """The parts of a prompt that decide its tokens."""
+        key = super().key(prompt)
+        # the order of shuffled frames follows from the id
+        return (*key, prompt.id) if prompt.inputs.get("shuffled") else key
 
     def shuffled(self, prompt: Prompt) -> Prompt:
         """The prompt with the frames of its clip in the random order fixed by its id."""
@@ -129,7 +141,8 @@ class VideoEncoder(PromptEncoder):
         except VideoDecodeError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
         turns = turns_of(prompt, question, 0)
-        first = next(i for i, turn in enumerate(turns) if turn.role == "user")  # the film stands before all words
+        # the film stands before all words, thus in the first turn of the user
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
         turns[first] = Turn("user", (marks + "".join(turns[first].texts),))
         tokens = self.tokens(self._render(turns, prompt.id), pixels)
         self._check_length(prompt.id, tokens.types, "the clip's first view")
@@ -145,56 +158,67 @@ class VideoEncoder(PromptEncoder):
             VideoDecodeError: a frame cannot be read.
         """
         key = (info.path, info.order, tuple(looks), text)
-        known: PromptTokens | None = self._observed.get(key)
-        if known is None:
-            marks, pixels = self._shown(info, looks) if looks else ("", None)
-            known = self.tokens(self._between + marks + text + self._closing, pixels)
-            self._observed.put(key, known, size_in_bytes(known))
-        return known
+        observation: PromptTokens | None = self._observations.get(key)
+        if observation is None:
+            marks, pixels = self._media(info, looks) if looks else ("", None)
+            observation = self.tokens(self._between + marks + text + self._closing, pixels)
+            self._observations.put(key, observation, size_in_bytes(observation))
+        return observation
 
-    def _shown(self, info: VideoInfo, looks: Sequence[Look]) -> tuple[str, Pixels]:
+    def _media(self, info: VideoInfo, looks: Sequence[Look]) -> tuple[str, Pixels]:
+        """Placeholders and pixels of looks: all segments as one film, or each frame and crop as a still."""
         if looks[0].kind == "segment":
-            most = self.views.segment_frames
-            parts = [_evenly(info, look.start, look.end, look.frames or most) for look in looks]
+            parts = []
+            for look in looks:
+                parts.append(_evenly(info, look.start, look.end, look.frames or self.views.segment_frames))
             return self._film(info, np.concatenate(parts))
-        stills = [self._still(info, look) for look in looks]
-        return "".join(marks for marks, _ in stills), _joined([p for _, p in stills])
+        marks, pixels = zip(*(self._still(info, look) for look in looks), strict=True)
+        return "".join(marks), _joined(pixels)
 
     def _film(self, info: VideoInfo, index: np.ndarray) -> tuple[str, Pixels]:
+        """Placeholders and pixels of the (n,) frames `index` as one film."""
         size = self.film_size(info, len(index))
-        frames = seen(self.reader, info, index, size if min(size) >= SMALLEST_DECODED else None)
+        # scaled while decoding where that works, which spares most of the bytes; `resize` does the rest
+        decoded_size = size if min(size) >= SMALLEST_DECODED else None
+        frames = frames_at(self.reader, info, index, decoded_size)
+        # rows: (t h w, 3 temporal patch^2), grid: (t, h, w) in patches
         rows, grid = self._patched(resize(frames.pixels, size))
         pads = self._video * (grid[1] * grid[2] // self._merge**2)
-        if self._stamped:
-            marks = "".join(f"{t}{self._open}{pads}{self._close}" for t in second_marks(frames.times))
+        if self._has_time_marks:
+            marks = "".join(f"{mark}{self._open}{pads}{self._close}" for mark in second_marks(frames.times))
         else:
             marks = f"{self._open}{pads * grid[0]}{self._close}"
         return marks, Pixels(_key(info, index, size), _tensors(rows, grid), _spacing(info, frames))
 
     def film_size(self, info: VideoInfo, frames: int) -> tuple[int, int]:
         """(height, width) of the frames of a film of this clip."""
+        most = self.views.video_pixels
         least = self.views.min_pixels
-        least = min(self.views.video_pixels, 128 * self.factor**2) if least is None else least
-        return frame_size(
-            info.height, info.width, frames, factor=self.factor, min_pixels=least, max_pixels=self.views.video_pixels
-        )
+        if least is None:
+            least = min(most, 128 * self.factor**2)
+        return frame_size(info.height, info.width, frames, factor=self.factor, min_pixels=least, max_pixels=most)
 
     def still_size(self, height: int, width: int, most: int) -> tuple[int, int]:
         """(height, width) of a still of `most` pixels."""
-        least = 4 * self.factor**2 if self.views.min_pixels is None else self.views.min_pixels
+        least = self.views.min_pixels
+        if least is None:
+            least = 4 * self.factor**2
         return smart_resize(height, width, factor=self.factor, min_pixels=min(least, most), max_pixels=most)
 
     def _still(self, info: VideoInfo, look: Look) -> tuple[str, Pixels]:
         """A frame, or a part of one cut out at full size: boxes are shares of the frame, whatever size was shown."""
         assert look.frame is not None
-        whole = seen(self.reader, info, [look.frame]).pixels  # at full size: zooms into it decode nothing
-        x1, y1, x2, y2 = cut = pixel_box(look.box or (0.0, 0.0, 1.0, 1.0), (info.height, info.width))
+        # decoded at full size, so that zooms into a frame that was shown take it from the reader's cache
+        whole = frames_at(self.reader, info, [look.frame]).pixels
+        box = pixel_box(look.box or (0.0, 0.0, 1.0, 1.0), (info.height, info.width))
+        x1, y1, x2, y2 = box
         most = self.views.frame_pixels if look.box is None else self.views.crop_pixels
         size = self.still_size(y2 - y1, x2 - x1, most)
-        pixels = resize(whole[:, y1:y2, x1:x2], size)
-        rows, grid = self._patched(pixels)
+        # rows: (h w, 3 temporal patch^2); a still fills its temporal patch with copies of itself
+        rows, grid = self._patched(resize(whole[:, y1:y2, x1:x2], size))
         pads = self._image * (grid[1] * grid[2] // self._merge**2)
-        return f"{self._open}{pads}{self._close}", Pixels(_key(info, (look.frame, *cut), size), _tensors(rows, grid))
+        pixels = Pixels(_key(info, (look.frame, *box), size), _tensors(rows, grid))
+        return f"{self._open}{pads}{self._close}", pixels
 
     def _patched(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
         return patchify(pixels, patch=self._patch, merge=self._merge, temporal=self._temporal, norm=self._norm)
@@ -205,37 +229,44 @@ def shuffled(info: VideoInfo, view: np.ndarray, name: str) -> VideoInfo:
     shuffled first view), the others too, so that later looks are into the same shuffled clip."""
     generator = named_generator("shuffled", name)
     order = np.arange(info.frames)
-    for places in (np.unique(view), np.setdiff1d(order, view)):
+    in_view = np.unique(view)
+    out_of_view = np.setdiff1d(order, view)
+    for places in (in_view, out_of_view):
         order[places] = places[torch.randperm(len(places), generator=generator).numpy()]
     return replace(info, order=tuple(order.tolist()))
 
 
-def seen(
+def frames_at(
     reader: VideoReader, info: VideoInfo, index: Sequence[int] | np.ndarray, size: tuple[int, int] | None = None
 ) -> Frames:
-    """What is seen at the places `index` of a clip, with the times of these places; as `VideoReader.read`."""
+    """The frames at the (n,) places `index` of a clip, with the times of these places; as `VideoReader.read`.
+
+    Of a shuffled clip they are other frames of the file than those numbers name.
+    """
     places = np.asarray(index, np.int64)
-    frames = reader.read(info.path, (places if info.order is None else np.array(info.order)[places]).tolist(), size)
+    file_index = places if info.order is None else np.array(info.order)[places]
+    frames = reader.read(info.path, file_index.tolist(), size)
     return replace(frames, index=places, times=info.starts[places])
 
 
 def picture(reader: VideoReader, info: VideoInfo, looks: Sequence[Look], height: int = 96) -> Image.Image:
-    """What a person would look at: four frames of a segment side by side, or the frame with its boxes drawn."""
+    """A picture for people: four frames of a segment side by side, or the frame with its boxes drawn."""
     size = (height, max(1, round(info.width * height / info.height)))
     first = looks[0]
     if first.kind == "segment":
-        shown = seen(reader, info, _evenly(info, first.start, looks[-1].end, 4), size).pixels
-        return Image.fromarray(np.concatenate(list(shown), axis=1))
+        film = frames_at(reader, info, _evenly(info, first.start, looks[-1].end, 4), size).pixels
+        return Image.fromarray(np.concatenate(list(film), axis=1))
     assert first.frame is not None
-    shown_frame = Image.fromarray(seen(reader, info, [first.frame], size).pixels[0])
-    pen = ImageDraw.Draw(shown_frame)
+    still = Image.fromarray(frames_at(reader, info, [first.frame], size).pixels[0])
+    pen = ImageDraw.Draw(still)
     for look in looks:
         if look.box is not None:
             pen.rectangle(pixel_box(look.box, size), outline=(255, 64, 64), width=2)
-    return shown_frame
+    return still
 
 
 def _evenly(info: VideoInfo, start: float, end: float, count: int) -> np.ndarray:
+    """(n,) int64: `count` frames evenly from the seconds [start, end), fewer where there are not as many."""
     first, last = clip_range(info.starts, start, end)
     total = last - first + 1
     return frame_index(total, min(count, total), first=first)
@@ -243,11 +274,12 @@ def _evenly(info: VideoInfo, start: float, end: float, count: int) -> np.ndarray
 
 def _spacing(info: VideoInfo, frames: Frames) -> float:
     """Seconds between the film's temporal patches, by the clock of its frames."""
-    n = len(frames.index)
-    if n == 1:
+    count = len(frames.index)
+    if count == 1:
         return max(info.duration / info.frames, 1e-3)
-    step = float(frames.times[-1] - frames.times[0]) / (n - 1)
-    return seconds_per_grid(n, max(step, 1e-3) * n)
+    step = float(frames.times[-1] - frames.times[0]) / (count - 1)
+    # frames of equal times, which damaged files have, would give no distance at all
+    return seconds_per_grid(count, max(step, 1e-3) * count)
 
 
 def _tensors(rows: np.ndarray, grid: tuple[int, int, int]) -> dict[str, torch.Tensor]:
@@ -258,10 +290,13 @@ def _joined(parts: Sequence[Pixels]) -> Pixels:
     """Several stills of one observation."""
     if len(parts) == 1:
         return parts[0]
-    tensors = {k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors}
-    return Pixels("/".join(p.key for p in parts), tensors)
+    tensors = {}
+    for name in parts[0].tensors:
+        tensors[name] = torch.cat([part.tensors[name] for part in parts])
+    return Pixels("/".join(part.key for part in parts), tensors)
 
 
-def _key(info: VideoInfo, where: Sequence[int] | np.ndarray, size: tuple[int, int]) -> str:
-    told = f"{info.path}|{info.frames}|{info.duration}|{list(map(int, where))}|{size}|{info.order or ''}"
-    return hashlib.sha256(told.encode()).hexdigest()
+def _key(info: VideoInfo, place: Sequence[int] | np.ndarray, size: tuple[int, int]) -> str:
+    """A name of the pixels: equal pixels of a clip pass the vision tower once."""
+    description = f"{info.path}|{info.frames}|{info.duration}|{list(map(int, place))}|{size}|{info.order or ''}"
+    return hashlib.sha256(description.encode()).hexdigest()

@@ -1,4 +1,11 @@
-"""The agent's environment: a clip that answers manipulations with frames, and wrong ones with what was wrong."""
+"""The agent's environment: a clip that answers a manipulation with frames, and a faulty one with its fault.
+
+state = environment.start(prompt)
+result = environment.step(state, "FIND_FRAME(dog) = 57", used=900)
+result.observation    # tokens of frame 57 and a sentence
+result = environment.step(result.state, "FIND_FRAME(dog) = 9999", used=1100)
+result.observation    # tokens of "Error out_of_range: frame 9999 is not in the video. Valid: frame 1 to 132."
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ from vision import PromptTokens, TurnResult
 
 Syntax = Literal["videocom", "tool_call"]
 
-# what is said beside the frames (worded after what Video-CoM tells, section 2.1 of its release)
+# the sentence beside the frames (worded after Video-CoM's, section 2.1 of its release)
 HINTS = {
     "segment": "Here is the selected segment. Go on with the question.",
     "frame": "Here is the selected frame. Go on with the question.",
@@ -27,7 +34,10 @@ NOTHING = "No manipulation and no answer was found in this turn."
 
 @dataclass(frozen=True)
 class Episode:
-    """A conversation about one clip. closing: the next turn is the last, its looks are not shown any more."""
+    """A conversation about one clip; a prompt without a clip has neither `info` nor `state`.
+
+    closing: the next turn is the last, its looks are not shown any more.
+    """
 
     info: VideoInfo | None
     state: VideoState | None
@@ -47,9 +57,16 @@ class VideoEnvironment:
     """
 
     def __init__(
-        self, encoder: VideoEncoder, *, syntax: Syntax, coords: Literal["norm1000", "unit", "pixels"], turns: int,
-        max_context: int, reserve: int, hints: bool,
-    ) -> None:  # fmt: skip
+        self,
+        encoder: VideoEncoder,
+        *,
+        syntax: Syntax,
+        coords: Literal["norm1000", "unit", "pixels"],
+        turns: int,
+        max_context: int,
+        reserve: int,
+        hints: bool,
+    ) -> None:
         self.encoder, self.syntax, self.coords, self.turns = encoder, syntax, coords, turns
         self.max_context, self.reserve, self.hints = max_context, reserve, hints
 
@@ -64,22 +81,29 @@ class VideoEnvironment:
         return Episode(info, state)
 
     def step(self, state: Episode, text: str, used: int) -> TurnResult:
-        """What a turn shows, what was wrong with it, or nothing: after an answer, and where nothing more fits."""
+        """The answer to a turn: its frames, its fault, or nothing: after an answer, and where nothing more fits.
+
+        Args:
+            used: tokens of the conversation up to and with this turn.
+        """
         turn = parse_turn(text, self.syntax)
         if turn.answer is not None or state.closing or state.info is None or state.state is None:
             return TurnResult(state, None, ok=turn.answer is not None)
         after, looks, problem = act(state.state, turn)
         episode = replace(state, state=after, closing=after.turns_left <= 1)
         observation = self._observation(state.info, looks, problem, episode.closing)
-        carried_out = problem is None
-        if used + len(observation.ids) + self.reserve > self.max_context:
-            spent = Problem("budget_exceeded", LAST, {})
-            episode = replace(episode, closing=True)
-            observation = self.encoder.observe(state.info, (), self._told(spent))
-            if used + len(observation.ids) + self.reserve > self.max_context:
-                return TurnResult(episode, None, ok=False)
-            carried_out = False
-        return TurnResult(episode, observation, carried_out)
+        if self._fits(observation, used):
+            return TurnResult(episode, observation, problem is None)
+        # too long: in its place a line that asks for the answer, and the end where not even that fits
+        episode = replace(episode, closing=True)
+        observation = self.encoder.observe(state.info, (), self._fault(Problem("budget_exceeded", LAST)))
+        if self._fits(observation, used):
+            return TurnResult(episode, observation, ok=False)
+        return TurnResult(episode, None, ok=False)
+
+    def _fits(self, observation: PromptTokens, used: int) -> bool:
+        """True where the observation leaves room for a turn of the policy."""
+        return used + len(observation.ids) + self.reserve <= self.max_context
 
     def picture(self, state: Episode, text: str) -> Image.Image | None:
         """The frames a turn asks for: a segment's side by side, a frame, or a frame with the box of a crop."""
@@ -98,12 +122,16 @@ class VideoEnvironment:
             try:
                 return self.encoder.observe(info, looks, self._hint(looks[0].kind, closing))
             except VideoDecodeError as error:
-                told = f"the file is damaged here ({error.reason}); look elsewhere, or answer."
-                problem = Problem("unreadable_frames", told)
-        return self.encoder.observe(info, (), self._told(problem or Problem("parse_error", NOTHING, {})))
+                message = f"the file is damaged here ({error.reason}); look elsewhere, or answer."
+                problem = Problem("unreadable_frames", message)
+        return self.encoder.observe(info, (), self._fault(problem or Problem("parse_error", NOTHING)))
 
     def _hint(self, kind: str, closing: bool) -> str:
-        return " ".join([HINTS[kind], *([LAST] if closing else [])]) if self.hints else ""
+        """The sentence beside the frames, none without `hints`."""
+        if not self.hints:
+            return ""
+        return f"{HINTS[kind]} {LAST}" if closing else HINTS[kind]
 
-    def _told(self, problem: Problem) -> str:
+    def _fault(self, problem: Problem) -> str:
+        """The text of a refused turn: a sentence, or its code alone without `hints`."""
         return problem_text(problem) if self.hints else problem.code

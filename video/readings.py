@@ -1,7 +1,17 @@
-"""Readings of a video agent's turns: what they looked at, beside what the reference names."""
+"""Readings of a video agent's turns: the looks of each turn beside the manipulations of the reference.
+
+A reference with segments 3 and 5, and a path whose turns look at segments 3, 4 and 5, give (`kind: segment`)
+
+    tags.similarity  1 0    tags.documents  1 0 0
+                     0 0                    0 1 0
+                     0 1                    0 0 1
+
+a row per turn; columns are the segments of the reference, and the different looks in the order of their first use.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +23,7 @@ from mmrl.reasoning.readings.texts import item_table
 from mmrl.registry import declares
 from mmrl.rollout import Rollout
 from video.acting.actions import Coords, Syntax
-from video.rewards.calls import Call, Kind, Reading
+from video.rewards.calls import KINDS, Call, Kind, Reading, Truth
 
 
 @declares(
@@ -23,7 +33,7 @@ from video.rewards.calls import Call, Kind, Reading
     source="StepSearch; looks in place of documents",
 )
 class VideoEvidence:
-    """How well the looks of each turn meet the manipulations of the reference, and which looks were taken.
+    """The overlap of each turn's looks with the manipulations of the reference, and the looks that were taken.
 
     tags.similarity (N, max_golds): per segment, frame and box of the reference the best overlap of the turn's own
     looks: IoU in seconds of segments (1 or 0 for ids) and of boxes, 1 inside a range of frames; NaN in the columns
@@ -50,33 +60,51 @@ class VideoEvidence:
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """tags.similarity and tags.documents."""
         tree = rollout.tree
-        truths = [self._reading.truth(p) for p in rollout.prompts]
-        looks: list[list[Call]] = [[] for _ in rollout.prompts]
-        rows: list[int] = []
-        columns: list[int] = []
+        truths = [self._reading.truth(prompt) for prompt in rollout.prompts]
+        paths = self._reading.paths(rollout)
+        kinds = KINDS if self.kind == "all" else (self.kind,)
+        # (N, max_golds), NaN where a prompt has no item
         similarity = torch.full((len(tree), self.max_golds), torch.nan, dtype=torch.float64)
-        for step, (turns, group) in enumerate(zip(self._reading.paths(rollout), tree.group.tolist(), strict=True)):
-            truth = truths[group]
+        # pairs (step, number of a look); looks are numbered per prompt, which is the group of its steps
+        looks: list[list[Call]] = [[] for _ in rollout.prompts]
+        steps: list[int] = []
+        look_numbers: list[int] = []
+        for step, group in enumerate(tree.group.tolist()):
+            turns, truth = paths[step], truths[group]
             if turns is None or truth is None:
                 continue
-            kinds: tuple[Kind, ...] = ("segment", "frame", "box") if self.kind == "all" else (self.kind,)
-            calls = [c for c in turns[-1].calls if c.kind in kinds and turns[-1].problem is None]
-            beside = truth.beside(calls)
-            offset = 0
-            for kind in kinds:
-                count = beside.count(kind)
-                if offset + count > self.max_golds:
-                    prompt = rollout.prompts[group].id
-                    raise ValueError(f"prompt {prompt!r} names more than max_golds={self.max_golds}; raise it")
-                similarity[step, offset : offset + count] = 0.0
-                for call in calls:
-                    for item, overlap in beside.overlaps(call).items() if call.kind == kind else ():
-                        similarity[step, offset + item] = max(float(similarity[step, offset + item]), overlap)
-                offset += count
+            calls = [call for call in turns[-1].calls if call.kind in kinds]
+            if turns[-1].problem is not None:
+                calls = []
+            overlaps = _best_overlaps(calls, truth.beside(calls), kinds)
+            if len(overlaps) > self.max_golds:
+                prompt = rollout.prompts[group].id
+                raise ValueError(f"prompt {prompt!r} names more than max_golds={self.max_golds}; raise it")
+            similarity[step, : len(overlaps)] = torch.tensor(overlaps, dtype=torch.float64)
             for call in calls:
-                known = next((i for i, look in enumerate(looks[group]) if call.repeats(look)), len(looks[group]))
-                if known == len(looks[group]):
-                    looks[group].append(call)
-                rows.append(step)
-                columns.append(known)
-        return {"tags.similarity": similarity, "tags.documents": item_table(len(tree), self.max_items, rows, columns)}
+                steps.append(step)
+                look_numbers.append(_look_number(call, looks[group]))
+        documents = item_table(len(tree), self.max_items, steps, look_numbers)
+        return {"tags.similarity": similarity, "tags.documents": documents}
+
+
+def _best_overlaps(calls: Sequence[Call], truth: Truth, kinds: Sequence[Kind]) -> list[float]:
+    """Per item of the reference, kind after kind, the largest overlap of any call; 0 where no call meets it."""
+    best: list[float] = []
+    for kind in kinds:
+        of_kind = [0.0] * truth.count(kind)
+        for call in calls:
+            if call.kind == kind:
+                for item, overlap in truth.overlaps(call).items():
+                    of_kind[item] = max(of_kind[item], overlap)
+        best += of_kind
+    return best
+
+
+def _look_number(call: Call, looks: list[Call]) -> int:
+    """The position of the look that a call repeats; a new one is appended."""
+    for number, look in enumerate(looks):
+        if call.repeats(look):
+            return number
+    looks.append(call)
+    return len(looks) - 1

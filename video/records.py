@@ -1,4 +1,9 @@
-"""One question about a clip or pictures, and what is known of its answer: the record that all formats are read into.
+"""One question about a clip or pictures, with the labels of its answer: the record that all formats are read into.
+
+    sample = check_sample(VideoSample("q1", "What colour is the car?", video="car.mp4", options=("red", "blue"),
+                                      answer="B", segments=((2.0, 6.5),)))
+    sample = with_info(sample, reader.info(sample.video))   # frame count, duration, size; boxes become shares
+    prompt = to_prompt(sample)                              # what policies and rewards take
 
 Frames count from 0 and segments from 1; ranges of frames include both ends. Boxes of a prompt are shares of the frame
 as presented (rotation applied). Formats that give pixels, or a time in place of a frame, are read as they are;
@@ -37,7 +42,10 @@ HINTS = {
     "interval": "Answer with the start and the end in seconds, such as 2.5 to 7.",
 }
 _REFERENCE = ("segments", "segment_ids", "frames", "turns", "frame_count", "duration", "size")
-_EDGE = 0.01  # boxes may stick out of the frame by this share (annotation tools round); they are cut there
+# boxes may stick out of the frame by this share, since annotation tools round; they are cut there
+_EDGE = 0.01
+# logarithm by which the aspect of a declared size may differ from the clip's
+_SHAPE_TOLERANCE = 0.05
 _ZOOM = re.compile(r"SPATIAL_ZOOM\(", re.IGNORECASE)
 _BOX = re.compile(r"\)\s*+=\s*+[\[(]?\s*+(\d{1,9}(?:\s*+,\s*+\d{1,9}){3})(?!\d)\s*+[\])]?")
 
@@ -57,7 +65,7 @@ class BoxLabel:
 
 @dataclass(frozen=True)
 class VideoSample:
-    """A question, its media (a video or pictures), and what is known: any of the rest may be missing.
+    """A question, its media (a video or pictures), and its labels, any of which may be missing.
 
     history: turns before the question, as in `mmrl.reasoning.questions.Question`; a film stands in front of them.
     segments: [start, end] seconds that hold the answer; segment_ids: the same by 1-based number.
@@ -88,9 +96,10 @@ class VideoSample:
 
     @property
     def is_located(self) -> bool:
-        """Whether every box is a share of a numbered frame, in labels and turns, as prompts need it."""
-        labels = all(b.unit == "unit" and b.frame is not None for b in self.boxes)
-        return labels and (self.turn_boxes == "seen" or not any(_zooms(t) for t in self.turns))
+        """True when every box is a share of a numbered frame, in labels and turns, as prompts need it."""
+        if any(label.unit != "unit" or label.frame is None for label in self.boxes):
+            return False
+        return self.turn_boxes == "seen" or not any(_zooms(turn) for turn in self.turns)
 
 
 def check_sample(sample: VideoSample) -> VideoSample:
@@ -102,15 +111,17 @@ def check_sample(sample: VideoSample) -> VideoSample:
     """
     if not sample.question.strip():
         raise RowError("no text in 'question'")
-    texts = [*(turn["content"] for turn in sample.history), sample.question]
+    texts = [turn["content"] for turn in sample.history]
+    texts.append(sample.question)
     check_marks(texts, len(sample.images))
-    check_text("\n".join([*(text.replace(IMAGE_MARK, "") for text in texts), *sample.options]))
-    paths = [*sample.images, *([] if sample.video is None else [sample.video])]
-    if not paths or (sample.video is not None and sample.images):
+    without_pictures = [text.replace(IMAGE_MARK, "") for text in texts]
+    check_text("\n".join([*without_pictures, *sample.options]))
+    if bool(sample.images) == (sample.video is not None):
         raise RowError(f"media: 'video' is {sample.video!r} and 'images' {list(sample.images)}; give one of the two")
-    if not all(isinstance(p, str) and p for p in paths):
+    paths = list(sample.images) if sample.video is None else [sample.video]
+    if not all(isinstance(path, str) and path for path in paths):
         raise RowError(f"bad path: {paths} must be texts that are not empty")
-    if not all(isinstance(t, str) and t.strip() for t in sample.turns):
+    if not all(isinstance(turn, str) and turn.strip() for turn in sample.turns):
         raise RowError("bad turns: 'turns' must be texts that are not empty")
     if sample.turn_boxes not in get_args(TurnBoxes):
         raise RowError(f"bad turn_boxes: {sample.turn_boxes!r} is neither 'seen' nor 'pixels'")
@@ -136,7 +147,8 @@ def as_share(label: BoxLabel, what: str, size: tuple[int, int]) -> BoxLabel:
     if label.unit == "unit":
         return label
     height, width = size
-    x1, y1, x2, y2 = (v / side for v, side in zip(label.box, (width, height) * 2, strict=True))
+    x1, y1 = label.box[0] / width, label.box[1] / height
+    x2, y2 = label.box[2] / width, label.box[3] / height
     if min(x1, y1) < -_EDGE or max(x2, y2) > 1 + _EDGE:
         raise RowError(f"box outside the frame: {what}.box is {list(label.box)} pixels of {width} x {height}")
     return replace(label, box=(max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0)), unit="unit")
@@ -151,10 +163,12 @@ def with_info(sample: VideoSample, info: VideoInfo) -> VideoSample:
         RowError: frames, boxes, segments or segment numbers outside the clip; a declared size of another shape (boxes
             drawn before the video was turned upright).
     """
-    found = (info.height, info.width)
-    drawn = sample.size or found
-    if abs(math.log(drawn[1] * found[0] / (drawn[0] * found[1]))) > 0.05:
-        raise RowError(f"other size: 'size' is {list(drawn)} (height, width), the video is {list(found)}")
+    clip_size = (info.height, info.width)
+    drawn_size = sample.size or clip_size
+    # boxes keep their place when a clip was only scaled; a turned or cropped one moves them
+    drawn_aspect_over_clip = drawn_size[1] * clip_size[0] / (drawn_size[0] * clip_size[1])
+    if abs(math.log(drawn_aspect_over_clip)) > _SHAPE_TOLERANCE:
+        raise RowError(f"other size: 'size' is {list(drawn_size)} (height, width), the video is {list(clip_size)}")
     segments = segment_count(info.duration)
     for i, segment in enumerate(sample.segment_ids):
         if segment > segments:
@@ -162,13 +176,15 @@ def with_info(sample: VideoSample, info: VideoInfo) -> VideoSample:
     for i, (start, _) in enumerate(sample.segments):
         if start >= info.duration:
             raise RowError(f"segment outside the clip: segments[{i}] starts at {start} s of {info.duration:.2f} s")
-    known = replace(
-        sample,
-        boxes=tuple(_located(b, f"boxes[{i}]", drawn, info) for i, b in enumerate(sample.boxes)),
-        turns=sample.turns if sample.turn_boxes == "seen" else _scaled(sample.turns, drawn, found),
-        frame_count=info.frames, duration=info.duration, size=found,
-    )  # fmt: skip
-    return check_sample(known)
+    boxes = tuple(_located(label, f"boxes[{i}]", drawn_size, info) for i, label in enumerate(sample.boxes))
+    turns = sample.turns
+    if sample.turn_boxes == "pixels":
+        turns = _with_scaled_boxes(turns, drawn_size, clip_size)
+    located = replace(
+        sample, boxes=boxes, turns=turns, frame_count=info.frames, duration=info.duration, size=clip_size
+    )
+    # checked anew, since frames can now be held against the length of the clip
+    return check_sample(located)
 
 
 def with_seen(sample: VideoSample, seen: tuple[int, int]) -> VideoSample:
@@ -183,74 +199,93 @@ def with_seen(sample: VideoSample, seen: tuple[int, int]) -> VideoSample:
         return sample
     if sample.size is None:
         raise RowError("no size: boxes in 'turns' are pixels; give 'size', or look into the clip with with_info")
-    return replace(sample, turns=_scaled(sample.turns, sample.size, seen), turn_boxes="seen")
+    return replace(sample, turns=_with_scaled_boxes(sample.turns, sample.size, seen), turn_boxes="seen")
 
 
 def to_prompt(sample: VideoSample) -> Prompt:
-    """What policies and rewards take.
+    """The prompt of a sample, for policies and rewards.
 
     inputs: question (with lettered options and what an answer looks like), `videos` or `images`, options if any.
-    reference: the known ones of answer, answer_type, segments, segment_ids, frames, boxes, frame_count, duration and
-    size, and every key of `meta`. A written solution gives `turns` and `solution`, for a video one line per turn.
+    reference: those of answer, answer_type, segments, segment_ids, frames, boxes, frame_count, duration and size that
+    the sample has, and every key of `meta`. A written solution gives `turns` and `solution`, for a video one line per
+    turn.
 
     Raises:
         RowError: a box that is not a share of a numbered frame.
     """
     if not sample.is_located:
         raise RowError("boxes not located: some are in pixels or at a time; use with_info, and with_seen for turns")
-    kind = sample.answer_type or ("multiple choice" if sample.options else None)
+    answer_type = sample.answer_type or ("multiple choice" if sample.options else None)
+    return Prompt(sample.id, _inputs(sample, answer_type), _reference(sample, answer_type))
+
+
+def _inputs(sample: VideoSample, answer_type: str | None) -> dict[str, Any]:
     question = with_options(sample.question, sample.options)
-    inputs: dict[str, Any] = {"question": f"{question}\n{HINTS[kind]}" if kind in HINTS else question}
-    inputs |= {"images": list(sample.images)} if sample.video is None else {"videos": [sample.video]}
+    if answer_type in HINTS:
+        question = f"{question}\n{HINTS[answer_type]}"
+    inputs: dict[str, Any] = {"question": question}
+    if sample.video is None:
+        inputs["images"] = list(sample.images)
+    else:
+        inputs["videos"] = [sample.video]
     if sample.options:
         inputs["options"] = list(sample.options)
     if sample.history:
         inputs["history"] = [dict(turn) for turn in sample.history]
-    known = {"answer": sample.answer, "answer_type": kind} | {n: _plain(getattr(sample, n)) for n in _REFERENCE}
-    reference = dict(sample.meta) | {k: v for k, v in known.items() if v is not None and v != []}
+    return inputs
+
+
+def _reference(sample: VideoSample, answer_type: str | None) -> dict[str, Any]:
+    reference = dict(sample.meta)
+    labels: dict[str, Any] = {"answer": sample.answer, "answer_type": answer_type}
+    labels |= {name: _as_lists(getattr(sample, name)) for name in _REFERENCE}
+    for name, value in labels.items():
+        if value is not None and value != []:
+            reference[name] = value
     if sample.boxes:
-        reference["boxes"] = [{"frame": b.frame, "box": list(b.box)} for b in sample.boxes]
+        reference["boxes"] = [{"frame": label.frame, "box": list(label.box)} for label in sample.boxes]
     if sample.turns:
-        lines = sample.turns if sample.video is None else [" ".join(t.split()) for t in sample.turns]
+        lines = list(sample.turns)
+        if sample.video is not None:
+            # a conversation about a clip is read line by line, a turn a line
+            lines = [" ".join(turn.split()) for turn in lines]
         reference["solution"] = "\n".join(lines)
-    return Prompt(sample.id, inputs, reference)
+    return reference
 
 
 # ---- checks and conversions -----------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+def _as_lists(value: Any) -> Any:
+    """Tuples, nested ones too, as the lists of JSON."""
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _check_answer(sample: VideoSample) -> None:
-    kind = sample.answer_type or ("multiple choice" if sample.options else "text")
+    answer_type = sample.answer_type or ("multiple choice" if sample.options else "text")
     try:
-        answer_type_of(kind)
+        answer_type_of(answer_type)
     except ValueError as error:
         raise RowError(f"unknown answer_type: {error}") from None
     if sample.answer is None:
         return
     try:
-        # what is asked of an answer that can be right; scored against nothing, since some scores take quadratic time
-        answer_score("", sample.answer, kind)
+        # a score refuses a reference that is none of its type; against an empty answer, since some take quadratic time
+        answer_score("", sample.answer, answer_type)
     except ValueError as error:
         raise RowError(f"bad answer: {error}") from None
-    if kind in ("numerical", "regression") and not math.isfinite(number(sample.answer) or 0):
+    if answer_type in ("numerical", "regression") and not math.isfinite(number(sample.answer) or 0):
         raise RowError(f"bad answer: {sample.answer[:60]!r} is too large a number")
-    letter = option_letter(sample.answer)
-    if (
-        kind == "multiple choice"
-        and sample.options
-        and str(letter) not in string.ascii_uppercase[: len(sample.options)]
-    ):
-        raise RowError(f"bad answer: {sample.answer!r} is none of the {len(sample.options)} options")
+    if answer_type == "multiple choice" and sample.options:
+        letters = string.ascii_uppercase[: len(sample.options)]
+        if str(option_letter(sample.answer)) not in letters:
+            raise RowError(f"bad answer: {sample.answer!r} is none of the {len(sample.options)} options")
 
 
 def _check_unicode(sample: VideoSample) -> None:
-    """Raises RowError for half of a surrogate pair, which no tokenizer takes and no log can store."""
-    texts = [sample.id, sample.question, sample.answer or "", *sample.options, *sample.turns, *sample.images]
-    fault = broken_text("".join([*texts, sample.video or ""]))
+    """Refuse half of a surrogate pair, which no tokenizer takes and no log can store."""
+    texts = [sample.id, sample.question, sample.answer or "", sample.video or ""]
+    fault = broken_text("".join([*texts, *sample.options, *sample.turns, *sample.images]))
     if fault:
         raise RowError(f"broken text: a text {fault}")
 
@@ -259,16 +294,16 @@ def _check_ranges(sample: VideoSample) -> None:
     for i, (start, end) in enumerate(sample.segments):
         if not 0 <= start < end:
             raise RowError(f"bad segments: segments[{i}] is [{start}, {end}]; needs 0 <= start < end in seconds")
-    for i, (a, b) in enumerate(sample.frames):
-        if not 0 <= a <= b:
-            raise RowError(f"bad frames: frames[{i}] is [{a}, {b}]; needs 0 <= first <= last")
-        if sample.frame_count is not None and b >= sample.frame_count:
-            raise RowError(f"frame outside the clip: frames[{i}] is [{a}, {b}] of {sample.frame_count} frames")
-    if any(k < 1 for k in sample.segment_ids):
+    for i, (first, last) in enumerate(sample.frames):
+        if not 0 <= first <= last:
+            raise RowError(f"bad frames: frames[{i}] is [{first}, {last}]; needs 0 <= first <= last")
+        if sample.frame_count is not None and last >= sample.frame_count:
+            raise RowError(f"frame outside the clip: frames[{i}] is [{first}, {last}] of {sample.frame_count} frames")
+    if sample.segment_ids and min(sample.segment_ids) < 1:
         raise RowError(f"bad segment_ids: {list(sample.segment_ids)} must count from 1")
-    numbers = (sample.frame_count, sample.duration, *(sample.size or ()))
-    if not all(n is None or n > 0 for n in numbers):
-        raise RowError(f"bad size: frame_count, duration and size must be above 0, not {list(numbers)}")
+    measures = (sample.frame_count, sample.duration, *(sample.size or ()))
+    if not all(measure is None or measure > 0 for measure in measures):
+        raise RowError(f"bad size: frame_count, duration and size must be above 0, not {list(measures)}")
 
 
 def _check_label(label: BoxLabel, what: str, frames: int | None) -> None:
@@ -281,42 +316,50 @@ def _check_label(label: BoxLabel, what: str, frames: int | None) -> None:
         raise RowError(f"bad box: {what}.box is {list(label.box)}; shares of the frame lie in [0, 1]")
     if (label.frame is None) == (label.time is None):
         raise RowError(f"bad box: {what} has frame {label.frame} and time {label.time}; give one of them")
-    if min(label.frame or 0, label.time or 0) < 0 or (frames is not None and (label.frame or 0) >= frames):
-        at = f"frame {label.frame}" if label.time is None else f"{label.time} s"
-        raise RowError(f"box outside the clip: {what} is at {at}" + (f" of {frames} frames" if frames else ""))
+    is_before = min(label.frame or 0, label.time or 0) < 0
+    is_behind = frames is not None and (label.frame or 0) >= frames
+    if is_before or is_behind:
+        place = f"frame {label.frame}" if label.time is None else f"{label.time} s"
+        length = f" of {frames} frames" if frames else ""
+        raise RowError(f"box outside the clip: {what} is at {place}{length}")
 
 
-def _located(label: BoxLabel, what: str, drawn: tuple[int, int], info: VideoInfo) -> BoxLabel:
+def _located(label: BoxLabel, what: str, drawn_size: tuple[int, int], info: VideoInfo) -> BoxLabel:
+    """The label as a share of a numbered frame; pixels are those of a frame of `drawn_size`."""
     frame = label.frame
     if label.time is not None:
         if label.time > info.duration + _EDGE:
             raise RowError(f"box outside the clip: {what} is at {label.time} s of {info.duration:.2f} s")
         frame = info.index_at(label.time)
-    return replace(as_share(label, what, drawn), frame=frame, time=None)
+    return replace(as_share(label, what, drawn_size), frame=frame, time=None)
 
 
-def _scaled(turns: Sequence[str], drawn: tuple[int, int], size: tuple[int, int]) -> tuple[str, ...]:
-    y, x = size[0] / drawn[0], size[1] / drawn[1]
-
-    def scaled(turn: str) -> str:
-        parts, end = [], 0
-        for found in _zooms(turn):
-            values = [int(v) for v in found[1].split(",")]
-            new = [round(v * s) for v, s in zip(values, (x, y, x, y), strict=True)]
-            parts += [turn[end : found.start(1)], ", ".join(map(str, new))]
-            end = found.end(1)
-        return "".join([*parts, turn[end:]])
-
-    return tuple(map(scaled, turns))
+def _with_scaled_boxes(turns: Sequence[str], drawn_size: tuple[int, int], size: tuple[int, int]) -> tuple[str, ...]:
+    """The turns with the boxes of their zooms, pixels of `drawn_size`, as whole pixels of `size` (height, width)."""
+    down, across = size[0] / drawn_size[0], size[1] / drawn_size[1]
+    scaled_turns = []
+    for turn in turns:
+        parts = []
+        end = 0
+        for zoom in _zooms(turn):
+            x1, y1, x2, y2 = (int(digits) for digits in zoom[1].split(","))
+            box = [round(x1 * across), round(y1 * down), round(x2 * across), round(y2 * down)]
+            parts += [turn[end : zoom.start(1)], ", ".join(map(str, box))]
+            end = zoom.end(1)
+        parts.append(turn[end:])
+        scaled_turns.append("".join(parts))
+    return tuple(scaled_turns)
 
 
 def _zooms(turn: str) -> list[re.Match[str]]:
-    """The values `) = [x1, y1, x2, y2]` that follow `SPATIAL_ZOOM(` on its line, the box in group 1. Linear: each part
-    of the text is searched for the name once."""
-    found, end = [], 0
+    """The values `) = [x1, y1, x2, y2]` that follow `SPATIAL_ZOOM(` on its line, the box in group 1."""
+    zooms = []
+    end = 0
     for value in _BOX.finditer(turn):
-        line = turn.rfind("\n", end, value.start()) + 1 or end
-        if _ZOOM.search(turn, line, value.start()):
-            found.append(value)
+        # the name is looked for between the value before and this one: every part of the text is searched once, so
+        # that the time stays linear in its length
+        line_start = turn.rfind("\n", end, value.start()) + 1 or end
+        if _ZOOM.search(turn, line_start, value.start()):
+            zooms.append(value)
         end = value.end()
-    return found
+    return zooms

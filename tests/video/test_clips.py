@@ -9,7 +9,7 @@ from mmrl.seeding import numpy_generator
 from video.acting.actions import VideoState, act, parse_turn
 from video.reading.reader import VideoReader
 from video.tasks.clips import ClipAnswer, ClipsTask
-from video.tasks.clips_base import said_logits, solved
+from video.tasks.clips_base import solved, written_logits
 from video.tasks.clips_model import new_model, new_processor
 from video.tasks.clips_scene import FRAMES, SECONDS, SIZE, draw, sample_clip, solve
 
@@ -86,8 +86,8 @@ def test_the_fast_forward_equals_the_agents(task, tmp_path):
     assert packed.ids.tolist() == episode.ids
     assert torch.equal(trees[0].positions, episode.positions)
     with torch.no_grad():
-        logits = said_logits(model, [episode], episode.looks).log_softmax(-1)
-    said = torch.tensor(episode.ids)[torch.tensor(episode.said)]
+        logits = written_logits(model, [episode], episode.looks).log_softmax(-1)
+    said = torch.tensor(episode.ids)[torch.tensor(episode.is_written)]
     fast = logits.gather(-1, said[:, None])[:, 0]
     real = agent.log_probs(written, torch.arange(len(written.tree))).logp
     torch.testing.assert_close(fast, real, atol=0.1, rtol=0)  # encoding changes pixels a little, and untold ids differ

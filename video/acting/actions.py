@@ -1,8 +1,8 @@
-"""One turn of a video agent: text -> `parse_turn` -> `act` -> looks to show, or a problem to tell.
+"""One turn of a video agent: text -> `parse_turn` -> `act` -> looks to show, or the problem with the turn.
 
     state = VideoState.start(info.starts, info.duration, (info.height, info.width))
     state, looks, problem = act(state, parse_turn(text, "videocom"))
-    told = problem_text(problem) if problem else ...   # else show the looks
+    reply = problem_text(problem) if problem else ...   # else show the looks
 
 Nothing here reads pixels. This module is the front door of `video.acting.state`, `video.acting.manipulations` and
 `video.acting.syntax`."""
@@ -28,16 +28,33 @@ from video.acting.state import (
 from video.acting.syntax import Syntax, Turn, parse_turn, render
 
 __all__ = [
-    "MANIPULATIONS", "Code", "Coords", "Look", "Manipulation", "Problem", "Syntax", "Turn", "VideoAction",
-    "VideoState", "act", "check", "frame_range", "look_problem", "manipulation", "parse_turn", "pixel_box",
-    "problem_text", "render", "tool_specs",
-]  # fmt: skip
+    "MANIPULATIONS",
+    "Code",
+    "Coords",
+    "Look",
+    "Manipulation",
+    "Problem",
+    "Syntax",
+    "Turn",
+    "VideoAction",
+    "VideoState",
+    "act",
+    "check",
+    "frame_range",
+    "look_problem",
+    "manipulation",
+    "parse_turn",
+    "pixel_box",
+    "problem_text",
+    "render",
+    "tool_specs",
+]
 
 
 def act(
     state: VideoState, turn: Turn, *, cost: Callable[[Look], int] | None = None
 ) -> tuple[VideoState, tuple[Look, ...], Problem | None]:
-    """Carry out a turn: the next state, what to show, and what was wrong. Never raises, whatever the policy wrote.
+    """Carry out a turn: the next state, the looks to show, and the problem. Never raises, whatever the policy wrote.
 
     Every turn uses up one of `turns_left`. A turn is carried out whole or refused whole: with a problem nothing is
     shown and only the turn count changes. An answer is always accepted. Anything else in the last turn is
@@ -58,16 +75,20 @@ def act(
         return after, (), Problem("parse_error", "there is no call and no answer in this turn.")
     if after.turns_left == 0:
         return after, (), Problem("budget_exceeded", "this was the last turn; it has to be the answer.")
-    shown: tuple[Look, ...] = ()
-    new = after
+    # `after` is the state if the turn is refused, `carried_out` the one that grows with every action
+    turn_looks: tuple[Look, ...] = ()
+    carried_out = after
     for action in turn.actions:
-        looks = _run(new, action)
+        looks = _run(carried_out, action)
         if isinstance(looks, Problem):
             return after, (), looks
-        shown += looks
-        stills = [look.frame for look in looks if look.frame is not None]
-        new = replace(new, frame=stills[-1] if stills else new.frame, done=(*new.done, (action.name, looks)))
-    return _charge(after, new, shown, cost)
+        turn_looks += looks
+        last_frame = carried_out.frame
+        for look in looks:
+            if look.frame is not None:
+                last_frame = look.frame
+        carried_out = replace(carried_out, frame=last_frame, done=(*carried_out.done, (action.name, looks)))
+    return _charge(after, carried_out, turn_looks, cost)
 
 
 def _run(state: VideoState, action: VideoAction) -> tuple[Look, ...] | Problem:
@@ -78,22 +99,27 @@ def _run(state: VideoState, action: VideoAction) -> tuple[Look, ...] | Problem:
     looks = MANIPULATIONS[checked.name].run(state, checked.args)
     if isinstance(looks, Problem):
         return looks
-    problem = next((p for p in (look_problem(state, look) for look in looks) if p), None)
-    if problem is None and looks and (checked.name, looks) in state.done:
+    for look in looks:
+        problem = look_problem(state, look)
+        if problem is not None:
+            return problem
+    if looks and (checked.name, looks) in state.done:
         return Problem("duplicate_action", f"{checked.name} has shown exactly this before; look elsewhere or answer.")
-    return problem or looks
+    return looks
 
 
 def _charge(
-    refused: VideoState, new: VideoState, looks: tuple[Look, ...], cost: Callable[[Look], int] | None
+    refused: VideoState, carried_out: VideoState, looks: tuple[Look, ...], cost: Callable[[Look], int] | None
 ) -> tuple[VideoState, tuple[Look, ...], Problem | None]:
-    if cost is None or new.tokens_left is None:
-        return new, looks, None
+    """Take the tokens of a turn's looks off its state, or refuse the turn where too few are left."""
+    if cost is None or carried_out.tokens_left is None:
+        return carried_out, looks, None
+    tokens_left = carried_out.tokens_left
     total = sum(cost(look) for look in looks)
-    if total > new.tokens_left:
-        told = f"showing this takes {total} tokens and {new.tokens_left} are left; look at less, or answer."
-        return refused, (), Problem("budget_exceeded", told)
-    return replace(new, tokens_left=new.tokens_left - total), looks, None
+    if total > tokens_left:
+        message = f"showing this takes {total} tokens and {tokens_left} are left; look at less, or answer."
+        return refused, (), Problem("budget_exceeded", message)
+    return replace(carried_out, tokens_left=tokens_left - total), looks, None
 
 
 def problem_text(problem: Problem) -> str:
@@ -101,13 +127,17 @@ def problem_text(problem: Problem) -> str:
 
     It quotes nothing of the policy's text that a tokenizer could take for a token of its own.
     """
-    valid = "; ".join(f"{name} {_shown(value)}" for name, value in problem.valid.items())
-    return f"Error {problem.code}: {problem.message}" + (f" Valid: {valid}." if valid else "")
+    text = f"Error {problem.code}: {problem.message}"
+    if not problem.valid:
+        return text
+    valid = [f"{name} {_valid_text(value)}" for name, value in problem.valid.items()]
+    return f"{text} Valid: {'; '.join(valid)}."
 
 
-def _shown(value: Any) -> str:
+def _valid_text(value: Any) -> str:
+    """A number, a name, a list of them, or `low to high` for two numbers."""
     if not isinstance(value, tuple | list):
         return f"{value:.10g}" if isinstance(value, int | float) else str(value)
-    if len(value) == 2 and all(isinstance(v, int | float) for v in value):
+    if len(value) == 2 and all(isinstance(bound, int | float) for bound in value):
         return f"{value[0]:.10g} to {value[1]:.10g}"
-    return ", ".join(str(v) for v in value)
+    return ", ".join(map(str, value))

@@ -15,8 +15,12 @@ WHITE, RED = (255, 255, 255), (255, 0, 0)
 
 def number(frame: int | None = None, segment: int | None = None) -> str:
     """The label of a 0-based source frame and the 1-based segment it lies in; either may be left out."""
-    lines = [] if segment is None else [f"Segment-{segment}"]
-    return "\n".join(lines if frame is None else [*lines, f"Frame-{frame + 1}"])
+    lines = []
+    if segment is not None:
+        lines.append(f"Segment-{segment}")
+    if frame is not None:
+        lines.append(f"Frame-{frame + 1}")
+    return "\n".join(lines)
 
 
 def paint(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
@@ -30,32 +34,34 @@ def paint(frames: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     """
     if len(labels) != len(frames):
         raise ValueError(f"{len(labels)} labels for {len(frames)} frames; give one per frame")
-    out = np.empty_like(frames)
+    painted = np.empty_like(frames)
     size = max(11, round(frames.shape[1] / 25))
     font = ImageFont.load_default(size)
     for i, (frame, label) in enumerate(zip(frames, labels, strict=True)):
         image = Image.fromarray(frame)
         _write(image, label.split("\n"), font, margin=size // 3)
-        out[i] = np.asarray(image)
-    return out
+        painted[i] = np.asarray(image)
+    return painted
 
 
-def ink(under: np.ndarray) -> tuple[int, int, int]:
+def ink(background: np.ndarray) -> tuple[int, int, int]:
     """White or red, whichever is read better on the pixels (.., 3) it is written over."""
-    if under.size == 0:
+    if background.size == 0:
         return WHITE
-    r, g, b = under.reshape(-1, 3).mean(axis=0).tolist()
-    reddish = r > 150 and r - g > 50 and r - b > 50
-    return WHITE if (r + g + b) / 3 < 150 or reddish else RED
+    red, green, blue = background.reshape(-1, 3).mean(axis=0).tolist()
+    is_dark = (red + green + blue) / 3 < 150
+    is_red = red > 150 and red - green > 50 and red - blue > 50
+    return WHITE if is_dark or is_red else RED
 
 
 def _write(
     image: Image.Image, lines: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, margin: int
 ) -> None:
     draw = ImageDraw.Draw(image)
-    y = margin
+    top_of_line = margin
     for line in lines:
-        left, top, right, bottom = (round(v) for v in draw.textbbox((margin, y), line, font=font))
-        under = np.asarray(image)[max(top, 0) : bottom, left:right]
-        draw.text((margin, y), line, fill=ink(under), font=font)
-        y = bottom + max(1, margin // 2)
+        corner = (margin, top_of_line)
+        left, top, right, bottom = map(round, draw.textbbox(corner, line, font=font))
+        background = np.asarray(image)[max(top, 0) : bottom, left:right]
+        draw.text(corner, line, fill=ink(background), font=font)
+        top_of_line = bottom + max(1, margin // 2)

@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from mmrl.registry import hint
@@ -27,15 +26,17 @@ from video.acting.state import Look, Problem, VideoAction, VideoState, frame_ran
 Args = Mapping[str, Any]
 Run = Callable[[VideoState, Args], tuple[Look, ...] | Problem]
 
-LIMIT = 2**53  # numbers beyond are not told apart as floats
-LABEL = "label"  # the argument that carries an action's phrase in tool-call JSON
+# numbers beyond are not told apart as floats
+LIMIT = 2**53
+# the argument that carries an action's phrase in tool-call JSON
+LABEL = "label"
 _KEYS = {"type", "properties", "required", "oneOf", "description"}
 _TYPES = {"integer", "number", "string", "array"}
 
 
 @dataclass(frozen=True)
 class Manipulation:
-    """A registered function, its `schema` (properties, required, oneOf) and what is told to policies about it."""
+    """A registered function, its `schema` (properties, required, oneOf) and its description for policies."""
 
     name: str
     schema: Mapping[str, Any]
@@ -43,7 +44,8 @@ class Manipulation:
     run: Run
 
 
-MANIPULATIONS: dict[str, Manipulation] = {}  # in order of registration, which is the order of Video-CoM text
+# in order of registration, which is the order of Video-CoM text
+MANIPULATIONS: dict[str, Manipulation] = {}
 
 
 def manipulation(name: str, schema: Mapping[str, Any]) -> Callable[[Run], Run]:
@@ -65,8 +67,8 @@ def manipulation(name: str, schema: Mapping[str, Any]) -> Callable[[Run], Run]:
     _check_schema(name, schema)
 
     def register(run: Run) -> Run:
-        told = " ".join((run.__doc__ or "").split())
-        MANIPULATIONS[name] = Manipulation(name, schema, told, run)
+        description = " ".join((run.__doc__ or "").split())
+        MANIPULATIONS[name] = Manipulation(name, schema, description, run)
         return run
 
     return register
@@ -75,57 +77,76 @@ def manipulation(name: str, schema: Mapping[str, Any]) -> Callable[[Run], Run]:
 def tool_specs() -> list[dict[str, Any]]:
     """The registry as the `tools` of a chat template (JSON schema of every manipulation)."""
     specs = []
-    for m in MANIPULATIONS.values():
-        parameters = {"type": "object", **m.schema}
+    for registered in MANIPULATIONS.values():
+        parameters = {"type": "object", **registered.schema}
         if "oneOf" not in parameters:
-            parameters.setdefault("required", list(m.schema["properties"]))
-        function = {"name": m.name, "description": m.description, "parameters": parameters}
+            parameters.setdefault("required", list(registered.schema["properties"]))
+        function = {"name": registered.name, "description": registered.description, "parameters": parameters}
         specs.append({"type": "function", "function": function})
     return specs
 
 
 def _check_schema(name: str, schema: Mapping[str, Any]) -> None:
-    where, properties = f"schema of manipulation {name!r}", schema.get("properties")
+    where = f"schema of manipulation {name!r}"
+    properties = schema.get("properties")
     if not isinstance(properties, Mapping) or set(schema) - _KEYS:
         raise ValueError(f"{where}: keys {sorted(schema)}; it takes {', '.join(sorted(_KEYS))}, and needs properties")
     for key, rule in properties.items():
-        kind = rule.get("type")
-        items = rule.get("items", {}).get("type") if kind == "array" else "integer"
-        if kind not in _TYPES or items not in _TYPES - {"array"} or key == LABEL:
-            readable = ", ".join(sorted(_TYPES))
-            told = f"{where}: {key} has type {kind!r}; {readable} (of a plain type) can be read"
-            raise ValueError(f"{told}, and {LABEL} is the phrase's")
-    named = {n for way in _ways(schema) for n in way}
-    if named - set(properties):
-        raise ValueError(f"{where}: {sorted(named - set(properties))} required but not among the properties")
+        if key == LABEL or not _is_readable(rule):
+            readable_types = ", ".join(sorted(_TYPES))
+            raise ValueError(
+                f"{where}: {key} has type {rule.get('type')!r}; {readable_types} (of a plain type) can be read, and "
+                f"{LABEL} is the phrase's"
+            )
+    required = set().union(*_argument_sets(schema))
+    if required - set(properties):
+        raise ValueError(f"{where}: {sorted(required - set(properties))} required but not among the properties")
+
+
+def _is_readable(rule: Mapping[str, Any]) -> bool:
+    """True for a plain type, and for an array of items of one."""
+    if rule.get("type") != "array":
+        return rule.get("type") in _TYPES
+    return rule.get("items", {}).get("type") in _TYPES - {"array"}
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
 def check(action: VideoAction) -> VideoAction | Problem:
-    """The action with its arguments in their types (57.0 -> 57 for an integer, lists as tuples), or what is wrong.
+    """The action with its arguments in their types (57.0 -> 57 for an integer, lists as tuples), or the problem.
 
     Depends on the registry alone: whether frame 57 exists is for `video.acting.actions.act` to say.
     """
-    known = MANIPULATIONS.get(action.name)
-    if known is None:
+    registered = MANIPULATIONS.get(action.name)
+    if registered is None:
         names = tuple(MANIPULATIONS)
-        told = f"there is no action {quote(action.name)}{hint(str(action.name)[:40], names)}."
-        return Problem("unknown_action", told, {"actions": names})
-    properties, ways = known.schema["properties"], _ways(known.schema)
-    optional = tuple(key for key in properties if not any(key in way for way in ways))
-    if set(action.args) - set(optional) not in [set(way) for way in ways]:
-        given = ", ".join(quote(k) for k in list(action.args)[:6]) or "none"
-        told = f"{known.name} was given the arguments {given}."
-        valid = tuple(" and ".join(way) or "none" for way in ways)
-        return Problem("parse_error", told, {"arguments": valid} | ({"optional": optional} if optional else {}))
+        message = f"there is no action {quote(action.name)}{hint(str(action.name)[:40], names)}."
+        return Problem("unknown_action", message, {"actions": names})
+    properties = registered.schema["properties"]
+    problem = _argument_problem(registered, action)
+    if problem is not None:
+        return problem
     args: dict[str, Any] = {}
     for key, value in action.args.items():
-        args[key] = _typed(f"{key} of {known.name}", value, properties[key])
+        args[key] = _typed(f"{key} of {registered.name}", value, properties[key])
         if isinstance(args[key], Problem):
             return args[key]
-    return VideoAction(known.name, args, action.phrase)
+    return VideoAction(registered.name, args, action.phrase)
+
+
+def _argument_problem(registered: Manipulation, action: VideoAction) -> Problem | None:
+    """The problem with the names of an action's arguments, if any."""
+    argument_sets = _argument_sets(registered.schema)
+    required = set().union(*argument_sets)
+    optional = tuple(key for key in registered.schema["properties"] if key not in required)
+    if any(set(action.args) - set(optional) == set(names) for names in argument_sets):
+        return None
+    args = ", ".join(map(quote, list(action.args)[:6])) or "none"
+    valid = {"arguments": tuple(" and ".join(names) or "none" for names in argument_sets)}
+    if optional:
+        valid["optional"] = optional
+    return Problem("parse_error", f"{registered.name} was given the arguments {args}.", valid)
 
 
 def quote(value: object) -> str:
@@ -134,42 +155,50 @@ def quote(value: object) -> str:
     return "'" + re.sub(r"[^A-Za-z0-9_ .,:+-]", "?", text[:40]) + "'"
 
 
-def _ways(schema: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The sets of arguments that may be given, apart from optional ones."""
-    both = tuple(schema.get("required", () if "oneOf" in schema else schema["properties"]))
-    return [both + tuple(way["required"]) for way in schema["oneOf"]] if "oneOf" in schema else [both]
+def _argument_sets(schema: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The sets of arguments that go together, one of which an action has to have; apart from optional ones."""
+    if "oneOf" not in schema:
+        return [tuple(schema.get("required", schema["properties"]))]
+    always = tuple(schema.get("required", ()))
+    return [always + tuple(alternative["required"]) for alternative in schema["oneOf"]]
 
 
 def _typed(what: str, value: Any, rule: Mapping[str, Any]) -> Any:
     """The value in the type of its rule, or a Problem."""
     kind = rule["type"]
     if kind == "string":
-        return value if isinstance(value, str) else _wrong(what, "a text")
+        return value if isinstance(value, str) else _wrong_type(what, "a text")
     if kind == "array":
         return _typed_items(what, value, rule)
+    type_name = "a whole number" if kind == "integer" else "a number"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return _wrong(what, "a whole number" if kind == "integer" else "a number")
+        return _wrong_type(what, type_name)
     low, high = rule.get("minimum", -LIMIT), rule.get("maximum", LIMIT)
-    if not low <= value <= high:  # refuses NaN as well
-        shown = {what: (low, high)} if {"minimum", "maximum"} & set(rule) else {}
-        return Problem("out_of_range", f"{what} is out of range.", shown)
+    # `not` before a chained comparison refuses NaN as well
+    if not low <= value <= high:
+        has_limits = "minimum" in rule or "maximum" in rule
+        return Problem("out_of_range", f"{what} is out of range.", {what: (low, high)} if has_limits else {})
     if kind == "number":
         return value
-    return int(value) if value == math.floor(value) else _wrong(what, "a whole number")
+    return int(value) if value == math.floor(value) else _wrong_type(what, type_name)
 
 
 def _typed_items(what: str, value: Any, rule: Mapping[str, Any]) -> Any:
     low, high = rule.get("minItems", 1), rule.get("maxItems", 1000)
-    count = f"{low}" if low == high else f"{low} to {high}"
-    wanted = f"a list of {count} {rule['items']['type']}s"
     if not isinstance(value, list | tuple) or not low <= len(value) <= high:
-        return _wrong(what, wanted)
-    items = tuple(_typed(f"an item of {what}", v, rule["items"]) for v in value)
-    return next((v for v in items if isinstance(v, Problem)), items)
+        count = f"{low}" if low == high else f"{low} to {high}"
+        return _wrong_type(what, f"a list of {count} {rule['items']['type']}s")
+    items = []
+    for item in value:
+        typed_item = _typed(f"an item of {what}", item, rule["items"])
+        if isinstance(typed_item, Problem):
+            return typed_item
+        items.append(typed_item)
+    return tuple(items)
 
 
-def _wrong(what: str, wanted: str) -> Problem:
-    return Problem("parse_error", f"{what} must be {wanted}.")
+def _wrong_type(what: str, type_name: str) -> Problem:
+    return Problem("parse_error", f"{what} must be {type_name}.")
 
 
 # ---- the built-in ones ----------------------------------------------------------------------------------------------
@@ -198,23 +227,29 @@ def find_segment(state: VideoState, args: Args) -> tuple[Look, ...] | Problem:
         problem = look_problem(state, look)
         if problem:
             return problem
-    # all segments are one run, hence one look
+    # all segments together are one run, hence one look
     if any(frame_range(state, look) == (0, len(state.starts) - 1) for look in looks):
-        some = "fewer segments or " if len(state.segments) > 1 else ""
-        told = f"this is the whole video, which was shown already; choose {some}a shorter range of seconds."
-        return Problem("whole_video", told, {"seconds": (0.0, state.duration)})
+        alternative = "fewer segments or " if len(state.segments) > 1 else ""
+        message = f"this is the whole video, which was shown already; choose {alternative}a shorter range of seconds."
+        return Problem("whole_video", message, {"seconds": (0.0, state.duration)})
     return looks
 
 
 def _by_ids(state: VideoState, ids: tuple[int, ...]) -> tuple[Look, ...] | Problem:
     """One look for each run of neighbouring segments; numbers given twice count once."""
-    table, chosen = state.segments, sorted(set(ids))
-    if chosen[0] < 1 or chosen[-1] > len(table):
-        wrong = chosen[0] if chosen[0] < 1 else chosen[-1]
+    table = state.segments
+    first_id, last_id = min(ids), max(ids)
+    if first_id < 1 or last_id > len(table):
+        wrong = first_id if first_id < 1 else last_id
         return Problem("out_of_range", f"there is no segment {wrong}.", {"segments": (1, len(table))})
-    cuts = [i + 1 for i, (a, b) in enumerate(pairwise(chosen)) if b > a + 1]
-    runs = [chosen[a:b] for a, b in pairwise([0, *cuts, len(chosen)])]
-    return tuple(state.segment(table[run[0] - 1].start, table[run[-1] - 1].end) for run in runs)
+    # [first, last] of each run, 1-based
+    runs: list[list[int]] = []
+    for segment in sorted(set(ids)):
+        if runs and segment == runs[-1][1] + 1:
+            runs[-1][1] = segment
+        else:
+            runs.append([segment, segment])
+    return tuple(state.segment(table[first - 1].start, table[last - 1].end) for first, last in runs)
 
 
 @manipulation(
@@ -232,8 +267,8 @@ def find_frame(state: VideoState, args: Args) -> tuple[Look, ...] | Problem:
     if "frame" in args:
         return (state.still(args["frame"] - 1),)
     if not 0 <= args["time"] <= state.duration:
-        told = f"{args['time']:.10g} s is not inside the video."
-        return Problem("out_of_range", told, {"time": (0.0, state.duration)})
+        message = f"{args['time']:.10g} s is not inside the video."
+        return Problem("out_of_range", message, {"time": (0.0, state.duration)})
     return (state.still(frame_at(state.starts, args["time"])),)
 
 
@@ -241,26 +276,37 @@ def find_frame(state: VideoState, args: Args) -> tuple[Look, ...] | Problem:
     "spatial_zoom",
     {
         "properties": {
-            "bbox": {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4,
-                     "description": "x1, y1, x2, y2"},
+            "bbox": {
+                "type": "array",
+                "items": {"type": "number"},
+                "minItems": 4,
+                "maxItems": 4,
+                "description": "x1, y1, x2, y2",
+            },
             "frame": {"type": "integer", "description": "frame number, from 1; by default the frame last looked at"},
         },
         "required": ["bbox"],
     },
-)  # fmt: skip
+)
 def spatial_zoom(state: VideoState, args: Args) -> tuple[Look, ...] | Problem:
     """Look at a part of the frame that was looked at last, enlarged."""
     frame = args["frame"] - 1 if "frame" in args else state.frame
     if frame is None:
-        told = "no frame has been looked at yet; find one first, or name it in the call."
-        return Problem("no_frame_selected", told, {"frame": (1, len(state.starts))})
+        message = "no frame has been looked at yet; find one first, or name it in the call."
+        return Problem("no_frame_selected", message, {"frame": (1, len(state.starts))})
     box = state.unit_box(args["bbox"])
-    problem = look_problem(state, state.still(frame, box))  # before the pad, which would mend a box that is too small
+    # checked before the pad, which would mend a box that is too small
+    problem = look_problem(state, state.still(frame, box))
     if problem:
         return problem
     x1, y1, x2, y2 = box
-    pad = state.pad
-    return (state.still(frame, (max(x1 - pad, 0.0), max(y1 - pad, 0.0), min(x2 + pad, 1.0), min(y2 + pad, 1.0))),)
+    padded = (
+        max(x1 - state.pad, 0.0),
+        max(y1 - state.pad, 0.0),
+        min(x2 + state.pad, 1.0),
+        min(y2 + state.pad, 1.0),
+    )
+    return (state.still(frame, padded),)
 
 
 @manipulation("answer", {"properties": {"text": {"type": "string"}}})

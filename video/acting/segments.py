@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-SLACK_S = 1e-6  # container clocks round, see `video.reading.sampling.clip_range`
+# seconds: container clocks round, see `video.reading.sampling.clip_range`
+SLACK_S = 1e-6
 
 
 class Segment(NamedTuple):
@@ -48,9 +50,13 @@ def segment_table(starts: Sequence[float], duration: float) -> tuple[Segment, ..
     total = len(starts)
     count = min(segment_count(duration), total)
     size = total // count
-    bounds = [i * size for i in range(count)] + [total]
-    times = [float(starts[b]) for b in bounds[:-1]] + [duration]
-    return tuple(Segment(times[i], times[i + 1], bounds[i], bounds[i + 1] - 1) for i in range(count))
+    # segment i holds the frames first_frames[i] .. first_frames[i + 1] - 1
+    first_frames = [i * size for i in range(count)] + [total]
+    segments = []
+    for first, following in pairwise(first_frames):
+        end = duration if following == total else float(starts[following])
+        segments.append(Segment(float(starts[first]), end, first, following - 1))
+    return tuple(segments)
 
 
 def frame_at(starts: Sequence[float], seconds: float) -> int:

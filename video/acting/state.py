@@ -1,4 +1,8 @@
-"""What a policy asks for and what it may ask for: actions, problems, looks, and the state of one video question.
+"""The records of acting: actions, problems, looks, and the state of one video question.
+
+    state = VideoState.start(starts=[0.0, 0.5, 1.0], duration=1.5, size=(480, 640))
+    look = state.still(2, box=(0.0, 0.0, 0.5, 0.5))   # the upper left quarter of the third frame
+    look_problem(state, look)                         # None: it may be shown
 
 Everything is a frozen record of plain values: a branch of a search forks a state by keeping it, and states, looks and
 actions can be pickled, compared and hashed. Nothing here touches pixels.
@@ -28,8 +32,10 @@ Code = Literal[
 ]  # fmt: skip
 Box = tuple[float, float, float, float]
 
-MIN_SHARE = 0.02  # a crop's side is at least this share of the frame's
-_EPS = 1e-9  # 0.12 - 0.1 falls short of 0.02
+# a crop's side is at least this share of the frame's
+MIN_SHARE = 0.02
+# 0.12 - 0.1 falls short of 0.02
+_EPS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class VideoAction:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a turn was refused: `message` for people and policies, `valid` the ranges or names that would have done."""
+    """The reason of a refusal: `message` for people and policies, `valid` the ranges or names that would have done."""
 
     code: Code
     message: str
@@ -61,7 +67,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Look:
-    """What to show next. `VideoState.segment` and `VideoState.still` make them.
+    """Frames to show next. `VideoState.segment` and `VideoState.still` make them.
 
     segment  [start, end) seconds, `frames` of them (None: as many as the agent shows by default);
     frame    source frame `frame` (0-based) whole; start = end = its time;
@@ -78,8 +84,8 @@ class Look:
 
 @dataclass(frozen=True)
 class VideoState:
-    """What manipulations may refer to. Pure: `video.acting.actions.act` returns the next one; make the first with
-    `start`.
+    """A clip and the turns so far, for manipulations to refer to. `video.acting.actions.act` returns the next state;
+    make the first with `start`.
 
     starts, duration: (T,) seconds at which the frames start, and the end of the last; size: (height, width) native.
     segments: the table whose 1-based ids `find_segment` takes.
@@ -128,7 +134,8 @@ class VideoState:
             raise ValueError(f"coords={coords!r}: one of {', '.join(get_args(Coords))}")
         if coords == "pixels" and (seen is None or min(seen) < 1):
             raise ValueError(f"coords='pixels' needs seen=(height, width), the size the policy saw, got {seen}")
-        if turns < 1 or min_side < 1 or not 0 <= pad < 1 or (tokens is not None and tokens < 0):
+        has_tokens = tokens is None or tokens >= 0
+        if turns < 1 or min_side < 1 or not 0 <= pad < 1 or not has_tokens:
             raise ValueError(
                 f"turns={turns}, min_side={min_side}, pad={pad}, tokens={tokens}: turns and min_side are at least 1, "
                 "pad is in [0, 1), tokens is at least 0 or None"
@@ -160,7 +167,7 @@ class VideoState:
 
 def _check_clip(starts: tuple[float, ...], duration: float, size: tuple[int, int]) -> None:
     ascending = all(a <= b for a, b in pairwise(starts))
-    if not starts or not all(math.isfinite(t) for t in starts) or starts[0] < 0 or not ascending:
+    if not starts or not all(map(math.isfinite, starts)) or starts[0] < 0 or not ascending:
         raise ValueError(
             f"starts={starts[:5]}.. ({len(starts)} frames): ascending finite seconds from 0 on are needed"
         )
@@ -174,13 +181,15 @@ def _check_clip(starts: tuple[float, ...], duration: float, size: tuple[int, int
 
 
 def look_problem(state: VideoState, look: Look) -> Problem | None:
-    """What is wrong with a look, if anything: the one check that every manipulation's looks go through."""
+    """The problem with a look, if any: the one check that every manipulation's looks go through."""
     if look.kind == "segment":
         return _segment_problem(state, look)
     if look.frame is None or not 0 <= look.frame < len(state.starts):
-        shown = "no frame" if look.frame is None else f"frame {number(look.frame + 1)}"
-        return Problem("out_of_range", f"{shown} is not in the video.", {"frame": (1, len(state.starts))})
-    return None if look.kind == "frame" else _box_problem(state, look.box)
+        frame = "no frame" if look.frame is None else f"frame {number(look.frame + 1)}"
+        return Problem("out_of_range", f"{frame} is not in the video.", {"frame": (1, len(state.starts))})
+    if look.kind == "frame":
+        return None
+    return _box_problem(state, look.box)
 
 
 def frame_range(state: VideoState, look: Look) -> tuple[int, int]:
@@ -192,35 +201,41 @@ def frame_range(state: VideoState, look: Look) -> tuple[int, int]:
 
 def _segment_problem(state: VideoState, look: Look) -> Problem | None:
     start, end = look.start, look.end
-    told, valid = f"{number(start)} to {number(end)} s", {"seconds": (0.0, state.duration)}
-    if not (0 <= start <= state.duration and 0 <= end <= state.duration):  # refuses NaN as well
-        return Problem("out_of_range", f"{told} is not inside the video.", valid)
+    span = f"{number(start)} to {number(end)} s"
+    valid = {"seconds": (0.0, state.duration)}
+    # chained comparisons, so that NaN is refused as well
+    if not (0 <= start <= state.duration and 0 <= end <= state.duration):
+        return Problem("out_of_range", f"{span} is not inside the video.", valid)
     if start >= end:
-        return Problem("empty_range", f"{told} holds nothing: the end must come after the start.", valid)
+        return Problem("empty_range", f"{span} holds nothing: the end must come after the start.", valid)
     first, last = frame_range(state, look)
-    if look.frames is not None and not 1 <= look.frames <= last - first + 1:
-        wanted = f"{number(look.frames)} frames of {told} cannot be shown."
-        return Problem("out_of_range", wanted, {"frames": (1, last - first + 1)})
+    num_frames = last - first + 1
+    if look.frames is not None and not 1 <= look.frames <= num_frames:
+        message = f"{number(look.frames)} frames of {span} cannot be shown."
+        return Problem("out_of_range", message, {"frames": (1, num_frames)})
     return None
 
 
 def _box_problem(state: VideoState, box: Box | None) -> Problem | None:
     across, down = state.scale
     valid: dict[str, Any] = {"x": (0, across), "y": (0, down)}
-    if box is None or not all(0 <= u <= 1 for u in box):  # refuses NaN as well
+    # `not all`, so that NaN is refused as well
+    if box is None or not all(0 <= side <= 1 for side in box):
         return Problem("out_of_range", "the box is not inside the frame.", valid)
     x1, y1, x2, y2 = box
     if x1 >= x2 or y1 >= y2:
         return Problem("inverted_box", "a box is x1, y1, x2, y2 with x1 < x2 and y1 < y2.", valid)
-    wide, high = (min(1.0, max(state.min_side / side, MIN_SHARE)) for side in (state.size[1], state.size[0]))
-    if x2 - x1 < wide - _EPS or y2 - y1 < high - _EPS:
-        least = {"least width": _up(wide * across), "least height": _up(high * down)}
+    height, width = state.size
+    least_width = min(1.0, max(state.min_side / width, MIN_SHARE))
+    least_height = min(1.0, max(state.min_side / height, MIN_SHARE))
+    if x2 - x1 < least_width - _EPS or y2 - y1 < least_height - _EPS:
+        least = {"least width": _round_up(least_width * across), "least height": _round_up(least_height * down)}
         return Problem("box_too_small", "the box is too small to show anything.", least)
     return None
 
 
-def _up(value: float) -> float:
-    """Rounded up to three decimals, so that a box of the told size is accepted."""
+def _round_up(value: float) -> float:
+    """Rounded up to three decimals, so that a box of exactly this size is accepted."""
     return math.ceil(value * 1000 - _EPS) / 1000
 
 
@@ -237,6 +252,8 @@ def pixel_box(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     Halves go up: `round` would send both ends of (0.5, 1.5) pixels to an even number, which may leave nothing.
     """
     height, width = size
-    x1, y1 = (min(math.floor(u * side + 0.5), side - 1) for u, side in ((box[0], width), (box[1], height)))
-    x2, y2 = math.floor(box[2] * width + 0.5), math.floor(box[3] * height + 0.5)
+    x1 = min(math.floor(box[0] * width + 0.5), width - 1)
+    y1 = min(math.floor(box[1] * height + 0.5), height - 1)
+    x2 = math.floor(box[2] * width + 0.5)
+    y2 = math.floor(box[3] * height + 0.5)
     return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)

@@ -20,7 +20,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
 from typing import Any, Literal
 
 from mmrl.reasoning.answer_text import answer_in_tags, without_thinking
@@ -40,14 +39,17 @@ _MORE_NUMBERS = re.compile(r"[ \t]*+(?:-|to\b|through\b|\.\.++)?+[ \t]*+[0-9]")
 _ASSIGNED = re.compile(r"\)\s*+=")
 _ANSWER = re.compile(r"(?<![A-Za-z0-9_])FINAL_ANSWER\s*+:", re.IGNORECASE | re.ASCII)
 _OTHER = re.compile(r"(?<![A-Za-z0-9_])([A-Z][A-Z0-9]*+(?:_[A-Z0-9]++)++)\s*+\(", re.ASCII)
-_JSON_CHARS = 4000  # longest arguments in Video-CoM text
-_DEEP = 8  # no argument nests deeper
-MAX_CALLS = 16  # in one turn; reading thousands would stall every rollout beside it
+# longest arguments in Video-CoM text
+_JSON_CHARS = 4000
+# levels of lists and objects in an argument
+_MAX_DEPTH = 8
+# in one turn; reading thousands would stall every rollout beside it
+MAX_CALLS = 16
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a policy wanted in one turn: actions, or an answer, or a problem; exactly one of them is there."""
+    """One turn of a policy as it is read: actions, or an answer, or a problem; exactly one of them is there."""
 
     actions: tuple[VideoAction, ...] = ()
     answer: str | None = None
@@ -74,12 +76,15 @@ def parse_turn(text: str, syntax: Syntax) -> Turn:
     if syntax not in ("videocom", "tool_call"):
         raise ValueError(f"syntax={syntax!r}: videocom or tool_call")
     text = without_thinking(_clean(text))
+    read = _read_videocom if syntax == "videocom" else _read_tool_calls
     try:
-        answer, actions = (_read_videocom if syntax == "videocom" else _read_tool_calls)(text)
+        answer, actions = read(text)
     except _Unreadable as unreadable:
         return Turn(problem=unreadable.problem)
+    if answer == "":
+        return Turn(problem=_bad("the answer is empty."))
     if answer is not None:
-        return Turn(answer=answer) if answer else Turn(problem=_bad("the answer is empty."))
+        return Turn(answer=answer)
     if not actions:
         return Turn(problem=_bad("there is no call and no answer in this turn.", actions=tuple(MANIPULATIONS)))
     return Turn(actions=actions)
@@ -99,12 +104,16 @@ def render(action: VideoAction, syntax: Syntax, phrase: str = "") -> str:
     if isinstance(checked, Problem):
         raise ValueError(f"{action} cannot be written: {checked.message}")
     if action.name == "answer":
-        said = action.args["text"]
-        text, want = f"FINAL_ANSWER: {said}" if syntax == "videocom" else f"<answer>{said}</answer>", Turn(answer=said)
+        answer = action.args["text"]
+        text = f"FINAL_ANSWER: {answer}" if syntax == "videocom" else f"<answer>{answer}</answer>"
+        turn = Turn(answer=answer)
     else:
-        text, want = (_write_call if syntax == "videocom" else _write_tool_call)(checked, phrase), Turn((checked,))
-    found = parse_turn(text, syntax)
-    if found != want or (found.actions and found.actions[0].phrase != phrase.strip()):
+        write = _write_call if syntax == "videocom" else _write_tool_call
+        text = write(checked, phrase)
+        turn = Turn((checked,))
+    # phrases do not count when actions are compared, hence the second condition
+    read_back = parse_turn(text, syntax)
+    if read_back != turn or (read_back.actions and read_back.actions[0].phrase != phrase.strip()):
         raise ValueError(f"{text!r} would not be read back as {action} in {syntax}; choose a simpler phrase or text")
     return text
 
@@ -116,8 +125,8 @@ def _clean(text: str) -> str:
 
 def _check_calls(count: int) -> None:
     if count > MAX_CALLS:
-        told = "there are too many calls in this turn."
-        raise _Unreadable(Problem("budget_exceeded", told, {"calls in a turn": (1, MAX_CALLS)}))
+        message = "there are too many calls in this turn."
+        raise _Unreadable(Problem("budget_exceeded", message, {"calls in a turn": (1, MAX_CALLS)}))
 
 
 def _bad(message: str, **valid: Any) -> Problem:
@@ -128,62 +137,67 @@ def _bad(message: str, **valid: Any) -> Problem:
 
 
 def _read_videocom(text: str) -> tuple[str | None, tuple[VideoAction, ...]]:
+    """The answer, or the actions of the first kind that is called; raises `_Unreadable`."""
     answers = list(_ANSWER.finditer(text))
     if answers:
         return text[answers[-1].end() :].lstrip().partition("\n")[0].strip(), ()
-    calls, prose = _calls(text)
-    kind = next((name for name in MANIPULATIONS if any(name == called for called, _ in calls)), None)
-    if kind is not None:
-        return None, tuple(_accept(found) for called, found in calls if called == kind)
-    if prose:
-        raise _Unreadable(
-            _bad(f"{prose.upper()}(...) lacks its value: write {prose.upper()}(what you look for) = ...")
-        )
-    _refuse_other(text)
+    calls, name_without_value = _calls(text)
+    called_names = {name for name, _ in calls}
+    # the registry is in the order of the kinds
+    for name in MANIPULATIONS:
+        if name in called_names:
+            return None, tuple(_accept(result) for called, result in calls if called == name)
+    if name_without_value:
+        name = name_without_value.upper()
+        raise _Unreadable(_bad(f"{name}(...) lacks its value: write {name}(what you look for) = ..."))
+    _refuse_unregistered(text)
     return None, ()
 
 
 def _calls(text: str) -> tuple[list[tuple[str, VideoAction | Problem]], str]:
-    """(name, action or problem) of every call with a value, and the name of one without, in order."""
+    """(name, action or problem) of every call with a value, in order, and the name of the first call without one."""
     names = tuple(name for name in MANIPULATIONS if name != "answer")
-    heads = _heads(names)
-    partner = _partners(text) if heads.search(text) else {}
+    heads = list(_heads(names).finditer(text))
+    partners = _partners(text) if heads else {}
     calls: list[tuple[str, VideoAction | Problem]] = []
-    prose, done = "", 0
-    for head, following in pairwise(chain(heads.finditer(text), (None,))):
-        if head is None or head.start() < done:
-            continue  # inside the phrase of the call before
-        name, opened = head[1].lower(), head.end() - 1
-        limit = following.start() if following else len(text)
-        close = _phrase_end(text, opened, partner.get(opened), limit)
-        if close is None:
-            prose = prose or name
+    name_without_value = ""
+    end = 0
+    for i, head in enumerate(heads):
+        # the phrase of the call before may look like a call
+        if head.start() < end:
             continue
-        found, done = _value(text, close + 1, name, text[opened + 1 : close].strip())
-        calls.append((name, found))
+        name, opened = head[1].lower(), head.end() - 1
+        limit = heads[i + 1].start() if i + 1 < len(heads) else len(text)
+        close = _phrase_end(text, opened, partners.get(opened), limit)
+        if close is None:
+            name_without_value = name_without_value or name
+            continue
+        result, end = _value(text, close + 1, name, text[opened + 1 : close].strip())
+        calls.append((name, result))
         _check_calls(len(calls))
-    return calls, prose
+    return calls, name_without_value
 
 
 @lru_cache(maxsize=8)
 def _heads(names: tuple[str, ...]) -> re.Pattern[str]:
+    """A pattern of the openings `NAME(` of these manipulations."""
     return re.compile(rf"(?<![A-Za-z0-9_])({'|'.join(names)})\s*+\(", re.IGNORECASE | re.ASCII)
 
 
 def _partners(text: str) -> dict[int, int]:
     """Positions of opening parentheses -> their closing ones, in one pass over the text."""
-    opened: list[int] = []
-    partner: dict[int, int] = {}
+    open_positions: list[int] = []
+    partners: dict[int, int] = {}
     for i, char in enumerate(text):
         if char == "(":
-            opened.append(i)
-        elif char == ")" and opened:
-            partner[opened.pop()] = i
-    return partner
+            open_positions.append(i)
+        elif char == ")" and open_positions:
+            partners[open_positions.pop()] = i
+    return partners
 
 
 def _phrase_end(text: str, opened: int, partner: int | None, limit: int) -> int | None:
-    """Where the phrase closes: at its balanced parenthesis if `=` follows, else at the first `) =` before `limit`."""
+    """The end of a phrase: its balanced parenthesis if `=` follows, else the first `) =` before `limit`, else None."""
     if partner is not None and _ASSIGNED.match(text, partner):
         return partner
     match = _ASSIGNED.search(text, opened, limit)
@@ -191,62 +205,74 @@ def _phrase_end(text: str, opened: int, partner: int | None, limit: int) -> int 
 
 
 def _value(text: str, at: int, name: str, phrase: str) -> tuple[VideoAction | Problem, int]:
-    """The action that the value after `)` makes, and where that value ends."""
+    """The action of the value that stands behind `)` at `at`, and the end of that value.
+
+    The value is numbers in brackets, an object of JSON, or bare numbers: groups 1, 2 and 3 of `_VALUE`.
+    """
+    upper_name, argument = name.upper(), _SHORT.get(name)
     match = _VALUE.match(text, at)
     if match is None:
-        wanted = "numbers in brackets" if _SHORT.get(name) != "frame" else "a number"
-        return _bad(f"the value of {name.upper()} is not readable; it takes {wanted}."), at
+        expected = "a number" if argument == "frame" else "numbers in brackets"
+        return _bad(f"the value of {upper_name} is not readable; it takes {expected}."), at
     if match[2]:
+        brace = match.end() - 1
         try:
-            args, length = _DECODER.raw_decode(text[match.end() - 1 : match.end() - 1 + _JSON_CHARS])
-            return check(VideoAction(name, _frozen(args), phrase)), match.end() - 1 + length
+            args, length = _DECODER.raw_decode(text[brace : brace + _JSON_CHARS])
+            return check(VideoAction(name, _frozen(args), phrase)), brace + length
         except _FAULTS:
-            return _bad(f"the arguments of {name.upper()} are not readable as JSON."), match.end()
-    short = _SHORT.get(name)
-    if short is None:
-        return _bad(f"{name.upper()} takes its arguments as JSON: {name.upper()}(phrase) = {{...}}."), match.end()
+            return _bad(f"the arguments of {upper_name} are not readable as JSON."), match.end()
+    if argument is None:
+        return _bad(f"{upper_name} takes its arguments as JSON: {upper_name}(phrase) = {{...}}."), match.end()
     if match[3] is None:
         numbers = _numbers(match[1])
     else:
         numbers = _numbers(" ".join(re.findall(_NUMBER, match[3])))
         # one number was read where several seem to be meant, or a box is not marked as one
-        if short == "bbox" or (short == "segments" and _MORE_NUMBERS.match(text, match.end())):
-            return _bad(f"the value of {name.upper()} is not clear; write it as numbers in brackets."), match.end()
+        if argument == "bbox" or (argument == "segments" and _MORE_NUMBERS.match(text, match.end())):
+            return _bad(f"the value of {upper_name} is not clear; write it as numbers in brackets."), match.end()
     if not numbers:
-        return _bad(f"the value of {name.upper()} is no list of numbers."), match.end()
-    return check(VideoAction(name, {short: numbers[0] if short == "frame" else numbers}, phrase)), match.end()
+        return _bad(f"the value of {upper_name} is no list of numbers."), match.end()
+    value = numbers[0] if argument == "frame" else numbers
+    return check(VideoAction(name, {argument: value}, phrase)), match.end()
 
 
 def _numbers(text: str) -> tuple[int | float, ...]:
     """Numbers between commas or blanks; empty if anything else is there."""
     words = text.replace(",", " ").split()
-    if len(words) > 1000 or not all(re.fullmatch(_NUMBER, word) for word in words):
+    if len(words) > 1000:
         return ()
-    return tuple(_whole(word) if re.fullmatch(r"-?[0-9]+", word) else float(word) for word in words)
+    numbers: list[int | float] = []
+    for word in words:
+        if not re.fullmatch(_NUMBER, word):
+            return ()
+        is_whole = re.fullmatch(r"-?[0-9]+", word)
+        numbers.append(_whole(word) if is_whole else float(word))
+    return tuple(numbers)
 
 
-def _accept(found: VideoAction | Problem) -> VideoAction:
-    if isinstance(found, Problem):
-        raise _Unreadable(found)
-    return found
+def _accept(result: VideoAction | Problem) -> VideoAction:
+    """The action, or the exception that ends the reading of the turn."""
+    if isinstance(result, Problem):
+        raise _Unreadable(result)
+    return result
 
 
-def _refuse_other(text: str) -> None:
+def _refuse_unregistered(text: str) -> None:
     """A call in the same style of something that nobody registered is an unknown action, not a turn without one."""
-    others = list(_OTHER.finditer(text))
-    partner = _partners(text) if others else {}
-    for other in others:
-        closed = partner.get(other.end() - 1)
-        if closed is not None and _ASSIGNED.match(text, closed):
-            _accept(check(VideoAction(other[1].lower(), {})))
+    heads = list(_OTHER.finditer(text))
+    partners = _partners(text) if heads else {}
+    for head in heads:
+        close = partners.get(head.end() - 1)
+        if close is not None and _ASSIGNED.match(text, close):
+            _accept(check(VideoAction(head[1].lower(), {})))
 
 
 def _write_call(action: VideoAction, phrase: str) -> str:
-    short = _SHORT.get(action.name)
-    if short is None or set(action.args) != {short}:
+    argument = _SHORT.get(action.name)
+    if argument is None or set(action.args) != {argument}:
         value = _json(dict(action.args))
     else:
-        value = _json(action.args[short])
+        value = _json(action.args[argument])
     return f"{action.name.upper()}({phrase}) = {value}"
 
 
@@ -254,22 +280,23 @@ def _write_call(action: VideoAction, phrase: str) -> str:
 
 
 def _read_tool_calls(text: str) -> tuple[str | None, tuple[VideoAction, ...]]:
+    """The answer, in its tags or as the last call of the tool `answer`, or all actions; raises `_Unreadable`."""
     answer = answer_in_tags(text)
     if answer is not None:
         return answer.strip(), ()
     bodies = list(_bodies(text))
     _check_calls(len(bodies))
-    found = [_tool_call(body) for body in bodies]
-    answers = [call.args["text"].strip() for call in found if isinstance(call, VideoAction) and call.name == "answer"]
-    if answers:
-        return answers[-1], ()
-    if not found and "<answer>" in text:
+    results = [_tool_call(body) for body in bodies]
+    for result in reversed(results):
+        if isinstance(result, VideoAction) and result.name == "answer":
+            return result.args["text"].strip(), ()
+    if not results and "<answer>" in text:
         raise _Unreadable(_bad("the answer is not closed with </answer>."))
-    return None, tuple(_accept(call) for call in found)
+    return None, tuple(map(_accept, results))
 
 
 def _bodies(text: str) -> Iterator[str]:
-    """What stands behind each opening tag, up to its closing one; a call that nothing closes cannot be read.
+    """The text behind each opening tag, up to its closing one; empty, thus unreadable, where nothing closes it.
 
     A tag that no call follows before the next one opens is a mention of it ("I could use <tool_call>").
     """
@@ -297,8 +324,11 @@ def _tool_call(body: str) -> VideoAction | Problem:
 
 
 def _write_tool_call(action: VideoAction, phrase: str) -> str:
-    args = dict(action.args) | ({LABEL: phrase} if phrase else {})
-    body = _json({"name": action.name, "arguments": args}).replace("<", "\\u003c")  # a phrase may hold a tag
+    args = dict(action.args)
+    if phrase:
+        args[LABEL] = phrase
+    # a phrase may hold a tag
+    body = _json({"name": action.name, "arguments": args}).replace("<", "\\u003c")
     return f"{_OPEN}{body}{_CLOSE}"
 
 
@@ -310,11 +340,12 @@ def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= 18 else float(digits)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that stands twice Python would silently take the last value."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return fields
 
 
 def _json(value: Any) -> str:
@@ -323,14 +354,14 @@ def _json(value: Any) -> str:
 
 def _frozen(value: Any, depth: int = 0) -> Any:
     """Lists as tuples, texts without lone surrogates; nothing nested deeply."""
-    if depth > _DEEP:
+    if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(value, list):
-        return tuple(_frozen(v, depth + 1) for v in value)
+        return tuple(_frozen(item, depth + 1) for item in value)
     if isinstance(value, Mapping):
-        return {_clean(k): _frozen(v, depth + 1) for k, v in value.items()}
+        return {_clean(key): _frozen(item, depth + 1) for key, item in value.items()}
     return _clean(value) if isinstance(value, str) else value
 
 
-_DECODER = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_once, strict=False)
+_DECODER = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_without_repeats, strict=False)
 _FAULTS = (ValueError, RecursionError)

@@ -1,10 +1,15 @@
-"""Published formats of video questions: readers `(row, name) -> samples`, and one function that reads a file."""
+"""Published formats of video questions: readers `(row, name) -> samples`, and one function that reads a file.
+
+samples, set_aside = read_format("train.jsonl", "video_r1", media_root="videos")
+prompt = to_prompt(samples[0])          # video.records
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +57,16 @@ def read_format(
     root = Path(path).parent if media_root is None else Path(media_root)
     sizes: dict[str, tuple[int, int]] = {}
 
-    def make(row: Mapping[str, Any], at: str) -> list[VideoSample]:
-        found = [with_media(check_sample(s), root, sizes) for s in format.target(row, at)]
-        return found if finish is None else [finish(s) for s in found]
+    def read_row(row: Mapping[str, Any], default_id: str) -> list[VideoSample]:
+        samples = []
+        for sample in format.target(row, default_id):
+            checked = with_media(check_sample(sample), root, sizes)
+            samples.append(checked if finish is None else finish(checked))
+        return samples
 
     if "keyed" in format.facts:
-        return _read_keyed(Path(path), format.facts["keyed"], make, max_bad, limit)
-    return read_rows(path, make, max_bad=max_bad, key=lambda s: s.id, limit=limit)
+        return _read_keyed(Path(path), format.facts["keyed"], read_row, max_bad, limit)
+    return read_rows(path, read_row, max_bad=max_bad, key=attrgetter("id"), limit=limit)
 
 
 def with_media(sample: VideoSample, root: Path, sizes: dict[str, tuple[int, int]]) -> VideoSample:
@@ -71,56 +79,61 @@ def with_media(sample: VideoSample, root: Path, sizes: dict[str, tuple[int, int]
     """
     if sample.video is not None:
         return replace(sample, video=media_file(sample.video, root, "video"))
-    paths = tuple(media_file(p, root, "image") for p in sample.images)
+    paths = tuple(media_file(path, root, "image") for path in sample.images)
     for path in paths:
         if path not in sizes:
             width, height = check_image(path)
             sizes[path] = (height, width)
     if len(paths) != 1:
         return replace(sample, images=paths)
+    # of several pictures it is not known which one a box lies in, so only those of one become shares
     size = sizes[paths[0]]
-    boxes = tuple(as_share(b, f"boxes[{i}]", size) for i, b in enumerate(sample.boxes))
+    boxes = tuple(as_share(label, f"boxes[{i}]", size) for i, label in enumerate(sample.boxes))
     return replace(sample, images=paths, size=size, boxes=boxes)
 
 
 def _read_keyed(
     path: Path,
     key: str,
-    make: Callable[[Mapping[str, Any], str], Iterable[VideoSample]],
+    read_row: Callable[[Mapping[str, Any], str], Iterable[VideoSample]],
     max_bad: float,
     limit: int | None,
 ) -> tuple[list[VideoSample], list[Quarantined]]:
-    """As `mmrl.jsonl.read_rows`, of a file that is one object of rows; a row's number is its place in it."""
+    """As `mmrl.jsonl.read_rows`, of a file that is one object of rows; a row's number is its place in it.
+
+    key: the field of a row under which its own key in the object is put.
+    """
     try:
-        entries = [_key(entry) for entry in split_entries(path.read_text("utf-8-sig"), "{")]
+        entries = [_key_and_value(entry) for entry in split_entries(path.read_text("utf-8-sig"), "{")]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no JSON object with an entry per video ({error})") from error
-    found: list[VideoSample] = []
+    samples: list[VideoSample] = []
     bad: list[Quarantined] = []
     names: set[str] = set()
-    good = 0
+    num_good = 0
     for number, (name, row) in enumerate(entries, start=1):
-        if limit is not None and len(found) >= limit:
+        if limit is not None and len(samples) >= limit:
             break
         try:
             if name in names:
                 raise RowError("entry used twice: the same key has an entry before")
             names.add(name)
             with as_row_errors():
-                found += make(as_object(row) | {key: name}, f"{path.name}:{number}")
-            good += 1
+                samples += read_row(as_object(row) | {key: name}, f"{path.name}:{number}")
+            num_good += 1
         except RowError as error:
             bad.append(set_aside(path, number, f"{error} (entry {name[:80]!r})"))
-    check_share(path, bad, good, max_bad)
-    if not found:
+    check_share(path, bad, num_good, max_bad)
+    if not samples:
         raise ValueError(f"{path} has no usable entry; {bad[0].reason if bad else 'it is empty'}")
-    return found if limit is None else found[:limit], bad
+    # the last row may have given more samples than were left to take
+    return samples[:limit], bad
 
 
-def _key(entry: str) -> tuple[str, bytes]:
-    """The key and the text of the value of `"key": value`."""
-    key, at = json.JSONDecoder().raw_decode(entry)
-    colon, value = entry[at:].lstrip()[:1], entry[at:].lstrip()[1:]
-    if not isinstance(key, str) or colon != ":":
+def _key_and_value(entry: str) -> tuple[str, bytes]:
+    """The key of the text `"key": value`, and the text of the value, not yet parsed: a bad one costs its row alone."""
+    key, end = json.JSONDecoder().raw_decode(entry)
+    rest = entry[end:].lstrip()
+    if not isinstance(key, str) or not rest.startswith(":"):
         raise ValueError(f"no key: {entry[:60]!r}")
-    return key, value.encode()
+    return key, rest[1:].encode()

@@ -1,4 +1,11 @@
-"""What the readers share: numbers, pairs and boxes of a row, each named when it is wrong, and media below a root."""
+"""Parts shared by the readers: numbers, pairs and boxes of a row, and media below a root folder.
+
+    whole("57", "frame")                          # 57
+    pairs({"frames": [[0, 8]]}, "frames", whole)  # ((0, 8),)
+    box([0, 0, 1], "boxes[2]")                    # RowError: bad boxes[2]: '[0, 0, 1]' is no [x1, y1, x2, y2]
+
+`what` is the name of a value in the message of a RowError.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +25,8 @@ add_kind(Kind("video_formats", "video format", arguments=2))
 
 Row = Mapping[str, Any]
 Number = TypeVar("Number", int, float)
+Value = TypeVar("Value")
+# tried in this order behind a video's name without suffix
 _SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 
@@ -38,7 +47,9 @@ def without_media_marks(question: str) -> str:
 
 def whole(value: Any, what: str) -> int:
     """A whole number; 57.0 and "57" are some too."""
-    number = float(value) if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value) else value
+    number = value
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
+        number = float(value)
     if not is_number(number) or number % 1:
         raise RowError(f"bad {what}: {str(value)[:60]!r} is no whole number, or too large a one")
     return int(number)
@@ -51,6 +62,11 @@ def real(value: Any, what: str) -> float:
     return float(value)
 
 
+def optional(value: Any, what: str, kind: Callable[[Any, str], Value]) -> Value | None:
+    """`kind(value, what)`, None where there is no value."""
+    return None if value is None else kind(value, what)
+
+
 def pair(value: Any, what: str, kind: Callable[[Any, str], Number]) -> tuple[Number, Number]:
     """Two numbers."""
     if not isinstance(value, list | tuple) or len(value) != 2:
@@ -60,14 +76,15 @@ def pair(value: Any, what: str, kind: Callable[[Any, str], Number]) -> tuple[Num
 
 def pairs(row: Row, key: str, kind: Callable[[Any, str], Number]) -> tuple[tuple[Number, Number], ...]:
     """A field with a list of pairs, empty where it is missing."""
-    return tuple(pair(v, f"{key}[{i}]", kind) for i, v in enumerate(typed(row, key, list, [])))
+    values = typed(row, key, list, [])
+    return tuple(pair(value, f"{key}[{i}]", kind) for i, value in enumerate(values))
 
 
 def box(value: Any, what: str) -> Box:
     """Four numbers x1, y1, x2, y2."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         raise RowError(f"bad {what}: {str(value)[:60]!r} is no [x1, y1, x2, y2]")
-    x1, y1, x2, y2 = (real(v, what) for v in value)
+    x1, y1, x2, y2 = (real(coordinate, what) for coordinate in value)
     return x1, y1, x2, y2
 
 
@@ -82,10 +99,10 @@ def media_file(name: str, root: Path, what: str) -> str:
     try:
         base = root.resolve()
         if what == "video" and not Path(name).suffix:
-            name = next((name + s for s in _SUFFIXES if (base / (name + s)).is_file()), name)
+            name = _with_suffix(name, base)
         path = (base / name).resolve()
-        inside = is_embedded(name) or path.is_relative_to(base)
-        if not inside and name.startswith("/"):
+        is_inside = is_embedded(name) or path.is_relative_to(base)
+        if not is_inside and name.startswith("/"):
             path = (base / name.lstrip("/")).resolve()
         is_file = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:
@@ -95,3 +112,11 @@ def media_file(name: str, root: Path, what: str) -> str:
     if not is_file:
         raise RowError(f"{what} missing: {path} is no file; check the path and media_root (now {base})")
     return str(path)
+
+
+def _with_suffix(name: str, folder: Path) -> str:
+    """The first of `name`, `name.mp4`, .. that is a file in the folder, else the name as it is."""
+    for suffix in _SUFFIXES:
+        if (folder / (name + suffix)).is_file():
+            return name + suffix
+    return name

@@ -20,19 +20,19 @@ from mmrl.jsonl import RowError
 from mmrl.reasoning.questions import Columns, read_question
 from mmrl.reasoning.rows import rest, row_id
 from mmrl.registry import register
-from video.formats._values import Row, box, pair, pairs, real, typed, whole
+from video.formats._values import Row, box, optional, pair, pairs, real, typed, whole
 from video.records import BoxLabel, VideoSample
 
-_KEYS = [f.name for f in fields(VideoSample)]
+_FIELD_NAMES = [field.name for field in fields(VideoSample)]
 
 
 @register("video_formats", "canonical")
 def canonical(row: Row, name: str) -> list[VideoSample]:
     """The sample of a row; `name` is its id where it has none."""
-    count, seconds, size = (row.get(k) for k in ("frame_count", "duration", "size"))
     question = read_question(row, Columns(), films=True)
     if len(question.videos) > 1:
         raise RowError(f"media: {len(question.videos)} films in one row; a policy here looks at one")
+    labels = typed(row, "boxes", list, [])
     sample = VideoSample(
         id=row_id(row, name),
         question=question.text,
@@ -43,26 +43,29 @@ def canonical(row: Row, name: str) -> list[VideoSample]:
         answer=None if question.answer is None else str(question.answer),
         answer_type=typed(row, "answer_type", str, None),
         segments=pairs(row, "segments", real),
-        segment_ids=tuple(whole(v, "segment_ids") for v in typed(row, "segment_ids", list, [])),
+        segment_ids=tuple(whole(segment, "segment_ids") for segment in typed(row, "segment_ids", list, [])),
         frames=pairs(row, "frames", whole),
-        boxes=tuple(_label(b, f"boxes[{i}]") for i, b in enumerate(typed(row, "boxes", list, []))),
+        boxes=tuple(_label(label, f"boxes[{i}]") for i, label in enumerate(labels)),
         turns=tuple(typed(row, "turns", list, [])),
         turn_boxes=typed(row, "turn_boxes", str, "seen"),
-        frame_count=None if count is None else whole(count, "frame_count"),
-        duration=None if seconds is None else real(seconds, "duration"),
-        size=None if size is None else pair(size, "size", whole),
-        meta=typed(row, "meta", dict, {}) | rest(question.others, *_KEYS),
+        frame_count=optional(row.get("frame_count"), "frame_count", whole),
+        duration=optional(row.get("duration"), "duration", real),
+        size=optional(row.get("size"), "size", _size),
+        meta=typed(row, "meta", dict, {}) | rest(question.others, *_FIELD_NAMES),
     )
     return [sample]
+
+
+def _size(value: Any, what: str) -> tuple[int, int]:
+    return pair(value, what, whole)
 
 
 def _label(value: Any, what: str) -> BoxLabel:
     if not isinstance(value, dict):
         raise RowError(f"bad {what}: {str(value)[:60]!r} is no object with 'box' and 'frame' or 'time'")
-    frame, time = value.get("frame"), value.get("time")
     return BoxLabel(
         box(value.get("box"), f"{what}.box"),
-        None if frame is None else whole(frame, f"{what}.frame"),
-        None if time is None else real(time, f"{what}.time"),
+        optional(value.get("frame"), f"{what}.frame", whole),
+        optional(value.get("time"), f"{what}.time", real),
         value.get("unit", "unit"),
     )

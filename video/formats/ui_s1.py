@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from video.formats._values import Row, box, media_file, pair, real, typed
 from video.records import Box
 
 Point = tuple[float, float]
-_NO_ARGUMENT = ("coordinate", "coordinate2", "bbox", "candidate_bbox", "thought", "annotation")
+# keys of an action that are not among the arguments a policy writes
+_NO_ARGUMENT = ("action", "coordinate", "coordinate2", "bbox", "candidate_bbox", "thought", "annotation")
 
 
 @dataclass(frozen=True)
 class ExpertStep:
-    """What the expert saw and did.
+    """One step of an expert: the screen, the action, and the boxes that count as hit.
 
     screen: path. size: (height, width) of it in pixels. action: its name; args: its other arguments (text, button,
     direction, time, status). point: where it touched; boxes: each a target that counts; shares of the screen, points
@@ -63,10 +65,10 @@ def read_trajectories(
     """
     root = Path(path).parent if media_root is None else Path(media_root)
 
-    def make(row: Row, name: str) -> list[Trajectory]:
+    def read_row(row: Row, name: str) -> list[Trajectory]:
         return [trajectory(row, name, root)]
 
-    return read_rows(path, make, max_bad=max_bad, key=lambda t: t.id, limit=limit)
+    return read_rows(path, read_row, max_bad=max_bad, key=attrgetter("id"), limit=limit)
 
 
 def trajectory(row: Row, name: str, root: Path) -> Trajectory:
@@ -74,9 +76,10 @@ def trajectory(row: Row, name: str, root: Path) -> Trajectory:
     steps = rows(row, "steps", dict)
     if not steps:
         raise RowError("no step: 'steps' is empty")
-    made = tuple(_step(s, f"steps[{i}]", root) for i, s in enumerate(steps))
-    own = optional_text(row, "episode_id", "id") or name
-    return Trajectory(own, text(row, "goal"), made, rest(row, "goal", "steps", "id", "episode_id"))
+    expert_steps = tuple(_step(step, f"steps[{i}]", root) for i, step in enumerate(steps))
+    trajectory_id = optional_text(row, "episode_id", "id") or name
+    meta = rest(row, "goal", "steps", "id", "episode_id")
+    return Trajectory(trajectory_id, text(row, "goal"), expert_steps, meta)
 
 
 def step_prompts(recorded: Trajectory) -> list[Prompt]:
@@ -85,33 +88,39 @@ def step_prompts(recorded: Trajectory) -> list[Prompt]:
     reference: `expert`, the action as a policy is asked to write it, its point in shares of the screen; `boxes` that
     count as hit.
     """
-    prompts, done = [], ""
-    for t, step in enumerate(recorded.steps):
-        expert = {"action": step.action, **step.args}
+    prompts = []
+    history = ""
+    for i, step in enumerate(recorded.steps):
+        action = {"action": step.action, **step.args}
+        expert = dict(action)
         if step.point is not None:
             expert["coordinate"] = list(step.point)
-        question = recorded.goal + (f"\nDone so far:{done}" if done else "")
-        reference = {"expert": expert, "boxes": [list(b) for b in step.boxes]}
-        prompts.append(Prompt(f"{recorded.id}/{t}", {"question": question, "images": [step.screen]}, reference))
-        done += f"\n{t + 1}. {json.dumps({'action': step.action, **step.args}, ensure_ascii=False)}"
+        question = recorded.goal
+        if history:
+            question += f"\nDone so far:{history}"
+        inputs = {"question": question, "images": [step.screen]}
+        reference = {"expert": expert, "boxes": [list(box) for box in step.boxes]}
+        prompts.append(Prompt(f"{recorded.id}/{i}", inputs, reference))
+        # without the point, which belongs to a screen that the policy does not see any more
+        history += f"\n{i + 1}. {json.dumps(action, ensure_ascii=False)}"
     return prompts
 
 
 def _step(row: Row, what: str, root: Path) -> ExpertStep:
-    did = typed(row, "action_content", dict, None)
-    right = typed(row, "check_options", dict, did)
-    if did is None or right is None:
+    recorded = typed(row, "action_content", dict, None)
+    accepted = typed(row, "check_options", dict, recorded)
+    if recorded is None or accepted is None:
         raise RowError(f"no action: {what} has no 'action_content'")
     try:
         screen = media_file(text(row, "screenshot"), root, "screenshot")
         width, height = check_image(screen)
-        boxes = tuple(_share(b, what, (height, width)) for b in _boxes(right, did, row))
-        point = _point(right.get("coordinate", did.get("coordinate")), f"{what}.coordinate", (height, width))
-        action = text(right, "action")
+        size = (height, width)
+        boxes = tuple(_share(corners, what, size) for corners in _boxes(accepted, recorded, row))
+        point = _point(accepted.get("coordinate", recorded.get("coordinate")), f"{what}.coordinate", size)
+        action = text(accepted, "action")
     except RowError as error:
         raise RowError(f"{error} (in {what})") from None
-    extra = {k: v for k, v in right.items() if k not in ("action", *_NO_ARGUMENT)}
-    return ExpertStep(screen, (height, width), action, extra, point, boxes)
+    return ExpertStep(screen, size, action, rest(accepted, *_NO_ARGUMENT), point, boxes)
 
 
 def _boxes(*places: Row) -> list[Any]:
@@ -120,7 +129,8 @@ def _boxes(*places: Row) -> list[Any]:
         for key in ("candidate_bbox", "bbox"):
             value = place.get(key)
             if isinstance(value, list) and value:
-                return value if isinstance(value[0], list) else [value]
+                is_list_of_boxes = isinstance(value[0], list)
+                return value if is_list_of_boxes else [value]
     return []
 
 
@@ -128,16 +138,18 @@ def _share(value: Any, what: str, size: tuple[int, int]) -> Box:
     height, width = size
     x1, y1, x2, y2 = box(value, f"{what} box")
     # layout trees know elements that go on beyond the screen; what can be touched is on it
-    made = (max(x1 / width, 0.0), max(y1 / height, 0.0), min(x2 / width, 1.0), min(y2 / height, 1.0))
-    if made[0] >= made[2] or made[1] >= made[3]:
+    left, top = max(x1 / width, 0.0), max(y1 / height, 0.0)
+    right, bottom = min(x2 / width, 1.0), min(y2 / height, 1.0)
+    if left >= right or top >= bottom:
         raise RowError(f"bad box: {what} has {value}, which is empty on a screen of {width} x {height}")
-    return made
+    return left, top, right, bottom
 
 
 def _point(value: Any, what: str, size: tuple[int, int]) -> Point | None:
     if value is None:
         return None
+    height, width = size
     x, y = pair(value, what, real)
-    if not (0 <= x <= size[1] and 0 <= y <= size[0]):
-        raise RowError(f"bad {what}: {[x, y]} lies outside of the screen of {size[1]} x {size[0]}")
-    return x / size[1], y / size[0]
+    if not (0 <= x <= width and 0 <= y <= height):
+        raise RowError(f"bad {what}: {[x, y]} lies outside of the screen of {width} x {height}")
+    return x / width, y / height

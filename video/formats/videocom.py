@@ -1,4 +1,10 @@
-"""Video-CoM: conversations with manipulations, for imitation, and the same with ground truth for its step reward."""
+"""Video-CoM: conversations with manipulations, for imitation, and the same with ground truth for its step reward.
+
+{"id": .., "video": path, "conversations": [{"from": "human", "value": "Which .. Options: A. red, B. blue"},
+ {"from": "gpt", "value": "FIND_FRAME(car) = 57"}, {"from": "human", ..}, {"from": "gpt",
+ "value": "FINAL_ANSWER: B"}], "valid_segments": [3], "valid_frames": [[50, 60]],
+ "valid_bounding_box": [[57, [10, 20, 90, 80]]]}
+"""
 
 from __future__ import annotations
 
@@ -13,8 +19,9 @@ from video.formats._values import Row, box, pairs, typed, whole, without_media_m
 from video.records import BoxLabel, VideoSample
 
 _FINAL = re.compile(r"FINAL_ANSWER\s*:\s*(.+)", re.DOTALL)
+# `A. red, B. blue` or one option a line: lines that open with a letter and a stop
 _OPTIONS = re.compile(r"\bOptions:\s*+((?:[ \t]*+\(?[A-Z][.)][ \t].*(?:\n|\Z))+)")
-_USED = ("id", "video", "image", "conversations", "valid_segments", "valid_frames", "valid_bounding_box")
+_COLUMNS = ("id", "video", "image", "conversations", "valid_segments", "valid_frames", "valid_bounding_box")
 
 
 @register("video_formats", "videocom")
@@ -24,34 +31,53 @@ def videocom(row: Row, name: str) -> list[VideoSample]:
     `valid_segments`, `valid_frames` and `valid_bounding_box` become segment numbers, frames (which are painted from 1
     on, so one is taken off) and boxes in pixels. Boxes in the turns are pixels too.
     """
-    turns = rows(row, "conversations", dict)
-    roles = ["assistant" if t.get("from") == "gpt" else t.get("from") for t in turns]
-    if len(turns) < 2 or roles != ["human", "assistant"] * (len(turns) // 2):
-        raise RowError(f"bad conversations: turns of {roles} are not human, assistant, human, assistant ..")
-    said = [text(t, "value") for t in turns]
-    question, options = split_options(without_media_marks(said[0]))
-    final = _FINAL.search(said[-1])
+    texts, turn_fields = _conversation(row)
+    question, options = split_options(without_media_marks(texts[0]))
+    final = _FINAL.search(texts[-1])
     if final is None:
         raise RowError("no answer: the last text of 'conversations' holds no FINAL_ANSWER")
-    # media of later turns too: what they show is worked out anew from the assistant's calls
-    kept = {str(i): fields for i, t in enumerate(turns) if (fields := rest(t, "from", "value"))}
-    ranges, labels = pairs(row, "valid_frames", whole), typed(row, "valid_bounding_box", list, [])
+    meta = rest(row, *_COLUMNS)
+    if turn_fields:
+        meta["turn_fields"] = turn_fields
+    image = _path(row, "image")
+    segments = typed(row, "valid_segments", list, [])
+    ranges = pairs(row, "valid_frames", whole)
+    labels = typed(row, "valid_bounding_box", list, [])
     sample = VideoSample(
         id=row_id(row, name),
         question=question,
         video=_path(row, "video"),
-        images=() if row.get("image") is None else (str(_path(row, "image")),),
+        images=() if image is None else (image,),
         options=options,
         answer=final.group(1).strip(),
         answer_type="multiple choice" if options else "free-form",
-        segment_ids=tuple(whole(v, "valid_segments") for v in typed(row, "valid_segments", list, [])),
-        frames=tuple((_frame(a, "valid_frames"), _frame(b, "valid_frames")) for a, b in ranges),
-        boxes=tuple(_label(v, f"valid_bounding_box[{i}]") for i, v in enumerate(labels)),
-        turns=tuple(said[1::2]),
+        segment_ids=tuple(whole(segment, "valid_segments") for segment in segments),
+        frames=tuple((_frame(first, "valid_frames"), _frame(last, "valid_frames")) for first, last in ranges),
+        boxes=tuple(_label(label, f"valid_bounding_box[{i}]") for i, label in enumerate(labels)),
+        turns=tuple(texts[1::2]),
         turn_boxes="pixels",
-        meta=rest(row, *_USED) | ({"turn_fields": kept} if kept else {}),
-    )  # fmt: skip
+        meta=meta,
+    )
     return [sample]
+
+
+def _conversation(row: Row) -> tuple[list[str], dict[str, Any]]:
+    """The texts of the turns, human and assistant by turns, and by a turn's number its fields beside the text.
+
+    Media of later turns are such fields too: the pictures they show are made anew from the assistant's calls.
+    """
+    turns = rows(row, "conversations", dict)
+    roles = ["assistant" if turn.get("from") == "gpt" else turn.get("from") for turn in turns]
+    if len(turns) < 2 or roles != ["human", "assistant"] * (len(turns) // 2):
+        raise RowError(f"bad conversations: turns of {roles} are not human, assistant, human, assistant ..")
+    texts = []
+    turn_fields = {}
+    for i, turn in enumerate(turns):
+        texts.append(text(turn, "value"))
+        fields = rest(turn, "from", "value")
+        if fields:
+            turn_fields[str(i)] = fields
+    return texts, turn_fields
 
 
 def split_options(question: str) -> tuple[str, tuple[str, ...]]:
@@ -63,24 +89,26 @@ def split_options(question: str) -> tuple[str, tuple[str, ...]]:
     head, mark, tail = question.partition("Options:")
     if not mark:
         return question, ()
-    found = _OPTIONS.search(question)
-    options = _lettered(found.group(1)) if found else ()
-    if found is None or len(options) < 2 or not all(options):
+    match = _OPTIONS.search(question)
+    options = _lettered(match.group(1)) if match else ()
+    if match is None or len(options) < 2 or not all(options):
         raise RowError(f"bad options: {tail[:60]!r} is no list A. .., B. ..")
-    return "\n".join(t for t in (head.strip(), question[found.end() :].strip()) if t), options
+    around = (head.strip(), question[match.end() :].strip())
+    return "\n".join(filter(None, around)), options
 
 
 def _lettered(listed: str) -> tuple[str, ...]:
     """The texts after A., B., .. in this order; a later letter inside a text (a name's initial) starts none."""
-    starts: list[int] = []
-    ends: list[int] = []
+    marks: list[re.Match[str]] = []
     for letter in string.ascii_uppercase:
-        mark = re.compile(rf"(?<!\w)\(?{letter}[.)]\s+").search(listed, starts[-1] if starts else 0)
+        # looked for behind the mark before, so that letters count in their order alone
+        mark = re.compile(rf"(?<!\w)\(?{letter}[.)]\s+").search(listed, marks[-1].end() if marks else 0)
         if mark is None:
             break
-        starts.append(mark.end())
-        ends.append(mark.start())
-    return tuple(listed[a:b].strip().rstrip(",;.") for a, b in zip(starts, [*ends[1:], None], strict=True))
+        marks.append(mark)
+    # a text goes from its mark to the next one, the last to the end
+    ends = [mark.start() for mark in marks[1:]] + [len(listed)]
+    return tuple(listed[mark.end() : end].strip().rstrip(",;.") for mark, end in zip(marks, ends, strict=True))
 
 
 def _path(row: Row, key: str) -> str | None:
@@ -93,6 +121,7 @@ def _path(row: Row, key: str) -> str | None:
 
 
 def _frame(painted: int, what: str) -> int:
+    """A 0-based frame of the number painted on it, which counts from 1."""
     if painted < 1:
         raise RowError(f"bad {what}: frame {painted}; frames are numbered from 1")
     return painted - 1

@@ -1,7 +1,10 @@
 """Frames out of files: decord where its frame counter is right, PyAV everywhere else.
 
-A backend is a function (path, clip, wanted, size) -> (n, H, W, 3) uint8; `wanted` is sorted without repeats. Times and
-the number of frames come from `ClipIndex` whoever decodes, so that a clip has one clock.
+    clip = index_clip("film.mp4", ReadLimits())            # video.reading.clip_index
+    read_av("film.mp4", clip, [0, 30, 60], (252, 448))     # (3, 252, 448, 3) uint8
+
+A backend is a function (path, clip, frame numbers, size) -> (n, H, W, 3) uint8; the numbers are sorted without
+repeats. Times and the number of frames come from `ClipIndex` whoever decodes, so that a clip has one clock.
 
 decord 0.6 is quick and steady on ordinary files, but it counts packets. Where these are not what a player shows it
 gives other frames at random than in sequence: edit lists, open GOPs (the x265 default), intra refresh, containers that
@@ -14,7 +17,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
-from itertools import groupby
 from typing import Any
 
 import av
@@ -25,34 +27,37 @@ from video.reading.clip_index import ClipIndex, checksum, decoded, in_order, ope
 
 Backend = Callable[[str, ClipIndex, list[int], tuple[int, int] | None], np.ndarray]
 
-_ALIKE = 1.0  # mean difference of two decoders on one frame, of 255; 0.0 is usual
+# mean difference of two decoders on one frame, of 255; 0.0 is usual
+_ALIKE = 1.0
 
 
 def find(name: str) -> Backend:
     """The backend `decord`, `av`, or the one at a dotted path package.module:function."""
-    if name in _KNOWN:
-        return _KNOWN[name]
+    if name in _BACKENDS:
+        return _BACKENDS[name]
     module, _, function = name.partition(":")
     backend: Backend = getattr(import_module(module), function)
     return backend
 
 
 def decord_problem(path: str, clip: ClipIndex) -> VideoDecodeError | None:
-    """Why decord must not be used for this file, or nothing."""
+    """The reason why decord must not be used for this file, None where it may."""
     if clip.odd or clip.lost:
         return _untrusted(path, clip.odd or clip.lost)
     # past the last key frame decord must seek: a counter that runs ahead or behind shows there
-    key = int(np.searchsorted(clip.stamps, clip.keys[-1])) if len(clip.keys) else 0
-    probes = sorted({0, min(key, len(clip.stamps) - 1)})
+    last_key = int(np.searchsorted(clip.stamps, clip.keys[-1])) if len(clip.keys) else 0
+    probes = sorted({0, min(last_key, len(clip.stamps) - 1)})
     try:
-        seen, expected = read_decord(path, clip, probes, None), read_av(path, clip, probes, None)
+        frames = read_decord(path, clip, probes, None)
+        expected = read_av(path, clip, probes, None)
     except VideoDecodeError as error:
         return error
-    if seen.shape != expected.shape:
-        return _untrusted(path, f"it gives frames of {seen.shape[1]} x {seen.shape[2]}")
-    gap = np.abs(seen.astype(np.int16) - expected).mean(axis=(1, 2, 3))
-    if (gap > _ALIKE).any():
-        return _untrusted(path, f"it gives another picture at frame {probes[int(gap.argmax())]}")
+    if frames.shape != expected.shape:
+        return _untrusted(path, f"it gives frames of {frames.shape[1]} x {frames.shape[2]}")
+    # (probes,) mean difference of a frame; int16, since the difference of two uint8 would wrap around
+    difference = np.abs(frames.astype(np.int16) - expected).mean(axis=(1, 2, 3))
+    if (difference > _ALIKE).any():
+        return _untrusted(path, f"it gives another picture at frame {probes[int(difference.argmax())]}")
     return None
 
 
@@ -83,12 +88,13 @@ def read_decord(path: str, clip: ClipIndex, wanted: list[int], size: tuple[int, 
     except failures as error:
         raise VideoDecodeError(path, "corrupt_frame", _first_line(error), backend="decord") from None
     finally:
+        # ends decoding ahead
         with suppress(*failures):
-            reader.seek(0)  # ends decoding ahead
+            reader.seek(0)
 
 
 def _first_line(error: Exception) -> str:
-    """What decord says, without the time and the place in its source."""
+    """The message of decord, without the time and the place in its source."""
     return re.sub(r"^\[\S+\] \S+:\d+: ", "", str(error).strip().partition("\n")[0])
 
 
@@ -105,7 +111,9 @@ def read_av(path: str, clip: ClipIndex, wanted: list[int], size: tuple[int, int]
     if not clip.counted:
         with open_stream(path) as (container, stream):
             for start, rows in _runs(clip, wanted):
-                if not _take(container, stream, start, rows, page) and page.checked:
+                is_complete = _take(container, stream, start, rows, page)
+                # such a file is decoded from its start in any case, which also gives the frames of later runs
+                if page.checked and not is_complete:
                     break
     if page.left:
         _take_in_order(path, page)
@@ -123,19 +131,19 @@ def read_sequence(path: str, clip: ClipIndex, wanted: list[int], size: tuple[int
     return page.done(path)
 
 
-_KNOWN: dict[str, Backend] = {"decord": read_decord, "av": read_av}
+_BACKENDS: dict[str, Backend] = {"decord": read_decord, "av": read_av}
 
 
 class _Page:
     """The frames of one read as they come in, turned as presented. Bilinear, as decord scales.
 
-    rows: frame -> its row of `wanted`. left: rows that are still missing. checked: whether frames are told apart by
-    their checksums. first: the stamp of the clip's first frame.
+    rows: frame -> its row of `wanted`. left: rows that are still missing. checked: frames are told apart by their
+    checksums. ahead: see `ClipIndex`. first: the stamp of the clip's first frame.
     """
 
     def __init__(self, clip: ClipIndex, wanted: list[int], size: tuple[int, int] | None) -> None:
         height, width = size or (clip.height, clip.width)
-        self.rows = {i: row for row, i in enumerate(wanted)}
+        self.rows = {frame: row for row, frame in enumerate(wanted)}
         self.left = set(range(len(wanted)))
         self.ahead, self.first, self.checked = clip.ahead, int(clip.stamps[0]), clip.checksums is not None
         self._clip, self._wanted = clip, wanted
@@ -145,33 +153,40 @@ class _Page:
 
     def put(self, row: int, frame: Any) -> None:
         """Take a frame for a row, unless it is another picture than decoding in order gives there."""
-        due = None if self._clip.checksums is None else int(self._clip.checksums[self._wanted[row]])
-        if frame.is_corrupt or due not in (None, checksum(frame, self._clip.stored, self._scale)):
+        if frame.is_corrupt:
             return
+        if self._clip.checksums is not None:
+            expected = int(self._clip.checksums[self._wanted[row]])
+            if checksum(frame, self._clip.stored, self._scale) != expected:
+                return
+        # scaled as stored, then turned: turning is a view of the array
         height, width = self._unturned
         scaled = self._scale.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
         self._pixels[row] = self._clip.orientation.apply(scaled.to_ndarray())
         self.left.discard(row)
 
     def done(self, path: str) -> np.ndarray:
-        if self.left:
-            missing = [self._wanted[row] for row in sorted(self.left)]
-            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            detail = f"{len(missing)} of {len(self._wanted)} frames do not decode: {shown}"
-            raise VideoDecodeError(path, "corrupt_frame", detail, backend="av")
-        return self._pixels
+        """(n, H, W, 3) uint8, once all frames are there; VideoDecodeError otherwise."""
+        if not self.left:
+            return self._pixels
+        missing = [str(self._wanted[row]) for row in sorted(self.left)]
+        listed = ", ".join(missing[:5])
+        if len(missing) > 5:
+            listed += ", ..."
+        detail = f"{len(missing)} of {len(self._wanted)} frames do not decode: {listed}"
+        raise VideoDecodeError(path, "corrupt_frame", detail, backend="av")
 
 
 def _runs(clip: ClipIndex, wanted: list[int]) -> Iterator[tuple[int, dict[int, int]]]:
-    """(key frame, {stamp: row} of what is wanted from there on up to the next key frame), both in order of time."""
-    rows = {int(clip.stamps[i]): row for row, i in enumerate(wanted)}
-
-    def key_of(stamp: int) -> int:
-        before = int(np.searchsorted(clip.keys, stamp, side="right")) - 1
-        return int(clip.keys[before]) if before >= 0 else stamp
-
-    for key, stamps in groupby(rows, key_of):
-        yield key, {stamp: rows[stamp] for stamp in stamps}
+    """(stamp of a key frame, {stamp: row} of the wanted frames up to the next key frame), both in order of time."""
+    runs: dict[int, dict[int, int]] = {}
+    for row, frame in enumerate(wanted):
+        stamp = int(clip.stamps[frame])
+        position = int(np.searchsorted(clip.keys, stamp, side="right")) - 1
+        # a frame before all keys is sought by its own stamp
+        key = int(clip.keys[position]) if position >= 0 else stamp
+        runs.setdefault(key, {})[stamp] = row
+    yield from runs.items()
 
 
 def _take(container: Any, stream: Any, start: int, rows: dict[int, int], page: _Page) -> bool:
@@ -181,9 +196,10 @@ def _take(container: Any, stream: Any, start: int, rows: dict[int, int], page: _
     the leading pictures of an open GOP lack what they refer to.
 
     Returns:
-        Whether all of them came out, and the seek did not lead to the start of the file.
+        True when all of them came out and the seek did not lead to the start of the file.
     """
-    last, is_from_start = max(rows), False
+    last_stamp = max(rows)
+    is_from_start = False
     with suppress(av.FFmpegError):
         container.seek(start - page.ahead, stream=stream)
         for frame in decoded(container, stream):
@@ -194,7 +210,7 @@ def _take(container: Any, stream: Any, start: int, rows: dict[int, int], page: _
                 break
             if frame.pts in rows:
                 page.put(rows[frame.pts], frame)
-            if frame.pts >= last:
+            if frame.pts >= last_stamp:
                 break
     return not is_from_start and page.left.isdisjoint(rows.values())
 

@@ -1,4 +1,8 @@
-"""What a clip is to the rest of the package: its clock, its frames, the limits of reading, and the one error."""
+"""The records of reading: a clip's clock and size, its frames, the limits of reading, and the one error.
+
+info = reader.info("film.mp4")    # VideoInfo: starts (T,) seconds, duration, height, width
+info.index_at(12.5)               # the frame on screen at 12.5 s
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,22 @@ from typing import Any, Literal
 import numpy as np
 
 Reason = Literal[
-    "missing", "empty", "no_video_stream", "unsupported_codec", "truncated", "corrupt_frame", "too_short", "too_long",
-    "too_large", "timeout", "crash", "untrusted_index",
-]  # fmt: skip
+    "missing",
+    "empty",
+    "no_video_stream",
+    "unsupported_codec",
+    "truncated",
+    "corrupt_frame",
+    "too_short",
+    "too_long",
+    "too_large",
+    "timeout",
+    "crash",
+    "untrusted_index",
+]
 
-_MEND: dict[Reason, str] = {
+# the advice at the end of an error's message
+_ADVICE: dict[Reason, str] = {
     "missing": "Give the path of a video file",
     "empty": "Copy or download it again",
     "no_video_stream": "Leave it out",
@@ -35,12 +50,13 @@ class VideoDecodeError(ValueError):
     Attributes:
         path: the file.
         reason: one of `Reason`, for counting.
-        backend: who failed, empty when nobody was asked.
+        detail: the part of the message that only this file has.
+        backend: the one that failed, empty when none was called.
     """
 
     def __init__(self, path: str, reason: Reason, detail: str, *, backend: str = "") -> None:
-        who = f" ({backend})" if backend else ""
-        super().__init__(f"{path}: {reason}{who}: {detail}. {_MEND[reason]}.")
+        by_backend = f" ({backend})" if backend else ""
+        super().__init__(f"{path}: {reason}{by_backend}: {detail}. {_ADVICE[reason]}.")
         self.path, self.reason, self.detail, self.backend = path, reason, detail, backend
 
     def __reduce__(self) -> Any:
@@ -53,7 +69,7 @@ def _error(path: str, reason: Reason, detail: str, backend: str) -> VideoDecodeE
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """What a reader refuses, so that one file or one request cannot take the machine. All > 0.
+    """Limits of a reader, so that one file or one request cannot take the machine. All > 0.
 
     max_frames, max_seconds: of a file. max_pixels: height x width of a frame, as stored and as asked for.
     max_read_bytes: of the pixels that one read returns.
@@ -61,7 +77,8 @@ class ReadLimits:
 
     max_frames: int = 1_000_000
     max_seconds: float = 6 * 3600.0
-    max_pixels: int = 2**25  # 8K is 33.2 million
+    # 8K is 33.2 million
+    max_pixels: int = 2**25
     max_read_bytes: int = 2**30
 
     def __post_init__(self) -> None:
@@ -80,9 +97,9 @@ class VideoInfo:
             first frame.
         duration: end of the last frame, seconds on the same clock.
         height, width: pixels as presented.
-        backend: who decodes it: `decord`, `av`, or the dotted path of one of your own.
-        lost: what a damaged file promises and does not hold, empty for a sound one.
-        order: the frame that is seen in the place of each, None = itself. Times belong to places.
+        backend: the decoder: `decord`, `av`, or the dotted path of one of your own.
+        lost: the parts that a damaged file promises and does not hold, empty for a sound one.
+        order: of a shuffled clip the frame shown in the place of each, None = itself. Times belong to places.
     """
 
     path: str

@@ -1,5 +1,9 @@
 """The table of presented frames of a file.
 
+    clip = index_clip("film.mp4", ReadLimits())
+    clip.stamps     # (T,) int64 ticks: frame i is the picture stamped stamps[i]
+    clip.starts     # (T,) float64 seconds of the same
+
 Packets are enough where they prove what decoding in order gives: MP4 and Matroska, which keep each packet's time and
 place, with a codec whose key pictures can be told. Any other file is decoded once from its start, and the checksum of
 each picture is kept: what a seek gives later is taken only where it has the checksum of its place.
@@ -20,16 +24,22 @@ import av
 import numpy as np
 
 from video.reading.clip import ReadLimits, Reason, VideoDecodeError
-from video.reading.key_pictures import key_check
+from video.reading.key_pictures import Starts, key_check
 
-_HEAD = 4  # frames decoded to see whether the packets' stamps come out as the frames' stamps
-_INDEXED = ("mov,mp4", "matroska")  # containers that keep the time and the place of every packet
-_COPY_OPAQUE = 1 << 7  # AV_CODEC_FLAG_COPY_OPAQUE: a frame carries what its packet was given
-# what the H.264 and the H.265 decoder say where pictures are missing; they make some up and mark none of them
+# frames decoded to see whether the packets' stamps come out as the frames' stamps
+_HEAD = 4
+# containers that keep the time and the place of every packet
+_INDEXED = ("mov,mp4", "matroska")
+# AV_CODEC_FLAG_COPY_OPAQUE: a frame carries the `opaque` value of its packet
+_COPY_OPAQUE = 1 << 7
+# messages of the H.264 and the H.265 decoder where pictures are missing; they make some up and mark none of them
 _MISSING_PICTURES = ("Frame num gap", "Could not find ref")
-_UNSOUND = -1  # in the place of a checksum: the picture is damaged, or drawn from what is missing
+# in the place of a checksum: the picture is damaged, or drawn from a missing one
+_UNSOUND = -1
+# position in a file -> the bytes there of some kind of video
 _SIGNATURES = {4: (b"ftyp", b"moov", b"mdat", b"wide", b"free"), 0: (b"\x1a\x45\xdf\xa3", b"RIFF", b"FLV", b"OggS")}
-_NO_VIDEO = ("hls", "concat", "dash", "image2", "tty")  # lists of other files, a still picture, text
+# lists of other files, a still picture, text
+_NO_VIDEO = ("hls", "concat", "dash", "image2", "tty")
 
 
 class Orientation(NamedTuple):
@@ -41,7 +51,7 @@ class Orientation(NamedTuple):
 
     @property
     def is_rotation(self) -> bool:
-        """Whether quarter turns alone present it."""
+        """True when quarter turns alone present it."""
         return sum(self) % 2 == 0
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -88,8 +98,8 @@ class ClipIndex:
 
 @dataclass(frozen=True)
 class _Stream:
-    """What the container says about itself. tick, rate: seconds, frames per second. origin, promised: seconds.
-    pixel_aspect: width / height of a pixel."""
+    """The container's description of its video. tick: seconds. rate: frames per second. origin: seconds of the start.
+    promised: seconds that it should last. pixel_aspect: width / height of a pixel. bits: of a channel."""
 
     container: str
     codec: str
@@ -107,11 +117,11 @@ class _Packets:
     """The packets of a stream in the order of the file.
 
     stamps: of the shown ones, ticks; end: of the last of them. keys: stamps of the pictures where decoding can start.
-    ahead: most ticks from a packet's own time to that of its picture. is_key, is_cut: of each packet, whether the
-    container calls it a key, and whether it is not whole. gaps: numbers of packets before which something is missing.
+    ahead: most ticks from a packet's own time to that of its picture. is_key, is_cut: one per packet, True where the
+    container calls it a key, and where it is not whole. gaps: numbers of packets before which something is missing.
     late: number of a packet -> ticks by which its stamp is too small.
-    leading: how many are shown before the key that they follow; hidden: how many are not shown; unclear: keys where
-    decoding cannot start, or of which it is not known.
+    leading: the number of those shown before the key that they follow; hidden: of those not shown; unclear: of keys
+    where decoding cannot start, or of which it is not known.
     """
 
     stamps: list[int | None] = field(default_factory=list)
@@ -128,14 +138,15 @@ class _Packets:
 
     @property
     def damaged(self) -> int:
-        """How many packets are cut short or missing."""
+        """The number of packets that are cut short or missing."""
         return sum(self.is_cut) + len(self.gaps)
 
 
 @dataclass
 class _Table:
     """The frames of a file. stamps: ascending; end: of the last one; tick: seconds of both. origin: seconds. damaged:
-    packets that are missing or fail. unproven: why packets alone do not tell. counted, checksums: as `ClipIndex`."""
+    packets that are missing or fail. unproven: the reason why packets alone do not tell, empty where they do. counted,
+    checksums: as `ClipIndex`."""
 
     stamps: Sequence[int]
     end: int
@@ -154,27 +165,37 @@ def index_clip(path: str, limits: ReadLimits) -> ClipIndex:
         VideoDecodeError: no video in there, nothing decodes, or beyond a limit.
     """
     with open_stream(path) as (container, stream):
-        said = _described(container, stream)
-        _check_size(path, *said.stored, limits)
+        described = _described(container, stream)
+        # before anything is decoded: one frame of a hostile file may take all memory
+        _check_size(path, *described.stored, limits)
         packets = _packets(path, container, stream, limits)
     head = _head(path, len(packets.stamps))
     stored, orientation = (head[0].height, head[0].width), _orientation(head[0])
-    height, width = orientation.size(stored[0], max(round(stored[1] * said.pixel_aspect), 1))
+    height, width = orientation.size(stored[0], max(round(stored[1] * described.pixel_aspect), 1))
     _check_size(path, height, width, limits)
-    table = _table(path, said, packets, head)
+    table = _table(path, described, packets, head)
+    # second 0 is where a player starts, as far as that is not behind the first frame
     starts = np.array(table.stamps, np.int64) * float(table.tick)
     starts -= min(max(table.origin, 0.0), starts[0])
-    duration = _end(starts, (table.end - table.stamps[-1]) * float(table.tick), said.rate)
+    duration = _end(starts, (table.end - table.stamps[-1]) * float(table.tick), described.rate)
     if duration > limits.max_seconds:
         detail = f"{duration:.0f} s exceed max_seconds={limits.max_seconds:g}"
         raise VideoDecodeError(path, "too_long", detail)
     return ClipIndex(
-        stamps=np.array(table.stamps, np.int64), keys=np.unique(np.array(packets.keys, np.int64)),
-        starts=starts, duration=duration, height=height, width=width, stored=stored, orientation=orientation,
-        counted=table.counted, checksums=table.checksums, ahead=packets.ahead if table.unproven else 0,
-        odd=_odd(said, packets, orientation, table.unproven),
-        lost=_lost(table.damaged, duration + max(table.origin, 0.0), said.promised),
-    )  # fmt: skip
+        stamps=np.array(table.stamps, np.int64),
+        keys=np.unique(np.array(packets.keys, np.int64)),
+        starts=starts,
+        duration=duration,
+        height=height,
+        width=width,
+        stored=stored,
+        orientation=orientation,
+        counted=table.counted,
+        checksums=table.checksums,
+        ahead=packets.ahead if table.unproven else 0,
+        odd=_odd(described, packets, orientation, table.unproven),
+        lost=_lost(table.damaged, duration + max(table.origin, 0.0), described.promised),
+    )
 
 
 @contextmanager
@@ -230,8 +251,9 @@ def in_order(
     number = -1
     with suppress(av.FFmpegError):
         for packet in container.demux(stream):
+            # an empty packet would end the decoder
             if not packet.size:
-                continue  # an empty packet would end the decoder
+                continue
             number += 1
             if packet.is_corrupt and skips_cut:
                 continue
@@ -242,17 +264,19 @@ def in_order(
                 failed.add(number)
                 continue
             if complaints:
-                if any(said.startswith(_MISSING_PICTURES) for _, _, said in complaints):
+                if any(message.startswith(_MISSING_PICTURES) for _, _, message in complaints):
                     failed.add(number)
                 complaints.clear()
             for frame in frames:
-                yield _number(frame, number), frame
+                yield _packet_number(frame, number), frame
+    # the frames that the decoder still holds
     with suppress(av.FFmpegError):
         for frame in context.decode(None):
-            yield _number(frame, number), frame
+            yield _packet_number(frame, number), frame
 
 
-def _number(frame: Any, last: int) -> int:
+def _packet_number(frame: Any, last: int) -> int:
+    """The number of the packet that a frame came from; that of the last one for decoders that do not hand it on."""
     return frame.opaque if isinstance(frame.opaque, int) else last
 
 
@@ -279,21 +303,23 @@ def _starts_as_video(path: str) -> bool:
 
 
 def _is_cut_short(path: str) -> bool:
-    """Whether the boxes of an ISO file (MP4, MOV) go on beyond its end."""
-    size, at = Path(path).stat().st_size, 0
+    """True when the boxes of an ISO file (MP4, MOV) go on beyond its end."""
     if not _starts_as_video(path):
         return False
+    size = Path(path).stat().st_size
+    position = 0
     with Path(path).open("rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
+        while position + 8 <= size:
+            # a box begins with its length, 4 bytes, and its name; a length of 1 stands for one of 8 bytes behind them
+            file.seek(position)
             head = file.read(16)
             length = int.from_bytes(head[:4], "big")
             if length == 1:
                 length = int.from_bytes(head[8:], "big")
             if length < 8 or not head[4:8].isascii():
                 return False
-            at += length
-    return at > size
+            position += length
+    return position > size
 
 
 def _check_size(path: str, height: int, width: int, limits: ReadLimits) -> None:
@@ -305,6 +331,8 @@ def _check_size(path: str, height: int, width: int, limits: ReadLimits) -> None:
 def _described(container: Any, stream: Any) -> _Stream:
     context = stream.codec_context
     layout = context.format
+    bits = [component.bits for component in layout.components] if layout else []
+    stream_seconds = float((stream.duration or 0) * stream.time_base)
     return _Stream(
         container=container.format.name,
         codec=context.codec.canonical_name,
@@ -313,57 +341,80 @@ def _described(container: Any, stream: Any) -> _Stream:
         tick=stream.time_base,
         rate=stream.guessed_rate or stream.average_rate or Fraction(25),
         origin=(container.start_time or 0) / av.time_base,
-        promised=float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base,
-        bits=max((c.bits for c in layout.components), default=8) if layout else 8,
+        promised=stream_seconds or (container.duration or 0) / av.time_base,
+        bits=max(bits, default=8),
     )
 
 
 def _packets(path: str, container: Any, stream: Any, limits: ReadLimits) -> _Packets:
-    found, key, late = _Packets(), None, 0
+    """Read all packets of a stream, decoding none.
+
+    Raises:
+        VideoDecodeError: no whole frame, or more than the limit.
+    """
+    packets = _Packets()
     times = _index_times(container, stream)
     codec = stream.codec_context.codec
-    starts = key_check(codec.canonical_name, stream.codec_context.extradata, intra_only=codec.intra_only)
+    can_start = key_check(codec.canonical_name, stream.codec_context.extradata, intra_only=codec.intra_only)
+    last_key: int | None = None
+    late = 0
     try:
         for packet, is_after_gap in _demuxed(container, stream):
+            number = len(packets.is_key)
             if is_after_gap:
-                found.gaps.add(len(found.is_key))
+                packets.gaps.add(number)
             if not packet.size:
                 continue
             if packet.pos in times and packet.dts is not None:
+                # a change of the distance to the table says that packets were overlooked before this one
                 if late != times[packet.pos] - packet.dts:
                     late = times[packet.pos] - packet.dts
-                    found.gaps.add(len(found.is_key))
+                    packets.gaps.add(number)
                 if late:
-                    found.late[len(found.is_key)] = late
-            found.is_key.append(packet.is_keyframe)
-            found.is_cut.append(packet.is_corrupt)
+                    packets.late[number] = late
+            packets.is_key.append(packet.is_keyframe)
+            packets.is_cut.append(packet.is_corrupt)
             if packet.is_corrupt:
                 continue
             if packet.is_keyframe and packet.pts is not None:
-                key = packet.pts
-                if starts is None or not starts(memoryview(packet)):
-                    found.unclear += 1
-                if starts is None or starts(memoryview(packet)):
-                    found.keys.append(key)
+                last_key = packet.pts
+                _add_key(packets, packet, can_start)
             if packet.is_discard:
-                found.hidden += 1
+                packets.hidden += 1
                 continue
-            found.stamps.append(packet.pts)
-            if packet.pts is not None and packet.dts is not None:
-                found.ahead = max(found.ahead, packet.pts - packet.dts)
-            if packet.pts is not None:
-                found.end = max(found.end, packet.pts + late + (packet.duration or 0))
-                found.leading += key is not None and packet.pts < key
-            if len(found.stamps) > limits.max_frames:
+            _add_shown(packets, packet, late, last_key)
+            if len(packets.stamps) > limits.max_frames:
                 raise VideoDecodeError(path, "too_long", f"more frames than max_frames={limits.max_frames}")
     except av.FFmpegError:
-        found.gaps.add(len(found.is_key))
-    if len(found.is_key) < len(times):
-        found.gaps.add(len(found.is_key))
-    if not found.stamps:
-        reason: Reason = "truncated" if found.damaged or stream.frames else "too_short"
+        packets.gaps.add(len(packets.is_key))
+    if len(packets.is_key) < len(times):
+        packets.gaps.add(len(packets.is_key))
+    if not packets.stamps:
+        reason: Reason = "truncated" if packets.damaged or stream.frames else "too_short"
         raise VideoDecodeError(path, reason, "it holds not one whole frame")
-    return found
+    return packets
+
+
+def _add_key(packets: _Packets, packet: Any, can_start: Starts | None) -> None:
+    """Count a packet that the container calls a key; where its codec is not read here it is a key, but unclear."""
+    if can_start is None:
+        packets.unclear += 1
+        packets.keys.append(packet.pts)
+    elif can_start(memoryview(packet)):
+        packets.keys.append(packet.pts)
+    else:
+        packets.unclear += 1
+
+
+def _add_shown(packets: _Packets, packet: Any, late: int, last_key: int | None) -> None:
+    """Count a packet whose picture is shown."""
+    packets.stamps.append(packet.pts)
+    if packet.pts is None:
+        return
+    if packet.dts is not None:
+        packets.ahead = max(packets.ahead, packet.pts - packet.dts)
+    packets.end = max(packets.end, packet.pts + late + (packet.duration or 0))
+    packets.leading += last_key is not None and packet.pts < last_key
 
 
 def _index_times(container: Any, stream: Any) -> dict[int, int]:
@@ -371,26 +422,28 @@ def _index_times(container: Any, stream: Any) -> dict[int, int]:
     times and are counted, so that one that is overlooked moves all that follow."""
     if container.format.name != "avi":
         return {}
-    chunk_head = 8  # the table points to it, a packet begins behind it
+    # the table points to the head of a chunk, a packet begins behind it
+    chunk_head = 8
     return {entry.pos + chunk_head: entry.timestamp for entry in stream.index_entries if entry.size}
 
 
 def _demuxed(container: Any, stream: Any) -> Iterator[tuple[Any, bool]]:
-    """Packets, and whether the reader of Matroska complained on the way to each: then what was before it is lost,
-    of which neither a packet nor an exception tells."""
+    """Packets, each with True where the reader of Matroska complained on the way to it: then something before it is
+    lost, of which neither a packet nor an exception tells."""
     name = container.format.name
     if not name.startswith("matroska"):
-        yield from ((packet, False) for packet in container.demux(stream))
+        for packet in container.demux(stream):
+            yield packet, False
         return
     with _complaints(av.logging.ERROR) as complaints:
         for packet in container.demux(stream):
-            yield packet, any(who == name for _, who, _ in complaints)
+            yield packet, any(sender == name for _, sender, _ in complaints)
             complaints.clear()
 
 
 @contextmanager
 def _complaints(level: int) -> Iterator[list[Any]]:
-    """What FFmpeg tells from now on, from this level upwards: (level, who, text) each."""
+    """The messages of FFmpeg from now on, from this level upwards: (level, sender, text) each."""
     before = av.logging.get_level()
     av.logging.set_level(level)
     try:
@@ -414,24 +467,26 @@ def _head(path: str, count: int) -> list[Any]:
     return frames
 
 
-def _table(path: str, said: _Stream, packets: _Packets, head: Sequence[Any]) -> _Table:
+def _table(path: str, described: _Stream, packets: _Packets, head: Sequence[Any]) -> _Table:
     """The frames by their packets where these prove what decoding gives, else by decoding the file from its start."""
-    stamps = sorted(s for s in packets.stamps if s is not None)
-    unproven = _unproven(said, packets)
-    if len(set(stamps)) < len(packets.stamps) or [f.pts for f in head] != stamps[: len(head)]:
+    stamps = sorted(stamp for stamp in packets.stamps if stamp is not None)
+    unproven = _unproven(described, packets)
+    if len(set(stamps)) < len(packets.stamps) or [frame.pts for frame in head] != stamps[: len(head)]:
         unproven = "times that do not tell its frames apart"
-    table = _Table(stamps, packets.end, said.tick, said.origin, packets.damaged, unproven)
+    table = _Table(stamps, packets.end, described.tick, described.origin, packets.damaged, unproven)
     if not unproven:
         return table
-    given, table.checksums, table.damaged = _decode_all(path, packets, (head[0].height, head[0].width))
-    table.stamps = stamps = sorted(s for s in given if s is not None)
-    table.counted = stamps != given
-    if len(set(stamps)) < len(given):
-        table.stamps, table.end, table.tick, table.origin = range(len(given)), len(given), 1 / said.rate, 0.0
+    decoded_stamps, table.checksums, table.damaged = _decode_all(path, packets, (head[0].height, head[0].width))
+    table.stamps = stamps = sorted(stamp for stamp in decoded_stamps if stamp is not None)
+    table.counted = stamps != decoded_stamps
+    count = len(decoded_stamps)
+    if len(set(stamps)) < count:
+        # frames without a time of their own: they follow each other at the container's rate
+        table.stamps, table.end, table.tick, table.origin = range(count), count, 1 / described.rate, 0.0
         table.counted = True
     elif table.counted and table.damaged:
         # some containers put right times on the wrong frames; of a damaged file nobody knows
-        table.checksums[np.array(stamps) != np.array(given)] = _UNSOUND
+        table.checksums[np.array(stamps) != np.array(decoded_stamps)] = _UNSOUND
     return table
 
 
@@ -458,7 +513,7 @@ def _decode_all(path: str, packets: _Packets, stored: tuple[int, int]) -> tuple[
 
 
 def _ends_a_part(number: int, packets: _Packets, whole: set[int]) -> bool:
-    """Whether a packet that the container calls cut short is the last of one of several joined files: all up to the
+    """True when a packet that the container calls cut short is the last of one of several joined files: all up to the
     next key decode, of which there is one at most, since the parser hands out a packet when the next one begins."""
     for following in (number + 1, number + 2):
         if following < len(packets.is_key) and packets.is_key[following]:
@@ -467,11 +522,12 @@ def _ends_a_part(number: int, packets: _Packets, whole: set[int]) -> bool:
 
 
 def _sound(numbers: list[int], packets: _Packets, failed: set[int]) -> np.ndarray:
-    """(T,) bool: whether a frame, given by its packet's number, is neither damaged nor drawn from what is missing.
+    """(T,) bool: True for a frame, given by its packet's number, that is neither damaged nor drawn from damage.
 
     All that follows damage may be drawn from it up to the next key, and so may pictures shown before that key.
     """
-    place = {number: at for at, number in enumerate(numbers)}
+    # packets are in the order of decoding, places in that of presentation
+    place = {number: position for position, number in enumerate(numbers)}
     unsound: set[int] = set()
     is_spoiled, resumed_at = False, 0
     for number, is_key in enumerate(packets.is_key):
@@ -484,20 +540,23 @@ def _sound(numbers: list[int], packets: _Packets, failed: set[int]) -> np.ndarra
     return np.array([number not in unsound for number in numbers], bool)
 
 
-def _end(starts: np.ndarray, last: float, rate: Fraction) -> float:
-    """Where the last frame ends: it is shown for `last` seconds, or as long as the mean of the others if unknown."""
-    if last <= 0:
-        last = float(np.diff(starts).mean()) if len(starts) > 1 else float(1 / rate)
-    return float(starts[-1]) + last
+def _end(starts: np.ndarray, seconds: float, rate: Fraction) -> float:
+    """The end of the last frame: it is shown for `seconds`, or as long as the mean of the others if that is 0."""
+    if seconds > 0:
+        return float(starts[-1]) + seconds
+    if len(starts) > 1:
+        return float(starts[-1]) + float(np.diff(starts).mean())
+    return float(starts[-1]) + float(1 / rate)
 
 
 def _orientation(frame: Any) -> Orientation:
     """From the display matrix of a frame; turns by other angles go to the nearest quarter."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV 18 cannot list the side data of a frame with EXIF; it knows the angle all the same
-        turned = {1: (True, True, False), 2: (False, True, True), 3: (True, False, True)}
-        return Orientation(*turned.get(round(frame.rotation / 90) % 4, ()))
+    except ValueError:
+        # PyAV 18 cannot list the side data of a frame with EXIF; it knows the angle all the same
+        by_quarter_turns = {1: (True, True, False), 2: (False, True, True), 3: (True, False, True)}
+        return Orientation(*by_quarter_turns.get(round(frame.rotation / 90) % 4, ()))
     if matrix is None:
         return Orientation()
     # x' = a x + c y and y' = b x + d y, with a, b, _, c, d in the first five places
@@ -507,34 +566,38 @@ def _orientation(frame: Any) -> Orientation:
     return Orientation(True, b < 0, c < 0)
 
 
-def _unproven(said: _Stream, packets: _Packets) -> str:
-    """Why decoding from a key may give other pictures than decoding in order, as far as packets tell."""
-    if not said.container.startswith(_INDEXED):
-        return f"a container without exact places ({said.container})"
+def _unproven(described: _Stream, packets: _Packets) -> str:
+    """The reason why decoding from a key may give other pictures than decoding in order, as far as packets tell."""
+    if not described.container.startswith(_INDEXED):
+        return f"a container without exact places ({described.container})"
     if packets.damaged:
         return "damaged packets"
-    if said.codec == "mpeg4" and said.container.startswith("matroska"):
+    if described.codec == "mpeg4" and described.container.startswith("matroska"):
         return "packets that may hold several pictures (mpeg4 in matroska)"
     if not packets.is_key[0] or not packets.keys or packets.unclear == packets.is_key.count(True):
-        return f"{said.codec} without a key that is known to be one"
+        return f"{described.codec} without a key that is known to be one"
     return ""
 
 
-def _odd(said: _Stream, packets: _Packets, orientation: Orientation, unproven: str) -> str:
+def _odd(described: _Stream, packets: _Packets, orientation: Orientation, unproven: str) -> str:
+    """The reasons why counting packets may give other frames than a player shows."""
     reasons = {
         unproven: bool(unproven),
         "edit list": packets.hidden > 0,
         "open GOP": packets.leading > 0,
         "keys where decoding cannot start": packets.unclear > 0 and not unproven,
-        f"{said.bits} bits a channel": said.bits > 8,
+        f"{described.bits} bits a channel": described.bits > 8,
         "a mirrored picture": not orientation.is_rotation,
-        "pixels that are not square": said.pixel_aspect != 1,
+        "pixels that are not square": described.pixel_aspect != 1,
     }
-    return ", ".join(name for name, found in reasons.items() if found)
+    return ", ".join(name for name, applies in reasons.items() if applies)
 
 
 def _lost(damaged: int, end: float, promised: float) -> str:
-    found = [f"damaged packets: {damaged}"] if damaged else []
+    """The parts that a file promises and does not hold; a little less than promised is usual."""
+    losses = []
+    if damaged:
+        losses.append(f"damaged packets: {damaged}")
     if end < 0.95 * promised - 0.1:
-        found.append(f"frames up to {end:.2f} s, but the container says {promised:.2f} s")
-    return " and ".join(found)
+        losses.append(f"frames up to {end:.2f} s, but the container says {promised:.2f} s")
+    return " and ".join(losses)

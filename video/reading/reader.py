@@ -24,7 +24,8 @@ __all__ = ["Frames", "ReadLimits", "Reason", "VideoDecodeError", "VideoInfo", "V
 
 log = logging.getLogger(__name__)
 
-_INFO_BYTES = 2**25  # tables of frames kept: a film of 2 h takes 1.4 MB
+# of tables of frames kept: a film of 2 h takes 1.4 MB
+_INFO_BYTES = 2**25
 _READERS: weakref.WeakSet[VideoReader] = weakref.WeakSet()
 
 
@@ -60,9 +61,13 @@ class VideoReader:
             raise ValueError(f"timeout_s={timeout_s} must be above 0 and cache_bytes={cache_bytes} not below")
         if backend not in ("auto", "decord", "av") and ":" not in backend:
             raise ValueError(f"backend={backend!r}: choose auto, decord, av, or give package.module:function")
+        # kept for a forked or unpickled copy, which begins anew with them
         self._options: dict[str, Any] = {
-            "cache_bytes": cache_bytes, "timeout_s": timeout_s, "limits": limits, "backend": backend,
-        }  # fmt: skip
+            "cache_bytes": cache_bytes,
+            "timeout_s": timeout_s,
+            "limits": limits,
+            "backend": backend,
+        }
         self._limits, self._backend = limits, backend
         self._renew()
         _READERS.add(self)
@@ -86,15 +91,15 @@ class VideoReader:
         with self._lock:
             file = _file(path)
             info = self._info(file)
-            wanted = _checked(index, info)
+            numbers = _frame_numbers(index, info)
             height, width = map(operator.index, size or (info.height, info.width))
-            self._check_bytes(info.path, len(wanted), height, width)
-            frames = self._frames(file, info, sorted(set(wanted)), (height, width))
-        pixels = np.empty((len(wanted), height, width, 3), np.uint8)
-        for row, i in enumerate(wanted):
-            pixels[row] = frames[i]
-        at = np.array(wanted, np.int64)
-        return Frames(pixels, at, info.starts[at])
+            self._check_bytes(info.path, len(numbers), height, width)
+            frames = self._frames(file, info, sorted(set(numbers)), (height, width))
+        pixels = np.empty((len(numbers), height, width, 3), np.uint8)
+        for row, number in enumerate(numbers):
+            pixels[row] = frames[number]
+        int_index = np.array(numbers, np.int64)
+        return Frames(pixels, int_index, info.starts[int_index])
 
     def close(self) -> None:
         """End the process and forget all frames. A later call starts anew."""
@@ -123,31 +128,39 @@ class VideoReader:
         if info is not None:
             return info
         answer, (starts,) = decode(self._worker, file, self._request("info"), self._options["timeout_s"])
-        why, lost = answer["why"], answer["lost"]
-        if lost:
-            log.warning("%s: %s; what is there is read by %s", file[0], lost, answer["backend"])
-        elif why:
-            log.info("%s: read by PyAV because of %s", file[0], why)
+        if answer["lost"]:
+            log.warning("%s: %s; what is there is read by %s", file[0], answer["lost"], answer["backend"])
+        elif answer["why"]:
+            log.info("%s: read by PyAV because of %s", file[0], answer["why"])
+        # the cached table is handed out, so nobody may write into it
         starts.setflags(write=False)
-        shown = {k: answer[k] for k in ("duration", "width", "height", "backend", "lost")}
-        info = VideoInfo(path=file[0], starts=starts, **shown)
+        info = VideoInfo(
+            path=file[0],
+            starts=starts,
+            duration=answer["duration"],
+            width=answer["width"],
+            height=answer["height"],
+            backend=answer["backend"],
+            lost=answer["lost"],
+        )
         self._infos.put(file, info, starts.nbytes)
         return info
 
-    def _frames(self, file: File, info: VideoInfo, wanted: list[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
-        """index -> (H, W, 3), from the cache or, all that are missing at once, from the worker."""
-        frames = {i: self._cache.get((file, i, size)) for i in wanted}
-        missing = [i for i, pixels in frames.items() if pixels is None]
+    def _frames(self, file: File, info: VideoInfo, numbers: list[int], size: tuple[int, int]) -> dict[int, np.ndarray]:
+        """Frame number -> (H, W, 3), from the cache or, all that are missing at once, from the worker."""
+        frames = {number: self._cache.get((file, number, size)) for number in numbers}
+        missing = [number for number, pixels in frames.items() if pixels is None]
         if not missing:
             return frames
         request = self._request("read", index=missing, size=size)
-        answer, fresh = decode(self._worker, file, request, self._options["timeout_s"])
+        answer, decoded = decode(self._worker, file, request, self._options["timeout_s"])
+        # in the mode `auto` the worker changes to PyAV for good where decord fails on a frame
         if answer["backend"] != info.backend:
             log.warning("%s: read by PyAV from now on, decord failed: %s", info.path, answer["why"])
             self._infos.put(file, replace(info, backend=answer["backend"]), info.starts.nbytes)
-        for i, pixels in zip(missing, fresh, strict=True):
-            frames[i] = pixels
-            self._cache.put((file, i, size), pixels, pixels.nbytes)
+        for number, pixels in zip(missing, decoded, strict=True):
+            frames[number] = pixels
+            self._cache.put((file, number, size), pixels, pixels.nbytes)
         return frames
 
     def _request(self, do: str, **more: Any) -> dict[str, Any]:
@@ -156,32 +169,34 @@ class VideoReader:
     def _check_bytes(self, path: str, count: int, height: int, width: int) -> None:
         if min(height, width) < 1:
             raise ValueError(f"{path}: size=({height}, {width}) must be positive")
-        most, limits = max(count, 1) * height * width * 3, self._limits
-        if height * width > limits.max_pixels or most > limits.max_read_bytes:
-            detail = f"{count} frames of {height} x {width} are {most} bytes; max_pixels={limits.max_pixels}, "
+        num_bytes, limits = max(count, 1) * height * width * 3, self._limits
+        if height * width > limits.max_pixels or num_bytes > limits.max_read_bytes:
+            detail = f"{count} frames of {height} x {width} are {num_bytes} bytes; max_pixels={limits.max_pixels}, "
             raise VideoDecodeError(path, "too_large", detail + f"max_read_bytes={limits.max_read_bytes}")
 
 
 def _file(path: str | os.PathLike[str]) -> File:
+    """The key of a file in all caches; VideoDecodeError where there is none to read."""
     path = os.path.abspath(os.fspath(path))
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise VideoDecodeError(path, "missing", error.strerror or str(error)) from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
         raise VideoDecodeError(path, "missing", f"it is {kind}")
-    if not found.st_size:
+    if not status.st_size:
         raise VideoDecodeError(path, "empty", "it has 0 bytes")
-    return path, found.st_mtime_ns, found.st_size
+    return path, status.st_mtime_ns, status.st_size
 
 
-def _checked(index: Sequence[int], info: VideoInfo) -> list[int]:
-    wanted = [operator.index(i) for i in index]  # a float is a TypeError, not a frame nearby
-    for i in wanted:
-        if not 0 <= i < info.frames:
-            raise ValueError(f"{info.path}: no frame {i}, valid are 0 to {info.frames - 1}")
-    return wanted
+def _frame_numbers(index: Sequence[int], info: VideoInfo) -> list[int]:
+    # a float is a TypeError, not a frame nearby
+    numbers = list(map(operator.index, index))
+    for number in numbers:
+        if not 0 <= number < info.frames:
+            raise ValueError(f"{info.path}: no frame {number}, valid are 0 to {info.frames - 1}")
+    return numbers
 
 
 def _renew_all() -> None:
@@ -189,4 +204,5 @@ def _renew_all() -> None:
         reader._renew()
 
 
-os.register_at_fork(after_in_child=_renew_all)  # the worker, and perhaps a held lock, belong to the parent
+# the worker, and perhaps a held lock, belong to the parent
+os.register_at_fork(after_in_child=_renew_all)

@@ -1,4 +1,8 @@
-"""Which frames of a clip a model sees, how large, and what that costs: pure arithmetic, no pixels.
+"""The frames of a clip that a model sees, their size and their times: pure arithmetic, no pixels.
+
+    frame_index(100, 4)                                # [0, 25, 50, 75]
+    frame_size(1080, 1920, 32, factor=28)              # (560, 1008): 32 frames share a sequence
+    second_marks([0.0, 1.0, 2.0, 3.0])                 # ["<0.5 seconds>", "<2.5 seconds>"]
 
 Sizes are (height, width). A *factor* is the side of one language-model token in pixels, patch x merge: 28 for Qwen2-VL
 and Qwen2.5-VL, 32 for Qwen3-VL. Sizes are those of `qwen_vl_utils` (0.0.14).
@@ -13,9 +17,12 @@ import numpy as np
 
 Size = tuple[int, int]
 
-SEQUENCE = 128_000  # tokens of the longest sequence that the families' budgets are made for
-_PAIR = 2  # frames per temporal patch
-_MIN_TOKENS, _MAX_TOKENS = 128, 768  # per frame
+# tokens of the longest sequence that the families' budgets are made for
+SEQUENCE = 128_000
+# frames per temporal patch
+_PAIR = 2
+# per frame
+_MIN_TOKENS, _MAX_TOKENS = 128, 768
 
 
 # ---- which frames ---------------------------------------------------------------------------------------------------
@@ -49,12 +56,13 @@ def clip_range(starts: np.ndarray, start: float, end: float) -> tuple[int, int]:
     """
     if len(starts) == 0 or not start < end:
         raise ValueError(f"range [{start}, {end}) s of {len(starts)} frames: needs a frame and start < end")
-    slack = 1e-6  # container clocks round: frame 30 of a 29.97 clip may start a fraction of a microsecond late
+    # container clocks round: frame 30 of a 29.97 clip may start a fraction of a microsecond late
+    slack = 1e-6
     first = int(np.searchsorted(starts, start - slack, side="left"))
     last = int(np.searchsorted(starts, end - slack, side="left")) - 1
     if first > last:
-        shown = int(np.searchsorted(starts, start + slack, side="right")) - 1
-        first = last = min(max(shown, 0), len(starts) - 1)
+        on_screen = int(np.searchsorted(starts, start + slack, side="right")) - 1
+        first = last = min(max(on_screen, 0), len(starts) - 1)
     return first, last
 
 
@@ -75,14 +83,17 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
         raise ValueError(f"frame of {height}x{width}: sides must be at least 1 and at most 200:1; crop it")
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels={min_pixels} is above max_pixels={max_pixels}")
-    sides = [max(factor, round(s / factor) * factor) for s in (height, width)]
-    if sides[0] * sides[1] > max_pixels:
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
+    if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        sides = [max(factor, math.floor(s / shrink / factor) * factor) for s in (height, width)]
-    elif sides[0] * sides[1] < min_pixels:
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        sides = [math.ceil(s * grow / factor) * factor for s in (height, width)]
-    return sides[0], sides[1]
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
 
 
 def frame_cap(n: int, factor: int, *, min_pixels: int | None = None, sequence: int = SEQUENCE) -> float:
@@ -125,14 +136,15 @@ def patch_seconds(times: Sequence[float] | np.ndarray) -> np.ndarray:
 
     Qwen3-VL computes frame / rate; real timestamps agree where the rate is constant and stay right where it is not.
     """
-    t = np.asarray(times, dtype=np.float64)
-    pairs = np.concatenate([t, t[-1:]]) if len(t) % _PAIR else t
-    return pairs.reshape(-1, _PAIR).mean(axis=1)
+    frame_times = np.asarray(times, dtype=np.float64)
+    if len(frame_times) % _PAIR:
+        frame_times = np.concatenate([frame_times, frame_times[-1:]])
+    return frame_times.reshape(-1, _PAIR).mean(axis=1)
 
 
 def second_marks(times: Sequence[float] | np.ndarray) -> list[str]:
     """Qwen3-VL's text before each temporal patch of frames shown at `times`, such as `<1.5 seconds>`."""
-    return [f"<{t:.1f} seconds>" for t in patch_seconds(times).tolist()]
+    return [f"<{seconds:.1f} seconds>" for seconds in patch_seconds(times).tolist()]
 
 
 def seconds_per_grid(n: int, seconds: float) -> float:

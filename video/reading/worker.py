@@ -1,6 +1,11 @@
 """Decoding in a process that can be killed: a file on which a decoder hangs or dies costs its sample, not the run.
 
-The worker imports numpy, PyAV and decord, never torch and never the caller's script.
+    worker = Worker(ClipShelf)
+    answer, (starts,) = decode(worker, file, {"do": "info", "backend": "auto", "limits": {..}}, timeout_s=60)
+    answer, frames = decode(worker, file, {"do": "read", "index": [0, 30], "size": (252, 448), ..}, timeout_s=60)
+
+Requests and answers are plain dictionaries, arrays travel beside them. The worker imports numpy, PyAV and decord,
+never torch and never the caller's script.
 """
 
 from __future__ import annotations
@@ -13,14 +18,16 @@ from mmrl.byte_cache import ByteCache
 from mmrl.worker import Worker, WorkerError
 from video.reading.clip import ReadLimits, VideoDecodeError
 
-_INDEX_BYTES = 2**26  # tables of frames that a worker remembers: a film of 2 h takes 6 MB
+# of tables of frames that a worker keeps: a film of 2 h takes 6 MB
+_INDEX_BYTES = 2**26
 
-File = tuple[str, int, int]  # absolute path, mtime in ns, bytes: a file that is overwritten is another one
+# absolute path, mtime in ns, bytes: a file that is overwritten is another one
+File = tuple[str, int, int]
 Answer = tuple[dict[str, Any], list[np.ndarray]]
 
 
 def decode(worker: Worker, file: File, request: dict[str, Any], timeout_s: float) -> Answer:
-    """What the `ClipShelf` of a worker answers to `request` about `file`.
+    """The answer of a worker's `ClipShelf` to `request` about `file`.
 
     Args:
         timeout_s: limit of the answer, see `Worker.call`.
@@ -44,15 +51,16 @@ def decode(worker: Worker, file: File, request: dict[str, Any], timeout_s: float
 
 
 class ClipShelf:
-    """The clips that a worker knows: their tables of frames, and who decodes them. Readers are never kept."""
+    """The clips of a worker: their tables of frames, and the decoder of each. Open files are never kept."""
 
     def __init__(self) -> None:
+        # imported here, they are not on the clock of the first file
         import av
-        import decord  # noqa: F401  # imported here, it is not on the clock of the first file
+        import decord  # noqa: F401
 
         from video.reading import backends, clip_index
 
-        # what the contents of a file can cause
+        # exceptions that the contents of a file can cause
         self._faults = (av.FFmpegError, ArithmeticError, LookupError, OSError, ValueError)
         self._index_clip, self._backends = clip_index.index_clip, backends
         self._clips = ByteCache(_INDEX_BYTES)
@@ -70,8 +78,15 @@ class ClipShelf:
 
     def _info(self, request: dict[str, Any]) -> Answer:
         clip, backend, why = self._clip(request)
-        shown = {k: getattr(clip, k) for k in ("duration", "height", "width", "lost")}
-        return shown | {"backend": backend, "why": why}, [clip.starts]
+        answer = {
+            "duration": clip.duration,
+            "height": clip.height,
+            "width": clip.width,
+            "lost": clip.lost,
+            "backend": backend,
+            "why": why,
+        }
+        return answer, [clip.starts]
 
     def _read(self, request: dict[str, Any]) -> Answer:
         clip, backend, why = self._clip(request)
@@ -81,26 +96,31 @@ class ClipShelf:
         except VideoDecodeError as error:
             if request["backend"] != "auto" or backend == "av":
                 raise
-            pixels, backend, why = self._backends.read_av(path, clip, request["index"], size), "av", error.detail
-            self._remember(request, (clip, backend, why))
+            # decord failed on these frames alone; PyAV reads the file from now on
+            pixels = self._backends.read_av(path, clip, request["index"], size)
+            backend, why = "av", error.detail
+            self._keep(request, (clip, backend, why))
         return {"backend": backend, "why": why}, list(np.ascontiguousarray(pixels))
 
     def _clip(self, request: dict[str, Any]) -> tuple[Any, str, str]:
-        known: tuple[Any, str, str] | None = self._clips.get(self._key(request))
-        if known is None:
-            known = self._opened(request)
-            self._remember(request, known)
-        return known
+        """The table of a file, its decoder, and the reason why that is not decord."""
+        entry: tuple[Any, str, str] | None = self._clips.get(self._key(request))
+        if entry is None:
+            entry = self._open(request)
+            self._keep(request, entry)
+        return entry
 
-    def _remember(self, request: dict[str, Any], opened: tuple[Any, str, str]) -> None:
-        clip = opened[0]
-        tables = (clip.stamps, clip.keys, clip.starts, clip.checksums)
-        self._clips.put(self._key(request), opened, sum(t.nbytes for t in tables if t is not None))
+    def _keep(self, request: dict[str, Any], entry: tuple[Any, str, str]) -> None:
+        clip = entry[0]
+        num_bytes = clip.stamps.nbytes + clip.keys.nbytes + clip.starts.nbytes
+        if clip.checksums is not None:
+            num_bytes += clip.checksums.nbytes
+        self._clips.put(self._key(request), entry, num_bytes)
 
     def _key(self, request: dict[str, Any]) -> tuple[Any, ...]:
         return *request["file"], request["backend"]
 
-    def _opened(self, request: dict[str, Any]) -> tuple[Any, str, str]:
+    def _open(self, request: dict[str, Any]) -> tuple[Any, str, str]:
         path, backend = request["file"][0], request["backend"]
         clip = self._index_clip(path, ReadLimits(**request["limits"]))
         if backend not in ("auto", "decord"):

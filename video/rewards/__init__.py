@@ -1,7 +1,7 @@
 """Rewards for video agents: pure functions of answers, calls and groups, and small classes that recipes name.
 
 answers        the final answer by its type, formats, DeepEyes
-calls          what a turn asks for and what it hits
+calls          the calls of a turn, and the items of a reference that they hit
 manipulations  Video-CoM, F1, one number per turn
 coverage       right, redundant, erroneous (ViRL)
 progress       longest common subsequences (ProgRM)
@@ -19,6 +19,17 @@ from video.rewards.progress import LcsProgress
 from video.rewards.recorded import ScreenAction
 
 __all__ = [
-    "Curiosity", "DeepEyes", "LcsProgress", "Manipulations", "PlanOverlap", "ScreenAction", "TemporalContrast",
-    "VideoAnswer", "VideoAnswerStep", "VideoComReward", "VideoFormat", "VideoViRL", "manipulation_f1",
-]  # fmt: skip
+    "Curiosity",
+    "DeepEyes",
+    "LcsProgress",
+    "Manipulations",
+    "PlanOverlap",
+    "ScreenAction",
+    "TemporalContrast",
+    "VideoAnswer",
+    "VideoAnswerStep",
+    "VideoComReward",
+    "VideoFormat",
+    "VideoViRL",
+    "manipulation_f1",
+]

@@ -1,4 +1,11 @@
-"""Rewards on the final answer of a video question, by the type of answer that each sample asks for."""
+"""Rewards on the final answer of a video question, by the type of answer that each sample asks for.
+
+    answer_score("(B) a dog", "B", "multiple choice")    # 1.0
+    answer_score("8", "10", "regression")                # 0.8
+    answer_score("from 2 to 6 s", "3 to 7", "interval")  # 0.6, the IoU of the two
+
+A type of answer is one function (answer, reference) -> score in [0, 1], registered under `answer_types`.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +33,7 @@ add_kind(Kind("answer_types", "answer type", arguments=2))
 A = TypeVar("A")
 B = TypeVar("B")
 
+# a letter that nothing, a stop or a blank follows, so that the B of "Because" is none
 _LETTER = re.compile(r"^\s*\(?([A-Z])\)?(?:[.):\s]|$)")
 _WORD = re.compile(r"[^\W_]+")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
@@ -37,14 +45,16 @@ _POSITIVE = re.compile(r"\d+(?:\.\d+)?")
 
 def option_letter(text: str) -> str | None:
     """The capital letter with which `text` opens: "B", "(B)", "B. text"; None for "Because .." and the like."""
-    found = _LETTER.match(unwrapped(text.translate(FULL_WIDTH)))
-    return found.group(1) if found else None
+    match = _LETTER.match(unwrapped(text.translate(FULL_WIDTH)))
+    return match.group(1) if match else None
 
 
 def number(text: str) -> float | None:
     """The number that `text` is, thousands commas allowed; None when it is more or less than one number."""
     plain = unwrapped(text).strip(" \t\n$")
-    return float(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None
+    if not _NUMBER.fullmatch(plain):
+        return None
+    return float(plain.replace(",", ""))
 
 
 @register("answer_types", "multiple choice")
@@ -54,18 +64,23 @@ def same_choice(answer: str, reference: str) -> float:
     Raises:
         ValueError: the reference opens with no letter.
     """
-    right = option_letter(reference)
-    if right is None:
+    right_letter = option_letter(reference)
+    if right_letter is None:
         raise ValueError(f"the reference {reference!r} of a multiple choice question opens with no letter A-Z")
-    return float(option_letter(answer) == right)
+    return float(option_letter(answer) == right_letter)
 
 
 @register("answer_types", "numerical")
 def same_number(answer: str, reference: str) -> float:
     """1 when both are equal after rounding to 2 decimals; 0 when only one is written with `.` or `,` (Video-R1)."""
-    x, y = number(answer), _reference_number(reference)
-    marked = [any(c in text for c in ".,") for text in (answer, reference)]
-    return float(x is not None and marked[0] == marked[1] and round(x, 2) == round(y, 2))
+    value, right_value = number(answer), _reference_number(reference)
+    if value is None or _has_separator(answer) != _has_separator(reference):
+        return 0.0
+    return float(round(value, 2) == round(right_value, 2))
+
+
+def _has_separator(text: str) -> bool:
+    return "." in text or "," in text
 
 
 @register("answer_types", "regression")
@@ -74,7 +89,9 @@ def closeness(answer: str, reference: str) -> float:
     x, y = number(answer), _reference_number(reference)
     if x is None:
         return 0.0
-    return float(x == y) if y == 0 else 1 - min(1.0, abs(x - y) / abs(y))
+    if y == 0:
+        return float(x == y)
+    return 1 - min(1.0, abs(x - y) / abs(y))
 
 
 def _reference_number(text: str) -> float:
@@ -87,13 +104,15 @@ def _reference_number(text: str) -> float:
 @register("answer_types", "OCR")
 def word_accuracy(answer: str, reference: str) -> float:
     """clip(1 - word edits / max(1, reference words), 0, 1), words between white space, case kept (Video-R1, OCR)."""
-    words, right = answer.split(), reference.split()
-    row = list(range(len(right) + 1))
+    words, right_words = answer.split(), reference.split()
+    # Levenshtein's table, one row at a time: edits[j] turns the words so far into the first j words of the reference
+    edits = list(range(len(right_words) + 1))
     for i, word in enumerate(words, 1):
-        above, row = row, [i]
-        for j, want in enumerate(right, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != want)))
-    return max(0.0, 1 - row[-1] / max(1, len(right)))
+        previous, edits = edits, [i]
+        for j, right_word in enumerate(right_words, 1):
+            substituted = previous[j - 1] + (word != right_word)
+            edits.append(min(previous[j] + 1, edits[-1] + 1, substituted))
+    return max(0.0, 1 - edits[-1] / max(1, len(right_words)))
 
 
 @register("answer_types", "free-form")
@@ -102,32 +121,39 @@ def rouge(answer: str, reference: str) -> float:
 
     Words are runs of letters and digits of any script and are not stemmed. Two texts without words give 0.
     """
-    a, b = (_WORD.findall(t.lower()) for t in (answer, reference))
-    shared = [(_overlap(_grams(a, n), _grams(b, n)), len(a) - n + 1, len(b) - n + 1) for n in (1, 2)]
-    shared.append((common_length(a, b), len(a), len(b)))
-    return sum(_f1(*part) for part in shared) / len(shared)
+    words = _WORD.findall(answer.lower())
+    right_words = _WORD.findall(reference.lower())
+    scores = []
+    # ROUGE-1 and ROUGE-2: n-grams in common; of k words there are k - n + 1
+    for n in (1, 2):
+        shared = (_ngrams(words, n) & _ngrams(right_words, n)).total()
+        scores.append(_f1(shared, len(words) - n + 1, len(right_words) - n + 1))
+    # ROUGE-L: the longest common subsequence
+    scores.append(_f1(common_length(words, right_words), len(words), len(right_words)))
+    return sum(scores) / len(scores)
 
 
-def _grams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
-
-
-def _overlap(a: Counter[tuple[str, ...]], b: Counter[tuple[str, ...]]) -> int:
-    return (a & b).total()
+def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
 def _f1(shared: int, first: int, second: int) -> float:
+    """F1 of `shared` items of two collections of so many items."""
     return 2 * shared / (first + second) if shared else 0.0
 
 
 def common_length(a: Sequence[A], b: Sequence[B], same: Callable[[A, B], bool] = operator.eq) -> int:
-    """Length of the longest common subsequence, `same` telling which items match; O(len(a) len(b))."""
+    """Length of the longest common subsequence of two sequences, O(len(a) len(b)); `same` says which items match."""
+    # best[j]: of the items of `a` so far and the first j of `b`; `diagonal` is best[j - 1] of the row before
     best = [0] * (len(b) + 1)
-    for x in a:
+    for first in a:
         diagonal = 0
-        for j, y in enumerate(b, 1):
+        for j, second in enumerate(b, 1):
             above = best[j]
-            best[j] = diagonal + 1 if same(x, y) else max(above, best[j - 1])
+            if same(first, second):
+                best[j] = diagonal + 1
+            else:
+                best[j] = max(above, best[j - 1])
             diagonal = above
     return best[-1]
 
@@ -141,23 +167,26 @@ def same_text(answer: str, reference: str) -> float:
 def interval_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two stretches of time, in [0, 1]; 0 when they are apart or the union is empty."""
     shared = min(a[1], b[1]) - max(a[0], b[0])
-    union = max(a[1], b[1]) - min(a[0], b[0])  # no other when they meet
+    # the hull of both, which is their union wherever they overlap
+    union = max(a[1], b[1]) - min(a[0], b[0])
     return shared / union if shared > 0 else 0.0
 
 
 def interval(text: str) -> tuple[float, float] | None:
     """The two numbers of "from 2 to 6.5 s", "[2, 6.5]", "2-6.5", when there are two and the first is not larger."""
-    found = [float(x) for x in _POSITIVE.findall(text)]
-    return (found[0], found[1]) if len(found) == 2 and found[0] <= found[1] else None
+    numbers = [float(digits) for digits in _POSITIVE.findall(text)]
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        return None
+    return numbers[0], numbers[1]
 
 
 @register("answer_types", "interval")
 def grounding(answer: str, reference: str) -> float:
     """IoU of two intervals in seconds (VideoChat-R1, temporal grounding); 0 when the answer is no interval."""
-    given, right = interval(answer), interval(reference)
-    if right is None:
+    span, right_span = interval(answer), interval(reference)
+    if right_span is None:
         raise ValueError(f"the reference {reference!r} of an interval question is not a start and an end in seconds")
-    return 0.0 if given is None else interval_iou(given, right)
+    return 0.0 if span is None else interval_iou(span, right_span)
 
 
 def answer_score(answer: str | None, reference: str, answer_type: str) -> float:
@@ -166,6 +195,7 @@ def answer_score(answer: str | None, reference: str, answer_type: str) -> float:
     Raises:
         ValueError: an unknown type, or a reference that is none of its type.
     """
+    # scored also without an answer, so that a reference that does not fit its type is refused in any case
     score = answer_type_of(answer_type)(answer or "", reference)
     return 0.0 if answer is None else score
 
@@ -201,9 +231,12 @@ def graded(prompt: Prompt, answer: str | None) -> float | None:
     reference = video_reference(prompt)
     if reference.get("answer") is None:
         return None
-    kind = reference.get("answer_type") or ("multiple choice" if prompt.inputs.get("options") else "text")
+    default_type = "multiple choice" if prompt.inputs.get("options") else "text"
+    answer_type = str(reference.get("answer_type") or default_type)
+    if answer is not None:
+        answer = unboxed(answer)
     try:
-        return answer_score(None if answer is None else unboxed(answer), str(reference["answer"]), str(kind))
+        return answer_score(answer, str(reference["answer"]), answer_type)
     except ValueError as error:
         raise ValueError(f"prompt {prompt.id!r}: {error}") from None
 
@@ -222,7 +255,11 @@ class VideoAnswer:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample, None where the reference holds no answer."""
-        return [graded(s.prompt, last_answer(turns_of(s, self.syntax), self.syntax)) for s in samples]
+        scores = []
+        for sample in samples:
+            answer = last_answer(turns_of(sample, self.syntax), self.syntax)
+            scores.append(graded(sample.prompt, answer))
+        return scores
 
 
 @declares(reads=("texts",))
@@ -237,10 +274,14 @@ class VideoAnswerStep:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(N,) float64."""
-        scores = [
-            graded(v.prompt, last_answer([v.text], self.syntax)) if v.is_last else None for v in step_views(rollout)
-        ]
-        return torch.tensor([torch.nan if s is None else s for s in scores], dtype=torch.float64)
+        scores = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
+        for i, step in enumerate(step_views(rollout)):
+            if not step.is_last:
+                continue
+            score = graded(step.prompt, last_answer([step.text], self.syntax))
+            if score is not None:
+                scores[i] = score
+        return scores
 
 
 @declares(reads=("texts",))
@@ -277,10 +318,13 @@ class DeepEyes:
 
     def _score(self, sample: Sample) -> float | None:
         turns = turns_of(sample)
-        answer, text = last_answer(turns, "tags"), "\n".join(turns)
-        accuracy = graded(sample.prompt, None if answer is None or len(answer) >= 1000 else answer)
+        answer = last_answer(turns, "tags")
+        is_overlong = answer is not None and len(answer) >= 1000
+        accuracy = graded(sample.prompt, None if is_overlong else answer)
         if accuracy is None:
             return None
-        paired = all(text.count(f"<{t}>") == text.count(f"</{t}>") for t in ("think", "answer"))
-        tool = count_calls(turns_of(sample, self.syntax), self.syntax) > 0
-        return deep_eyes(accuracy, well_formed=paired and answer is not None, tool=tool)
+        text = "\n".join(turns)
+        tags_are_paired = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") for tag in ("think", "answer"))
+        # a call ends a turn in its own syntax, so the turns are cut anew to count calls
+        called_a_tool = count_calls(turns_of(sample, self.syntax), self.syntax) > 0
+        return deep_eyes(accuracy, well_formed=tags_are_paired and answer is not None, tool=called_a_tool)

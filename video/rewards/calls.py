@@ -1,7 +1,12 @@
 """Manipulations of a policy beside those of the reference, in one unit: what a call asks for and what it hits.
 
-Turns are replayed on the clip of the reference (`frame_count`, `duration`, `size`), with frames evenly in time, so a
-call that the environment refuses is known here as well.
+    reading = Reading(syntax="videocom", coords="pixels")
+    turns = reading.replay(prompt, ["FIND_SEGMENT(dog) = 3", "FINAL_ANSWER: B"])
+    turns[0].calls                             # (Call("segment", segment=3),)
+    reading.truth(prompt).overlaps(turns[0].calls[0])   # {0: 1.0} if segment 3 is the reference's first one
+
+Turns are replayed on the clip of the reference (`frame_count`, `duration`, `size`), with frames evenly in time: a call
+that the environment refuses is refused here as well, and no pixels are needed.
 """
 
 # annotations stay objects here: recipes check the options of `Reading` in the modules of its subclasses
@@ -23,8 +28,12 @@ Kind = Literal["segment", "frame", "box"]
 Span = tuple[float, float]
 
 KINDS: tuple[Kind, ...] = ("segment", "frame", "box")
-SAME = 0.9  # IoU from which two stretches or boxes count as the same look
-_ENDLESS = 10**6  # turns: how many there were is the environment's business
+# IoU from which two stretches or boxes count as the same look
+SAME = 0.9
+# turns of a replay: how many may be taken is the environment's business
+_ENDLESS = 10**6
+# fields of a reference that name manipulations
+_TRUTH_FIELDS = ("segment_ids", "segments", "frames", "boxes")
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,11 @@ class Call:
         """Asks for the same look: equal, or of the same kind and frame with IoU >= 0.9."""
         if self == other:
             return True
-        if self.span and other.span:
+        if self.span is not None and other.span is not None:
             return interval_iou(self.span, other.span) >= SAME
-        same_frame = self.box is not None and other.box is not None and self.frame == other.frame
-        return same_frame and iou(self.box or (), other.box or ()) >= SAME
+        if self.box is None or other.box is None or self.frame != other.frame:
+            return False
+        return iou(self.box, other.box) >= SAME
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,14 @@ class TurnCalls:
     calls: tuple[Call, ...] = ()
     problem: str | None = None
     answered: bool = False
+
+
+def all_calls(turns: Sequence[TurnCalls]) -> list[Call]:
+    """The calls of all turns, in order."""
+    calls: list[Call] = []
+    for turn in turns:
+        calls += turn.calls
+    return calls
 
 
 @dataclass(frozen=True)
@@ -77,37 +95,55 @@ class Truth:
     table: tuple[Span, ...] = ()
 
     def count(self, kind: Kind) -> int:
-        """Items of a kind."""
-        return len({"segment": self.ids or self.spans, "frame": self.frames, "box": self.boxes}[kind])
+        """The number of items of a kind."""
+        if kind == "segment":
+            return len(self.ids or self.spans)
+        return len(self.frames) if kind == "frame" else len(self.boxes)
 
     @property
     def total(self) -> int:
-        """Items of all kinds."""
+        """The number of items of all kinds."""
         return sum(map(self.count, KINDS))
 
     def beside(self, calls: Sequence[Call]) -> "Truth":
         """The truth that these calls are held against: seconds, where it has them and some call gives seconds."""
-        in_seconds = bool(self.spans) and any(c.span is not None for c in calls)
-        return replace(self, ids=()) if in_seconds else self
+        # a reference with ids and seconds has one item per id otherwise, and seconds would be held against its table
+        if self.spans and any(call.span is not None for call in calls):
+            return replace(self, ids=())
+        return self
 
     def overlaps(self, call: Call) -> dict[int, float]:
-        """Item -> how well the call meets it, above 0: IoU in seconds or of boxes, else 1."""
-        if call.kind == "segment":
-            scores = [self._segment(call, i) for i in range(self.count("segment"))]
-        elif call.kind == "frame":
-            scores = [float(call.frame is not None and a <= call.frame <= b) for a, b in self.frames]
-        else:
-            scores = [iou(call.box, b) if call.box and call.frame == f else 0.0 for f, b in self.boxes]
-        return {i: x for i, x in enumerate(scores) if x > 0}
+        """Item -> its overlap with the call, where it is above 0: IoU in seconds or of boxes, else 1."""
+        overlap_of = {"segment": self._segment_overlap, "frame": self._frame_overlap, "box": self._box_overlap}
+        overlaps = {}
+        for item in range(self.count(call.kind)):
+            overlap = overlap_of[call.kind](call, item)
+            if overlap > 0:
+                overlaps[item] = overlap
+        return overlaps
 
-    def _segment(self, call: Call, item: int) -> float:
+    def _segment_overlap(self, call: Call, item: int) -> float:
         if self.ids and call.segment is not None:
             return float(call.segment == self.ids[item])
-        right = self._span(self.ids[item]) if self.ids else self.spans[item]
-        given = call.span if call.segment is None else self._span(call.segment)
-        return interval_iou(given, right) if given and right else 0.0
+        # one of both is in seconds, so both are compared in seconds
+        right_span = self._span(self.ids[item]) if self.ids else self.spans[item]
+        span = call.span if call.segment is None else self._span(call.segment)
+        if span is None or right_span is None:
+            return 0.0
+        return interval_iou(span, right_span)
+
+    def _frame_overlap(self, call: Call, item: int) -> float:
+        first, last = self.frames[item]
+        return float(call.frame is not None and first <= call.frame <= last)
+
+    def _box_overlap(self, call: Call, item: int) -> float:
+        frame, box = self.boxes[item]
+        if call.box is None or call.frame != frame:
+            return 0.0
+        return iou(call.box, box)
 
     def _span(self, segment: int) -> Span | None:
+        """Seconds of a 1-based segment, None where the clip has no such segment."""
         return self.table[segment - 1] if 1 <= segment <= len(self.table) else None
 
 
@@ -133,14 +169,15 @@ class Reading:
             ValueError: the reference does not tell the clip's frames, duration or size.
         """
         clip = video_reference(prompt)
-        missing = [k for k in ("frame_count", "duration", "size") if clip.get(k) is None]
+        missing = [name for name in ("frame_count", "duration", "size") if clip.get(name) is None]
         if missing:
             raise ValueError(
                 f"prompt {prompt.id!r}: its reference names manipulations but lacks {', '.join(missing)}; without the "
                 "clip's frames, seconds and (height, width) they cannot be compared"
             )
         frames, seconds = int(clip["frame_count"]), float(clip["duration"])
-        height, width = (int(x) for x in clip["size"])
+        height, width = (int(side) for side in clip["size"])
+        # the size in which the policy saw a still, as `video.encoding.VideoEncoder.still_size`: the unit of its boxes
         least = min(4 * self.factor**2, self.frame_pixels)
         seen = smart_resize(height, width, factor=self.factor, min_pixels=least, max_pixels=self.frame_pixels)
         starts = [i * seconds / frames for i in range(frames)]
@@ -148,15 +185,16 @@ class Reading:
 
     def truth(self, prompt: Prompt) -> Truth | None:
         """The reference's manipulations, None where it names none and for pictures, in which nothing is looked up."""
-        r = video_reference(prompt)
-        if prompt.inputs.get("images") or not any(r.get(k) for k in ("segment_ids", "segments", "frames", "boxes")):
+        reference = video_reference(prompt)
+        labels = {name: reference.get(name) or () for name in _TRUTH_FIELDS}
+        if prompt.inputs.get("images") or not any(labels.values()):
             return None
         return Truth(
-            ids=tuple(int(i) for i in r.get("segment_ids") or ()),
-            spans=tuple((float(a), float(b)) for a, b in r.get("segments") or ()),
-            frames=tuple((int(a), int(b)) for a, b in r.get("frames") or ()),
-            boxes=tuple((int(b["frame"]), _box(b["box"])) for b in r.get("boxes") or ()),
-            table=tuple((s.start, s.end) for s in self.start(prompt).segments),
+            ids=tuple(int(segment) for segment in labels["segment_ids"]),
+            spans=tuple((float(start), float(end)) for start, end in labels["segments"]),
+            frames=tuple((int(first), int(last)) for first, last in labels["frames"]),
+            boxes=tuple((int(label["frame"]), _box(label["box"])) for label in labels["boxes"]),
+            table=tuple((segment.start, segment.end) for segment in self.start(prompt).segments),
         )
 
     def replay(self, prompt: Prompt, texts: Sequence[str]) -> list[TurnCalls]:
@@ -177,49 +215,62 @@ class Reading:
                 f"the rollout has {len(rollout.texts)} texts for {len(tree)} steps; rewards on manipulations need a "
                 "policy that writes"
             )
-        error = tree.tags.get("error", torch.zeros(len(tree))).bool().tolist()
-        starts = [None if self.truth(p) is None else _Place(self.start(p)) for p in rollout.prompts]
+        starts: list[_Place | None] = []
+        for prompt in rollout.prompts:
+            starts.append(None if self.truth(prompt) is None else _Place(self.start(prompt)))
+        # parents stand before their children, so a step goes on from the place of its parent: every turn is read once
+        has_error = tree.tags.get("error", torch.zeros(len(tree))).bool().tolist()
         places: list[_Place | None] = []
-        rows = zip(tree.parent.tolist(), tree.group.tolist(), rollout.texts, error, strict=True)
-        for parent, group, text, wrong in rows:
+        steps = zip(tree.parent.tolist(), tree.group.tolist(), rollout.texts, has_error, strict=True)
+        for parent, group, text, refused in steps:
             before = places[parent] if parent >= 0 else starts[group]
-            places.append(None if before is None else self._after(before, text, wrong=wrong))
-        return [None if p is None else p.turns for p in places]
+            places.append(None if before is None else self._after(before, text, refused=refused))
+        return [None if place is None else place.turns for place in places]
 
-    def _after(self, before: "_Place", text: str, *, wrong: bool = False) -> "_Place":
-        turn, named = parse_turn(text, self.syntax), before.named
+    def _after(self, before: "_Place", text: str, *, refused: bool = False) -> "_Place":
+        """The place behind one more turn. refused: the environment refused it, whatever the replay says."""
+        turn = parse_turn(text, self.syntax)
+        last_frame = before.last_frame
         calls: list[Call] = []
         for action in turn.actions:
-            calls += _calls(before.state, named, action)
-            named = calls[-1].frame if calls and calls[-1].frame is not None else named
+            calls += _calls(before.state, last_frame, action)
+            # a box without a frame of its own lies on the frame that was named before it
+            if calls and calls[-1].frame is not None:
+                last_frame = calls[-1].frame
         state, _, problem = act(before.state, turn)
-        code = "error" if wrong else None if problem is None else problem.code
-        return _Place(state, named, (*before.turns, TurnCalls(tuple(calls), code, turn.answer is not None)))
+        code: str | None = "error" if refused else None
+        if problem is not None and not refused:
+            code = problem.code
+        record = TurnCalls(tuple(calls), code, turn.answer is not None)
+        return _Place(state, last_frame, (*before.turns, record))
 
 
 class _Place(NamedTuple):
-    """Where a path stands: the clip's state, the frame named last, the turns so far."""
+    """A point of a path: the clip's state, the frame named last, the turns so far."""
 
     state: VideoState
-    named: int | None = None
+    last_frame: int | None = None
     turns: tuple[TurnCalls, ...] = ()
 
 
 READING = Reading()
 
 
-def _calls(state: VideoState, named: int | None, action: VideoAction) -> list[Call]:
-    """What one action asks for; of the user's own manipulations nothing is known."""
+def _calls(state: VideoState, last_frame: int | None, action: VideoAction) -> list[Call]:
+    """The looks that one action asks for; none for the user's own manipulations, which no reference names."""
     args: Mapping[str, Any] = action.args
     if action.name == "find_segment":
         if "segments" in args:
-            return [Call("segment", segment=i) for i in args["segments"]]
+            return [Call("segment", segment=segment) for segment in args["segments"]]
         return [Call("segment", span=(float(args["start"]), float(args["end"])))]
+    # policies count frames from 1, `Call` from 0
+    named_frame = args["frame"] - 1 if "frame" in args else None
     if action.name == "find_frame":
-        frame = args["frame"] - 1 if "frame" in args else frame_at(state.starts, args["time"])
-        return [Call("frame", frame=frame)]
+        if named_frame is None:
+            named_frame = frame_at(state.starts, args["time"])
+        return [Call("frame", frame=named_frame)]
     if action.name == "spatial_zoom":
-        frame = args["frame"] - 1 if "frame" in args else named
+        frame = last_frame if named_frame is None else named_frame
         return [Call("box", frame=frame, box=state.unit_box(args["bbox"]))]
     return []
 

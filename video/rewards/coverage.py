@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mmrl.registry import declares
 from mmrl.rollout import Rollout
-from video.rewards.calls import Call, Reading, Truth, TurnCalls
+from video.rewards.calls import KINDS, Call, Kind, Reading, Truth, TurnCalls, all_calls
 from video.rewards.manipulations import HITS, Hits, last_of_paths
 
-LEAST, MOST = -0.5, 1.0  # of a path's total
+# bounds of the sum over a path
+LEAST, MOST = -0.5, 1.0
 
 
 def coverage_credit(
@@ -33,28 +34,34 @@ def coverage_credit(
     refused, is erroneous: - erroneous (a turn refused as a duplicate is redundant). Calls of a kind without ground
     truth are 0. The sum over a path is kept in [-0.5, 1]: a turn gets what it adds to the clipped sum.
     """
-    truth = truth.beside([c for t in turns for c in t.calls])
-    covered: set[tuple[str, int]] = set()
+    truth = truth.beside(all_calls(turns))
+    covered: dict[Kind, set[int]] = {kind: set() for kind in KINDS}
     earlier: list[Call] = []
     sums = [0.0]
     for turn in turns:
         total = sums[-1]
         if turn.problem is not None:
             total -= redundant if turn.problem == "duplicate_action" else erroneous
-        carried_out = turn.calls if turn.problem is None else ()
-        for call in (c for c in carried_out if truth.count(c.kind)):
-            met = {(call.kind, i): x for i, x in hits.items(call, truth).items()}
-            new = {k: x for k, x in met.items() if k not in covered}
-            if any(call.repeats(e) for e in earlier) or (met and not new):
+        # of a refused turn nothing was shown, so its calls neither cover an item nor count as earlier ones
+        shown_calls = turn.calls if turn.problem is None else ()
+        for call in shown_calls:
+            if not truth.count(call.kind):
+                continue
+            overlaps = hits.items(call, truth)
+            new_items = [item for item in overlaps if item not in covered[call.kind]]
+            is_repeat = any(call.repeats(other) for other in earlier)
+            if is_repeat or (overlaps and not new_items):
                 total -= redundant
-            elif new:
-                covered.add(max(new, key=new.__getitem__))
+            elif new_items:
+                covered[call.kind].add(max(new_items, key=overlaps.__getitem__))
                 total += correct / truth.total
             else:
                 total -= erroneous
             earlier.append(call)
         sums.append(min(max(total, LEAST), MOST))
-    return [math.nan if t.answered else b - a for t, (a, b) in zip(turns, pairwise(sums), strict=True)]
+    credit = [after - before for before, after in pairwise(sums)]
+    # an answer looks at nothing, so it has no number here; the outcome judges it
+    return [math.nan if turn.answered else gain for turn, gain in zip(turns, credit, strict=True)]
 
 
 @declares(reads=("texts",))

@@ -1,4 +1,8 @@
-"""Rewards that look at the group: the contrast with shuffled frames (T-GRPO) and curiosity (Pixel-Reasoner)."""
+"""Rewards that look at the group: the contrast with shuffled frames (T-GRPO) and curiosity (Pixel-Reasoner).
+
+temporal_bonus([1.0, 0.0], [0.5])   # [0.3, 0.0]: 0.5 in the mean is at least 0.8 of 0.5
+curiosity([1, 0, 0, 0])             # [0.033.., 0, 0, 0]: a quarter of the responses called a tool
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ def temporal_bonus(
     """
     if not accuracy or not shuffled:
         return [0.0] * len(accuracy)
-    passed = sum(accuracy) / len(accuracy) >= ratio * sum(shuffled) / len(shuffled)
-    return [bonus if passed and a > above else 0.0 for a in accuracy]
+    order_helps = sum(accuracy) / len(accuracy) >= ratio * sum(shuffled) / len(shuffled)
+    return [bonus if order_helps and score > above else 0.0 for score in accuracy]
 
 
 @declares(reads=("texts",))
@@ -55,35 +59,46 @@ class TemporalContrast:
 
     def controls(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The twins of those prompts that have a clip."""
-        return [
-            Prompt(f"{p.id}/shuffled", {**p.inputs, "shuffled": True, "twin_of": p.id}, p.reference)
-            for p in prompts
-            if p.inputs.get("videos")
-        ]
+        twins = []
+        for prompt in prompts:
+            if prompt.inputs.get("videos"):
+                inputs = {**prompt.inputs, "shuffled": True, "twin_of": prompt.id}
+                twins.append(Prompt(f"{prompt.id}/shuffled", inputs, prompt.reference))
+        return twins
 
     def __call__(self, samples: Sequence[Sample], controls: Sequence[Sample] = ()) -> list[float | None]:
         """One number per sample, None where the reference holds no answer. controls: samples of the twins."""
-        answer = VideoAnswer(self.syntax)
+        score_answers = VideoAnswer(self.syntax)
         shuffled: dict[str, list[float]] = {}
-        for twin, a in zip(controls, answer(controls), strict=True):
-            if a is not None:
-                shuffled.setdefault(str(twin.prompt.inputs["twin_of"]), []).append(a)
-        accuracy = answer(samples)
-        out = [None if a is None else a + (f or 0.0) for a, f in zip(accuracy, VideoFormat()(samples), strict=True)]
-        for own, members in _by_prompt(samples).items():
-            scored = [(i, a) for i in members if (a := accuracy[i]) is not None]
-            given = temporal_bonus(
-                [a for _, a in scored], shuffled.get(own, []), ratio=self.ratio, bonus=self.bonus, above=self.above
+        for twin, score in zip(controls, score_answers(controls), strict=True):
+            if score is not None:
+                shuffled.setdefault(str(twin.prompt.inputs["twin_of"]), []).append(score)
+        accuracy = score_answers(samples)
+        well_formed = VideoFormat()(samples)
+        rewards: list[float | None] = [None] * len(samples)
+        for prompt_id, members in _by_prompt(samples).items():
+            scores: dict[int, float] = {}
+            for i in members:
+                score = accuracy[i]
+                if score is not None:
+                    scores[i] = score
+            bonuses = temporal_bonus(
+                list(scores.values()),
+                shuffled.get(prompt_id, []),
+                ratio=self.ratio,
+                bonus=self.bonus,
+                above=self.above,
             )
-            for (i, _), extra in zip(scored, given, strict=True):
-                out[i] = (out[i] or 0.0) + extra
-        return out
+            for (i, score), bonus in zip(scores.items(), bonuses, strict=True):
+                rewards[i] = score + (well_formed[i] or 0.0) + bonus
+        return rewards
 
 
 def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Id of a prompt -> the positions of its samples."""
     groups: dict[str, list[int]] = {}
-    for i, s in enumerate(samples):
-        groups.setdefault(s.prompt.id, []).append(i)
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.prompt.id, []).append(i)
     return groups
 
 
@@ -97,8 +112,12 @@ def curiosity(calls: Sequence[int], *, z: float = 1.5) -> list[float]:
         calls: k of each response of one group; u is the share of them with k >= 1.
         z: 1.5 for videos, 2.0 for pictures.
     """
-    u = sum(k > 0 for k in calls) / max(1, len(calls))
-    return [0.25 * max(0.3 - u, 0.0) / (z * u) - 0.05 * (k - 1) if k else 0.0 for k in calls]
+    share = sum(count > 0 for count in calls) / max(1, len(calls))
+    # curious while fewer than 0.3 of the group call a tool, and ever less as more do; each further call costs 0.05
+    values = []
+    for count in calls:
+        values.append(0.25 * max(0.3 - share, 0.0) / (z * share) - 0.05 * (count - 1) if count else 0.0)
+    return values
 
 
 @declares(reads=("texts",))
@@ -117,9 +136,9 @@ class Curiosity:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample."""
-        out: list[float | None] = [None] * len(samples)
+        rewards: list[float | None] = [None] * len(samples)
         for members in _by_prompt(samples).values():
             calls = [count_calls(turns_of(samples[i], self.syntax), self.syntax) for i in members]
             for i, value in zip(members, curiosity(calls, z=self.z), strict=True):
-                out[i] = value
-        return out
+                rewards[i] = value
+        return rewards

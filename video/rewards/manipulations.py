@@ -1,4 +1,13 @@
-"""Rewards on manipulations: Video-CoM's as published, F1 against the reference, and one number per step."""
+"""Rewards on manipulations: Video-CoM's as published, F1 against the reference, and one number per step.
+
+A call *hits* an item of the reference (`Hits`). From the hits follow
+
+    videocom_score   right calls / calls, one number per response (precision alone)
+    f1_score         the mean of the kinds' F1, one number per response
+    step_values      one number per turn, for credit step by step
+
+and the rewards `Manipulations` (per step) and `VideoComReward` (per response) that recipes name.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +22,7 @@ from torch import Tensor
 from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.rewards.answers import graded
-from video.rewards.calls import KINDS, READING, Call, Kind, Reading, Truth, TurnCalls
+from video.rewards.calls import KINDS, READING, Call, Kind, Reading, Truth, TurnCalls, all_calls
 from video.rewards.turns import last_answer, turns_of
 
 Mode = Literal["videocom", "f1"]
@@ -36,8 +45,8 @@ class Hits:
 
     def items(self, call: Call, truth: Truth) -> dict[int, float]:
         """Item -> overlap, of the items that the call hits."""
-        least = {"segment": self.time_threshold, "frame": 1.0, "box": self.iou_threshold}[call.kind]
-        return {i: x for i, x in truth.overlaps(call).items() if x >= least}
+        threshold = {"segment": self.time_threshold, "frame": 1.0, "box": self.iou_threshold}[call.kind]
+        return {item: overlap for item, overlap in truth.overlaps(call).items() if overlap >= threshold}
 
 
 HITS = Hits()
@@ -53,13 +62,17 @@ def videocom_counts(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> d
     the reference counts neither way.
     """
     truth = truth.beside(calls)
-    framed = {f for f, _ in truth.boxes}
-    out: dict[Kind, tuple[int, int]] = {}
+    frames_with_boxes = {frame for frame, _ in truth.boxes}
+    counts: dict[Kind, tuple[int, int]] = {}
     for kind in KINDS:
-        mine = [c for c in calls if c.kind == kind and truth.count(kind)]
-        named = [c for c in mine if c.frame in framed] if kind == "box" else list(dict.fromkeys(mine))
-        out[kind] = (sum(bool(hits.items(c, truth)) for c in named), len(named))
-    return out
+        counted = [call for call in calls if call.kind == kind and truth.count(kind)]
+        if kind == "box":
+            counted = [call for call in counted if call.frame in frames_with_boxes]
+        else:
+            counted = list(dict.fromkeys(counted))
+        right = [call for call in counted if hits.items(call, truth)]
+        counts[kind] = (len(right), len(counted))
+    return counts
 
 
 def videocom_score(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> float:
@@ -67,7 +80,9 @@ def videocom_score(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> fl
 
     Precision only: one right call gives 1, what is missing costs nothing.
     """
-    right, predicted = (sum(n) for n in zip(*videocom_counts(calls, truth, hits).values(), strict=True))
+    counts = videocom_counts(calls, truth, hits).values()
+    right = sum(kind_right for kind_right, _ in counts)
+    predicted = sum(kind_predicted for _, kind_predicted in counts)
     return right / predicted if predicted else 0.0
 
 
@@ -91,14 +106,21 @@ def match_kinds(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> dict[
     No call of a kind is precision 0. A box on a frame without one in the reference is wrong.
     """
     truth = truth.beside(calls)
-    out: dict[Kind, Match] = {}
+    different_calls = list(dict.fromkeys(calls))
+    matches: dict[Kind, Match] = {}
     for kind in KINDS:
         if not truth.count(kind):
             continue
-        items = [hits.items(c, truth) for c in dict.fromkeys(calls) if c.kind == kind]
-        found = {i for hit in items for i in hit}
-        out[kind] = Match(sum(map(bool, items)) / max(1, len(items)), len(found) / truth.count(kind))
-    return out
+        hit_items: set[int] = set()
+        num_calls = num_right = 0
+        for call in different_calls:
+            if call.kind == kind:
+                items = hits.items(call, truth)
+                hit_items |= items.keys()
+                num_calls += 1
+                num_right += bool(items)
+        matches[kind] = Match(num_right / max(1, num_calls), len(hit_items) / truth.count(kind))
+    return matches
 
 
 def f1_score(
@@ -111,12 +133,18 @@ def f1_score(
     matches = match_kinds(calls, truth, hits)
     weight = {kind: (weights or {}).get(kind, 1.0) for kind in matches}
     total = sum(weight.values())
-    return sum(weight[k] * m.f1 for k, m in matches.items()) / total if total else 0.0
+    if not total:
+        return 0.0
+    return sum(weight[kind] * match.f1 for kind, match in matches.items()) / total
 
 
 def count_repeats(calls: Sequence[Call]) -> int:
-    """Calls that ask for a look that an earlier one asked for."""
-    return sum(any(c.repeats(earlier) for earlier in calls[:i]) for i, c in enumerate(calls))
+    """The number of calls that ask for a look that an earlier one asked for."""
+    return sum(_is_repeat(call, calls[:i]) for i, call in enumerate(calls))
+
+
+def _is_repeat(call: Call, earlier: Sequence[Call]) -> bool:
+    return any(call.repeats(other) for other in earlier)
 
 
 # ---- one number per turn --------------------------------------------------------------------------------------------
@@ -138,23 +166,31 @@ def step_values(
     turn as a whole -error_penalty, or -repeat_penalty where the environment refused it as a duplicate. No opinion: an
     answer, a call of a kind without ground truth, and with `videocom` a box on a frame that has none.
     """
-    every = [c for t in turns for c in t.calls]
-    truth = truth.beside(every)
-    framed = {f for f, _ in truth.boxes}
-    values, seen = [], 0
+    truth = truth.beside(all_calls(turns))
+    frames_with_boxes = {frame for frame, _ in truth.boxes}
+    earlier: list[Call] = []
+    values = []
     for turn in turns:
-        own = []
+        call_values = []
         for call in turn.calls:
-            before, seen = every[:seen], seen + 1
-            if not truth.count(call.kind) or (mode == "videocom" and call.kind == "box" and call.frame not in framed):
-                continue
-            met = hits.items(call, truth)
-            worth = max(met.values(), default=0.0) if overlap else float(bool(met))
-            own.append(-repeat_penalty if any(call.repeats(b) for b in before) else worth)
+            is_uncounted_box = mode == "videocom" and call.kind == "box" and call.frame not in frames_with_boxes
+            if truth.count(call.kind) and not is_uncounted_box:
+                worth = _worth(hits.items(call, truth), overlap)
+                call_values.append(-repeat_penalty if _is_repeat(call, earlier) else worth)
+            # calls of refused turns and of other kinds too: asking for them again is a repeat
+            earlier.append(call)
         if turn.problem is not None:
-            own = [-repeat_penalty if turn.problem == "duplicate_action" else -error_penalty]
-        values.append(sum(own) / len(own) + 0.0 if own else math.nan)  # + 0.0: no -0.0
+            call_values = [-repeat_penalty if turn.problem == "duplicate_action" else -error_penalty]
+        # + 0.0 makes 0.0 of -0.0, which a penalty of 0 gives
+        values.append(sum(call_values) / len(call_values) + 0.0 if call_values else math.nan)
     return values
+
+
+def _worth(overlaps: Mapping[int, float], is_graded: bool) -> float:
+    """The value of a call by the items that it hits: its best overlap if graded, else 1 for any."""
+    if is_graded:
+        return max(overlaps.values(), default=0.0)
+    return float(bool(overlaps))
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
@@ -186,22 +222,28 @@ class Manipulations(Reading, Hits):
 
     def _values(self, turns: Sequence[TurnCalls], truth: Truth) -> list[float]:
         return step_values(
-            turns, truth, self, mode=self.mode, overlap=self.overlap, repeat_penalty=self.repeat_penalty,
+            turns,
+            truth,
+            self,
+            mode=self.mode,
+            overlap=self.overlap,
+            repeat_penalty=self.repeat_penalty,
             error_penalty=self.error_penalty,
-        )  # fmt: skip
+        )
 
 
 def last_of_paths(
     reading: Reading, rollout: Rollout, values: Callable[[Sequence[TurnCalls], Truth], Sequence[float]]
 ) -> Tensor:
-    """(N,) float64: what `values` gives for the last turn of the path to each step; NaN without ground truth."""
-    truths = [reading.truth(p) for p in rollout.prompts]
-    out = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
-    for i, (path, group) in enumerate(zip(reading.paths(rollout), rollout.tree.group.tolist(), strict=True)):
-        truth = truths[group]
+    """(N,) float64: the last number that `values` gives for the path to each step; NaN without ground truth."""
+    truths = [reading.truth(prompt) for prompt in rollout.prompts]
+    rewards = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
+    paths = reading.paths(rollout)
+    for step, group in enumerate(rollout.tree.group.tolist()):
+        path, truth = paths[step], truths[group]
         if path is not None and truth is not None:
-            out[i] = values(path, truth)[-1]
-    return out
+            rewards[step] = values(path, truth)[-1]
+    return rewards
 
 
 @declares(reads=("texts",))
@@ -240,28 +282,30 @@ class VideoComReward(Reading, Hits):
         truth = self.truth(prompt)
         if answer is None or truth is None or (self.gate == "answer" and answer < 0.5):
             return answer
-        calls = [c for t in self.replay(prompt, turns) for c in t.calls]
-        score = videocom_score(calls, truth, self) if self.mode == "videocom" else f1_score(
-            calls, truth, self, self.weights
-        )  # fmt: skip
+        calls = all_calls(self.replay(prompt, turns))
+        if self.mode == "videocom":
+            score = videocom_score(calls, truth, self)
+        else:
+            score = f1_score(calls, truth, self, self.weights)
         return answer + score - self.repeat_penalty * count_repeats(calls)
 
 
 def manipulation_f1(samples: Sequence[Sample], reading: Reading = READING, hits: Hits = HITS) -> dict[str, float]:
-    """Means over the samples with ground truth, for a task's judges: `manipulation_f1`, and per kind precision and
+    """Means over the samples with ground truth, for a task's metrics: `manipulation_f1`, and per kind precision and
     recall; a kind that no reference has is left out."""
-    parts: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for sample in samples:
         truth = reading.truth(sample.prompt)
         if truth is None:
             continue
         turns = reading.replay(sample.prompt, turns_of(sample, reading.syntax))
-        matches = match_kinds([c for t in turns for c in t.calls], truth, hits)
-        parts.setdefault("manipulation_f1", []).append(sum(m.f1 for m in matches.values()) / len(matches))
+        matches = match_kinds(all_calls(turns), truth, hits)
+        mean_f1 = sum(match.f1 for match in matches.values()) / len(matches)
+        values.setdefault("manipulation_f1", []).append(mean_f1)
         for kind, match in matches.items():
-            parts.setdefault(f"{kind}_precision", []).append(match.precision)
-            parts.setdefault(f"{kind}_recall", []).append(match.recall)
-    return {name: sum(values) / len(values) for name, values in parts.items()}
+            values.setdefault(f"{kind}_precision", []).append(match.precision)
+            values.setdefault(f"{kind}_recall", []).append(match.recall)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def _refuse_negative(**options: float) -> None:

@@ -1,4 +1,8 @@
-"""Plans beside a reference plan: order-preserving matching with graded similarity (REVER)."""
+"""Plans beside a reference plan: order-preserving matching with graded similarity (REVER).
+
+plan = parse_plan("pick(cup), place(cup, tray)")
+plan_score(plan, parse_plan("pick(cup), place(cup, table)"))   # (1 + 0.667) / 2
+"""
 
 from __future__ import annotations
 
@@ -24,29 +28,35 @@ class Skill:
 
 def parse_plan(text: str) -> list[Skill]:
     """The `verb(argument, ..)` of a text, in order, lower-cased."""
-    found = _SKILL.findall(text.lower())
-    return [Skill(verb, tuple(a.strip() for a in inside.split(",") if a.strip())) for verb, inside in found]
+    skills = []
+    for verb, inside in _SKILL.findall(text.lower()):
+        arguments = [argument.strip() for argument in inside.split(",")]
+        skills.append(Skill(verb, tuple(filter(None, arguments))))
+    return skills
 
 
 def similarity(a: Skill, b: Skill) -> float:
     """0 when the verbs differ, else 0.5 + 0.5 Jaccard(arguments), in [0, 1] (as defined here); empty sets agree."""
     if a.verb != b.verb:
         return 0.0
-    mine, theirs = set(a.arguments), set(b.arguments)
-    union = mine | theirs
-    return 0.5 + 0.5 * (len(mine & theirs) / len(union) if union else 1.0)
+    union = {*a.arguments, *b.arguments}
+    if not union:
+        return 1.0
+    shared = set(a.arguments) & set(b.arguments)
+    return 0.5 + 0.5 * (len(shared) / len(union))
 
 
 def ordered_match(
     plan: Sequence[Skill], reference: Sequence[Skill], score: Callable[[Skill, Skill], float] = similarity
 ) -> float:
     """Weight M of the best matching that keeps the order: M[i,j] = max(M[i-1,j], M[i,j-1], M[i-1,j-1] + s_ij)."""
+    # best is one row of M: of the skills so far and the first j of the reference; `diagonal` is M[i-1,j-1]
     best = [0.0] * (len(reference) + 1)
     for skill in plan:
         diagonal = 0.0
-        for j, want in enumerate(reference, 1):
+        for j, reference_skill in enumerate(reference, 1):
             above = best[j]
-            best[j] = max(above, best[j - 1], diagonal + score(skill, want))
+            best[j] = max(above, best[j - 1], diagonal + score(skill, reference_skill))
             diagonal = above
     return best[-1]
 
@@ -73,10 +83,11 @@ class PlanOverlap:
         return [self._score(s) for s in samples]
 
     def _score(self, sample: Sample) -> float | None:
-        right = video_reference(sample.prompt).get("plan")
-        if right is None:
+        written = video_reference(sample.prompt).get("plan")
+        if written is None:
             return None
-        reference = parse_plan(right if isinstance(right, str) else " ".join(right))
+        reference = parse_plan(written if isinstance(written, str) else " ".join(written))
         if not reference:
-            raise ValueError(f"prompt {sample.prompt.id!r}: no verb(arguments) in the reference plan {right!r}")
-        return plan_score(parse_plan(last_answer(turns_of(sample), "tags") or ""), reference)
+            raise ValueError(f"prompt {sample.prompt.id!r}: no verb(arguments) in the reference plan {written!r}")
+        answer = last_answer(turns_of(sample), "tags") or ""
+        return plan_score(parse_plan(answer), reference)

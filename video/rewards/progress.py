@@ -12,7 +12,7 @@ from torch import Tensor
 from mmrl.registry import declares
 from mmrl.rollout import Rollout
 from video.rewards.answers import common_length
-from video.rewards.calls import KINDS, Call, Kind, Reading, Truth, TurnCalls
+from video.rewards.calls import KINDS, Call, Kind, Reading, Truth, TurnCalls, all_calls
 from video.rewards.manipulations import Hits, last_of_paths
 
 
@@ -39,18 +39,23 @@ class LcsProgress(Reading, Hits):
         return last_of_paths(self, rollout, self._progress)
 
     def _progress(self, turns: Sequence[TurnCalls], truth: Truth) -> list[float]:
-        calls = [[c for c in t.calls if t.problem is None] for t in turns]
-        truth = truth.beside([c for own in calls for c in own])
-        items = [(kind, i) for kind in KINDS for i in range(truth.count(kind))]
+        carried_out = [turn for turn in turns if turn.problem is None]
+        truth = truth.beside(all_calls(carried_out))
+        recipe: list[tuple[Kind, int]] = []
+        for kind in KINDS:
+            recipe += [(kind, item) for item in range(truth.count(kind))]
 
-        def same(call: Call, item: tuple[Kind, int]) -> bool:
-            return call.kind == item[0] and item[1] in self.items(call, truth)
+        def matches(call: Call, entry: tuple[Kind, int]) -> bool:
+            kind, item = entry
+            return call.kind == kind and item in self.items(call, truth)
 
-        done: list[Call] = []
-        values = [0.0]
-        for own in calls:
-            done += own
-            values.append(common_length(done, items, same) / len(items))
+        calls_so_far: list[Call] = []
+        progress = [0.0]
+        for turn in turns:
+            if turn.problem is None:
+                calls_so_far += turn.calls
+            progress.append(common_length(calls_so_far, recipe, matches) / len(recipe))
         if self.increments:
-            return [b - a for a, b in pairwise(values)]
-        return [math.nan if t.answered else v for t, v in zip(turns, values[1:], strict=True)]
+            return [after - before for before, after in pairwise(progress)]
+        # an answer looks at nothing, so it tells nothing of the state
+        return [math.nan if turn.answered else p for turn, p in zip(turns, progress[1:], strict=True)]

@@ -1,4 +1,8 @@
-"""Rewards of actions beside those an expert took on the same screen: UI-S1's step reward, Mobile-R1's second stage."""
+"""Rewards of actions beside those an expert took on the same screen: UI-S1's step reward, Mobile-R1's second stage.
+
+action = written_action('<answer>{"action": "click", "coordinate": [500, 250]}</answer>')
+agreement(action, {"action": "click", "coordinate": [0.5, 0.25]})   # "exact"
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,20 @@ def point_hits(
     point: Sequence[float], boxes: Sequence[Box], target: Sequence[float] | None, *, enlarge: float, near: float
 ) -> bool:
     """The point lies in a box enlarged about its centre, or within `near` of the target; in shares of the screen."""
-    for box in boxes:
-        sides = [(abs(point[k] - (box[k] + box[k + 2]) / 2), (box[k + 2] - box[k]) / 2 * enlarge) for k in (0, 1)]
-        if all(away <= half for away, half in sides):
-            return True
-    return target is not None and near > 0 and ((point[0] - target[0]) ** 2 + (point[1] - target[1]) ** 2) <= near**2
+    if any(_lies_in(point, box, enlarge) for box in boxes):
+        return True
+    if target is None or near <= 0:
+        return False
+    return ((point[0] - target[0]) ** 2 + (point[1] - target[1]) ** 2) <= near**2
+
+
+def _lies_in(point: Sequence[float], box: Box, enlarge: float) -> bool:
+    for axis in (0, 1):
+        low, high = box[axis], box[axis + 2]
+        # with `not`, since a NaN, which JSON may hold, lies nowhere
+        if not abs(point[axis] - (low + high) / 2) <= (high - low) / 2 * enlarge:
+            return False
+    return True
 
 
 def agreement(
@@ -37,7 +50,7 @@ def agreement(
     enlarge: float = 1.2,
     near: float = 0.04,
 ) -> Agreement:
-    """How far an action (None: unreadable) agrees with the recorded one.
+    """The level at which an action (None: unreadable) agrees with the recorded one.
 
     exact: same type, its `coordinate` hits (see `point_hits`), every other argument of the target is equal (texts
     without outer space, case aside). type: the type alone. readable: another type.
@@ -46,17 +59,17 @@ def agreement(
         return "none"
     if action.get("action") != target.get("action"):
         return "readable"
-    for key, want in target.items():
-        given = action.get(key)
+    for key, right_value in target.items():
+        value = action.get(key)
         if key == "coordinate":
-            if given is None or not point_hits(given, boxes, want, enlarge=enlarge, near=near):
+            if value is None or not point_hits(value, boxes, right_value, enlarge=enlarge, near=near):
                 return "type"
-        elif _plain(given) != _plain(want):
+        elif _normalised(value) != _normalised(right_value):
             return "type"
     return "exact"
 
 
-def _plain(value: Any) -> Any:
+def _normalised(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
 
@@ -70,10 +83,12 @@ def written_action(text: str, scale: float = 1000.0) -> dict[str, Any] | None:
     if not isinstance(action, dict) or not isinstance(action.get("action"), str):
         return None
     point = action.get("coordinate")
-    if point is not None:
-        if not isinstance(point, list) or len(point) != 2 or any(type(x) not in (int, float) for x in point):
-            return None
-        action["coordinate"] = [x / scale for x in point]
+    if point is None:
+        return action
+    # by `type`, since a boolean is an int to `isinstance`
+    if not isinstance(point, list) or len(point) != 2 or not all(type(value) in (int, float) for value in point):
+        return None
+    action["coordinate"] = [value / scale for value in point]
     return action
 
 
@@ -85,8 +100,7 @@ class ScreenAction:
     Args:
         style: ui_s1: 0.1 format + 0.9 action, action 1 (exact), 0.5 (right type), 0.1 (readable), 0; points count in
             boxes enlarged by 1.2 and within 0.04 of the expert's. mobile_r1: [action exact] + [format], in {0, 1, 2};
-            points
-            count in the box alone, where there is one.
+            points count in the box alone, where there is one.
         scale: written coordinates per side of the screen; 1000 for thousandths, 1 for shares.
     """
 
@@ -102,9 +116,10 @@ class ScreenAction:
         if "expert" not in reference:
             return None
         boxes = reference.get("boxes") or ()
-        exact = {"enlarge": 1.0, "near": 0.0} if self.style == "mobile_r1" and boxes else {}
-        how = agreement(written_action(text, self.scale), reference["expert"], boxes, **exact)
+        # Mobile-R1 has no tolerance; a touch without a box could then only be right by the exact same numbers
+        tolerance = {"enlarge": 1.0, "near": 0.0} if self.style == "mobile_r1" and boxes else {}
+        level = agreement(written_action(text, self.scale), reference["expert"], boxes, **tolerance)
         well_formed = float(is_think_answer(text))
         if self.style == "mobile_r1":
-            return float(how == "exact") + well_formed
-        return 0.1 * well_formed + 0.9 * ACTION_SCORES[how]
+            return float(level == "exact") + well_formed
+        return 0.1 * well_formed + 0.9 * ACTION_SCORES[level]

@@ -1,4 +1,9 @@
-"""What the policy wrote, turn by turn."""
+"""The texts of a policy, turn by turn: where a sample is cut into turns, its last answer, its calls.
+
+turns = turns_of(sample, "videocom")    # ["FIND_FRAME(dog) = 57", "FINAL_ANSWER: B"]
+last_answer(turns, "videocom")          # "B"
+count_calls(turns, "videocom")          # 1
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ def turns_of(sample: Sample, syntax: AnswerSyntax = "tags") -> list[str]:
         ValueError: the output is neither; the message names the prompt.
     """
     output = sample.output
-    if isinstance(output, list | tuple) and all(isinstance(t, str) for t in output):
+    if isinstance(output, list | tuple) and all(isinstance(turn, str) for turn in output):
         return list(output) or [""]
     if not isinstance(output, str):
         raise ValueError(
@@ -34,14 +39,22 @@ def turns_of(sample: Sample, syntax: AnswerSyntax = "tags") -> list[str]:
         )
     if syntax == "tags":
         return [output]
-    reply = without_thinking(output)  # before it is cut, since a thinking may go over several lines
-    parts = reply.splitlines() if syntax == "videocom" else re.split(r"(?<=</tool_call>)", reply)
-    return [p for p in parts if p.strip()] or [""]
+    # before the text is cut, since a thinking may go over several lines
+    reply = without_thinking(output)
+    if syntax == "videocom":
+        parts = reply.splitlines()
+    else:
+        parts = re.split(r"(?<=</tool_call>)", reply)
+    return [part for part in parts if part.strip()] or [""]
 
 
 def last_answer(turns: Sequence[str], syntax: AnswerSyntax) -> str | None:
     """The last answer given in any turn, None without one; `tags` reads `<answer>..</answer>`."""
-    return next((a for t in reversed(turns) if (a := _answer(t, syntax)) is not None), None)
+    for turn in reversed(turns):
+        answer = _answer(turn, syntax)
+        if answer is not None:
+            return answer
+    return None
 
 
 def _answer(turn: str, syntax: AnswerSyntax) -> str | None:
@@ -52,5 +65,5 @@ def _answer(turn: str, syntax: AnswerSyntax) -> str | None:
 
 
 def count_calls(turns: Sequence[str], syntax: Syntax) -> int:
-    """Calls that can be read in all turns."""
-    return sum(len(parse_turn(t, syntax).actions) for t in turns)
+    """The number of calls in all turns that can be read."""
+    return sum(len(parse_turn(turn, syntax).actions) for turn in turns)

@@ -53,18 +53,25 @@ class ClipsTask:
     """
 
     rewards = ("clip_answer",)
-    step_rewards = ("manipulations",)  # the name of the reward per turn that fits, with coords: norm1000
+    # the reward per turn that fits, with coords: norm1000
+    step_rewards = ("manipulations",)
 
     def __init__(
         self, train: int = 1000, held_out: int = 192, contrast: tuple[float, float] = (0.15, 0.3), seed: int = 0
     ) -> None:
+        # one clip, so that contrasts that do not fit are refused before any film is written
         sample_clip(numpy_generator("check"), "train", contrast=contrast)
         settings = {
-            "train": train, "held_out": held_out, "contrast": list(contrast), "seed": seed, "version": VERSION
-        }  # fmt: skip
+            "train": train,
+            "held_out": held_out,
+            "contrast": list(contrast),
+            "seed": seed,
+            "version": VERSION,
+        }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         folder = made_once(cache_root() / f"clips-films-{key}", partial(_write_films, settings))
-        self.prompts, self.eval_prompts = (_read_prompts(folder, split) for split in ("train", "held_out"))
+        self.prompts = _read_prompts(folder, "train")
+        self.eval_prompts = _read_prompts(folder, "held_out")
 
     def answer(self, prompt: Prompt) -> Answer:
         """The last turn of a right conversation."""
@@ -82,20 +89,24 @@ class ClipAnswer:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """One number per sample; `output` is the conversation, a turn a line."""
-        return [float(_answered(s.output) == s.prompt.reference["answer"]) for s in samples]
+        return [float(_last_answer(s.output) == s.prompt.reference["answer"]) for s in samples]
 
 
-def _answered(output: str) -> str | None:
-    last = output.strip().split("\n")[-1]
-    return last.removeprefix(ANSWER_WORD).strip() if last.startswith(ANSWER_WORD) else None
+def _last_answer(output: str) -> str | None:
+    last_turn = output.strip().split("\n")[-1]
+    if not last_turn.startswith(ANSWER_WORD):
+        return None
+    return last_turn.removeprefix(ANSWER_WORD).strip()
 
 
 def _write_films(settings: Mapping[str, Any], work: Path) -> None:
+    """Write the films of both splits into the folder `work`, and a file of prompts each."""
     for split in ("train", "held_out"):
         rows = []
         for i in progress(range(settings[split]), f"writing films (clips, {split})"):
             rng = numpy_generator("film", settings["seed"], split, i)
             clip = sample_clip(rng, split, contrast=tuple(settings["contrast"]))
+            # half of the questions are about a colour, which alone needs the zoom
             question = QUESTIONS[int(rng.choice(len(QUESTIONS), p=(0.25, 0.25, 0.5)))]
             write_mp4(work / f"{split}-{i:05d}.mp4", draw(clip, range(FRAMES)), FPS)
             rows.append(_row(split, i, clip, question))
@@ -107,16 +118,24 @@ def _row(split: str, index: int, clip: Clip, question: str) -> dict[str, Any]:
     """One prompt as JSON, its film by file name. Times and frames are exact; only colours need the zoom."""
     start = clip.segment * PER_SEGMENT / float(FPS)
     reference = {
-        "answer": answer_of(clip, question), "answer_type": "text", "steps": solve(clip, question),
-        "segments": [[start, start + PER_SEGMENT / float(FPS)]], "segment_ids": [clip.segment + 1],
-        "frames": [[clip.frame, clip.frame]], "frame_count": FRAMES, "duration": SECONDS, "size": [SIZE, SIZE],
-    }  # fmt: skip
+        "answer": answer_of(clip, question),
+        "answer_type": "text",
+        "steps": solve(clip, question),
+        "segments": [[start, start + PER_SEGMENT / float(FPS)]],
+        "segment_ids": [clip.segment + 1],
+        "frames": [[clip.frame, clip.frame]],
+        "frame_count": FRAMES,
+        "duration": SECONDS,
+        "size": [SIZE, SIZE],
+    }
     if question == "colour":
         reference["boxes"] = [{"frame": clip.frame, "box": list(cell_box(clip.cell))}]
     return {
-        "id": f"clips/{split}/{index}", "question": f"{question} ?", "film": f"{split}-{index:05d}.mp4",
+        "id": f"clips/{split}/{index}",
+        "question": f"{question} ?",
+        "film": f"{split}-{index:05d}.mp4",
         "reference": reference,
-    }  # fmt: skip
+    }
 
 
 def _read_prompts(folder: Path, split: str) -> list[Prompt]:
@@ -130,6 +149,8 @@ def _read_prompts(folder: Path, split: str) -> list[Prompt]:
             f"the cached films in {folder} are damaged ({error}); delete that folder and run again, it is made anew "
             "in less than a minute"
         ) from error
-    return [
-        Prompt(r["id"], {"question": r["question"], "videos": [str(folder / r["film"])]}, r["reference"]) for r in rows
-    ]
+    prompts = []
+    for row in rows:
+        inputs = {"question": row["question"], "videos": [str(folder / row["film"])]}
+        prompts.append(Prompt(row["id"], inputs, row["reference"]))
+    return prompts

@@ -1,4 +1,4 @@
-"""What the clips task starts from: a tiny Qwen2.5-VL that finds and reads strong events and often misses weak ones.
+"""The base model of the clips task: a tiny Qwen2.5-VL that finds and reads strong events and often misses weak ones.
 
 Made once from random weights by a fixed recipe (no download) and kept in the user's cache folder, in the layout of any
 transformers model. Two stages: *align* (every token of a look names what it shows) and imitation of correct episodes,
@@ -54,11 +54,14 @@ from vision.tiny_models import END, PAD, SPECIAL, cosine, optimizer_of, pad_exam
 
 log = logging.getLogger(__name__)
 
-NOISE = 1.5  # levels of a shown pixel: about what encoding changes, see tests/video/test_clips.py
-LONGEST_TURN = 9  # tokens, the end mark included
+# levels of a shown pixel: about what encoding changes, see tests/video/test_clips.py
+NOISE = 1.5
+# tokens, the end mark included
+LONGEST_TURN = 9
 
 _ID = WORDS.ids
-_UNSAID = [_ID[word] for word in SPECIAL if word != END]
+# tokens that no turn holds: placeholders and marks of the template
+_NEVER_WRITTEN = [_ID[word] for word in SPECIAL if word != END]
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ class Recipe:
     @property
     def key(self) -> str:
         """Folder name in the cache: a hash of everything that decides the weights."""
-        decides = asdict(self) | {"words": WORDS.words}  # the vocabulary grows with the problems an agent is told of
-        return "clips-" + hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        # the vocabulary too, which grows with the codes of problems
+        settings = asdict(self) | {"words": WORDS.words}
+        return "clips-" + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def clips_base(recipe: Recipe | None = None) -> Path:
@@ -147,78 +151,99 @@ def align(model: Any, pool: Sequence[Episode], recipe: Recipe, rng: np.random.Ge
     for step in progress(range(recipe.align_steps), "aligning pictures and words (clips)"):
         set_lr(optimizer, recipe.lr * cosine(step / recipe.align_steps))
         batch = [pool[i] for i in rng.integers(len(pool), size=recipe.align_batch)]
-        names = torch.tensor([[_ID[a], _ID[b]] for e in batch for a, b in names_of(e)])
+        names = []
+        for episode in batch:
+            names += [[_ID[first], _ID[second]] for first, second in names_of(episode)]
+        # (tokens of all looks, words): cross-entropy with half the probability on either name
         logits = look_features(model, noisy(batch, rng)) @ embedding.T
-        update(model, optimizer, -logits.log_softmax(-1).gather(-1, names).mean())
+        update(model, optimizer, -logits.log_softmax(-1).gather(-1, torch.tensor(names)).mean())
 
 
 def names_of(episode: Episode) -> list[tuple[str, str]]:
     """Two words for each token of a correct episode's looks: which segment, and its lamp; which pair of frames, and
     which of them has the box; the box's cell; its colour."""
-    clip, pairs = episode.clip, PER_SEGMENT // 2
-    out = [(str(s + 1), "lit" if s == clip.segment else "dark") for s in range(SEGMENTS)]
-    pair, late = divmod(clip.frame, 2)
-    for k in range(pairs * clip.segment, pairs * (clip.segment + 1)):
-        out.append((str(2 * k + 1), "empty" if k != pair else "second" if late else "first"))
-    quadrant = 2 * (clip.cell // (2 * GRID)) + clip.cell % GRID // 2
-    out += [(cell_name(clip.cell),) * 2 if q == quadrant else ("empty",) * 2 for q in range(4)]
-    return [*out, (list(COLOURS)[clip.colour],) * 2] if episode.question == "colour" else out
+    clip = episode.clip
+    # the overview: one token per segment
+    names = [(str(s + 1), "lit" if s == clip.segment else "dark") for s in range(SEGMENTS)]
+    # the segment: one token per pair of frames
+    num_pairs = PER_SEGMENT // 2
+    pair_of_box, place_in_pair = divmod(clip.frame, 2)
+    for pair in range(num_pairs * clip.segment, num_pairs * (clip.segment + 1)):
+        content = ("first", "second")[place_in_pair] if pair == pair_of_box else "empty"
+        names.append((str(2 * pair + 1), content))
+    # the frame: one token per quarter
+    row, column = divmod(clip.cell, GRID)
+    quadrant_of_box = 2 * (row // 2) + column // 2
+    for quadrant in range(4):
+        content = cell_name(clip.cell) if quadrant == quadrant_of_box else "empty"
+        names.append((content, content))
+    # the crop, which only a colour needs: one token
+    if episode.question == "colour":
+        colour = list(COLOURS)[clip.colour]
+        names.append((colour, colour))
+    return names
 
 
 def noisy(batch: Sequence[Episode], rng: np.random.Generator) -> list[Pixels]:
     """The looks of some episodes with fresh noise, the same on both copies of a still."""
-    out = []
+    looks = []
     for episode in batch:
         for view, look in zip(episode.views, episode.looks, strict=True):
             noise = rng.standard_normal(look.shape, dtype=np.float32)
             if view.times == 1:
                 noise[1] = noise[0]
-            out.append(np.rint(look + NOISE * noise).clip(0, 255).astype(np.uint8))
-    return out
+            looks.append(np.rint(look + NOISE * noise).clip(0, 255).astype(np.uint8))
+    return looks
 
 
 def imitate(model: Any, pool: Sequence[Episode], recipe: Recipe, rng: np.random.Generator) -> None:
     """Cross-entropy of the turns of correct episodes, in doubt about what they name."""
     optimizer = optimizer_of(model.parameters(), recipe.lr)
-    targets = [targets_of(e, recipe.doubt) for e in pool]
+    targets = [targets_of(episode, recipe.doubt) for episode in pool]
     for step in progress(range(recipe.steps), "learning to look and to answer (clips)"):
         set_lr(optimizer, recipe.lr * min(1.0, (step + 1) / 50) * cosine(step / recipe.steps))
-        drawn = rng.integers(len(pool), size=recipe.batch)
-        batch = [pool[i] for i in drawn]
-        logits = said_logits(model, batch, noisy(batch, rng))
-        update(model, optimizer, F.cross_entropy(logits, torch.cat([targets[i] for i in drawn])))
+        indices = rng.integers(len(pool), size=recipe.batch)
+        batch = [pool[i] for i in indices]
+        logits = written_logits(model, batch, noisy(batch, rng))
+        update(model, optimizer, F.cross_entropy(logits, torch.cat([targets[i] for i in indices])))
 
 
 def targets_of(episode: Episode, doubt: Sequence[float]) -> Tensor:
-    """(said, words) the share of each word where the model speaks: 1 for what is right, but what a turn names (a
-    segment, a frame, a corner, the answer) shares `doubt` with all that could stand there."""
+    """(written tokens, words) probabilities of the words of an episode's turns.
+
+    1 for the right word, but the name in a turn (a segment, a frame, a corner, the answer) shares `doubt` with all
+    words that could stand in its place.
+    """
     frames = range(PER_SEGMENT * episode.clip.segment, PER_SEGMENT * (episode.clip.segment + 1))
     answers = {"when": map(second_of, frames), "where": map(cell_name, range(GRID**2)), "colour": COLOURS}
-    named = {  # places in a turn, and the words that could stand there
+    # kind of turn -> the places of its name, and the words that could stand there
+    alternatives = {
         SEGMENT: ((2,), [str(s + 1) for s in range(SEGMENTS)]),
         FRAME: ((2,), [str(f + 1) for f in frames]),
         ZOOM: ((3, 4), [f"{1000 * k // GRID}," for k in range(GRID)]),
         ANSWER: ((1,), list(answers[episode.question])),
     }
-    out = []
+    doubt_of = dict(zip(alternatives, doubt, strict=True))
+    targets = []
     for turn in episode.turns:
-        rows = F.one_hot(torch.tensor([*WORDS.encode(turn), _ID[END]]), len(_ID)).float()
+        # (tokens of the turn and its end mark, words)
+        probabilities = F.one_hot(torch.tensor([*WORDS.encode(turn), _ID[END]]), len(_ID)).float()
         kind = turn.split(" ")[0]
-        places, words = named[kind]
-        share = doubt[list(named).index(kind)]
+        places, words = alternatives[kind]
         for place in places:
-            rows[place] *= 1 - share
-            rows[place, [_ID[w] for w in words]] += share / len(words)
-        out.append(rows)
-    return torch.cat(out)
+            probabilities[place] *= 1 - doubt_of[kind]
+            probabilities[place, [_ID[word] for word in words]] += doubt_of[kind] / len(words)
+        targets.append(probabilities)
+    return torch.cat(targets)
 
 
-def said_logits(model: Any, batch: Sequence[Episode], looks: Sequence[Pixels]) -> Tensor:
-    """(S, words) logits of the tokens that the model said in some episodes, row by row."""
-    ids, said = pad_examples([(e.ids, e.said) for e in batch], _ID[PAD])
-    positions = _stack_positions([e.positions for e in batch], ids.shape[1])
+def written_logits(model: Any, batch: Sequence[Episode], looks: Sequence[Pixels]) -> Tensor:
+    """(S, words) logits of the S tokens that the model wrote in some episodes, row by row."""
+    ids, is_written = pad_examples([(episode.ids, episode.is_written) for episode in batch], _ID[PAD])
+    positions = _stack_positions([episode.positions for episode in batch], ids.shape[1])
+    # (B, T, width); a token is predicted at the place before it
     hidden = hidden_states(model, ids, positions, look_features(model, looks))
-    return hidden[:, :-1][said[:, 1:]] @ model.get_input_embeddings().weight.T
+    return hidden[:, :-1][is_written[:, 1:]] @ model.get_input_embeddings().weight.T
 
 
 @torch.no_grad()
@@ -226,30 +251,41 @@ def play(
     model: Any, clips: Sequence[Clip], questions: Sequence[str], *, temperature: float = 0.0, seed: int = 0
 ) -> list[Episode]:
     """Episodes with the model's own turns: the most likely, or sampled at a temperature."""
-    episodes = [Episode(c, q) for c, q in zip(clips, questions, strict=True)]
+    episodes = [Episode(clip, question) for clip, question in zip(clips, questions, strict=True)]
     random = torch.Generator().manual_seed(seed)
-    while live := [e for e in episodes if not e.done]:
+    live = episodes
+    while live:
         for episode, turn in zip(live, _next_turns(model, live, temperature, random), strict=True):
             episode.say(turn)
+        live = [episode for episode in live if not episode.done]
     return episodes
 
 
 def _next_turns(model: Any, live: Sequence[Episode], temperature: float, random: torch.Generator) -> list[str]:
-    features = look_features(model, [look for e in live for look in e.looks])
-    rows = [list(e.ids) for e in live]
-    for n in range(LONGEST_TURN):
+    """One more turn of each episode: `LONGEST_TURN` tokens, cut at the end mark; each costs a whole forward."""
+    looks: list[Pixels] = []
+    for episode in live:
+        looks += episode.looks
+    features = look_features(model, looks)
+    rows = [list(episode.ids) for episode in live]
+    for num_written in range(LONGEST_TURN):
         ids, _ = pad_examples([(row, []) for row in rows], _ID[PAD])
-        places = [torch.cat([e.positions, text_positions(n, e.next)], dim=1) for e in live]
-        hidden = hidden_states(model, ids, _stack_positions(places, ids.shape[1]), features)
-        last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
-        logits = last @ model.get_input_embeddings().weight.T
-        logits[:, _UNSAID] = -torch.inf
-        likely = logits.argmax(-1)
+        positions = []
+        for episode in live:
+            written_positions = text_positions(num_written, episode.next)
+            positions.append(torch.cat([episode.positions, written_positions], dim=1))
+        hidden = hidden_states(model, ids, _stack_positions(positions, ids.shape[1]), features)
+        # (B, width): rows are padded on the right
+        last_tokens = torch.tensor([len(row) - 1 for row in rows])
+        last_hidden = hidden[torch.arange(len(rows)), last_tokens]
+        logits = last_hidden @ model.get_input_embeddings().weight.T
+        logits[:, _NEVER_WRITTEN] = -torch.inf
+        tokens = logits.argmax(-1)
         if temperature:
-            likely = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random).flatten()
-        for row, token in zip(rows, likely.tolist(), strict=True):
+            tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=random).flatten()
+        for row, token in zip(rows, tokens.tolist(), strict=True):
             row.append(token)
-    return [WORDS.decode(row[len(e.ids) :]) for row, e in zip(rows, live, strict=True)]
+    return [WORDS.decode(row[len(episode.ids) :]) for row, episode in zip(rows, live, strict=True)]
 
 
 def _stack_positions(rows: Sequence[Tensor], length: int) -> Tensor:
@@ -262,5 +298,7 @@ def accuracy(model: Any, *, contrast: tuple[float, float], number: int = 256) ->
     rng = numpy_generator("clips-accuracy", contrast)
     clips = [sample_clip(rng, "held_out", contrast=contrast) for _ in range(number)]
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(number)]
-    played = play(model, clips, questions)
-    return sum(e.turns[-1] == solve(e.clip, e.question)[-1] for e in played) / number
+    num_right = 0
+    for episode in play(model, clips, questions):
+        num_right += episode.turns[-1] == solve(episode.clip, episode.question)[-1]
+    return num_right / number

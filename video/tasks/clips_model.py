@@ -1,4 +1,4 @@
-"""The tiny Qwen2.5-VL of the clips task: its words, what it looks at, and a fast forward over drawn clips.
+"""The tiny Qwen2.5-VL of the clips task: its words, its looks, and a fast forward over drawn clips.
 
 A patch is one token. A prompt is the overview and a question; each manipulation adds a look:
 
@@ -46,19 +46,36 @@ from video.tasks.clips_scene import (
 from vision import tiny_models
 from vision.tiny_models import END, IMAGE, PATCH, SPECIAL, VIDEO, Vocabulary, tower_features
 
-_SIDES = [1000 * k // GRID for k in range(GRID + 1)]
-WORDS = Vocabulary(tuple(dict.fromkeys((
-    *SPECIAL, "\n", *QUESTIONS, "?", "lit", "dark", "first", "second", "empty", *get_args(Code),
-    SEGMENT, FRAME, ZOOM, ANSWER, "=", "[", "]", *(f"{side}," for side in _SIDES), *map(str, _SIDES[1:]),
-    *COLOURS, *map(cell_name, range(GRID**2)), *map(str, range(1, FRAMES + 1)), *map(second_of, range(FRAMES)),
-))))  # fmt: skip
+
+def _vocabulary() -> Vocabulary:
+    """Every word of prompts, turns and observations, once; their order decides the ids."""
+    # corners of boxes in thousandths: all but the last coordinate of a box are followed by a comma
+    sides = [1000 * k // GRID for k in range(GRID + 1)]
+    words = [*SPECIAL, "\n", *QUESTIONS, "?"]
+    # names of looks in the first stage of training, and the codes of refused turns
+    words += ["lit", "dark", "first", "second", "empty", *get_args(Code)]
+    words += [SEGMENT, FRAME, ZOOM, ANSWER, "=", "[", "]"]
+    words += [f"{side}," for side in sides]
+    words += map(str, sides[1:])
+    words += [*COLOURS, *map(cell_name, range(GRID**2))]
+    words += [*map(str, range(1, FRAMES + 1)), *map(second_of, range(FRAMES))]
+    return Vocabulary(tuple(dict.fromkeys(words)))
+
+
+WORDS = _vocabulary()
 CHAT_TEMPLATE = tiny_models.chat_template("image", "video")
-TOKENS_PER_SECOND = 1  # temporal patches of the overview lie 10 positions apart, those of a segment 5
-TURNS = 5  # one more than a colour needs
+# temporal patches of the overview lie 10 positions apart, those of a segment 5
+TOKENS_PER_SECOND = 1
+# one more than a colour needs
+TURNS = 5
 VIEWS = {
-    "frames": 2 * SEGMENTS, "segment_frames": PER_SEGMENT, "video_pixels": PATCH**2, "frame_pixels": 4 * PATCH**2,
-    "crop_pixels": PATCH**2, "min_pixels": PATCH**2,
-}  # fmt: skip
+    "frames": 2 * SEGMENTS,
+    "segment_frames": PER_SEGMENT,
+    "video_pixels": PATCH**2,
+    "frame_pixels": 4 * PATCH**2,
+    "crop_pixels": PATCH**2,
+    "min_pixels": PATCH**2,
+}
 _START = VideoState.start(
     [i / float(FPS) for i in range(FRAMES)], SECONDS, (SIZE, SIZE), coords="norm1000", turns=TURNS
 )
@@ -139,16 +156,17 @@ def _twice(still: Pixels) -> Pixels:
 
 @dataclass
 class Episode:
-    """A question about a drawn clip and what followed, as the agent's environment would answer.
+    """A question about a drawn clip and the turns that followed, as the agent's environment would answer.
 
-    ids: tokens so far. positions: (3, T) of M-RoPE, text goes on at `next`. said: which tokens the model wrote.
-    views, looks: what it was shown. turns: what it wrote. done: it has answered, or used up its turns.
+    ids: T tokens so far. positions: (3, T) of M-RoPE, text goes on at `next`. is_written: True for tokens of the
+    model. views, looks: the looks so far, and their pixels. turns: the model's texts. done: it has answered, or used
+    up its turns.
     """
 
     clip: Clip
     question: str
     ids: list[int] = field(default_factory=list)
-    said: list[bool] = field(default_factory=list)
+    is_written: list[bool] = field(default_factory=list)
     positions: Tensor = field(default_factory=lambda: torch.empty(3, 0, dtype=torch.long))
     next: int = 0
     views: list[View] = field(default_factory=list)
@@ -159,19 +177,19 @@ class Episode:
 
     def __post_init__(self) -> None:
         self._show(OVERVIEW, overview(self.clip))
-        self._write(f"{self.question} ?\n", said=False)
+        self._write(f"{self.question} ?\n", by_model=False)
 
-    def say(self, turn: str) -> None:
-        """The model's turn, and what comes back. Several calls in one turn end the episode here."""
-        self.turns.append(turn)
-        self._write(turn, said=True)
-        asked = parse_turn(turn, "videocom")
-        self.state, looks, problem = act(self.state, asked)
-        self.done = asked.answer is not None or self.state.turns_left == 0 or len(looks) > 1
+    def say(self, text: str) -> None:
+        """Add a turn of the model, and the environment's answer. Several calls in one turn end the episode here."""
+        self.turns.append(text)
+        self._write(text, by_model=True)
+        turn = parse_turn(text, "videocom")
+        self.state, looks, problem = act(self.state, turn)
+        self.done = turn.answer is not None or self.state.turns_left == 0 or len(looks) > 1
         if not self.done:
             for look in looks:
-                self._show(*_shown(self.clip, look))
-            self._write(f"{problem.code}\n" if problem else "\n", said=False)
+                self._show(*_view_and_pixels(self.clip, look))
+            self._write(f"{problem.code}\n" if problem else "\n", by_model=False)
 
     def _show(self, view: View, look: Pixels) -> None:
         self.views.append(view)
@@ -180,22 +198,27 @@ class Episode:
         self._add([opening])
         positions = look_positions(view, self.next)
         self._add(pads, positions)
-        self.next = int(positions.max()) + 1  # also behind a film: see PromptEncoder.rope
+        # behind the largest position, also for a film: see PromptEncoder.rope
+        self.next = int(positions.max()) + 1
         self._add([closing])
 
-    def _write(self, text: str, *, said: bool) -> None:
-        self._add([*WORDS.encode(text), *([WORDS.ids[END]] if said else [])], said=said)
+    def _write(self, text: str, *, by_model: bool) -> None:
+        ids = list(WORDS.encode(text))
+        if by_model:
+            ids.append(WORDS.ids[END])
+        self._add(ids, by_model=by_model)
 
-    def _add(self, ids: Sequence[int], positions: Tensor | None = None, *, said: bool = False) -> None:
+    def _add(self, ids: Sequence[int], positions: Tensor | None = None, *, by_model: bool = False) -> None:
+        """Add tokens; those of text, which come without positions, go on at `next`."""
         if positions is None:
             positions = text_positions(len(ids), self.next)
             self.next += len(ids)
         self.ids += ids
-        self.said += [said] * len(ids)
+        self.is_written += [by_model] * len(ids)
         self.positions = torch.cat([self.positions, positions], dim=1)
 
 
-def _shown(clip: Clip, look: Look) -> tuple[View, Pixels]:
+def _view_and_pixels(clip: Clip, look: Look) -> tuple[View, Pixels]:
     if look.kind == "segment":
         return SEGMENT_VIEW, segment_look(clip, round(look.start * SEGMENTS / SECONDS))
     assert look.frame is not None
@@ -212,34 +235,38 @@ def look_features(model: Any, looks: Sequence[Pixels]) -> Tensor:
 
     Looks of one size are a batch: in the tower a temporal patch sees itself alone.
     """
-    kernel = model.model.visual.patch_embed.proj.weight.flatten(1)  # a product is faster than its convolution
-    out: list[Tensor] = [torch.empty(0)] * len(looks)
+    # (width, pixels of a patch): a product is faster than the tower's convolution
+    kernel = model.model.visual.patch_embed.proj.weight.flatten(1)
+    features: list[Tensor] = [torch.empty(0)] * len(looks)
     for side in sorted({look.shape[1] // PATCH for look in looks}):
-        at = [i for i, look in enumerate(looks) if look.shape[1] == side * PATCH]
-        rows, _ = patchify(np.concatenate([looks[i] for i in at]), patch=PATCH, merge=1)
-        x = (torch.from_numpy(rows) @ kernel.T).view(len(rows) // side**2, side**2, -1)
-        tokens = tower_features(model, x).flatten(0, 1)
-        parts = tokens.split([len(looks[i]) // 2 * side**2 for i in at])
-        for i, part in zip(at, parts, strict=True):
-            out[i] = part
-    return torch.cat(out)
+        indices = [i for i, look in enumerate(looks) if look.shape[1] == side * PATCH]
+        rows, _ = patchify(np.concatenate([looks[i] for i in indices]), patch=PATCH, merge=1)
+        # (temporal patches of all these looks, side^2, width)
+        embedded = (torch.from_numpy(rows) @ kernel.T).view(len(rows) // side**2, side**2, -1)
+        tokens = tower_features(model, embedded).flatten(0, 1)
+        parts = tokens.split([len(looks[i]) // 2 * side**2 for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            features[i] = part
+    return torch.cat(features)
 
 
 def hidden_states(model: Any, ids: Tensor, positions: Tensor, features: Tensor) -> Tensor:
     """(B, T) ids, (3, B, T) positions, features of all rows' looks in order -> (B, T, width), before the output
     matrix."""
     embeds = model.get_input_embeddings()(ids)
-    shown = (ids == WORDS.ids[IMAGE]) | (ids == WORDS.ids[VIDEO])
-    embeds = embeds.masked_scatter(shown[..., None], features)
+    # the features stand in the places of the placeholders, row by row
+    is_placeholder = (ids == WORDS.ids[IMAGE]) | (ids == WORDS.ids[VIDEO])
+    embeds = embeds.masked_scatter(is_placeholder[..., None], features)
     return model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
 
 
 def look_positions(view: View, start: int) -> Tensor:
     """(3, tokens) M-RoPE positions (time, row, column) of a look behind `start` positions; text goes on behind the
     largest, as `vision.PromptEncoder.rope` has it."""
-    times = (torch.arange(view.times) * TOKENS_PER_SECOND * view.seconds).long().repeat_interleave(view.side**2)
-    row, column = (x.repeat(view.times) for x in tiny_models.rows_and_columns(view.side))
-    return torch.stack([times, row, column]) + start
+    seconds = torch.arange(view.times) * TOKENS_PER_SECOND * view.seconds
+    times = seconds.long().repeat_interleave(view.side**2)
+    rows, columns = tiny_models.rows_and_columns(view.side)
+    return torch.stack([times, rows.repeat(view.times), columns.repeat(view.times)]) + start
 
 
 def text_positions(tokens: int, start: int) -> Tensor:

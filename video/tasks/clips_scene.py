@@ -1,4 +1,4 @@
-"""What happens in a clip of the clips task, and how it is drawn.
+"""The scenes of the clips task: a sampled clip, its pixels, its questions and their right episodes.
 
 A clip has 32 frames, one each 2.5 seconds: 80 seconds, cut into 8 segments by `video.acting.segments`. Throughout one
 segment a lamp along the lower edge glows. In one of that segment's frames a box appears in a cell of a 4 x 4 grid and
@@ -22,13 +22,17 @@ SECONDS = FRAMES / float(FPS)
 SEGMENTS = 8
 PER_SEGMENT = FRAMES // SEGMENTS
 GRID = 4
-UNIT = 16  # everything but the dots lies on a grid of 16 x 16 units, 8 pixels each
+# everything but the dots lies on a grid of 16 x 16 units, 8 pixels each
+UNIT = 16
 COLOURS = {"red": (255, 60, 60), "green": (60, 255, 60), "blue": (60, 60, 255), "yellow": (255, 255, 60)}
-GREY = 170  # mean of a box, whatever its colour
+# mean of a box, whatever its colour
+GREY = 170
 LAMP = np.array([230, 220, 160], dtype=np.float32)
-GLOW = 25  # levels by which the box lights up the ground
+# levels by which the box lights up the ground
+GLOW = 25
 HAND = 240
-CLUTTER = 3.0  # standard deviation of a unit's brightness, and of a clip's
+# standard deviation of a unit's brightness, and of a clip's
+CLUTTER = 3.0
 QUESTIONS = ("when", "where", "colour")
 SEGMENT, FRAME, ZOOM, ANSWER = "FIND_SEGMENT(event)", "FIND_FRAME(event)", "SPATIAL_ZOOM(event)", "FINAL_ANSWER:"
 # which eighths of all layouts a split may draw from: no two splits can share a layout, whatever their seeds
@@ -40,8 +44,8 @@ Levels = NDArray[np.float32]  # 0..255
 
 @dataclass(frozen=True)
 class Clip:
-    """frame: 0..31, when the box is there. cell: 0..15 in reading order. colour: index into COLOURS. contrast: (0, 1].
-    clutter: (16, 16, 3), what is added to the ground's units, the same in all frames."""
+    """One scene. frame: 0..31, when the box is there. cell: 0..15 in reading order. colour: index into COLOURS.
+    contrast: (0, 1]. clutter: (16, 16, 3) levels added to the ground's units, the same in all frames."""
 
     frame: int
     cell: int
@@ -67,7 +71,7 @@ def sample_clip(rng: np.random.Generator, split: str, *, contrast: tuple[float, 
     tint = rng.normal(0, CLUTTER, 3)
     clutter = (tint + rng.normal(0, CLUTTER, (UNIT, UNIT, 3))).astype(np.float32)
     while True:
-        frame, cell, colour = (int(rng.integers(n)) for n in (FRAMES, GRID**2, len(COLOURS)))
+        frame, cell, colour = (int(rng.integers(count)) for count in (FRAMES, GRID**2, len(COLOURS)))
         if layout_eighth(frame, cell, colour) in EIGHTHS[split]:
             return Clip(frame, cell, colour, float(rng.uniform(low, high)), clutter)
 
@@ -79,50 +83,57 @@ def layout_eighth(frame: int, cell: int, colour: int) -> int:
 
 def draw(clip: Clip, frames: Sequence[int], size: int = SIZE) -> Pixels:
     """(n, size, size, 3) RGB of some frames. A smaller size (64, 32, 16) is what averaging 128 pixels would give."""
+    # sides in pixels of a unit, and of a cell of the 4 x 4 grid
     unit, cell = size // UNIT, size // GRID
     ground = _ground(clip.clutter, size)
-    shown = np.repeat(_whole(ground)[None], len(frames), axis=0)
-    top, left = (k * cell + cell // 4 for k in divmod(clip.cell, GRID))
+    pictures = np.repeat(_as_pixels(ground)[None], len(frames), axis=0)
+    # the box fills the middle of its cell
+    row, column = divmod(clip.cell, GRID)
+    top, left = row * cell + cell // 4, column * cell + cell // 4
     box = slice(top, top + cell // 2), slice(left, left + cell // 2)
     lamp = _blend(ground[-unit:], LAMP, clip.contrast)
-    for picture, frame in zip(shown, frames, strict=True):
+    for picture, frame in zip(pictures, frames, strict=True):
         segment, place = divmod(frame, PER_SEGMENT)
         if frame == clip.frame:
-            picture[:] = _whole(ground + clip.contrast * GLOW)
+            picture[:] = _as_pixels(ground + clip.contrast * GLOW)
             picture[box] = _blend(ground[box], _texture(clip.colour, cell // 2), clip.contrast)
         if segment == clip.segment:
             picture[-unit:] = lamp
+        # the hands: along the upper edge the segment, along the left one the frame in it
         picture[:unit, 2 * unit * segment : 2 * unit * (segment + 1)] = HAND
         picture[cell * place : cell * (place + 1), :unit] = HAND
-    return shown
+    return pictures
 
 
 def _blend(below: Levels, above: Levels, opacity: float) -> Pixels:
-    return _whole(below + opacity * (above - below))
+    return _as_pixels(below + opacity * (above - below))
 
 
-def _whole(levels: Levels) -> Pixels:
+def _as_pixels(levels: Levels) -> Pixels:
     return np.rint(levels).clip(0, 255).astype(np.uint8)
 
 
 def _ground(clutter: Levels, size: int) -> Levels:
     """(size, size, 3): red grows to the right, green downwards."""
+    # (size,) 0 to 1 along a side, at the middle of each pixel
     share = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    out = np.repeat(np.repeat(clutter, size // UNIT, axis=0), size // UNIT, axis=1) + 70
-    out[:, :, 0] += 80 * share - 30
-    out[:, :, 1] += 80 * share[:, None] - 30
-    return out
+    ground = np.repeat(np.repeat(clutter, size // UNIT, axis=0), size // UNIT, axis=1) + 70
+    ground[:, :, 0] += 80 * share - 30
+    ground[:, :, 1] += 80 * share[:, None] - 30
+    return ground
 
 
 def _texture(colour: int, side: int) -> Levels:
     """(side, side, 3) of a box 16 pixels wide: dots of 2 x 2 pixels every 4, the rest such that the mean is grey."""
     dot = np.array(list(COLOURS.values())[colour], dtype=np.float32)
-    out = np.full((16, 16, 3), GREY - (dot - GREY) / 3, dtype=np.float32)
+    # a quarter of the pixels are dots, so the other three quarters make up for a third of their distance from grey
+    texture = np.full((16, 16, 3), GREY - (dot - GREY) / 3, dtype=np.float32)
     for y in (0, 1):
         for x in (0, 1):
-            out[y::4, x::4] = dot
+            texture[y::4, x::4] = dot
+    # a smaller box is the mean of its pixels
     step = 16 // side
-    return out.reshape(side, step, side, step, 3).mean((1, 3))
+    return texture.reshape(side, step, side, step, 3).mean((1, 3))
 
 
 def cell_name(cell: int) -> str:
@@ -138,7 +149,7 @@ def cell_box(cell: int) -> tuple[float, float, float, float]:
 
 
 def second_of(frame: int) -> str:
-    """When a frame starts, `0`, `2.5` ... `77.5`."""
+    """The second in which a frame starts, `0`, `2.5` ... `77.5`."""
     return f"{frame / float(FPS):g}"
 
 
@@ -149,7 +160,7 @@ def solve(clip: Clip, question: str) -> list[str]:
     """
     turns = [f"{SEGMENT} = {clip.segment + 1}", f"{FRAME} = {clip.frame + 1}"]
     if question == "colour":
-        x1, y1, x2, y2 = (round(1000 * v) for v in cell_box(clip.cell))
+        x1, y1, x2, y2 = (round(1000 * share) for share in cell_box(clip.cell))
         turns.append(f"{ZOOM} = [ {x1}, {y1}, {x2}, {y2} ]")
     return [*turns, f"{ANSWER} {answer_of(clip, question)}"]
 
@@ -158,4 +169,6 @@ def answer_of(clip: Clip, question: str) -> str:
     """The box's colour, its cell, or the second in which it appears."""
     if question == "colour":
         return list(COLOURS)[clip.colour]
-    return second_of(clip.frame) if question == "when" else cell_name(clip.cell)
+    if question == "when":
+        return second_of(clip.frame)
+    return cell_name(clip.cell)

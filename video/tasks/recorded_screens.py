@@ -1,12 +1,12 @@
-"""Task `recorded_screens`: what an expert did on each screen of recorded trajectories, one step at a time."""
+"""Task `recorded_screens`: the actions of an expert on the screens of recorded trajectories, one step at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from mmrl.rollout import Prompt, Sample
-from video.formats.ui_s1 import read_trajectories, step_prompts
-from video.rewards.recorded import agreement, written_action
+from video.formats.ui_s1 import Trajectory, read_trajectories, step_prompts
+from video.rewards.recorded import Agreement, agreement, written_action
 
 
 class RecordedScreens:
@@ -26,19 +26,27 @@ class RecordedScreens:
     def __init__(
         self, train: str, eval: str, media_root: str = ".", max_bad: float = 0.05, limit: int | None = None
     ) -> None:
-        loaded = [read_trajectories(f, media_root=media_root, max_bad=max_bad, limit=limit) for f in (train, eval)]
-        self.prompts, self.eval_prompts = ([p for t in found for p in step_prompts(t)] for found, _ in loaded)
-        self.quarantined = [bad for _, own in loaded for bad in own]
+        trajectories, bad = read_trajectories(train, media_root=media_root, max_bad=max_bad, limit=limit)
+        eval_trajectories, bad_eval = read_trajectories(eval, media_root=media_root, max_bad=max_bad, limit=limit)
+        self.prompts = _prompts(trajectories)
+        self.eval_prompts = _prompts(eval_trajectories)
+        self.quarantined = bad + bad_eval
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
         """action_exact and action_type: shares of actions as the expert's, and of the same type at least."""
-        found = [self._agreement(s.prompt, s.output) for s in samples]
-        exact = sum(how == "exact" for how in found)
-        return {
-            "action_exact": exact / len(found), "action_type": (exact + sum(h == "type" for h in found)) / len(found),
-        }  # fmt: skip
+        levels = [_agreement(sample) for sample in samples]
+        num_exact = levels.count("exact")
+        num_same_type = num_exact + levels.count("type")
+        return {"action_exact": num_exact / len(levels), "action_type": num_same_type / len(levels)}
 
-    @staticmethod
-    def _agreement(prompt: Prompt, text: str) -> str:
-        reference = prompt.reference
-        return agreement(written_action(text), reference["expert"], reference["boxes"])
+
+def _prompts(trajectories: Sequence[Trajectory]) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for trajectory in trajectories:
+        prompts += step_prompts(trajectory)
+    return prompts
+
+
+def _agreement(sample: Sample) -> Agreement:
+    reference = sample.prompt.reference
+    return agreement(written_action(sample.output), reference["expert"], reference["boxes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 from mmrl.jsonl import RowError
@@ -20,7 +21,7 @@ _SYNTAXES: tuple[AnswerSyntax, ...] = ("tags", "videocom", "tool_call")
 
 
 class VideoJsonlTask:
-    """Questions about videos (or pictures) from two files; what prompts hold is at `video.records.to_prompt`.
+    """Questions about videos (or pictures) from two files; for the fields of prompts see `video.records.to_prompt`.
 
     Every medium has to exist. A clip is opened only where its labels need it (boxes in pixels or at a time), or all of
     them with `probe`, which also sets clips aside that cannot be read, and labels that do not fit their clip.
@@ -54,14 +55,15 @@ class VideoJsonlTask:
     ) -> None:
         self.rewards = tuple(rewards)
         self._probe, self._frame_pixels, self._factor = probe, frame_pixels, factor
+        read = partial(
+            read_format, name=format, media_root=media_root, max_bad=max_bad, limit=limit, finish=self._finish
+        )
+        # frames are not kept: only times and sizes of clips are asked for
         with VideoReader(cache_bytes=0) as self._reader:
-            loaded = [
-                read_format(f, format, media_root=media_root, max_bad=max_bad, limit=limit, finish=self._finish)
-                for f in (train, eval)
-            ]
-        (samples, bad), (held_out, bad_eval) = loaded
-        self.prompts: list[Prompt] = [to_prompt(s) for s in samples]
-        self.eval_prompts: list[Prompt] = [to_prompt(s) for s in held_out]
+            samples, bad = read(train)
+            eval_samples, bad_eval = read(eval)
+        self.prompts: list[Prompt] = [to_prompt(sample) for sample in samples]
+        self.eval_prompts: list[Prompt] = [to_prompt(sample) for sample in eval_samples]
         self.quarantined = bad + bad_eval
 
     def answer(self, prompt: Prompt) -> Answer:
@@ -70,10 +72,11 @@ class VideoJsonlTask:
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
         """answered: share of outputs that state an answer, in words or in any of the action syntaxes."""
-        stated = [states_answer(s) or any(last_answer(turns_of(s, x), x) for x in _SYNTAXES) for s in samples]
-        return {"answered": sum(stated) / max(len(stated), 1)}
+        num_answered = sum(states_answer(sample) or _has_answer(sample) for sample in samples)
+        return {"answered": num_answered / max(len(samples), 1)}
 
     def _finish(self, sample: VideoSample) -> VideoSample:
+        """The sample with all boxes as shares of numbered frames, with a look into the clip where that needs one."""
         if sample.video is not None and (self._probe or not sample.is_located):
             try:
                 sample = with_info(sample, self._reader.info(sample.video))
@@ -89,3 +92,8 @@ class VideoJsonlTask:
         if not sample.is_located:
             raise RowError("boxes not located: they are in pixels of one of several pictures; give shares instead")
         return sample
+
+
+def _has_answer(sample: Sample) -> bool:
+    """True when the output holds an answer in any of the syntaxes of agents."""
+    return any(last_answer(turns_of(sample, syntax), syntax) for syntax in _SYNTAXES)
