@@ -29,7 +29,7 @@ from mmrl.trainers.run_folder import RunFolder
 from mmrl.tree import StepTree
 
 TESTS = Path(__file__).parent
-sys.path += [str(TESTS / "search"), str(TESTS / "bench")]
+sys.path += [str(TESTS / "search"), str(TESTS / "reasoning" / "bench")]
 
 from bench_tiny import constant, write  # noqa: E402
 from known_tree import KnownTree, complete_tree  # noqa: E402

@@ -21,7 +21,7 @@ from verbs import run_verb
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-sys.path[:0] = [str(TESTS / folder) for folder in ("vision", "video", "diffusion", "prm", "bench")]
+sys.path[:0] = [str(TESTS / folder) for folder in ("vision", "video", "diffusion", "reasoning", "reasoning/bench")]
 
 TRAIN = {
     "run.cpu": True, "run.iterations": 1, "run.prompts_per_iteration": 2, "run.trackers": [], "run.report": False,

@@ -10,7 +10,7 @@ from mmrl.reasoning.bench import hard2verify, prmbench, processbench, visualproc
 from mmrl.reasoning.bench.base import Item, Scored, remembered, score_items, thresholds, tune
 from mmrl.reasoning.records import SolutionRecord, Step
 
-DATA = Path(__file__).parents[1] / "data" / "prm"
+DATA = Path(__file__).parents[2] / "data" / "prm"
 
 
 def record(own, n, **more):

@@ -16,7 +16,7 @@ from mmrl.reasoning.annotate.store import Completion, CompletionStore, Estimator
 from mmrl.rewards.scoring import RewardError
 from mmrl.rollout import Continuation, Prompt, State
 
-DATA = Path(__file__).parents[1] / "data" / "annotate"  # of version 0.1
+DATA = Path(__file__).parents[2] / "data" / "annotate"  # of version 0.1
 QUESTION = chain("q", 4)
 RIGHT, WRONG, UNKNOWN = (
     Completion(Continuation((f"{c} \u2713\n", "end"), (), True), c, 3) for c in (True, False, None)

@@ -7,7 +7,7 @@ from bench_tiny import by_label, constant, write
 from mmrl.reasoning.bench.prmbench import CLASSES
 from mmrl.reasoning.bench.run import run_bench
 
-DATA = Path(__file__).parents[1] / "data" / "prm"
+DATA = Path(__file__).parents[2] / "data" / "prm"
 
 
 def row(own, label, n=2):

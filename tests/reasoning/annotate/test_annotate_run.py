@@ -20,7 +20,7 @@ from mmrl.rollout_folder import RolloutFolder
 from mmrl.trainers.stored import StoredRollouts
 
 PROMPTS = [chain(f"q{i}", 5) for i in range(7)]
-DATA = Path(__file__).parents[1] / "data" / "annotate"  # of two and four of PROMPTS, by version 0.1
+DATA = Path(__file__).parents[2] / "data" / "annotate"  # of two and four of PROMPTS, by version 0.1
 METHODS = {"mc": MonteCarlo(k=4, solutions=3), "early": MonteCarlo(4, 3, True), "omega": Omega(k=4, min_words=3)}
 
 
