@@ -77,6 +77,7 @@ class DiffusionPolicy:
         may_write={"actions.mean": "keep_mean: true"},
         modality="latent",
         shardable=False,
+        steps="steps",
         recipe=DENOISING_DEFAULTS,
         options_of=SamplingConfig,
     )

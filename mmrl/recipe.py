@@ -5,8 +5,9 @@ What belongs to one component alone lies with it: credit, losses, and each train
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -33,18 +34,32 @@ class ReadingConfig(Component):
     """One reading: fills fields of the tree between its rewards and its credit (`mmrl list readings`)."""
 
 
-class OptimConfig(Section):
-    """AdamW."""
+Schedule = Literal[
+    "constant", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "inverse_sqrt",
+    "warmup_stable_decay",
+]  # fmt: skip
 
+
+class OptimConfig(Section):
+    """The optimizer, its learning rate over the run, and how often it steps."""
+
+    name: str = "adamw"  # of `mmrl list optimizers`
+    options: dict[str, Any] = Field(default_factory=dict)  # its further options
     lr: PositiveFloat = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: PositiveFloat = 1.0
-    warmup: NonNegativeInt = 0  # iterations of linear warm-up
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # of linear warm-up: iterations, or below 1 a share of the run
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
+    schedule: Schedule = "constant"  # after it, by transformers' names
+    schedule_options: dict[str, Any] = Field(default_factory=dict)  # such as {min_lr_rate: 0.1}
     updates_per_rollout: PositiveInt = 1
     ema: float | None = Field(None, gt=0, lt=1)  # decay; evaluation and the saved model use the average
+
+    def warmup_iterations(self, iterations: int) -> int:
+        """Iterations of warm-up in a run of so many."""
+        return self.warmup if isinstance(self.warmup, int) else math.ceil(self.warmup * iterations)
 
 
 class RunConfig(Section):
@@ -52,6 +67,7 @@ class RunConfig(Section):
 
     output: Path = Path("runs/run")
     iterations: PositiveInt = 50
+    epochs: PositiveFloat | None = None  # over the task's prompts, in place of `iterations`
     prompts_per_iteration: PositiveInt = 8  # over all processes
     seed: int = 0
     eval_every: PositiveInt = 5
@@ -67,6 +83,11 @@ class RunConfig(Section):
     processes: PositiveInt | None = None  # stop with an error when the launcher started another number
     trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])  # accelerate trackers
     report: bool = True  # write report.html at the end
+
+    def count_epochs(self, prompts: int) -> None:
+        """Set `iterations` to what `epochs`, if there are any, take with so many prompts."""
+        if self.epochs is not None:
+            self.iterations = math.ceil(self.epochs * max(prompts // self.prompts_per_iteration, 1))
 
 
 class TrainingConfig(Section):

@@ -97,6 +97,15 @@ add_kind(
     )
 )
 add_kind(Kind("callbacks", "callback", ("mmrl.trainers.callbacks",), keywords=("api",)))
+add_kind(
+    Kind(
+        "optimizers",
+        "optimizer",
+        ("mmrl.trainers.optimizers",),
+        arguments=1,
+        keywords=("lr", "betas", "eps", "weight_decay"),
+    )
+)
 add_kind(Kind("policies", "policy"))
 add_kind(Kind("tasks", "task"))
 add_kind(Kind("rewards", "reward", arguments=1, writes=("outcome",), adapt="mmrl.rewards.completions:as_reward"))

@@ -101,15 +101,20 @@ class WorkDir:
         Raises:
             ConfigError: the folder was made with other settings, each of which is named, or the file is damaged.
         """
+        self.check_identity(name, settings, what, free)
+        file = self.root / name
+        if file.suffix == ".yaml":
+            write_text(file, yaml.safe_dump(settings, sort_keys=False))
+        else:
+            write_json(file, settings)
+
+    def check_identity(self, name: str, settings: Mapping[str, Any], what: str, free: Collection[str] = ()) -> None:
+        """The check of `identify`, which writes nothing."""
         file = self.root / name
         if file.exists():
             changed = _differences(_read_settings(file), json.loads(json.dumps(settings)), free)
             if changed:
                 raise ConfigError(f"{self.root} {what}: {'; '.join(changed)}. Use another folder")
-        if file.suffix == ".yaml":
-            write_text(file, yaml.safe_dump(settings, sort_keys=False))
-        else:
-            write_json(file, settings)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from vision import (
     # a state or a step as text lacks the frames that the environment showed
     lacks=(Extender, StepWriter),
     recipe=TOKEN_DEFAULTS,
+    steps="max_steps",
     options_of=PolicyOptions,
 )
 def video_agent(

@@ -105,6 +105,7 @@ class VisionPolicy:
         writes=("logp", "texts", "state_key", "edge_key", "tags.truncated", "actions.token"),
         modality="text",
         recipe=TOKEN_DEFAULTS,
+        steps="max_steps",
         options_of=PolicyOptions,
     )
     def build(

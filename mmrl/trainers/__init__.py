@@ -18,10 +18,8 @@ def trainer_of(recipe: TrainingConfig | Mapping[str, Any], **own: Any) -> Any:
         own: components in place of those of the recipe, `policy`, `task`, `rewards` or `scorer`, and `callbacks`
             beside those of the recipe.
     Raises:
-        ConfigError: a tracker that is not there, before anything is loaded; and whatever the trainer refuses.
+        ConfigError, ComponentError: what can be told of a recipe is told before anything is loaded.
     """
-    from mmrl.trainers.processes import check_trackers
-
     if not isinstance(recipe, TrainingConfig):
         sections = dict(recipe)
         for section in ("policy", "task", "scorer"):
@@ -29,5 +27,4 @@ def trainer_of(recipe: TrainingConfig | Mapping[str, Any], **own: Any) -> Any:
                 cls = type(own[section])
                 sections.setdefault(section, f"{cls.__module__}:{cls.__qualname__}")
         recipe = parse_config(sections)
-    check_trackers(recipe.run.trackers)
     return find("trainers", recipe.trainer).target(recipe, **own)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from mmrl.config import ConfigError
@@ -171,18 +172,76 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: w for name, w in model.state_dict().items() if isinstance(w, Tensor) and name not in again}
 
 
-def adam_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of AdamW by parameter, made as its first step would make it where there was none."""
-    moments: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        state = optimizer.state[p]
-        if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Tensors of an optimizer's state by parameter, shared ones once; made as its first step would make them where
+    there were none."""
+    tensors: dict[str, Tensor] = {}
+    shared: set[int] = set()
+    for name, state in _states(model, optimizer):
         for key, value in state.items():
-            moments[f"{name}/{key}"] = value
-    return moments
+            if isinstance(value, Tensor) and value.data_ptr() not in shared:
+                tensors[f"{name}/{key}"] = value
+                shared |= {value.data_ptr()} if value.numel() else set()
+    return tensors
+
+
+class OptimizerNumbers:
+    """Numbers of an optimizer's state that are no tensors, by parameter, for checkpoints."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        numbers: dict[str, Any] = {}
+        for name, state in _states(self._model, self._optimizer):
+            numbers[name] = {key: value for key, value in state.items() if isinstance(value, int | float)}
+        return numbers
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        for name, own in _states(self._model, self._optimizer):
+            own.update(state[name])
+
+
+def bare_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The library's own optimizer, without accelerate's wrapper."""
+    if not isinstance(optimizer, AcceleratedOptimizer):
+        return optimizer
+    inner: torch.optim.Optimizer = optimizer.optimizer
+    return inner
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, dict[str, Any]]]:
+    """(name, state) of every trained parameter."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    bare = bare_optimizer(optimizer)
+    if isinstance(bare, torch.optim.AdamW):
+        for _, p in trained:
+            if not bare.state[p]:
+                bare.state[p].update(
+                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
+    elif not bare.state:
+        _begin(bare, [p for _, p in trained])
+    return [(name, bare.state[p]) for name, p in trained]
+
+
+def _begin(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Have an optimizer make its state, by a step of rate 0 on gradients of 0, as if it had made none."""
+    held = [p.grad for p in parameters]
+    settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, grad in zip(parameters, held, strict=True):
+        p.grad = grad
+        if "step" in optimizer.state[p]:
+            optimizer.state[p]["step"] = 0
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
 
 
 def damage(folder: Path) -> str | None:

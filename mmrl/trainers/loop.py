@@ -22,18 +22,21 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from torch import Tensor, nn
 
 from mmrl.config import ConfigError
-from mmrl.recipe import OptimConfig, TrainingConfig
+from mmrl.recipe import TrainingConfig
 from mmrl.sharding import full_state, is_sharded
 from mmrl.trainers.callback import Callback
 from mmrl.trainers.checkpoint import (
+    OptimizerNumbers,
     Stateful,
-    adam_moments,
+    bare_optimizer,
     load_numbers,
     load_tensors,
+    optimizer_tensors,
     save_numbers,
     save_tensors,
     weights,
 )
+from mmrl.trainers.optimizers import build_optimizer, lr_schedule
 from mmrl.trainers.processes import Processes
 from mmrl.trainers.progress import progress_bar
 from mmrl.trainers.run_folder import RunFolder
@@ -150,8 +153,8 @@ class Loop(Processes):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("the policy has no trainable parameter")
-        o = config.optim
-        optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        self._schedule = lr_schedule(config.optim, config.run.iterations)
+        optimizer = build_optimizer(config.optim, self.parameters)
         self._numbers: dict[str, Stateful] = {}
         self._tensors: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
         self.model, self.optimizer = self.prepare("model", model, optimizer)
@@ -175,7 +178,9 @@ class Loop(Processes):
         model, optimizer = self.accelerator.prepare(model, optimizer)
         bare = self.accelerator.unwrap_model(model)
         self.remember_tensors(name, partial(weights, bare))
-        self.remember_tensors(f"{name}_optimizer", partial(adam_moments, bare, optimizer))
+        self.remember_tensors(f"{name}_optimizer", partial(optimizer_tensors, bare, optimizer))
+        if not isinstance(bare_optimizer(optimizer), torch.optim.AdamW):  # whose state is tensors alone
+            self.remember(f"{name}_optimizer", OptimizerNumbers(bare, optimizer))
         return model, optimizer
 
     def remember(self, name: str, owner: Stateful) -> None:
@@ -247,9 +252,8 @@ class Loop(Processes):
         return norm
 
     def _set_lr(self) -> None:
-        scale = lr_scale(self.config.optim, self.state.iteration, self.config.run.iterations)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optim.lr * scale
+            group["lr"] = self.config.optim.lr * self._schedule(self.state.iteration)
 
     # ---- the run ----------------------------------------------------------------------------------------------
 
@@ -347,15 +351,3 @@ class Loop(Processes):
         finally:
             for s, handler in old.items():
                 signal.signal(s, handler)
-
-
-def lr_scale(optim: OptimConfig, iteration: int, total: int) -> float:
-    """Factor on the learning rate, a pure function of the iteration so that resuming needs no state."""
-    if iteration < optim.warmup:
-        return (iteration + 1) / optim.warmup
-    done = (iteration - optim.warmup) / max(total - optim.warmup, 1)
-    if optim.schedule == "linear":
-        return 1 - done
-    if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0

@@ -17,6 +17,7 @@ from mmrl.capabilities import (
     require,
     require_needs,
 )
+from mmrl.config import Component
 from mmrl.fields import Stage, check_fields
 from mmrl.readings.base import keeps_reference
 from mmrl.recipe import PolicyConfig
@@ -29,6 +30,7 @@ from mmrl.trainers.callbacks import callbacks_of
 from mmrl.trainers.evaluator import Evaluator
 from mmrl.trainers.loop import Loop
 from mmrl.trainers.meter import Meter
+from mmrl.trainers.preflight import check_plan, preflight
 from mmrl.trainers.rewarder import Rewarder, refusals
 from mmrl.trainers.sampler import Sampler
 from mmrl.trainers.stored import StoredRollouts
@@ -76,6 +78,14 @@ class Run:
         self.config = config
         needs = {f"trainer: {config.trainer}": Policy, **demands.policy}
         check_launcher("policies", "policy", config.policy.name)
+        self.plan = BranchPlan(config.plan)
+        named: list[tuple[str, str, Component]] = []  # what is made from the recipe
+        if policy is None:
+            named.append(("policies", "policy", config.policy))
+            check_plan(config.policy, self.plan)
+        if task is None:
+            named.append(("tasks", "task", config.task))
+        preflight(config, named)
         check_fields([*producers(config), *demands.readers], demands.given)
         for who, protocol in needs.items() if policy is None else ():  # before task and rewards are made
             refuse_row(who, protocol, find("policies", config.policy.name))
@@ -88,8 +98,10 @@ class Run:
                 require(f"reward {name!r}: {who}", protocol, reward, "rewards")
         every_prompt = [*self.task.prompts, *self.task.eval_prompts]
         refused = refusals(outcomes, every_prompt, config.run.max_unusable)
-        named = config.policy
-        self.policy: Policy = policy or build_with(needs, "policies", "policy", named.name, named.options)
+        config.run.count_epochs(len(self.task.prompts))
+        self.policy: Policy = policy or build_with(
+            needs, "policies", "policy", config.policy.name, config.policy.options
+        )
         step_rewards, readings = build_step_rewards(config), build_readings(config)
         check_prompts(self.task.prompts)
         check_prompts(self.task.eval_prompts)
@@ -107,7 +119,6 @@ class Run:
         for component, _ in [*step_rewards.values(), *readings.values()]:
             if (model := model_of(component)) is not None:
                 model.to(self.loop.accelerator.device)
-        self.plan = BranchPlan(config.plan)
         self.stored: StoredRollouts | None = None
         fields = {name: written for name, (_, written) in readings.items()}
         self.meter = Meter(list(outcomes), list(step_rewards), fields, costs, self.loop.all_sum)

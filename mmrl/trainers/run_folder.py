@@ -22,10 +22,12 @@ log = logging.getLogger(__name__)
 _FREE = {
     f"run.{key}"
     for key in (
-        "output", "resume", "iterations", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
+        "output", "resume", "iterations", "epochs", "eval_every", "checkpoint_every", "keep_checkpoints", "threads",
         "processes", "cpu", "trackers", "report", "max_unscored",
     )
 }  # fmt: skip
+
+_IDENTITY = "was made by another recipe", _FREE
 
 # What decides numbers: pixels are pillow's, frames av's and decord's.
 _PACKAGES = (
@@ -41,21 +43,34 @@ class RunFolder(WorkDir):
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = Checkpoints(root / "checkpoints")
 
+    def check(self, config: TrainingConfig) -> None:
+        """Refuse what `open` would refuse, before a model is loaded; alone on the first process, as `open`.
+
+        Raises:
+            ConfigError: as `open`, or the folder cannot be written, or another process has it.
+        """
+        with self.owned():
+            self._check_run(config)
+
     def open(self, config: TrainingConfig) -> None:
         """Create the folder, or check that it holds the same run.
 
         Raises:
             ConfigError: it holds a run and `run.resume` is off, or that run had another recipe.
         """
-        if (self.root / "config.yaml").exists() and not config.run.resume:
-            raise ConfigError(
-                f"{self.root} already holds a run; continue it with run.resume=true or choose another run.output"
-            )
-        self.identify("config.yaml", config.model_dump(mode="json"), "was made by another recipe", free=_FREE)
+        self._check_run(config)
+        self.identify("config.yaml", config.model_dump(mode="json"), *_IDENTITY)
         now, record = environment(), self.root / "environment.json"
         if record.exists():
             self._compare(record, now["packages"])
         write_json(record, now)
+
+    def _check_run(self, config: TrainingConfig) -> None:
+        if (self.root / "config.yaml").exists() and not config.run.resume:
+            raise ConfigError(
+                f"{self.root} already holds a run; continue it with run.resume=true or choose another run.output"
+            )
+        self.check_identity("config.yaml", config.model_dump(mode="json"), *_IDENTITY)
 
     def _compare(self, record: Path, packages: dict[str, str | None]) -> None:
         """Say which versions have changed since the run began or was last resumed."""

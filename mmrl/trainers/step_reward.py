@@ -30,6 +30,7 @@ from mmrl.trainers.callback import Callback
 from mmrl.trainers.callbacks import callbacks_of
 from mmrl.trainers.data import Admission, prompt_batch
 from mmrl.trainers.loop import Loop, Trainer
+from mmrl.trainers.preflight import preflight
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,15 @@ class StepRewardTrainer(Trainer):
         who, named, options = "trainer: step_reward", config.scorer, config.task.options | read
         if scorer is None:
             refuse_row(who, StepScorer, find("scorers", named.name))  # before the task is made
+        made: list[tuple[str, str, Component]] = []  # from the recipe
+        if scorer is None:
+            made.append(("scorers", "scorer", named))
+        if task is None:
+            made.append(("tasks", "task", config.task.model_copy(update=read)))
+        preflight(config, made)
         chosen = callbacks_of(config, callbacks)
         self.task: LabelledTask = task or build_with({who: LabelledTask}, "tasks", "task", config.task.name, options)
+        config.run.count_epochs(len(self.task.prompts))
         self.scorer: StepScorer = scorer or build_with(
             {who: StepScorer}, "scorers", "scorer", named.name, named.options
         )

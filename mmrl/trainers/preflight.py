@@ -1,0 +1,46 @@
+"""What can be refused of a training recipe before task, model or rewards are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from mmrl.config import Component, ConfigError
+from mmrl.recipe import TrainingConfig
+from mmrl.registry import find
+from mmrl.rollout import BranchPlan
+from mmrl.trainers.optimizers import check_optim
+from mmrl.trainers.processes import check_trackers
+from mmrl.trainers.run_folder import RunFolder
+
+
+def preflight(config: TrainingConfig, components: Sequence[tuple[str, str, Component]] = ()) -> None:
+    """Check components with their options, optimizer, schedule, trackers and the run folder.
+
+    Args:
+        components: (kind, section, what the recipe says there) of those that will be made from the recipe.
+    Raises:
+        ConfigError, ComponentError: the first fault.
+    """
+    for kind, section, component in components:
+        find(kind, component.name).check(component.options, section)
+    check_optim(config.optim, config.run.iterations)
+    check_trackers(config.run.trackers)
+    if os.environ.get("RANK", "0") == "0":  # the first process makes the folder, maybe while another is still here
+        RunFolder(config.run.output).check(config)
+
+
+def check_plan(policy: Component, plan: BranchPlan) -> None:
+    """Refuse a plan that is deeper than the policy's steps, where its row tells by the fact `steps`, an option's name.
+
+    Raises:
+        ConfigError: a depth lies beyond the last step.
+    """
+    row = find("policies", policy.name)
+    option = row.facts.get("steps")
+    if option is not None:
+        steps = policy.options.get(option, row.options[option].default)
+        try:
+            plan.check(int(steps))
+        except ValueError as error:
+            raise ConfigError(f"{error} (policy.{option}={steps})") from None
