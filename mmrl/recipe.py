@@ -110,6 +110,8 @@ class PolicyConfig(TrainingConfig):
     policy: Component
     plan: dict[int, int]  # children of a live step by depth, such as {0: 8}
     rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
+    # `group`: each reward is normalised among the samples of a prompt before they are added (GDPO, MixGRPO)
+    reward_scale: Literal["none", "group"] = "none"
     step_rewards: list[StepRewardConfig] = Field(default_factory=list)  # for what reads them: estimators, pairs
     readings: list[ReadingConfig] = Field(default_factory=list)  # further fields for what reads them, in this order
 

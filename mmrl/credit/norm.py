@@ -7,7 +7,7 @@ Shapes: N entries (steps or leaves), S sets (prompts, depths of a prompt, siblin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -188,3 +188,20 @@ def _is_flat(value: Tensor, sets: Tensor, member: Tensor, num_sets: int) -> Tens
     """(S,) bool: no spread beyond rounding."""
     low, high = set_range(value, sets, member, num_sets)
     return high - low <= 1e-8 * torch.maximum(low.abs(), high.abs()).clamp(min=1)
+
+
+def group_scaled_sum(rewards: Sequence[tuple[Tensor, float]], group: Tensor) -> Tensor:
+    """(L,) sum over the rewards of weight (r - mean) / (std + eps), mean and std of a prompt's samples (ddof 1).
+
+    In a plain sum the reward with the widest spread decides; here each counts by its weight alone, and one without
+    spread in a prompt counts nothing there (GDPO, 2026; the default of MixGRPO).
+
+    Args:
+        rewards: numbers (L,) with their weight; a sample that lacks one (NaN) gets NaN and enters no mean.
+        group: (L,) int, the prompt of each sample.
+    """
+    known = ~torch.stack([values for values, _ in rewards]).isnan().any(0)
+    total = torch.full(group.shape, torch.nan, dtype=torch.float64)
+    parts = [weight * norm(values[known], group[known]).z for values, weight in rewards]
+    total[known] = torch.stack(parts).sum(0)
+    return total

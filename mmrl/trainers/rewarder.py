@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmrl.capabilities import AnswerGiver, ContrastReward, PromptChecker, ScorerReading
 from mmrl.config import ConfigError
+from mmrl.credit.norm import group_scaled_sum
 from mmrl.readings import Reading, ReadingContext, fill
 from mmrl.recipe import PolicyConfig
 from mmrl.rewards import score
@@ -49,9 +50,10 @@ class Rewarder:
         self.online: OnlineScorer | None = None
 
     def names(self) -> list[dict[str, Any]]:
-        """Name, weight and options of every reward."""
+        """Name, weight and options of every reward, and how they are scaled where they are."""
         options = {r.name: r.options for r in self._config.rewards}
-        return [{"name": k, "weight": w, **options.get(k, {})} for k, (_, w) in self.rewards.items()]
+        how = {} if self._config.reward_scale == "none" else {"reward_scale": self._config.reward_scale}
+        return [{"name": k, "weight": w, **how, **options.get(k, {})} for k, (_, w) in self.rewards.items()]
 
     def contrasts(self, prompts: Sequence[Prompt]) -> dict[str, Sequence[Prompt]]:
         """The other prompts that rewards compare these with, by reward; see `ContrastReward`."""
@@ -82,7 +84,11 @@ class Rewarder:
         with self._meter.timed("reward"):
             scored = score(samples, rewards, self._config.run.max_unscored)
         self._meter.scores.append(scored)
-        return write_outcomes(rollout, samples, scored.total)
+        if self._config.reward_scale == "none":
+            return write_outcomes(rollout, samples, scored.total)
+        weighted = [(scored.parts[name], weight) for name, (_, weight) in self.rewards.items()]
+        group = rollout.tree.group[[s.step for s in samples]]
+        return write_outcomes(rollout, samples, group_scaled_sum(weighted, group))
 
     def reward_steps(self, rollout: Rollout) -> Rollout:
         """The rollout with the recipe's step rewards, when it has any."""
