@@ -1,4 +1,4 @@
-"""Readings: what fills the fields of a tree between its rewards and its credit.
+"""Readings: components that fill further fields of a rollout between its rewards and its credit.
 
 Importing this package enters the core's readings into the registry.
 """

@@ -1,4 +1,4 @@
-"""A reading fills fields of a rollout between its rewards and its credit; here is its protocol, and how it is called.
+"""The protocol of readings, which fill fields of a rollout between its rewards and its credit, and their call.
 
 Fields are named as in a recipe: `value`, `root_value`, `ok`, `step_reward`, `tags.NAME`, `actions.NAME`. A reading is
 a row of the registry kind `readings` that declares which fields it reads and writes.
@@ -29,13 +29,13 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ReadingContext:
-    """What a reading may use beside the rollout.
+    """Arguments of a reading beside the rollout.
 
     policy: the one in training, with its present weights.
     outcome: samples -> (L,) float64, the weighted sum of the recipe's rewards, NaN where one gives none.
     seed, iteration: random numbers should depend on (seed, iteration, prompt id) alone, so that a run can be resumed.
-    answer: the right answer of a prompt as the task would have it written; None for a task that has none.
-    cost: what readings add to the iteration's costs, by the names that their rows declare (`costs`); shown per leaf.
+    answer: prompt -> its right answer as the policy should write it; None for a task without right answers.
+    cost: counter to which readings add their costs, by the names that their rows declare (`costs`); logged per leaf.
     """
 
     policy: Policy
@@ -57,10 +57,15 @@ class Reading(Protocol):
 
 
 def keeps_reference(row: Row, options: Mapping[str, Any]) -> bool:
-    """Whether the policy must keep its initial weights: the fact `reference`, or what that says of the options."""
+    """True when the policy must keep its initial weights for this reading.
+
+    The row declares it by its fact `reference`: a bool, or a function of the options.
+    """
     fact = row.facts.get("reference", False)
-    defaults = {name: o.default for name, o in row.options.items()}
-    return bool(fact(defaults | dict(options)) if callable(fact) else fact)
+    if callable(fact):
+        defaults = {name: option.default for name, option in row.options.items()}
+        fact = fact(defaults | dict(options))
+    return bool(fact)
 
 
 @dataclass
@@ -80,8 +85,8 @@ def fill(
 ) -> tuple[Rollout, dict[str, ReadingRecord]]:
     """The rollout with the fields of every reading (name -> (reading, fields it declares)), in order.
 
-    A reading that raises is asked again prompt by prompt; prompts on which it still raises are set aside: their leaves
-    become unfinished and leave all statistics, their neighbours stay.
+    A reading that raises is called again prompt by prompt; prompts on which it still raises are set aside: their
+    leaves become unfinished and leave all statistics, the other prompts stay.
 
     Args:
         limit: share of prompts set aside above which this is an error.
@@ -97,37 +102,38 @@ def fill(
         record.seconds = time.perf_counter() - start
         record.failed_prompts = len(failed)
         if len(failed) > limit * len(rollout.prompts):
-            ids = ", ".join(repr(rollout.prompts[g].id) for g in failed[:3])
+            ids = ", ".join(repr(rollout.prompts[i].id) for i in failed[:3])
             raise RewardError(
                 f"reading {name!r} raised on {len(failed)} of {len(rollout.prompts)} prompts (limit {limit:.0%}), "
                 f"such as {ids}; last error: {error}. Mend it, or take it out of `readings`"
             )
         checked = _checked(name, values, writes, rollout)
-        for key, x in checked.items():
-            finite = x[x.isfinite()].double() if x.dtype.is_floating_point else x.double()
-            record.sums[key] = (float(finite.sum()), finite.numel())
+        for field_name, column in checked.items():
+            numbers = column[column.isfinite()] if column.dtype.is_floating_point else column
+            numbers = numbers.double()
+            record.sums[field_name] = (float(numbers.sum()), numbers.numel())
         rollout = _set_aside(write(rollout, checked), failed)
     return rollout, records
 
 
 def write(rollout: Rollout, values: Values) -> Rollout:
-    """The rollout with fields replaced; names as in the module's head."""
+    """The rollout with fields replaced; they are named as in the module's docstring."""
     tree, payload = rollout.tree, dict(rollout.actions.payload)
     changes: dict[str, object] = {}
     tags = dict(tree.tags)
-    for name, x in values.items():
+    for name, column in values.items():
         if name.startswith("tags."):
-            tags[name.removeprefix("tags.")] = x
+            tags[name.removeprefix("tags.")] = column
         elif name.startswith("actions."):
-            payload[name.removeprefix("actions.")] = x
+            payload[name.removeprefix("actions.")] = column
         else:
-            changes[name] = x
+            changes[name] = column
     actions = replace(rollout.actions, payload=payload)
     return replace(rollout, tree=tree.replace(tags=tags, **changes), actions=actions)
 
 
 def _read(name: str, reading: Reading, rollout: Rollout, context: ReadingContext) -> tuple[Values, list[int], str]:
-    """The values of all prompts; which prompts failed, and the last error."""
+    """The values of all prompts, the indices of those on which the reading raised, and its last error."""
     try:
         return reading(rollout, context), [], ""
     except (RewardError, NotFiniteError):
@@ -139,34 +145,36 @@ def _read(name: str, reading: Reading, rollout: Rollout, context: ReadingContext
             return {}, [0], text
     parts: dict[int, Values] = {}
     failed: list[int] = []
-    for g in range(len(rollout.prompts)):
+    for i in range(len(rollout.prompts)):
         try:
-            parts[g] = reading(rollout.select([g]), context)
+            parts[i] = reading(rollout.select([i]), context)
         except (RewardError, NotFiniteError):
             raise
         except (Exception, SystemExit) as error:
             text = f"{type(error).__name__}: {error}"
-            failed.append(g)
+            failed.append(i)
     return _joined(rollout, parts), failed, text
 
 
 def _joined(rollout: Rollout, parts: Mapping[int, Values]) -> Values:
     """Values of single prompts put together; prompts without any are NaN, False or 0."""
-    out: dict[str, Tensor] = {}
-    for g, values in parts.items():
-        nodes = (rollout.tree.group == g).nonzero().flatten()
-        for name, x in values.items():
-            x = torch.as_tensor(x)
-            size, place = len(rollout.tree), nodes
+    columns: dict[str, Tensor] = {}
+    for prompt_index, values in parts.items():
+        steps = (rollout.tree.group == prompt_index).nonzero().flatten()
+        for name, value in values.items():
+            part = torch.as_tensor(value)
+            # The length of the whole column, and the places of this prompt's entries in it.
             if name == "root_value":
-                size, place = len(rollout.prompts), torch.tensor([g])
+                size, places = len(rollout.prompts), torch.tensor([prompt_index])
             elif name.startswith("actions."):
-                size, place = rollout.actions.logp.numel(), rollout.tree.actions_of(nodes)
-            if name not in out:
-                empty = torch.nan if x.dtype.is_floating_point else 0
-                out[name] = torch.full((size, *x.shape[1:]), empty, dtype=x.dtype)
-            out[name][place] = x.cpu()
-    return out
+                size, places = rollout.actions.logp.numel(), rollout.tree.actions_of(steps)
+            else:
+                size, places = len(rollout.tree), steps
+            if name not in columns:
+                empty = torch.nan if part.dtype.is_floating_point else 0
+                columns[name] = torch.full((size, *part.shape[1:]), empty, dtype=part.dtype)
+            columns[name][places] = part.cpu()
+    return columns
 
 
 def _set_aside(rollout: Rollout, failed: Sequence[int]) -> Rollout:
@@ -179,26 +187,27 @@ def _set_aside(rollout: Rollout, failed: Sequence[int]) -> Rollout:
 
 
 def _checked(name: str, values: Values, writes: Sequence[str], rollout: Rollout) -> dict[str, Tensor]:
-    """The values as CPU tensors of the right shape; a declared field that is missing only where all prompts failed."""
-    out: dict[str, Tensor] = {}
-    sizes = {"root_value": len(rollout.prompts)}
-    for key, raw in values.items():
-        if key not in writes:
+    """The values of a reading as CPU tensors, checked to be declared, of the right length and not infinite."""
+    columns: dict[str, Tensor] = {}
+    for field_name, raw in values.items():
+        if field_name not in writes:
             raise RewardError(
-                f"reading {name!r} returned {key!r}, which it does not declare; it declares {list(writes)}"
+                f"reading {name!r} returned {field_name!r}, which it does not declare; it declares {list(writes)}"
             )
-        x = torch.as_tensor(raw).detach().cpu()
-        actions = key.startswith("actions.")
-        size = rollout.actions.logp.numel() if actions else sizes.get(key, len(rollout.tree))
-        if x.shape[:1] != (size,):
-            what = "actions" if actions else "prompts" if key == "root_value" else "steps"
+        column = torch.as_tensor(raw).detach().cpu()
+        if field_name.startswith("actions."):
+            size, unit = rollout.actions.logp.numel(), "actions"
+        elif field_name == "root_value":
+            size, unit = len(rollout.prompts), "prompts"
+        else:
+            size, unit = len(rollout.tree), "steps"
+        if column.shape[:1] != (size,):
             raise RewardError(
-                f"reading {name!r}: {key} has shape {tuple(x.shape)} for {size} {what}; one entry each, NaN where it "
-                "has no opinion"
+                f"reading {name!r}: {field_name} has shape {tuple(column.shape)} for {size} {unit}; one entry each, "
+                "NaN where it has no opinion"
             )
-        if x.dtype.is_floating_point and bool(x.isinf().any()):
-            raise RewardError(
-                f"reading {name!r}: {key} of entry {int(x.isinf().nonzero()[0][0])} is infinite; bound it"
-            )
-        out[key] = x
-    return out
+        if column.dtype.is_floating_point and bool(column.isinf().any()):
+            entry = int(column.isinf().nonzero()[0][0])
+            raise RewardError(f"reading {name!r}: {field_name} of entry {entry} is infinite; bound it")
+        columns[field_name] = column
+    return columns

@@ -1,4 +1,4 @@
-"""Values of states by completions: what the policy, or a prover, reaches from them."""
+"""The reading `monte_carlo`: values of states as mean outcomes of completions by the policy or by a prover."""
 
 from __future__ import annotations
 
@@ -51,25 +51,31 @@ class MonteCarlo:
         self.model: nn.Module | None = None if self._prover is None else self._prover.model.requires_grad_(False)
 
     def begin_iteration(self) -> None:
-        """The prover's own; see `mmrl.capabilities.EncodingCache`."""
+        """Start an iteration of the prover; see `mmrl.capabilities.EncodingCache`."""
         begin_iteration(self._prover)
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The fields of a rollout; random numbers depend on (seed, iteration, prompt id, place) alone."""
         tree, prompts = rollout.tree, rollout.prompts
         policy: Completer = require("reading 'monte_carlo'", Completer, self._prover or context.policy, "policies")
-        places = [Place(g) for g in range(len(prompts))]
-        places += [Place(int(tree.group[v]), int(v)) for v in (~tree.is_finished).nonzero().flatten()]
-        inner = place_in_prompt(tree)
+        # Finished leaves have an outcome and need no completion.
+        places = [Place(prompt_index) for prompt_index in range(len(prompts))]
+        for step in (~tree.is_finished).nonzero().flatten().tolist():
+            places.append(Place(int(tree.group[step]), step))
+        index_in_prompt = place_in_prompt(tree)
         seeds = []
         for place in places:
-            at = "prompt" if place.step < 0 else int(inner[place.step])
-            name = (context.seed, context.iteration, prompts[place.prompt].id, "monte_carlo", at)
+            position = "prompt" if place.step < 0 else int(index_in_prompt[place.step])
+            name = (context.seed, context.iteration, prompts[place.prompt].id, "monte_carlo", position)
             seeds.append(named_generator(*name).initial_seed())
         completions = policy.complete(rollout, places, self._n, seeds=seeds, temperature=self._temperature)
-        samples = [sample for own in completions for sample in own]
+        # Completions in one list, and the index of the place that each belongs to.
+        samples, owners = [], []
+        for i, of_place in enumerate(completions):
+            samples += of_place
+            owners += [i] * len(of_place)
         outcome = context.outcome(samples) if samples else torch.zeros(0, dtype=torch.float64)
-        owner = torch.tensor([i for i, own in enumerate(completions) for _ in own], dtype=torch.long)
+        owner = torch.tensor(owners, dtype=torch.long)
         context.cost["completions"] += len(samples)
         scored = ~outcome.isnan()
         visits = torch.bincount(owner[scored], minlength=len(places))
@@ -78,23 +84,31 @@ class MonteCarlo:
 
 
 def _fields(tree: StepTree, places: Sequence[Place], visits: Tensor, q_sum: Tensor) -> Values:
-    """Values of steps and prompts from the sums over each place's completions; prompts are the first places."""
-    prompts = tree.num_groups
-    steps = torch.tensor([p.step for p in places[prompts:]], dtype=torch.long)
+    """Fields of steps and prompts from the completions of each place.
+
+    Args:
+        places: prompts first, then steps. visits, q_sum: (P,) number and summed outcome of each place's completions.
+    """
+    num_prompts = tree.num_groups
+    steps = torch.tensor([place.step for place in places[num_prompts:]], dtype=torch.long)
+    # (N,) a finished leaf counts as visited once, with its outcome
     node_visits, node_sum = tree.is_finished.long(), torch.where(tree.is_finished, tree.outcome, 0.0)
-    node_visits[steps], node_sum[steps] = visits[prompts:], q_sum[prompts:]
-    root_value = q_sum[:prompts] / visits[:prompts]
+    node_visits[steps], node_sum[steps] = visits[num_prompts:], q_sum[num_prompts:]
+    root_value = q_sum[:num_prompts] / visits[:num_prompts]
     value = node_sum / node_visits
-    for level in tree.levels if bool((node_visits == 0).any()) else []:
-        above = before(tree, value, root_value)
-        value[level] = torch.where(node_visits[level] == 0, above[level], value[level])
+    if bool((node_visits == 0).any()):
+        # From the first steps down, a state without outcome takes the value of the state before it.
+        for level in tree.levels:
+            above = before(tree, value, root_value)
+            value[level] = torch.where(node_visits[level] == 0, above[level], value[level])
     return {"value": value, "root_value": root_value, "tags.visits": node_visits, "tags.q_sum": node_sum}
 
 
 def place_in_prompt(tree: StepTree) -> Tensor:
-    """(N,) int, how many steps of the same prompt come before each: a name of the step that holds in any batch."""
+    """(N,) int, index of each step among the steps of its prompt: a name of the step that holds in any batch."""
     order = torch.argsort(tree.group, stable=True)
     count = torch.bincount(tree.group, minlength=tree.num_groups)
-    out = torch.empty(len(tree), dtype=torch.long)
-    out[order] = torch.arange(len(tree)) - (count.cumsum(0) - count).repeat_interleave(count)
-    return out
+    start = (count.cumsum(0) - count).repeat_interleave(count)
+    index = torch.empty(len(tree), dtype=torch.long)
+    index[order] = torch.arange(len(tree)) - start
+    return index

@@ -1,4 +1,4 @@
-"""Readings that run a scorer: its scores as any field, and log-ratios of a policy as implicit rewards."""
+"""Readings that run a scorer: its scores as any field, its log-ratios as implicit rewards, its attributions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from mmrl.rollout import Rollout, StepReward, StepScorer
 from mmrl.scorers.implicit import Against, ImplicitPrm, step_log_ratios
 from mmrl.scorers.scoring import ScorerSpec, good_logits, load_scorer
 from mmrl.tree import StepTree
-from mmrl.tree_ops import before, need_chains, run_head
+from mmrl.tree_ops import before, last_scored, need_chains, run_head
 
 Form = Literal["score", "logit"]
 
 
 def _score_fields(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return (str(options["into"]), *(("root_value",) if options["root"] else ()))
+    into = str(options["into"])
+    return (into, "root_value") if options["root"] else (into,)
 
 
 @register(
@@ -37,8 +38,8 @@ def _score_fields(options: Mapping[str, Any]) -> tuple[str, ...]:
 class ScoreReading:
     """The scores of a step reward in the field `into`: `value`, `step_reward`, `ok` or a tag as `tags.auxiliary`.
 
-    A score belongs to the state after its step. As `value`, a step that the scorer cannot read (blank, too long) has
-    the value of the nearest step above it that it can, or of the prompt.
+    A score belongs to the state after its step. As `value`, a step that the scorer cannot read (blank, too long) takes
+    the value of the nearest step above it that has one, or of the prompt.
 
     Args:
         scorer: a registered name, a saved scorer's folder, or a section with `name` and options.
@@ -73,8 +74,12 @@ class ScoreReading:
             raise ValueError("ok is a verdict; say from which score a step is right, such as at_least: 0.5")
         if form == "logit" and root:
             raise ValueError("root scores are no logits; leave root or form: logit out")
-        needs: dict[str, type] = {"root: true": RootScorer} if root else {}
-        needs |= {"form: logit (not form: score)": StepScorer} if form == "logit" else {}
+        # Option as an error message names it -> the protocol that it needs.
+        needs: dict[str, type] = {}
+        if root:
+            needs["root: true"] = RootScorer
+        if form == "logit":
+            needs["form: logit (not form: score)"] = StepScorer
         loaded = load_scorer(scorer, needs=needs, untrained=True)
         self.scorer: StepReward | None = loaded
         self.into, self.root, self.form = into, root, form
@@ -82,7 +87,7 @@ class ScoreReading:
 
     @property
     def model(self) -> nn.Module | None:
-        """The scorer's, None where it has none."""
+        """The scorer's model, None for a scorer without one."""
         return model_of(self.scorer)
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
@@ -94,29 +99,27 @@ class ScoreReading:
             numbers = good_logits(scorer, rollout)
         else:
             numbers = scorer(rollout).double().cpu()
-        out: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
         root = torch.full((len(rollout.prompts),), torch.nan, dtype=torch.float64)
         if self.root:
             assert isinstance(scorer, RootScorer)
-            out["root_value"] = root = scorer.root_scores(rollout).double().cpu()
+            root = scorer.root_scores(rollout).double().cpu()
+            columns["root_value"] = root
         if self.into == "value":
             numbers = _held(rollout.tree, numbers, root)
         if self.below is not None:
             numbers = torch.where(numbers.isnan(), torch.nan, (numbers < self.below).double())
         if self.at_least is not None:
             numbers = torch.where(numbers.isnan(), torch.nan, (numbers >= self.at_least).double())
-        out[self.into] = numbers == 1 if self.into == "ok" else numbers
-        return out
+        # `ok` is a bool: a step without number is not right.
+        columns[self.into] = numbers == 1 if self.into == "ok" else numbers
+        return columns
 
 
 def _held(tree: StepTree, value: Tensor, root: Tensor) -> Tensor:
-    """(N,) `value` where it is there, else that of the nearest step above, else of the prompt."""
-    out = value.clone()
-    for level in tree.levels:
-        parent = tree.parent[level]
-        above = torch.where(parent >= 0, out[parent.clamp(min=0)], root[tree.group[level]])
-        out[level] = torch.where(out[level].isnan(), above, out[level])
-    return out
+    """(N,) `value`, where it is NaN that of the nearest step above that has one, else of the prompt, `root` (G,)."""
+    held = last_scored(tree, value)
+    return torch.where(held.isnan(), root[tree.group], held)
 
 
 @register(
@@ -128,11 +131,11 @@ def _held(tree: StepTree, value: Tensor, root: Tensor) -> Tensor:
     scorer="scorer",
 )
 class ImplicitReading:
-    """tags.implicit: beta times the log-ratio of each step's own actions, 0 for steps without a density.
+    """tags.implicit: beta times the log-ratio of each step's actions, 0 for steps without a density.
 
     Args:
-        scorer: an `implicit_prm`, by section or folder; it has a beta of its own. Without one the policy in training
-            is compared with what it was at the start.
+        scorer: an `implicit_prm`, by section or folder, with its own beta. Without one the policy in training is
+            compared with its initial weights.
         beta: without a scorer; 0.05 as PRIME.
         against: the scorer's own reference (PRIME), or the policy that sampled, by the log-probs of the rollout
             (OPRL; give the scorer's policy the temperature of the sampling one).
@@ -155,11 +158,11 @@ class ImplicitReading:
 
     @property
     def model(self) -> nn.Module | None:
-        """The scorer's, None without one."""
+        """The scorer's model, None without a scorer."""
         return model_of(self.scorer)
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
-        """tags.implicit."""
+        """`tags.implicit` (N,)."""
         if self._implicit is not None:
             rewards = self._implicit.step_rewards(rollout, self.against)
         else:
@@ -206,14 +209,17 @@ class AttributionReading:
 
     @property
     def model(self) -> nn.Module | None:
-        """The scorer's, None where it has none."""
+        """The scorer's model, None for a scorer without one."""
         return model_of(self.scorer)
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
-        """tags.attribution."""
+        """`tags.attribution` (N, I)."""
         need_chains(rollout.tree, "reading 'attribution'", "take a plan that forks at the prompt alone, {0: G}")
-        columns = [self._gradient(rollout) if name == "gradient" else self._difference(rollout) for name in self.by]
-        return {"tags.attribution": torch.stack([_shares(rollout.tree, x) for x in columns], 1)}
+        columns = []
+        for name in self.by:
+            attribution = self._gradient(rollout) if name == "gradient" else self._difference(rollout)
+            columns.append(_shares(rollout.tree, attribution))
+        return {"tags.attribution": torch.stack(columns, 1)}
 
     def _gradient(self, rollout: Rollout) -> Tensor:
         assert isinstance(self.scorer, Attributor)

@@ -1,4 +1,4 @@
-"""Reward functions with the signature of TRL and ms-swift, taken as they are.
+"""Reward functions with the signature of TRL and ms-swift, used without change.
 
 def reward(completions, answer, **kwargs): ...      # the columns of the data as lists, one entry per sample
 """
@@ -12,7 +12,8 @@ from typing import Any
 
 from mmrl.sample import Prompt, Sample
 
-_GIVEN = ("completions", "prompts")  # not columns of the data
+# Parameters that are filled from samples rather than from columns of the data.
+_GIVEN = ("completions", "prompts")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -41,30 +42,38 @@ def as_reward(function: Any) -> Any:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def reward(samples: Sequence[Sample], **chosen: Any) -> Any:
-        """What the function answers about the samples. chosen: options of the recipe, which go before columns."""
+        """The function's result for the samples. chosen: options of the recipe, which go before columns."""
         for sample in samples:
-            if (why := refusal(sample.prompt)) is not None:
-                raise KeyError(why)
-        data = [_columns(sample.prompt) for sample in samples]
+            reason = refusal(sample.prompt)
+            if reason is not None:
+                raise KeyError(reason)
+        rows = [_columns(sample.prompt) for sample in samples]
         arguments: dict[str, Any] = {}
-        for name in dict.fromkeys(name for row in data for name in row):
-            if takes_all or name in parameters:
-                arguments[name] = [row.get(name) for row in data]
+        # A column that some prompts lack is None for their samples.
+        for row in rows:
+            for name in row:
+                if name not in arguments and (takes_all or name in parameters):
+                    arguments[name] = [other.get(name) for other in rows]
         arguments |= chosen
         arguments["completions"] = [[{"role": "assistant", "content": sample.output}] for sample in samples]
         if takes_all or "prompts" in parameters:
             arguments["prompts"] = [_messages(sample.prompt) for sample in samples]
-        answer = function(**arguments)
-        return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+        result = function(**arguments)
+        # TRL also takes asynchronous reward functions.
+        if inspect.iscoroutine(result):
+            return asyncio.run(result)
+        return result
 
     def refusal(prompt: Prompt) -> str | None:
-        """Why no sample of this prompt can be scored, see `mmrl.capabilities.PromptChecker`."""
-        known = _columns(prompt)
-        missing = [name for name in columns if name not in known]
+        """The reason why no sample of this prompt can be scored, if any; see `mmrl.capabilities.PromptChecker`."""
+        row = _columns(prompt)
+        missing = [name for name in columns if name not in row]
         if not missing:
             return None
-        there = ", ".join(known) or "none"
-        return f"prompt {prompt.id!r} has no column {missing[0]!r}, which {function.__name__}() takes; it has {there}"
+        present = ", ".join(row) or "none"
+        return (
+            f"prompt {prompt.id!r} has no column {missing[0]!r}, which {function.__name__}() takes; it has {present}"
+        )
 
     samples = inspect.Parameter("samples", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return _named_as(function, reward, inspect.Signature([samples, *options]), refusal)
@@ -77,15 +86,18 @@ def _named_as(
     reward.__name__, reward.__qualname__ = function.__name__, function.__qualname__
     reward.__module__, reward.__doc__ = function.__module__, function.__doc__
     reward.__signature__ = signature
-    reward.__annotations__ = {k: v for k, v in function.__annotations__.items() if k in signature.parameters}
+    reward.__annotations__ = {
+        name: annotation for name, annotation in function.__annotations__.items() if name in signature.parameters
+    }
     reward.refusal = refusal
     return reward
 
 
 def _columns(prompt: Prompt) -> dict[str, Any]:
-    """The data of a prompt: its reference, and its inputs under their names."""
+    """The data of a prompt: its inputs and its reference by name; a reference that is no mapping is `answer`."""
     reference = prompt.reference if isinstance(prompt.reference, Mapping) else {"answer": prompt.reference}
-    return {name: value for name, value in (dict(prompt.inputs) | dict(reference)).items() if name not in _GIVEN}
+    row = dict(prompt.inputs) | dict(reference)
+    return {name: value for name, value in row.items() if name not in _GIVEN}
 
 
 def _messages(prompt: Prompt) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mmrl.registry import ComponentError, build, find
@@ -19,18 +20,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def samples_by_prompt(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Prompt id -> indices of its samples, prompts in the order of their first sample."""
+    by_prompt: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        by_prompt.setdefault(sample.prompt.id, []).append(i)
+    return by_prompt
+
+
 class NotNumbersError(TypeError):
-    """A reward answered with no sequence of values."""
+    """The result of a reward is no sequence of values."""
 
 
 class Isolated:
     """An outcome reward that runs in a worker process.
 
     A batch has `timeout_s` seconds. When it takes longer, crashes its process or raises, its samples are tried one by
-    one, each with the same limit: a bad one costs two failed tries, several cost one more each. A sample that fails
-    alone is None, the others keep their scores. With many bad samples a call begins no further try once it has spent
-    2 (ceil(log2 n) + 1) limits, where a function that must be built anew counts as one; what has no score by then is
-    None as well.
+    one, each with the same limit: one bad sample costs two failed tries, each further one costs one more. A sample
+    that fails alone is None, the others keep their scores. With many bad samples, a call starts no further try once
+    it has spent 2 (ceil(log2 n) + 1) limits, where building the function anew counts as one; samples without a score
+    by then are None as well.
 
     The limit does not count the time in which the worker waits for a free processor, see `Worker.call`. Work that a
     reward leaves to processes of its own is waited for on the clock.
@@ -78,7 +87,8 @@ class Isolated:
             raise
         target = find("rewards", reward).target if isinstance(reward, str) else reward
         self._compares = isinstance(target, GroupReward)
-        # A function tells before anything is sampled what it will never score; a class would have to be made here too.
+        # A function can be asked before sampling which prompts it will never score. A class would have to be built in
+        # this process for that, so it is not asked.
         if isinstance(target, PromptChecker) and not isinstance(target, type):
             self.refusal = target.refusal
 
@@ -92,11 +102,12 @@ class Isolated:
         self.last_error = None
         values: list[float | None] = [None] * len(samples)
         failed: dict[int, str] = {}
+        # A stack of parts to try, each a list of units that could still be tried apart; first the whole batch.
         parts = [self._units(samples)] if samples else []
         limits_left: float = 2 * (1 + math.ceil(math.log2(max(len(samples), 1))))
         while parts:
             units = parts.pop()
-            part = [i for unit in units for i in unit]
+            part = list(chain.from_iterable(units))
             if limits_left <= 0:
                 failed |= dict.fromkeys(part, "skipped")
                 continue
@@ -124,13 +135,10 @@ class Isolated:
         self._worker.close()
 
     def _units(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Indices of the samples that are never tried apart."""
+        """Indices of samples, in units that are never tried apart: single samples, or all samples of a prompt."""
         if not self._compares:
             return [[i] for i in range(len(samples))]
-        by_prompt: dict[str, list[int]] = {}
-        for i, sample in enumerate(samples):
-            by_prompt.setdefault(sample.prompt.id, []).append(i)
-        return list(by_prompt.values())
+        return list(samples_by_prompt(samples).values())
 
     def _scores(self, samples: Sequence[Sample]) -> list[Any]:
         from mmrl.rewards.scoring import RewardError, wrong_count
@@ -154,23 +162,33 @@ class Isolated:
         if not failed:
             return
         self.failures.update(failed.values())
-        shown = ", ".join(f"{samples[i].prompt.id!r} ({kind})" for i, kind in list(failed.items())[:5])
+        examples = [f"{samples[i].prompt.id!r} ({kind})" for i, kind in list(failed.items())[:5]]
+        if len(failed) > 5:
+            examples.append("...")
         log.warning(
-            "reward %r left %d of %d samples unscored: %s%s; last failure: %s",
-            self.name, len(failed), len(samples), shown, ", ..." if len(failed) > 5 else "", self.last_error,
-        )  # fmt: skip
+            "reward %r left %d of %d samples unscored: %s; last failure: %s",
+            self.name,
+            len(failed),
+            len(samples),
+            ", ".join(examples),
+            self.last_error,
+        )
 
 
 # ---- in the worker process ------------------------------------------------------------------------------------------
 
 
 def numbers_from(function: Callable[[Any], Any]) -> Target:
-    """A worker's function: a batch -> floats, None, and the description of whatever is no number."""
-    return lambda batch: ([_number(value) for value in as_values(function(batch))], [])
+    """A worker's function: a batch -> one entry per value, a float, None, or a description of what is no number."""
+
+    def numbers(batch: Any) -> tuple[list[float | str | None], list[Any]]:
+        return [_number(value) for value in as_values(function(batch))], []
+
+    return numbers
 
 
 def as_values(answer: Any) -> list[Any]:
-    """The values of a reward's answer, which is a list, a tuple, or an array or tensor of one axis.
+    """The values of a reward's result, which is a list, a tuple, or an array or tensor of one axis.
 
     Raises:
         NotNumbersError: anything else; a dict would be read by its keys, a text by its characters.
@@ -211,11 +229,15 @@ def short(value: Any) -> str:
 
 
 def _number(value: Any) -> float | str | None:
+    """The value as a float or None; a text describes what is no number, and the caller names its sample."""
     try:
         return as_number(value)
     except TypeError as error:
-        return str(error)  # the caller names the sample
+        return str(error)
 
 
 def _make_reward(reward: Any, options: Mapping[str, Any], section: str) -> Target:
-    return numbers_from(build("rewards", section, reward, options) if isinstance(reward, str) else reward)
+    """The worker's function for a reward, which is built here when it is given by name."""
+    if isinstance(reward, str):
+        reward = build("rewards", section, reward, options)
+    return numbers_from(reward)

@@ -1,4 +1,7 @@
-"""Step rewards on rollouts whose steps are texts: what a step reward sees, and calling them safely."""
+"""Calling step rewards on a rollout, and `StepView`, a step of text with the steps before it.
+
+Failures are handled as in `mmrl.rewards.scoring`: steps on which a reward raised have NaN, never 0.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepView:
-    """One step as a reader meets it. `before` holds the texts of its ancestors, first step first.
+    """One step of text in its context. `before` holds the texts of its ancestors, first step first.
 
     Siblings share one `before` list: read it, do not change it.
     """
@@ -33,8 +36,9 @@ class StepView:
 
 @dataclass(frozen=True)
 class ScoredSteps:
-    """parts: each reward's own (N,) float64. seconds: wall time per reward. unscored: steps per reward with NaN.
+    """Scores of N steps.
 
+    parts: name -> (N,) float64 of each reward. seconds: wall time per reward. unscored: steps per reward with NaN.
     failed: message of each reward that raised on every prompt; all its steps are unscored.
     """
 
@@ -57,7 +61,8 @@ def step_views(rollout: Rollout) -> list[StepView]:
             "policy that writes"
         )
     views: list[StepView] = []
-    below: dict[int, list[str]] = {-1: []}  # step -> what its children have before them
+    # Step -> the texts before each of its children; -1 stands for the prompt.
+    below: dict[int, list[str]] = {-1: []}
     rows = zip(tree.parent.tolist(), tree.group.tolist(), tree.is_leaf.tolist(), rollout.texts, strict=True)
     for i, (parent, group, is_leaf, text) in enumerate(rows):
         before = below[parent]
@@ -71,8 +76,8 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
     """Call every step reward (name -> (function, weight)) and write their weighted sum into `tree.step_reward`.
 
     NaN means "no opinion": it counts as nothing in a step's sum, and a step about which no reward has an opinion
-    gets NaN. A reward that raises, SystemExit included, is asked again prompt by prompt, and has no opinion on those
-    on which it still raises, such as films that a scorer cannot see. One that raises on all is in `failed`.
+    gets NaN. A reward that raises, SystemExit included, is called again prompt by prompt, and has no opinion on those
+    on which it still raises, such as films that a scorer cannot read. One that raises on all is in `failed`.
 
     Raises:
         RewardError: every reward raised; or one returned another shape than (N,), no numbers, or one beyond `LARGEST`.
@@ -81,11 +86,12 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
     parts: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
-    steps = len(rollout.tree)
-    total, scored = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.bool)
+    num_steps = len(rollout.tree)
+    total = torch.zeros(num_steps, dtype=torch.float64)
+    scored = torch.zeros(num_steps, dtype=torch.bool)
     for name, (reward, weight) in rewards.items():
         start = time.perf_counter()
-        parts[name], message = _asked(name, reward, rollout)
+        parts[name], message = _values(name, reward, rollout)
         seconds[name] = time.perf_counter() - start
         if message:
             failed[name] = message
@@ -94,11 +100,12 @@ def score_steps(rollout: Rollout, rewards: Mapping[str, tuple[StepReward, float]
     if rewards and len(failed) == len(rewards):
         raise RewardError(f"every step reward raised: {failed}; mend them, or take them out of the recipe")
     step_reward = total.where(scored, torch.nan)
-    record = ScoredSteps(parts, seconds, {k: int(p.isnan().sum()) for k, p in parts.items()}, failed)
+    unscored = {name: int(numbers.isnan().sum()) for name, numbers in parts.items()}
+    record = ScoredSteps(parts, seconds, unscored, failed)
     return rollout.with_tree(rollout.tree.replace(step_reward=step_reward)), record
 
 
-def _asked(name: str, reward: StepReward, rollout: Rollout) -> tuple[Tensor, str]:
+def _values(name: str, reward: StepReward, rollout: Rollout) -> tuple[Tensor, str]:
     """(N,) numbers of one reward, NaN on prompts on which it raises, and its last error where it raises on all."""
     try:
         return _checked(name, reward(rollout), len(rollout.tree)), ""
@@ -107,24 +114,25 @@ def _asked(name: str, reward: StepReward, rollout: Rollout) -> tuple[Tensor, str
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"
         log.error("step reward %r raised on %d steps:\n%s", name, len(rollout.tree), traceback.format_exc())
-    out = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
+    numbers = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
     if len(rollout.prompts) == 1:
-        return out, message
+        return numbers, message
     raised = 0
-    for g, prompt in enumerate(rollout.prompts):
-        steps = (rollout.tree.group == g).nonzero().flatten()
+    for i, prompt in enumerate(rollout.prompts):
+        steps = (rollout.tree.group == i).nonzero().flatten()
         try:
-            out[steps] = _checked(name, reward(rollout.select([g])), len(steps))
+            numbers[steps] = _checked(name, reward(rollout.select([i])), len(steps))
         except (RewardError, NotFiniteError):
             raise
         except (Exception, SystemExit) as error:
             raised += 1
             message = f"{type(error).__name__}: {error}"
             log.warning("step reward %r leaves prompt %r unscored: %s", name, prompt.id, message)
-    return out, message if raised == len(rollout.prompts) else ""
+    return numbers, message if raised == len(rollout.prompts) else ""
 
 
 def _checked(name: str, raw: object, steps: int) -> Tensor:
+    """The result of a reward as (N,) float64 on the CPU; raises RewardError for another shape or no numbers."""
     try:
         if isinstance(raw, (bytes, bytearray, memoryview)):
             raise TypeError("its bytes would be read as numbers")

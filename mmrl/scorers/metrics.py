@@ -1,4 +1,8 @@
-"""Measures of step scores against step labels, exact, and intervals over problems.
+"""Measures of step scores against step labels, and bootstrap intervals over problems.
+
+    roc_auc([.9, .2, .6], [True, False, False])   # 1.0
+
+Letters as in the literature: p (N,) are scores of pooled steps, y (N,) bool is True for right steps.
 
 Right steps are the positive class. Scores are probabilities that a step is right. All results are fractions in [0, 1]
 where a published table prints percent. A measure that is undefined on its data (no rows, or one class for a ranking)
@@ -9,13 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-Labels = Sequence[float | None]  # one solution: right iff >= 1/2, None or NaN = unlabelled
+# Labels of one solution's steps: right iff >= 1/2; None or NaN = unlabelled.
+Labels = Sequence[float | None]
 
 
 # --- pooled steps: p (N,) scores, y (N,) bool, right or not ------------------------------------------------------
@@ -38,10 +44,15 @@ def rank_auc(rank: NDArray[np.intp], y: NDArray[np.bool_]) -> float:
 
     Of n pairs of a right and a wrong step: (wrong ones below + half of those level, summed over right ones) / n.
     """
-    size = int(rank.max()) + 1 if len(rank) else 0
-    right, wrong = np.bincount(rank[y], minlength=size), np.bincount(rank[~y], minlength=size)
-    pairs = int(right.sum()) * int(wrong.sum())
-    return float((right * (np.cumsum(wrong) - wrong / 2)).sum() / pairs) if pairs else math.nan
+    num_ranks = int(rank.max()) + 1 if len(rank) else 0
+    right = np.bincount(rank[y], minlength=num_ranks)
+    wrong = np.bincount(rank[~y], minlength=num_ranks)
+    num_pairs = int(right.sum()) * int(wrong.sum())
+    if not num_pairs:
+        return math.nan
+    # Per rank: wrong steps of a lower rank, and half of those of the same.
+    outscored = np.cumsum(wrong) - wrong / 2
+    return float((right * outscored).sum() / num_pairs)
 
 
 def pr_auc(p: ArrayLike, y: ArrayLike) -> float:
@@ -60,9 +71,10 @@ def f1(predicted: ArrayLike, y: ArrayLike) -> float:
     predicted, y = np.asarray(predicted, bool), np.asarray(y, bool)
     if not y.size:
         return math.nan
-    true = int((predicted & y).sum())
-    total = int(predicted.sum() + y.sum())  # 2 TP + FP + FN
-    return 2 * true / total if total else 0.0
+    true_positives = int((predicted & y).sum())
+    # 2 TP + FP + FN
+    denominator = int(predicted.sum() + y.sum())
+    return 2 * true_positives / denominator if denominator else 0.0
 
 
 def macro_f1(predicted: ArrayLike, y: ArrayLike) -> float:
@@ -78,8 +90,9 @@ def mcc(predicted: ArrayLike, y: ArrayLike) -> float:
     predicted, y = np.asarray(predicted, bool), np.asarray(y, bool)
     if not y.size:
         return math.nan
+    # scikit-learn gives the same 0, with a warning.
     if y.all() or not y.any() or predicted.all() or not predicted.any():
-        return 0.0  # where scikit-learn warns
+        return 0.0
     return float(matthews_corrcoef(y, predicted))
 
 
@@ -90,7 +103,8 @@ def ece(p: ArrayLike, y: ArrayLike, *, bins: int = 10) -> float:
     """
     p, y = _probabilities(p), np.asarray(y, float)
     index = np.minimum((p * bins).astype(int), bins - 1)
-    gap = np.bincount(index, p - y, bins)  # summed, so its size is count * |mean p - mean y|
+    # (bins,) sums of p - y, whose sizes are count * |mean p - mean y|
+    gap = np.bincount(index, p - y, bins)
     return float(np.abs(gap).sum() / p.size) if p.size else math.nan
 
 
@@ -117,21 +131,21 @@ def first_error(scores: Sequence[float], *, tau: float = 0.5) -> int:
     Raises:
         ValueError: a step without a score (NaN) before any error was found.
     """
-    for t, p in enumerate(scores):
-        if math.isnan(p):
-            raise ValueError(f"step {t} of {len(scores)} has no score (NaN), so the first error is unknown")
-        if p < tau:
-            return t
+    for step, score in enumerate(scores):
+        if math.isnan(score):
+            raise ValueError(f"step {step} of {len(scores)} has no score (NaN), so the first error is unknown")
+        if score < tau:
+            return step
     return -1
 
 
 def first_error_of_labels(labels: Labels) -> int | None:
     """First wrong step (label below 1/2), -1 if all are right, None if an unlabelled step leaves it open."""
-    for t, label in enumerate(labels):
+    for step, label in enumerate(labels):
         if label is None or math.isnan(label):
             return None
         if label < 0.5:
-            return t
+            return step
     return -1
 
 
@@ -140,27 +154,32 @@ def first_error_score(predicted: Sequence[int | None], labels: Sequence[int]) ->
 
     Args:
         predicted: index of the first error, -1 = none, None = no prediction (matches nothing).
-        labels: likewise, all known.
+        labels: index of the first error, -1 = none.
     """
-    pairs = list(zip(predicted, labels, strict=True))
-    a = _mean([x == y for x, y in pairs if y != -1])
-    b = _mean([x == y for x, y in pairs if y == -1])
-    return FirstErrorScore(a, b, 0.0 if a == b == 0 else 2 * a * b / (a + b))
+    with_error: list[bool] = []
+    without_error: list[bool] = []
+    for prediction, label in zip(predicted, labels, strict=True):
+        hits = without_error if label == -1 else with_error
+        hits.append(prediction == label)
+    a, b = _mean(with_error), _mean(without_error)
+    harmonic_mean = 0.0 if a == b == 0 else 2 * a * b / (a + b)
+    return FirstErrorScore(a, b, harmonic_mean)
 
 
 def last_minimum_share(scores: Sequence[Sequence[float]]) -> float:
-    """Share of solutions whose lowest score, first on ties, is the last step's; above 0.4 it scores outcomes.
+    """Share of solutions whose lowest score, the first one of equals, is the last step's.
 
-    Solutions of fewer than two steps are not counted: theirs is always the last. NaN without any other.
+    Above 0.4 a scorer probably judges outcomes rather than steps. Solutions of fewer than two steps are not counted:
+    theirs is always the last. NaN without any other.
     """
-    return _mean([int(np.argmin(s)) == len(s) - 1 for s in scores if len(s) > 1])
+    return _mean([int(np.argmin(steps)) == len(steps) - 1 for steps in scores if len(steps) > 1])
 
 
 # --- intervals over problems -------------------------------------------------------------------------------------
 
 
 class Interval(NamedTuple):
-    """value on all data, bounds of the percentile bootstrap, and how many resamples left the statistic undefined."""
+    """Value on all data, bounds of the percentile bootstrap, and number of resamples with an undefined statistic."""
 
     value: float
     low: float
@@ -190,12 +209,15 @@ def bootstrap(
     members: dict[Hashable, list[int]] = {}
     for i, key in enumerate(problem):
         members.setdefault(key, []).append(i)
-    groups = [np.array(m, np.intp) for m in members.values()]
+    items_of = [np.array(items, np.intp) for items in members.values()]
     rng = np.random.default_rng(seed)
-    draws = rng.integers(len(groups), size=(resamples, len(groups)))
-    values = np.array([statistic(np.concatenate([groups[g] for g in draw])) for draw in draws])
+    # (resamples, problems) each row draws as many problems as there are, with replacement
+    draws = rng.integers(len(items_of), size=(resamples, len(items_of)))
+    values = np.array([statistic(np.concatenate([items_of[drawn] for drawn in draw])) for draw in draws])
     defined = values[~np.isnan(values)]
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if defined.size else (math.nan, math.nan)
+    low, high = math.nan, math.nan
+    if defined.size:
+        low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     value = statistic(np.arange(len(problem)))
     return Interval(float(value), float(low), float(high), int(values.size - defined.size))
 
@@ -214,8 +236,8 @@ def evaluate_steps(
     """Every measure of a set of scored solutions, over all steps and, as `kind/measure`, over the steps of each kind.
 
     Steps: num_steps, right_frac, auc, pr_auc, f1_right, f1_wrong, macro_f1, mcc, ece, brier, over labelled steps;
-    a step is called right iff p >= tau. Solutions: first_error_f1, error_acc, correct_acc, num_first_errors (how many
-    solutions have a known first error), last_minimum_frac.
+    a step is predicted to be right iff p >= tau. Solutions: first_error_f1, error_acc, correct_acc, num_first_errors
+    (number of solutions with a known first error), last_minimum_frac.
 
     Args:
         scores: per solution one probability per step. labels: likewise, right iff >= 1/2, None = unlabelled;
@@ -228,38 +250,48 @@ def evaluate_steps(
         ValueError: lengths differ, or a score or label is outside [0, 1]; solution and step are named.
     """
     _check_aligned(scores, labels, kinds)
-    p = np.array([x for row in scores for x in row], float)
-    y = np.array([math.nan if x is None else x for row in labels for x in row], float)
-    kind = np.array([x for row in kinds for x in row], str) if kinds is not None else np.full(p.size, "")
+    # (N,) scores and labels of all steps of all solutions, those without label taken out
+    p = np.array(list(chain.from_iterable(scores)), float)
+    y = np.array([math.nan if label is None else label for label in chain.from_iterable(labels)], float)
     labelled = ~np.isnan(y)
-    p, y, kind = p[labelled], y[labelled], kind[labelled]
-    known = [first_error_of_labels(ls) for ls in labels] if first_errors is None else list(first_errors)
-    pairs = [(first_error(ps, tau=tau), e) for ps, e in zip(scores, known, strict=True) if e is not None]
-    first = first_error_score([a for a, _ in pairs], [e for _, e in pairs])
-    out = _step_measures(p, y, tau) | {
+    p, y = p[labelled], y[labelled]
+
+    if first_errors is None:
+        first_errors = [first_error_of_labels(row) for row in labels]
+    predicted, actual = [], []
+    for row, error in zip(scores, first_errors, strict=True):
+        if error is not None:
+            predicted.append(first_error(row, tau=tau))
+            actual.append(error)
+    first = first_error_score(predicted, actual)
+
+    measures = _step_measures(p, y, tau) | {
         "first_error_f1": first.f1,
         "error_acc": first.error_acc,
         "correct_acc": first.correct_acc,
-        "num_first_errors": float(len(pairs)),
+        "num_first_errors": float(len(actual)),
         "last_minimum_frac": last_minimum_share(scores),
     }
-    for name in np.unique(kind) if kinds is not None else []:
-        part = _step_measures(p[kind == name], y[kind == name], tau)
-        out |= {f"{name}/{key}": value for key, value in part.items()}
-    return out
+    if kinds is not None:
+        kind = np.array(list(chain.from_iterable(kinds)), str)[labelled]
+        for name in np.unique(kind):
+            part = _step_measures(p[kind == name], y[kind == name], tau)
+            measures |= {f"{name}/{measure}": value for measure, value in part.items()}
+    return measures
 
 
 def _step_measures(p: Floats, y: Floats, tau: float) -> dict[str, float]:
-    right, called = y >= 0.5, p >= tau
+    """Measures of the labelled steps: scores p (N,), labels y (N,) in [0, 1]."""
+    right, predicted_right = y >= 0.5, p >= tau
     return {
         "num_steps": float(p.size),
         "right_frac": _mean(right),
         "auc": roc_auc(p, right),
         "pr_auc": pr_auc(p, right),
-        "f1_right": f1(called, right),
-        "f1_wrong": f1(~called, ~right),
-        "macro_f1": macro_f1(called, right),
-        "mcc": mcc(called, right),
+        "f1_right": f1(predicted_right, right),
+        "f1_wrong": f1(~predicted_right, ~right),
+        "macro_f1": macro_f1(predicted_right, right),
+        "mcc": mcc(predicted_right, right),
         "ece": ece(p, y),
         "brier": brier(p, y),
     }
@@ -268,22 +300,25 @@ def _step_measures(p: Floats, y: Floats, tau: float) -> dict[str, float]:
 def _check_aligned(
     scores: Sequence[Sequence[float]], labels: Sequence[Labels], kinds: Sequence[Sequence[str]] | None
 ) -> None:
+    """Raises ValueError unless there is one label and one kind per score, and all numbers lie in [0, 1]."""
     for name, other in (("labels", labels), ("kinds", kinds)):
         if other is None:
             continue
         if len(other) != len(scores):
             raise ValueError(f"{len(scores)} solutions have scores and {len(other)} have {name}; they must align")
-        for i, (ps, row) in enumerate(zip(scores, other, strict=True)):
-            if len(ps) != len(row):
-                raise ValueError(f"solution {i}: {len(ps)} scores and {len(row)} {name}; give one per step")
-    for i, ps in enumerate(scores):
-        for t, p in enumerate(ps):
-            if not 0 <= p <= 1:
-                raise ValueError(f"solution {i} step {t}: score {p:g} is no probability; map scores to [0, 1]")
-    for i, row in enumerate(labels):
-        for t, label in enumerate(row):
+        for i, (score_row, row) in enumerate(zip(scores, other, strict=True)):
+            if len(score_row) != len(row):
+                raise ValueError(f"solution {i}: {len(score_row)} scores and {len(row)} {name}; give one per step")
+    for i, score_row in enumerate(scores):
+        for step, score in enumerate(score_row):
+            if not 0 <= score <= 1:
+                raise ValueError(f"solution {i} step {step}: score {score:g} is no probability; map scores to [0, 1]")
+    for i, label_row in enumerate(labels):
+        for step, label in enumerate(label_row):
             if label is not None and (label < 0 or label > 1):
-                raise ValueError(f"solution {i} step {t}: label {label:g} is outside [0, 1]; wrong is 0, neutral None")
+                raise ValueError(
+                    f"solution {i} step {step}: label {label:g} is outside [0, 1]; wrong is 0, neutral None"
+                )
 
 
 def _probabilities(p: ArrayLike) -> Floats:

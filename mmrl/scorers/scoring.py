@@ -1,4 +1,4 @@
-"""Scores for solutions: records, states of a search, or plain texts, by any step reward; and loading a scorer."""
+"""Loading a step scorer, and scoring with it: written solutions, states of a search, or the steps of a rollout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from mmrl.registry import ComponentError, Row, find, names
 from mmrl.rollout import Prompt, Rollout, State, StepReward, StepScorer
 from mmrl.scorers.labelled import solution_forest
 
-RECORD = "step_format.json"  # beside every saved scorer: which component reads it, and how
+# The file beside every saved scorer: the component that reads it, and its options.
+RECORD = "step_format.json"
 
 
 def load_scorer(
@@ -28,14 +29,16 @@ def load_scorer(
     needs: Needs | None = None,
     untrained: bool = False,
 ) -> StepReward:
-    """A step reward: a registered name, a saved scorer's folder, or a section with either as `name`, options beside.
+    """A step reward by its registered name, by the folder where one was saved, or by a section of a recipe.
 
     Args:
+        scorer: a name, a folder, or a mapping with either as `name` and options beside it.
         needs: protocols that the scorer has to follow.
-        untrained: take one with a new head as well, for a run in which it learns.
+        untrained: accept one with a new head, for a run in which it learns.
     Raises:
-        ComponentError: no such name or option, an untrained head, or a scorer without a protocol, refused before it is
-            loaded where its class is known. ValueError: a folder without a scorer's record.
+        ComponentError: no such name or option, an untrained head, or a scorer that lacks a protocol; refused before
+            the model is loaded where its class is known.
+        ValueError: a folder without a scorer's record.
     """
     name, chosen = _resolved(scorer, options)
     if not untrained:
@@ -46,15 +49,16 @@ def load_scorer(
 def check_trained(scorer: str | Mapping[str, Any], where: str = "scorer") -> None:
     """Refuse a scorer whose head is new, before anything is loaded: its scores are random numbers.
 
-    A row says so by its fact `untrained`: (options, defaults included) -> why, "" = it is trained.
+    A row declares it by its fact `untrained`: a function from options, defaults included, to the reason, "" = trained.
 
     Raises:
-        ComponentError: it is; the message names `where`.
+        ComponentError: the head is untrained; the message names `where`.
     """
     name, chosen = _resolved(scorer)
     row = find("scorers", name)
     reason = row.facts.get("untrained")
-    why = reason({k: o.default for k, o in row.options.items()} | chosen) if reason is not None else ""
+    defaults = {option_name: option.default for option_name, option in row.options.items()}
+    why = reason(defaults | chosen) if reason is not None else ""
     if why:
         raise ComponentError(
             f"{where}: the head of {row.name!r} is untrained ({why}), so its scores are random numbers. Train it "
@@ -91,7 +95,7 @@ def aggregate_of(scorer: str | Path | Mapping[str, Any], default: str = "min") -
 
 
 def _split(scorer: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name (or folder) and options."""
+    """The name (or folder) of a scorer, and its options."""
     if not isinstance(scorer, Mapping):
         return str(scorer), {}
     options = dict(scorer)
@@ -103,7 +107,7 @@ def _split(scorer: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 def _resolved(
     scorer: str | Path | Mapping[str, Any], options: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Registered name and options; those of a saved scorer name its folder as `model`."""
+    """The registered name of a scorer and its options; those of a saved scorer name its folder as `model`."""
     name, chosen = _split(scorer)
     chosen |= dict(options or {})
     folder = Path(name)
@@ -130,41 +134,48 @@ def score_solutions(
     """
     rollout, paths = solution_forest(prompts, solutions)
     scores = scorer(rollout).tolist() if len(rollout.tree) else []
-    return [[[scores[v] for v in path] for path in own] for own in paths]
+    result: list[list[list[float]]] = []
+    for paths_of_prompt in paths:
+        result.append([[scores[step] for step in path] for path in paths_of_prompt])
+    return result
 
 
 def score_states(scorer: StepReward, states: Sequence[State]) -> list[list[float]]:
     """Step scores along each state of a search; blank steps have none."""
-    groups: dict[str, list[int]] = {}
+    # States of one prompt stand together, so that their common prefixes are computed once.
+    states_of_prompt: dict[str, list[int]] = {}
     for i, state in enumerate(states):
-        groups.setdefault(state.prompt.id, []).append(i)
-    prompts = [states[own[0]].prompt for own in groups.values()]
-    texts = [[[t for t in states[i].steps if t.strip()] for i in own] for own in groups.values()]
-    out: list[list[float]] = [[] for _ in states]
-    for own, scores in zip(groups.values(), score_solutions(scorer, prompts, texts), strict=True):
-        for i, s in zip(own, scores, strict=True):
-            out[i] = s
-    return out
+        states_of_prompt.setdefault(state.prompt.id, []).append(i)
+    prompts, texts = [], []
+    for indices in states_of_prompt.values():
+        prompts.append(states[indices[0]].prompt)
+        texts.append([[text for text in states[i].steps if text.strip()] for i in indices])
+    scores_of_state: list[list[float]] = [[] for _ in states]
+    for indices, scores in zip(states_of_prompt.values(), score_solutions(scorer, prompts, texts), strict=True):
+        for i, state_scores in zip(indices, scores, strict=True):
+            scores_of_state[i] = state_scores
+    return scores_of_state
 
 
 def probabilities(scorer: StepScorer, rollout: Rollout) -> Tensor:
-    """(N,) float64 probability that each step is good by the scorer's logits, without gradient; NaN where it cannot be
-    read."""
+    """(N,) float64 probability that each step is good, without gradient; NaN where a step cannot be read."""
     return good_logits(scorer, rollout).sigmoid()
 
 
 def good_logits(scorer: StepScorer, rollout: Rollout) -> Tensor:
-    """(N,) float64 logit of "good" of each step, without gradient; NaN where it cannot be read.
+    """(N,) float64 logit of "good" of each step, without gradient; NaN where a step cannot be read.
 
     Raises:
         NotFiniteError: a step that can be read has no finite logit.
     """
-    out = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
+    logits = torch.full((len(rollout.tree),), torch.nan, dtype=torch.float64)
     readable = scorer.readable(rollout)
     steps = readable.nonzero().flatten()
+    parts = scorer.micro_batches(rollout, steps) if len(steps) else []
     with torch.no_grad():
-        for part in scorer.micro_batches(rollout, steps) if len(steps) else []:
+        for part in parts:
+            # A micro-batch of whole prompts may hold further steps.
             part = part[readable[part]]
-            out[part] = good_logit(scorer.logits(rollout, part)).double().cpu()
-    check_finite(out, f"the network of scorer {type(scorer).__name__}", "steps", readable)
-    return out
+            logits[part] = good_logit(scorer.logits(rollout, part)).double().cpu()
+    check_finite(logits, f"the network of scorer {type(scorer).__name__}", "steps", readable)
+    return logits

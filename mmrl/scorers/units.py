@@ -1,6 +1,6 @@
-"""Neighbouring steps of a tree as one unit: HRM's pairs of steps beside the steps, HNC's contracted edges.
+"""Units of neighbouring steps: HRM adds pairs of steps to a tree, HNC contracts some edges of it.
 
-Both give rollouts of texts, for reward models that read them; a unit says what its steps say, one after the other.
+Both give rollouts of texts, for reward models that read them; the text of a unit is that of its steps, in order.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ def with_pairs(rollout: Rollout) -> Rollout:
     Values (`tree.value`) are those of the states, which a unit shares with its second step.
     """
     parent = rollout.tree.parent.tolist()
-    steps = [[v] for v in range(len(parent))]
-    pairs = [[p, v] for v, p in enumerate(parent) if p >= 0]
-    above = [*parent, *(parent[p] for p, _ in pairs)]
-    return _forest(rollout, [*steps, *pairs], above, open_from=len(steps))
+    units = [[step] for step in range(len(parent))]
+    unit_parents = list(parent)
+    for step, above in enumerate(parent):
+        if above >= 0:
+            units.append([above, step])
+            unit_parents.append(parent[above])
+    return _forest(rollout, units, unit_parents, open_from=len(parent))
 
 
 def contract_edges(rollout: Rollout, seed: int, *, probability: float = 0.5, min_children: int = 4) -> Rollout:
@@ -33,67 +36,90 @@ def contract_edges(rollout: Rollout, seed: int, *, probability: float = 0.5, min
 
     Each node (the prompt too) with at least `min_children` children contracts, with `probability`, one edge below one
     of its children; child and grandchild are drawn evenly (as defined here). Whole solutions and the mean outcome of
-    the prompt stay; the means of inner nodes change, which is the label noise that is wanted. A child that loses its
-    only child disappears. What is drawn depends on the seed and the prompt's id alone.
+    the prompt stay; the means of inner nodes change, which is the label noise that the method wants. A child that
+    loses its only child disappears. Draws depend on the seed and the prompt's id alone.
     """
     tree = rollout.tree
-    below: list[list[int]] = [[] for _ in range(len(tree))]
-    roots: list[list[int]] = [[] for _ in rollout.prompts]
-    for v, (p, g) in enumerate(zip(tree.parent.tolist(), tree.group.tolist(), strict=True)):
-        (below[p] if p >= 0 else roots[g]).append(v)
-    units = [[v] for v in range(len(tree))]
-    for prompt, first in zip(rollout.prompts, roots, strict=True):
+    children_of: list[list[int]] = [[] for _ in range(len(tree))]
+    first_steps: list[list[int]] = [[] for _ in rollout.prompts]
+    for step, (parent, group) in enumerate(zip(tree.parent.tolist(), tree.group.tolist(), strict=True)):
+        siblings = children_of[parent] if parent >= 0 else first_steps[group]
+        siblings.append(step)
+    units = [[step] for step in range(len(tree))]
+    for prompt, first in zip(rollout.prompts, first_steps, strict=True):
         rng = random.Random(f"{seed}/{prompt.id}")
-        # a node before its children: otherwise a unit could be lifted twice and hold three steps
+        # A node before its children: otherwise a unit could be lifted twice and hold three steps.
         stack = [first]
         while stack:
             children = stack.pop()
-            inner = [i for i, c in enumerate(children) if below[c]]
+            inner = [position for position, child in enumerate(children) if children_of[child]]
             if len(children) >= min_children and inner and rng.random() < probability:
-                at = rng.choice(inner)
-                children[at : at + 1] = _lift_one(children[at], below, units, rng)
-            stack += [below[c] for c in reversed(children)]
-    kept: list[list[int]] = []
-    above: list[int] = []
-    waiting = [(v, -1) for first in reversed(roots) for v in reversed(first)]
-    while waiting:
-        v, p = waiting.pop()
-        waiting += [(c, len(kept)) for c in reversed(below[v])]
-        kept.append(units[v])
-        above.append(p)
-    return _forest(rollout, kept, above)
+                position = rng.choice(inner)
+                children[position : position + 1] = _lift_one(children[position], children_of, units, rng)
+            stack += [children_of[child] for child in reversed(children)]
+    return _depth_first(rollout, units, children_of, first_steps)
 
 
-def _lift_one(child: int, below: list[list[int]], units: list[list[int]], rng: random.Random) -> list[int]:
-    """What stands in the child's place: itself without one of its children, if any are left, and the merged unit."""
-    up = below[child].pop(rng.randrange(len(below[child])))
-    units[up] = units[child] + units[up]
-    return [child, up] if below[child] else [up]
+def _depth_first(
+    rollout: Rollout, units: Sequence[Sequence[int]], children_of: list[list[int]], first_steps: list[list[int]]
+) -> Rollout:
+    """The rollout of the units that are still reached from the prompts, in depth-first order."""
+    kept: list[Sequence[int]] = []
+    unit_parents: list[int] = []
+    # (step, index of its parent among the kept units); a stack, so siblings go on it last first.
+    stack = [(step, -1) for first in reversed(first_steps) for step in reversed(first)]
+    while stack:
+        step, parent = stack.pop()
+        stack += [(child, len(kept)) for child in reversed(children_of[step])]
+        kept.append(units[step])
+        unit_parents.append(parent)
+    return _forest(rollout, kept, unit_parents)
+
+
+def _lift_one(child: int, children_of: list[list[int]], units: list[list[int]], rng: random.Random) -> list[int]:
+    """Merge `child` with one of its children; returns the nodes that take its place among its siblings.
+
+    These are the child itself, if it has other children, and the merged unit.
+    """
+    lifted = children_of[child].pop(rng.randrange(len(children_of[child])))
+    units[lifted] = units[child] + units[lifted]
+    return [child, lifted] if children_of[child] else [lifted]
 
 
 def _forest(
     rollout: Rollout, units: Sequence[Sequence[int]], parent: Sequence[int], *, open_from: int | None = None
 ) -> Rollout:
-    """Steps that say what `units` of steps said; the numbers of each are those of its last step.
+    """A rollout with one step per unit of steps: their texts in order, and the numbers of the unit's last step.
 
-    open_from: from this one on they are leaves without outcome.
+    Args:
+        units: per new step, the steps of `rollout` that it stands for. parent: per new step, its parent, -1 = prompt.
+        open_from: new steps from this index on become leaves without outcome.
     """
     tree = rollout.tree
-    last = torch.tensor([own[-1] for own in units], dtype=torch.int64)
+    last = torch.tensor([unit[-1] for unit in units], dtype=torch.int64)
     status, outcome = tree.status[last], tree.outcome[last]
     if open_from is not None:
         status[open_from:], outcome[open_from:] = UNFINISHED, torch.nan
-    none = torch.zeros(len(units), dtype=torch.int64)
-    made = StepTree(
-        torch.tensor(parent, dtype=torch.int64), tree.group[last], status, outcome,
-        step_reward=tree.step_reward[last], value=tree.value[last], root_value=tree.root_value, tok_start=none,
-        tok_end=none, tags={name: x[last] for name, x in tree.tags.items()},
-    )  # fmt: skip
-    texts = [_joined([rollout.texts[v] for v in own]) for own in units]
+    no_actions = torch.zeros(len(units), dtype=torch.int64)
+    new_tree = StepTree(
+        torch.tensor(parent, dtype=torch.int64),
+        tree.group[last],
+        status,
+        outcome,
+        step_reward=tree.step_reward[last],
+        value=tree.value[last],
+        root_value=tree.root_value,
+        tok_start=no_actions,
+        tok_end=no_actions,
+        tags={name: column[last] for name, column in tree.tags.items()},
+    )
+    texts = [_joined([rollout.texts[step] for step in unit]) for unit in units]
     actions = Actions(torch.empty(0), torch.empty(0, dtype=torch.bool))
-    return replace(rollout, tree=made, actions=actions, texts=[texts[i] for i in made.order.tolist()])
+    # The tree may have put the units into another order.
+    return replace(rollout, tree=new_tree, actions=actions, texts=[texts[i] for i in new_tree.order.tolist()])
 
 
 def _joined(texts: Sequence[str]) -> str:
-    """Steps one after the other, on a line each."""
-    return "".join(t if t[-1:].isspace() else f"{t}\n" for t in texts[:-1]) + texts[-1]
+    """The texts of steps in order, each on a line of its own."""
+    lines = [text if text[-1:].isspace() else f"{text}\n" for text in texts[:-1]]
+    return "".join(lines) + texts[-1]

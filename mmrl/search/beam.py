@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
@@ -38,25 +39,29 @@ def beam(
 
     Paths that end leave the beam and free their places; the search is over when n have ended, after `rounds` (the
     last one writes to the end) or when the budget is spent. The n best are the result, ended ones first.
+    dedupe: of candidates with equal texts only the first goes on.
     """
-    keep = _parts(n, width)
-    done: list[Candidate] = []
-    kept: list[Candidate] = []
+    beam_size = _parts(n, width)
+    ended: list[Candidate] = []
+    open_paths: list[Candidate] = []
     states = [State(prompt)]
-    for k in range(rounds):
-        steps = 1 if k < rounds - 1 else None
+    for round_index in range(rounds):
+        steps = 1 if round_index < rounds - 1 else None
         rows = yield from propose(states, n // len(states), temperature=temperature, steps=steps)
-        children = [s for row in rows for s in row]
+        children = list(chain.from_iterable(rows))
         if dedupe:
-            children = list({s.text: s for s in reversed(children)}.values())[::-1]
-        found = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
-        done += [c for c in found if c.state.done]
-        kept = [c for c in found if not c.state.done]
-        if not kept or len(done) >= n or problem.spent(prompt):
+            children = _first_of_equal_texts(children)
+        candidates = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
+        ended += [candidate for candidate in candidates if candidate.state.done]
+        open_paths = [candidate for candidate in candidates if not candidate.state.done]
+        if not open_paths or len(ended) >= n or problem.spent(prompt):
             break
-        states = [kept[i].state for i in keep_best([c.score for c in kept], keep)]
-    everything = done + kept
-    return result(problem, prompt, [everything[i] for i in sorted(ranking(everything)[:n])])
+        scores = [candidate.score for candidate in open_paths]
+        states = [open_paths[i].state for i in keep_best(scores, beam_size)]
+    everything = ended + open_paths
+    # In the order they were proposed, so that later ties go to the earlier one.
+    chosen = sorted(ranking(everything)[:n])
+    return result(problem, prompt, [everything[i] for i in chosen])
 
 
 @register("searches", "dvts", source="search-and-learn (DVTS)")
@@ -77,25 +82,27 @@ def dvts(
     Subtrees are compared only at the end, when all `width` children of each one's final round are the result: n
     candidates (n must be a multiple of width).
     """
-    trees = _parts(n, width)
+    num_subtrees = _parts(n, width)
     if n % width:
         raise ValueError(f"dvts: n={n} is no multiple of width={width}; subtrees have equal widths")
-    (rows,) = yield from propose([State(prompt)], n, temperature=temperature, steps=1 if rounds > 1 else None)
-    found = yield from score_candidates(problem, rows, aggregate, lookahead=lookahead)
-    final = [found[t * width : (t + 1) * width] for t in range(trees)]
-    heads = keep_per_subtree([c.score for c in found], width)
-    leaders = [found[i].state for i in heads]
-    for k in range(1, rounds):
-        live = [t for t, s in enumerate(leaders) if not problem.is_done(s)]
+    (children,) = yield from propose([State(prompt)], n, temperature=temperature, steps=1 if rounds > 1 else None)
+    candidates = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
+    # Per subtree: the candidates of its latest round, and the state of the best of them.
+    latest = [candidates[i * width : (i + 1) * width] for i in range(num_subtrees)]
+    heads = keep_per_subtree([candidate.score for candidate in candidates], width)
+    leaders = [candidates[i].state for i in heads]
+    for round_index in range(1, rounds):
+        live = [i for i, leader in enumerate(leaders) if not problem.is_done(leader)]
         if not live or problem.spent(prompt):
             break
-        steps = 1 if k < rounds - 1 else None
-        grown = yield from propose([leaders[t] for t in live], width, temperature=temperature, steps=steps)
-        found = yield from score_candidates(problem, [s for row in grown for s in row], aggregate, lookahead=lookahead)
-        for j, t in enumerate(live):
-            final[t] = found[j * width : (j + 1) * width]
-            leaders[t] = final[t][best([c.score for c in final[t]])].state
-    return result(problem, prompt, [c for children in final for c in children])
+        steps = 1 if round_index < rounds - 1 else None
+        rows = yield from propose([leaders[i] for i in live], width, temperature=temperature, steps=steps)
+        children = list(chain.from_iterable(rows))
+        candidates = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
+        for position, i in enumerate(live):
+            latest[i] = candidates[position * width : (position + 1) * width]
+            leaders[i] = latest[i][best([candidate.score for candidate in latest[i]])].state
+    return result(problem, prompt, list(chain.from_iterable(latest)))
 
 
 def keep_best(scores: Sequence[float], k: int) -> list[int]:
@@ -108,7 +115,14 @@ def keep_per_subtree(scores: Sequence[float], width: int) -> list[int]:
     return [i + best(scores[i : i + width]) for i in range(0, len(scores), width)]
 
 
+def _first_of_equal_texts(states: Sequence[State]) -> list[State]:
+    """The first state of each text, in the order in which texts occur for the last time."""
+    state_of_text = {state.text: state for state in reversed(states)}
+    return list(state_of_text.values())[::-1]
+
+
 def _parts(n: int, width: int) -> int:
+    """The number n // width of paths that go on; raises ValueError unless 1 <= width <= n."""
     if not 1 <= width <= n:
         raise ValueError(f"n={n}, width={width}: 1 <= width <= n must hold; n // width paths are kept")
     return n // width

@@ -1,4 +1,4 @@
-"""Best-of-N: independent solutions, the best score answers. Its pool also serves every vote and every curve."""
+"""Best-of-N: independent solutions, of which the best scored one is the answer; votes and curves use the same pool."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ def best_of_n(
 ) -> Turn[SearchResult]:
     """n whole solutions, ranked by the aggregate of their step scores.
 
-    max_steps: the scorer sees at most so many steps (neighbours joined, `join_steps`); 1 shows the whole solution as
-        one step, which makes an outcome reward of the scorer (VL-PRM's `granularity: solution`). None: as written.
+    max_steps: the largest number of steps that the scorer reads; neighbouring ones are joined (`join_steps`). With 1
+        it reads the whole solution as one step, which makes an outcome reward of it (VL-PRM's `granularity:
+        solution`). None: steps as written.
     """
-    states = (yield from propose([State(prompt)], n, temperature=temperature, steps=None))[0]
-    shown = states if max_steps is None else [join_steps(s, max_steps) for s in states]
-    judged = yield from score_candidates(problem, shown, aggregate)
-    return result(problem, prompt, [replace(c, state=s) for c, s in zip(judged, states, strict=True)])
+    (states,) = yield from propose([State(prompt)], n, temperature=temperature, steps=None)
+    scored_states = states if max_steps is None else [join_steps(state, max_steps) for state in states]
+    scored = yield from score_candidates(problem, scored_states, aggregate)
+    # The result has the solutions as they were written.
+    candidates = [replace(candidate, state=state) for candidate, state in zip(scored, states, strict=True)]
+    return result(problem, prompt, candidates)
 
 
 def join_steps(state: State, max_steps: int) -> State:

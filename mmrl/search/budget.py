@@ -1,4 +1,4 @@
-"""What a search costs, and when it has to stop."""
+"""The cost of a search for one prompt, and its limit."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ class Budget:
     policy_params: int = 0
     prm_params: int = 0
     generated_tokens: int = 0
-    prompt_tokens: int = 0  # prompt and prefix tokens that the policy read, without a cache
+    # Prompt and prefix tokens that the policy read.
+    prompt_tokens: int = 0
     prompt_tokens_cached: int = 0
+    # Tokens that the scorer read.
     prm_tokens: int = 0
     prm_tokens_cached: int = 0
-    prm_calls: int = 0  # paths scored
-    model_calls: int = 0  # continuations sampled
-    truncated: int = 0  # of these, cut at the policy's longest length
-    image_encodings: int = 0  # features are kept: each image once per model
-    policy_s: float = 0.0  # wall time; a batch of several prompts is shared out by its rows
+    # Paths scored.
+    prm_calls: int = 0
+    # Continuations sampled, and those of them that were cut at the policy's length limit.
+    model_calls: int = 0
+    truncated: int = 0
+    # Image features are kept, so each image counts once per model.
+    image_encodings: int = 0
+    # Wall time; that of a batch of several prompts is divided among them by rows.
+    policy_s: float = 0.0
     prm_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -40,11 +46,11 @@ class Budget:
 
     @property
     def spent(self) -> bool:
-        """Whether no further proposal may start."""
+        """True when no further proposal may start."""
         return self.max_tokens is not None and self.generated_tokens >= self.max_tokens
 
     def fresh(self) -> Budget:
-        """The same limit, nothing spent."""
+        """A budget with the same limit and all counts 0."""
         return Budget(self.max_tokens, self.policy_params, self.prm_params)
 
     def snapshot(self) -> Budget:
@@ -53,13 +59,16 @@ class Budget:
 
     def report(self) -> dict[str, float | None]:
         """The counts with `wall_s` and the forward FLOPs 2 * params * tokens, None where parameters are unknown."""
-        counts = {k: v for k, v in asdict(self).items() if k not in ("max_tokens", "policy_params", "prm_params")}
-        known = bool(self.policy_params and self.prm_params)
-        return counts | {
-            "wall_s": self.policy_s + self.prm_s,
-            "flops": self._flops(self.prompt_tokens, self.prm_tokens) if known else None,
-            "flops_cached": self._flops(self.prompt_tokens_cached, self.prm_tokens_cached) if known else None,
-        }
+        report: dict[str, float | None] = asdict(self)
+        for setting in ("max_tokens", "policy_params", "prm_params"):
+            del report[setting]
+        report["wall_s"] = self.policy_s + self.prm_s
+        report["flops"] = report["flops_cached"] = None
+        if self.policy_params and self.prm_params:
+            report["flops"] = self._flops(self.prompt_tokens, self.prm_tokens)
+            report["flops_cached"] = self._flops(self.prompt_tokens_cached, self.prm_tokens_cached)
+        return report
 
     def _flops(self, prompt: int, prm: int) -> float:
+        """Forward FLOPs; prompt, prm: tokens read by the policy and by the scorer."""
         return 2.0 * (self.policy_params * (self.generated_tokens + prompt) + self.prm_params * prm)

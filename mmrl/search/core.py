@@ -1,8 +1,16 @@
 """Searches as generators: each is written for one prompt, and all prompts take their turns in common batches.
 
-A search yields what it wants (`propose`, `score_candidates`) and receives the answer; `side_by_side` collects the
-wishes of all prompts and serves equal ones with one call. So a search reads as if it were alone and costs as if it
-were batched.
+A search yields requests (`propose`, `score_candidates`) and receives their results; `side_by_side` collects the
+requests of all prompts and serves those with equal settings by one call. So a search is written as if it were alone,
+and runs in batches:
+
+    @side_by_side
+    def one_step(problem, prompt, *, n=4):
+        (children,) = yield from propose([State(prompt)], n)
+        candidates = yield from score_candidates(problem, children, "last")
+        return result(problem, prompt, candidates)
+
+    results = one_step(problem, prompts, n=8)
 """
 
 from __future__ import annotations
@@ -32,12 +40,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found for one prompt.
+    """The result of a search for one prompt.
 
-    candidates: in the order they were found, so that ties go to the earlier one whatever they are ranked by later.
-    answer: index of the one that the method answers with. budget: what it cost.
-    tree: all that was proposed, with scores and values. temperature: of all
-        proposals, None = the policy's own, or several.
+    candidates: in the order of their proposal, so that ties go to the earlier one whatever they are ranked by later.
+    answer: index of the candidate that the method answers with.
+    budget: the cost.
+    tree: all proposals, with scores and values.
+    temperature: of all proposals; None = the policy's default, or several.
     """
 
     candidates: tuple[Candidate, ...]
@@ -48,22 +57,24 @@ class SearchResult:
 
     @property
     def states(self) -> list[State]:
-        """The paths."""
-        return [c.state for c in self.candidates]
+        """The paths of the candidates."""
+        return [candidate.state for candidate in self.candidates]
 
     @property
     def scores(self) -> list[float]:
-        """Their scores."""
-        return [c.score for c in self.candidates]
+        """The scores of the candidates."""
+        return [candidate.score for candidate in self.candidates]
 
     @property
     def ranked(self) -> list[int]:
-        """Indices, best first: ended paths before others, then by score, then by order found."""
+        """Indices, best first: ended paths before others, then by score, then by order."""
         return ranking(self.candidates)
 
 
 @dataclass(frozen=True)
 class _Propose:
+    """A request for `Problem.propose`."""
+
     states: Sequence[State]
     n: int
     temperature: float | None
@@ -73,12 +84,15 @@ class _Propose:
 
 @dataclass(frozen=True)
 class _Score:
+    """A request for `Problem.score`."""
+
     states: Sequence[State]
 
 
 T = TypeVar("T")
 P = ParamSpec("P")
-Turn = Generator[_Propose | _Score, Any, T]  # a piece of a search that gives a T
+# A search, or a part of one, that yields requests and returns a T.
+Turn = Generator[_Propose | _Score, Any, T]
 
 
 def propose(
@@ -91,46 +105,55 @@ def propose(
 def score_candidates(
     problem: Problem, states: Sequence[State], by: str, *, lookahead: int = 0, temperature: float | None = 0.0
 ) -> Turn[list[Candidate]]:
-    """The states with their scores, aggregated by the aggregate called `by`, which are noted in the prompt's tree.
+    """The states with their step scores and the aggregate `by` of these; scores are also written into the trees.
 
-    lookahead: a state that has not ended is continued by so many steps (greedily by default) for its score alone;
-        it keeps its own steps and their scores. Left out once the budget is spent.
+    lookahead: number of steps (greedy ones by default) by which a state that has not ended is continued for its score
+        alone; it keeps its own steps and their scores. No state is continued once the budget is spent.
     """
-    shown = list(states)
-    ahead = [i for i, s in enumerate(states) if not s.done and not problem.spent(s.prompt)] if lookahead else []
-    if ahead:
-        new = yield from propose([states[i] for i in ahead], 1, temperature=temperature, steps=lookahead, keep=False)
-        for i, (state,) in zip(ahead, new, strict=True):
-            shown[i] = state
-    rows: list[list[float]] = yield _Score(shown)
-    value = number(by)
-    out = []
-    for state, row in zip(states, rows, strict=True):
-        out.append(Candidate(state, tuple(row[: len(state.steps)]), value(row)))
+    scored_states = list(states)
+    continued: list[int] = []
+    if lookahead:
+        continued = [i for i, state in enumerate(states) if not state.done and not problem.spent(state.prompt)]
+    if continued:
+        from_states = [states[i] for i in continued]
+        rows = yield from propose(from_states, 1, temperature=temperature, steps=lookahead, keep=False)
+        for i, (state,) in zip(continued, rows, strict=True):
+            scored_states[i] = state
+    all_scores: list[list[float]] = yield _Score(scored_states)
+    aggregate_scores = number(by)
+    candidates = []
+    for state, scores in zip(states, all_scores, strict=True):
+        candidate = Candidate(state, tuple(scores[: len(state.steps)]), aggregate_scores(scores))
+        candidates.append(candidate)
         if problem.scored:
-            _note(problem.tree(state.prompt), out[-1], value)
-    return out
+            _write_scores(problem.tree(state.prompt), candidate, aggregate_scores)
+    return candidates
 
 
-def _note(tree: GrowingTree, found: Candidate, value: Callable[[Sequence[float]], float]) -> None:
-    """Write the scores of a path into its tree: each step's own as its reward, the aggregate up to it as its value.
+def _write_scores(
+    tree: GrowingTree, candidate: Candidate, aggregate_scores: Callable[[Sequence[float]], float]
+) -> None:
+    """Write the scores of a path into its tree: each as the step's reward, the aggregate up to it as its value.
 
-    Blank steps have no score of their own; one that ends a path has the value of the path.
+    Blank steps have no score; one that ends a path has the value of the path.
     """
-    path, row = found.state.path, found.step_scores
-    said = path if len(path) == len(row) else tuple(v for v in path if tree.texts[v].strip())
-    if not row or len(said) != len(row):
+    path, scores = candidate.state.path, candidate.step_scores
+    scored_nodes = path
+    if len(path) != len(scores):
+        scored_nodes = tuple(node for node in path if tree.texts[node].strip())
+    if not scores or len(scored_nodes) != len(scores):
         return
-    for t, node in enumerate(said):
-        tree.numbers["step_reward"][node] = row[t]
-        if math.isfinite(worth := value(row[: t + 1])):
-            tree.numbers["value"].setdefault(node, worth)
-    if math.isfinite(found.score):
-        tree.numbers["value"][path[-1]] = found.score
+    for i, node in enumerate(scored_nodes):
+        tree.numbers["step_reward"][node] = scores[i]
+        value = aggregate_scores(scores[: i + 1])
+        if math.isfinite(value):
+            tree.numbers["value"].setdefault(node, value)
+    if math.isfinite(candidate.score):
+        tree.numbers["value"][path[-1]] = candidate.score
 
 
 def number(by: str) -> Callable[[Sequence[float]], float]:
-    """The aggregate called `by`, which must give a number.
+    """The aggregate called `by`, checked to give a number.
 
     Raises:
         ValueError: no such aggregate, or its result is a key of several numbers.
@@ -149,20 +172,25 @@ def best(scores: Sequence[float]) -> int:
     """
     if not scores:
         raise ValueError("best of nothing: no candidate has been found")
-    if any(math.isnan(s) for s in scores):
-        raise ValueError(f"score {next(i for i, s in enumerate(scores) if math.isnan(s))} is NaN; it has no rank")
+    for i, score in enumerate(scores):
+        if math.isnan(score):
+            raise ValueError(f"score {i} is NaN; it has no rank")
     return max(range(len(scores)), key=lambda i: (scores[i], -i))
 
 
 def ranking(candidates: Sequence[Candidate]) -> list[int]:
     """Indices, best first: ended paths before others, then by score, then by order."""
-    return sorted(range(len(candidates)), key=lambda i: (not candidates[i].state.done, -candidates[i].score, i))
+
+    def rank(i: int) -> tuple[bool, float, int]:
+        return not candidates[i].state.done, -candidates[i].score, i
+
+    return sorted(range(len(candidates)), key=rank)
 
 
 def result(
     problem: Problem, prompt: Prompt, candidates: Sequence[Candidate], answer: int | None = None
 ) -> SearchResult:
-    """The end of a search; without `answer` the best ranked one is it."""
+    """The result of a search; without `answer` the best ranked candidate is the answer."""
     if not candidates:
         raise ValueError(f"prompt {prompt.id!r}: the search ended before its first proposal; give it at least 1 round")
     chosen = ranking(candidates)[0] if answer is None else answer
@@ -180,38 +208,48 @@ def side_by_side(
         problem: Problem, prompts: Sequence[Prompt], /, *args: P.args, **kwargs: P.kwargs
     ) -> list[SearchResult]:
         check_prompts(prompts)
-        return _run(problem, [search(problem, p, *args, **kwargs) for p in prompts])
+        return _run(problem, [search(problem, prompt, *args, **kwargs) for prompt in prompts])
 
     return searches
 
 
 def _run(problem: Problem, searches: Sequence[Turn[SearchResult]]) -> list[SearchResult]:
+    """Run the generators of several prompts side by side, each to its result."""
     results: dict[int, SearchResult] = {}
-    answers: dict[int, Any] = dict.fromkeys(range(len(searches)))
-    while answers:
-        wishes: dict[int, _Propose | _Score] = {}
-        for i, answer in answers.items():
+    # Index of a running search -> what it receives next; a generator begins by receiving None.
+    replies: dict[int, Any] = dict.fromkeys(range(len(searches)))
+    while replies:
+        requests: dict[int, _Propose | _Score] = {}
+        for i, reply in replies.items():
             try:
-                wishes[i] = searches[i].send(answer)
+                requests[i] = searches[i].send(reply)
             except StopIteration as stop:
                 results[i] = stop.value
-        answers = _serve(problem, wishes)
+        replies = _serve(problem, requests)
     return [results[i] for i in range(len(searches))]
 
 
-def _serve(problem: Problem, wishes: dict[int, _Propose | _Score]) -> dict[int, Any]:
+def _serve(problem: Problem, requests: dict[int, _Propose | _Score]) -> dict[int, Any]:
+    """The reply to each request; requests with equal settings are served by one call."""
     alike: dict[Hashable, list[int]] = defaultdict(list)
-    for i, w in wishes.items():
-        alike[(w.n, w.temperature, w.steps, w.keep) if isinstance(w, _Propose) else None].append(i)
-    answers: dict[int, Any] = {}
-    for who in alike.values():
-        states = [s for i in who for s in wishes[i].states]
-        first = wishes[who[0]]
+    for i, request in requests.items():
+        settings: Hashable = None
+        if isinstance(request, _Propose):
+            settings = (request.n, request.temperature, request.steps, request.keep)
+        alike[settings].append(i)
+    replies: dict[int, Any] = {}
+    for indices in alike.values():
+        states: list[State] = []
+        for i in indices:
+            states += requests[i].states
+        first = requests[indices[0]]
         rows: list[Any]
         if isinstance(first, _Propose):
             rows = problem.propose(states, first.n, temperature=first.temperature, steps=first.steps, keep=first.keep)
         else:
             rows = problem.score(states)
-        for i in who:
-            answers[i], rows = rows[: len(wishes[i].states)], rows[len(wishes[i].states) :]
-    return dict(sorted(answers.items()))
+        # The rows of the call, handed back request by request.
+        for i in indices:
+            count = len(requests[i].states)
+            replies[i], rows = rows[:count], rows[count:]
+    return dict(sorted(replies.items()))

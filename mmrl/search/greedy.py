@@ -1,4 +1,4 @@
-"""Guided greedy decoding: step by step, the best of n candidates; with or without going back."""
+"""Guided greedy decoding: at each step the best of n candidates, with or without steps back."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def greedy(
 ) -> Turn[SearchResult]:
     """Take the best of n next steps until the solution ends; the last of `rounds` writes to the end.
 
-    When all candidates are judged bad the least bad one is taken (VL-PRM). The candidates of the final round are the
+    When all candidates score badly the least bad one is taken (VL-PRM). The candidates of the final round are the
     result.
     """
-    state, found = State(prompt), list[Candidate]()
-    for k in range(rounds):
-        steps = 1 if k < rounds - 1 else None
+    state = State(prompt)
+    candidates: list[Candidate] = []
+    for round_index in range(rounds):
+        steps = 1 if round_index < rounds - 1 else None
         (children,) = yield from propose([state], n, temperature=temperature, steps=steps)
-        found = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
-        state = found[best([c.score for c in found])].state
+        candidates = yield from score_candidates(problem, children, aggregate, lookahead=lookahead)
+        state = candidates[best([candidate.score for candidate in candidates])].state
         if problem.is_done(state) or problem.spent(prompt):
             break
-    return result(problem, prompt, found)
+    return result(problem, prompt, candidates)
 
 
 @register(
@@ -60,18 +61,21 @@ def greedy_backtrack(
     longest path; its last proposal writes to the end.
     """
     path: list[Candidate] = []
-    left = backtracks
+    backtracks_left = backtracks
     while len(path) < rounds:
         state = path[-1].state if path else State(prompt)
         steps = 1 if len(path) < rounds - 1 else None
         (children,) = yield from propose([state], n, temperature=temperature, steps=steps)
-        found = yield from score_candidates(problem, children, "last")
-        chosen = first_good([c.score for c in found], positive=positive, negative=negative)
-        if chosen is None and left and not problem.spent(prompt):
-            left -= 1
+        candidates = yield from score_candidates(problem, children, "last")
+        scores = [candidate.score for candidate in candidates]
+        chosen = first_good(scores, positive=positive, negative=negative)
+        if chosen is None and backtracks_left and not problem.spent(prompt):
+            backtracks_left -= 1
             path = path[:-1]
             continue
-        path.append(found[best([c.score for c in found]) if chosen is None else chosen])
+        if chosen is None:
+            chosen = best(scores)
+        path.append(candidates[chosen])
         if problem.is_done(path[-1].state) or problem.spent(prompt):
             break
     return result(problem, prompt, path[-1:])
@@ -79,8 +83,8 @@ def greedy_backtrack(
 
 def first_good(scores: list[float], *, positive: float, negative: float) -> int | None:
     """Index of the first score > positive, else of the best one >= negative, else None."""
-    for i, s in enumerate(scores):
-        if s > positive:
+    for i, score in enumerate(scores):
+        if score > positive:
             return i
     top = best(scores)
     return top if scores[top] >= negative else None

@@ -1,4 +1,7 @@
-"""Monte-Carlo tree search over steps with the scorer's value at the leaves, and its formulas as functions."""
+"""Monte-Carlo tree search over steps: values of leaves come from the scorer, not from random playouts.
+
+The selection scores and backups of the published methods are functions of their own, see `uct`, `puct`, `alphazero`.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ def uct(total: float, visits: int, parent_visits: int, *, c: float = 2.0, guard:
     """
     if not visits and not guard:
         return math.inf
-    n = max(visits, 1)
-    return total / n + c * math.sqrt(math.log(max(parent_visits, 1)) / n)
+    counted = max(visits, 1)
+    return total / counted + c * math.sqrt(math.log(max(parent_visits, 1)) / counted)
 
 
 def puct(q: float, prior: float, parent_visits: int, visits: int, *, c: float = 1.5) -> float:
@@ -63,8 +66,8 @@ def children_value(visits: Sequence[int], q: Sequence[float]) -> float:
     """V = sum max(1, N_c) Q_c / sum max(1, N_c) over the children (MCTS-DPO's backup)."""
     if not visits:
         raise ValueError("children_value: a node without children has no value to back up")
-    weights = [max(1, n) for n in visits]
-    return math.fsum(w * x for w, x in zip(weights, q, strict=True)) / sum(weights)
+    weights = [max(1, count) for count in visits]
+    return math.fsum(weight * value for weight, value in zip(weights, q, strict=True)) / sum(weights)
 
 
 def propa_pick(step_scores: Sequence[Sequence[float]]) -> int:
@@ -75,10 +78,12 @@ def propa_pick(step_scores: Sequence[Sequence[float]]) -> int:
 # ---- the search -----------------------------------------------------------------------------------------------------
 
 
-class _Walked:
-    """What the search knows of nodes of a GrowingTree, those at which a proposal ended; ROOT is the prompt.
+class _SearchTree:
+    """Statistics of the nodes of a GrowingTree at which a proposal ended; ROOT is the prompt.
 
-    q: mean of what was backed up, or reward + value of the children (`backup`).
+    paths: node -> the path to it with its scores. above, below: parent and children of a node.
+    prior: its probability in the selection score. visits, total: number and sum of the values backed up through it.
+    q: their mean, or reward + value of the children, see `back_up`.
     """
 
     def __init__(self, prompt: Prompt) -> None:
@@ -91,56 +96,72 @@ class _Walked:
         self.q: dict[int, float] = defaultdict(float)
 
     def value(self, node: int) -> float:
-        """The scorer's value, 0 for the prompt and for a path without steps, of which it has none."""
+        """The scorer's value of a node; 0 for the prompt and for a path without steps, which have none."""
         path = self.paths[node]
         return path.score if path.step_scores else 0.0
 
-    def add(self, parent: int, found: Candidate, prior: float) -> None:
-        """A new child of `parent`."""
-        node = found.state.path[-1]
-        self.paths[node], self.above[node], self.prior[node] = found, parent, prior
+    def add(self, parent: int, candidate: Candidate, prior: float) -> None:
+        """Add the node at the end of a candidate's path as a child of `parent`."""
+        node = candidate.state.path[-1]
+        self.paths[node], self.above[node], self.prior[node] = candidate, parent, prior
         self.below[parent].append(node)
         if not math.isfinite(self.value(node)):
-            raise ValueError(f"mcts: {found.state.text[-60:]!r} has value {found.score}; backups need finite ones")
+            raise ValueError(
+                f"mcts: {candidate.state.text[-60:]!r} has value {candidate.score}; backups need finite ones"
+            )
 
-    def descend(self, score: Callable[[_Walked, int], float]) -> list[int]:
-        """From the prompt to a node without children, each time to the child with the best `score`."""
+    def descend(self, score: Callable[[_SearchTree, int], float]) -> list[int]:
+        """The path from the prompt to a node without children that goes to the child with the best `score`."""
         path = [ROOT]
-        while children := self.below[path[-1]]:
-            path.append(children[best([score(self, v) for v in children])])
+        while self.below[path[-1]]:
+            children = self.below[path[-1]]
+            path.append(children[best([score(self, child) for child in children])])
         return path
 
     def back_up(self, path: Sequence[int], value: float, backup: str) -> None:
-        """Count a visit of value `value` for every node of `path`."""
-        for v in reversed(path):
-            self.visits[v] += 1
-            self.total[v] += value
+        """Count a visit of value `value` for every node of `path`, the deepest first.
+
+        backup: "mean" of the values, or "children": value(node) - value(parent) + `children_value`.
+        """
+        for node in reversed(path):
+            self.visits[node] += 1
+            self.total[node] += value
             if backup == "mean":
-                self.q[v] = self.total[v] / self.visits[v]
+                self.q[node] = self.total[node] / self.visits[node]
                 continue
-            below = self.below[v]
-            later = children_value([self.visits[c] for c in below], [self.q[c] for c in below]) if below else 0.0
-            self.q[v] = self.value(v) - (self.value(self.above[v]) if v in self.above else 0.0) + later
+            children = self.below[node]
+            later = 0.0
+            if children:
+                later = children_value([self.visits[c] for c in children], [self.q[c] for c in children])
+            value_above = self.value(self.above[node]) if node in self.above else 0.0
+            self.q[node] = self.value(node) - value_above + later
 
     def most_visited(self, ends: Sequence[int]) -> int:
-        """Down from the prompt by visits, then by q, then by order, among children that lead to one of `ends`."""
-        leads = set(ends)
-        for v in ends:
-            while v in self.above:
-                v = self.above[v]
-                leads.add(v)
-        at = ROOT
-        while self.below[at]:
-            at = max((v for v in self.below[at] if v in leads), key=lambda v: (self.visits[v], self.q[v], -v))
-        return at
+        """The end that is reached from the prompt by always taking the most visited child.
+
+        Only children that lead to one of `ends` count; equal visits are decided by q, then by order.
+        """
+        leads_to_end = set(ends)
+        for node in ends:
+            while node in self.above:
+                node = self.above[node]
+                leads_to_end.add(node)
+
+        def rank(node: int) -> tuple[int, float, int]:
+            return self.visits[node], self.q[node], -node
+
+        node = ROOT
+        while self.below[node]:
+            node = max((child for child in self.below[node] if child in leads_to_end), key=rank)
+        return node
 
     def write(self, tree: GrowingTree) -> None:
-        """Visits, and q as the mean of `q_sum`, into the tree; q is the value of nodes that were visited."""
-        for v in self.paths:
-            tree.numbers["visits"][v] = self.visits[v]
-            tree.numbers["q_sum"][v] = self.q[v] * self.visits[v]
-            if self.visits[v]:
-                tree.numbers["value"][v] = self.q[v]
+        """Write visits, q_sum (so that q is its mean) and q as the value of visited nodes into `tree`."""
+        for node in self.paths:
+            tree.numbers["visits"][node] = self.visits[node]
+            tree.numbers["q_sum"][node] = self.q[node] * self.visits[node]
+            if self.visits[node]:
+                tree.numbers["value"][node] = self.q[node]
 
 
 @register(
@@ -165,10 +186,10 @@ def mcts(
     answer: Literal["visits", "weighted", "mean"] = "visits",
     canonical: Callable[[Prompt, str], str | None] | None = None,
 ) -> Turn[SearchResult]:
-    """Each iteration walks down by the selection score, gives the open leaf it meets n children, and backs up a value.
+    """Each iteration descends by the selection score to a leaf, expands it by n children, and backs up a value.
 
-    The value is the leaf's own by the scorer, of the root the mean of its children's. A child at `depth` is written to
-    the end. Ended paths are the candidates, in the order found; open leaves if none has ended.
+    The value is the scorer's of the leaf, at the root the mean of its children's. A child at `depth` is written to the
+    end. Ended paths are the candidates, in the order of their proposal; open leaves if none has ended.
 
     Args:
         form: selection score; c its exploration constant (by default 2 for uct, 1.5 for puct, 1.25 for alphazero).
@@ -183,48 +204,54 @@ def mcts(
         raise ValueError("answer='weighted' counts equal answers: give canonical=, (prompt, text) -> answer")
     if iterations < 1 or depth < 1:
         raise ValueError(f"mcts: iterations={iterations} and depth={depth} must be at least 1")
-    walked, select = _Walked(prompt), _selector(form, c)
+    tree, select = _SearchTree(prompt), _selector(form, c)
     for _ in range(iterations):
-        path = walked.descend(select)
+        path = tree.descend(select)
         leaf = path[-1]
-        if not problem.is_done(walked.paths[leaf].state):
+        state = tree.paths[leaf].state
+        if not problem.is_done(state):
             if problem.spent(prompt):
                 break
             steps = 1 if len(path) < depth else None
-            state = walked.paths[leaf].state
             (children,) = yield from propose([state], n, temperature=temperature, steps=steps)
-            found = yield from score_candidates(problem, children, aggregate)
-            for candidate in found:
-                own = policy_prior(problem.logps(candidate.state)) if prior == "policy" else 1.0
-                walked.add(leaf, candidate, own)
-        value = math.fsum(walked.value(v) for v in walked.below[leaf]) / n if leaf == ROOT else walked.value(leaf)
-        walked.back_up(path, value, backup)
+            candidates = yield from score_candidates(problem, children, aggregate)
+            for candidate in candidates:
+                probability = policy_prior(problem.logps(candidate.state)) if prior == "policy" else 1.0
+                tree.add(leaf, candidate, probability)
+        if leaf == ROOT:
+            value = math.fsum(tree.value(child) for child in tree.below[ROOT]) / n
+        else:
+            value = tree.value(leaf)
+        tree.back_up(path, value, backup)
     if problem.scored:
-        walked.write(problem.tree(prompt))
-    leaves = [v for v in walked.paths if not walked.below[v]]
-    ends = [v for v in leaves if walked.paths[v].state.done] or leaves
-    candidates = [walked.paths[v] for v in ends]
-    picks = {
-        "visits": lambda: ends.index(walked.most_visited(ends)),
-        "weighted": lambda: _voted(candidates, canonical),
-        "mean": lambda: propa_pick([x.step_scores for x in candidates]),
-    }
-    return result(problem, prompt, candidates, picks[answer]())
+        tree.write(problem.tree(prompt))
+    leaves = [node for node in tree.paths if not tree.below[node]]
+    ends = [node for node in leaves if tree.paths[node].state.done] or leaves
+    candidates = [tree.paths[node] for node in ends]
+    if answer == "visits":
+        chosen = ends.index(tree.most_visited(ends))
+    elif answer == "weighted":
+        chosen = _voted(candidates, canonical)
+    else:
+        chosen = propa_pick([candidate.step_scores for candidate in candidates])
+    return result(problem, prompt, candidates, chosen)
 
 
-def _selector(form: Form, c: float | None) -> Callable[[_Walked, int], float]:
-    def uct_score(walked: _Walked, v: int) -> float:
-        visits = walked.visits[v]
-        return uct(walked.q[v] * visits, visits, walked.visits[walked.above[v]], c=2.0 if c is None else c)
+def _selector(form: Form, c: float | None) -> Callable[[_SearchTree, int], float]:
+    """The selection score of a node: (tree, node) -> a number; the child with the largest is descended to."""
 
-    def puct_score(walked: _Walked, v: int) -> float:
-        above = walked.visits[walked.above[v]]
-        return puct(walked.q[v], walked.prior[v], above, walked.visits[v], c=1.5 if c is None else c)
+    def uct_score(tree: _SearchTree, node: int) -> float:
+        visits = tree.visits[node]
+        return uct(tree.q[node] * visits, visits, tree.visits[tree.above[node]], c=2.0 if c is None else c)
 
-    def alphazero_score(walked: _Walked, v: int) -> float:
-        visits, above = walked.visits[v], walked.visits[walked.above[v]]
-        worth = walked.q[v] if visits else walked.value(v)
-        return alphazero(worth, walked.prior[v], above, visits, init=1.25 if c is None else c)
+    def puct_score(tree: _SearchTree, node: int) -> float:
+        parent_visits = tree.visits[tree.above[node]]
+        return puct(tree.q[node], tree.prior[node], parent_visits, tree.visits[node], c=1.5 if c is None else c)
+
+    def alphazero_score(tree: _SearchTree, node: int) -> float:
+        visits, parent_visits = tree.visits[node], tree.visits[tree.above[node]]
+        value = tree.q[node] if visits else tree.value(node)
+        return alphazero(value, tree.prior[node], parent_visits, visits, init=1.25 if c is None else c)
 
     scores = {"uct": uct_score, "puct": puct_score, "alphazero": alphazero_score}
     if form not in scores:
@@ -232,9 +259,13 @@ def _selector(form: Form, c: float | None) -> Callable[[_Walked, int], float]:
     return scores[form]
 
 
-def _voted(found: Sequence[Candidate], canonical: Callable[[Prompt, str], str | None] | None) -> int:
-    assert canonical is not None  # checked before the search began
-    answers = [canonical(c.state.prompt, c.state.text) for c in found]
-    chosen = weighted(answers, [c.score for c in found])
-    # unreadable answers do not vote; when there is nothing else the best of them stands
-    return ranking(found)[0] if chosen is None else answers.index(chosen)
+def _voted(candidates: Sequence[Candidate], canonical: Callable[[Prompt, str], str | None] | None) -> int:
+    """Index of the first candidate with the answer that a vote weighted by scores chooses."""
+    # Checked before the search began.
+    assert canonical is not None
+    answers = [canonical(candidate.state.prompt, candidate.state.text) for candidate in candidates]
+    chosen = weighted(answers, [candidate.score for candidate in candidates])
+    # Unreadable answers do not vote; where all are unreadable the best candidate stands.
+    if chosen is None:
+        return ranking(candidates)[0]
+    return answers.index(chosen)

@@ -1,8 +1,8 @@
-"""The numbers of a search from its stored rows: accuracy of every way to choose, curves, cost."""
+"""Measures of a search, from its stored rows: accuracy of every way to choose among candidates, curves, cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from mmrl.search import curves, votes
 from mmrl.search.core import best, number
 
-Row = Mapping[str, Any]  # one line of results.jsonl
+# One line of results.jsonl.
+Row = Mapping[str, Any]
 
 RULES = (
     "An unreadable answer forms no group and counts in N. Ties go to the candidate or answer found first. A candidate "
@@ -20,10 +21,10 @@ RULES = (
 
 
 def measure(rows: Sequence[Row], *, aggregations: Sequence[str], pool: bool, seed: int = 0) -> dict[str, Any]:
-    """Everything that can be said about searched problems.
+    """The measures of searched problems, by name.
 
-    accuracy: name -> {mean, low, high}. `answer` is the method's own choice, `random` the mean correctness, `pass`
-    whether any candidate is right, then `majority` and per aggregation `best_of_n/..`, `weighted/..`, `hmr/..` and
+    accuracy: name -> {mean, low, high}. `answer` is the method's own choice, `random` the mean correctness, `pass` 1
+    where any candidate is right, then `majority` and per aggregation `best_of_n/..`, `weighted/..`, `hmr/..` and
     `wrf/..`. over_majority: the same picks less the majority's, problem by problem, so the intervals are paired.
     left_out: the `wrf/..` that some problem's negative scores forbid.
 
@@ -36,20 +37,22 @@ def measure(rows: Sequence[Row], *, aggregations: Sequence[str], pool: bool, see
     if not rows:
         raise ValueError("measure: no rows; search at least one prompt")
     pools = [_Pool(row, aggregations) for row in rows]
-    picks = [p.picks() for p in pools]
-    left_out = [n for n in picks[0] if any(p[n] is None for p in picks)]
-    names = [n for n in picks[0] if n not in left_out]
-    table = np.array([[p[n] for n in names] for p in picks], np.float64)
-    sizes = [len(p.right) for p in pools]
-    every = [c for row in rows for c in row["candidates"]]
+    picks = [pool.picks() for pool in pools]
+    left_out = [name for name in picks[0] if any(pick[name] is None for pick in picks)]
+    names = [name for name in picks[0] if name not in left_out]
+    # (problems, ways to choose) 1 where the chosen candidate is right
+    table = np.array([[pick[name] for name in names] for pick in picks], np.float64)
+    majority = table[:, [names.index("majority")]]
+    sizes = [len(pool.right) for pool in pools]
+    all_candidates = [candidate for row in rows for candidate in row["candidates"]]
     return {
         "prompts": len(rows),
         "candidates": {"min": min(sizes), "mean": sum(sizes) / len(sizes), "max": max(sizes)},
-        "unfinished_frac": _share(not c["done"] for c in every),
-        "unreadable_frac": _share(c["answer"] is None for c in every),
-        "unscored_frac": _share(c["correct"] is None for c in every),
+        "unfinished_frac": _share(not candidate["done"] for candidate in all_candidates),
+        "unreadable_frac": _share(candidate["answer"] is None for candidate in all_candidates),
+        "unscored_frac": _share(candidate["correct"] is None for candidate in all_candidates),
         "accuracy": dict(zip(names, _intervals(table, seed), strict=True)),
-        "over_majority": dict(zip(names, _intervals(table - table[:, [names.index("majority")]], seed), strict=True)),
+        "over_majority": dict(zip(names, _intervals(table - majority, seed), strict=True)),
         "left_out": left_out,
         "curves": _curves(pools, aggregations, seed) if pool else None,
         "cost": _cost(rows),
@@ -63,17 +66,23 @@ class _Pool:
     def __init__(self, row: Row, aggregations: Sequence[str]) -> None:
         candidates = row["candidates"]
         self.answer = row["answer"]
-        self.right = [bool(c["correct"]) for c in candidates]
-        self.answers = [c["answer"] for c in candidates]
-        self.done = [c["done"] or not any(x["done"] for x in candidates) for c in candidates]
-        self.scores = {a: [number(a)(c["step_scores"]) for c in candidates] for a in aggregations}
+        self.right = [bool(candidate["correct"]) for candidate in candidates]
+        self.answers = [candidate["answer"] for candidate in candidates]
+        # Where none has ended, all rank alike.
+        self.done = [candidate["done"] for candidate in candidates]
+        if not any(self.done):
+            self.done = [True] * len(candidates)
+        self.scores: dict[str, list[float]] = {}
+        for by in aggregations:
+            aggregate = number(by)
+            self.scores[by] = [aggregate(candidate["step_scores"]) for candidate in candidates]
 
     def ranks(self, by: str) -> list[float]:
         """Scores to rank by: unfinished candidates at the end."""
-        return [s if d else float("-inf") for s, d in zip(self.scores[by], self.done, strict=True)]
+        return [score if done else float("-inf") for score, done in zip(self.scores[by], self.done, strict=True)]
 
     def picks(self) -> dict[str, float | None]:
-        """Way to choose -> whether it is right, None where it has no meaning."""
+        """Way to choose -> 1 (True) where its choice is right, None where it has no meaning."""
         picks: dict[str, float | None] = {
             "answer": self.right[self.answer],
             "random": sum(self.right) / len(self.right),
@@ -92,32 +101,44 @@ class _Pool:
 
 
 def _curves(pools: Sequence[_Pool], aggregations: Sequence[str], seed: int) -> dict[str, Any]:
-    ks = curves.sizes(min(len(p.right) for p in pools))
-    right, answers = [p.right for p in pools], [p.answers for p in pools]
-    majority, how = curves.majority_at_k(answers, right, ks, seed=seed)
+    """Accuracy of every way to choose among k candidates, for several k, and how each was computed."""
+    ks = curves.sizes(min(len(pool.right) for pool in pools))
+    right = [pool.right for pool in pools]
+    answers = [pool.answers for pool in pools]
+    majority, how_majority = curves.majority_at_k(answers, right, ks, seed=seed)
+    # (problems, K) each
     tables = {"pass": curves.pass_at_k(right, ks), "majority": majority}
+    how: dict[str, str] = {"pass": "exact", "majority": how_majority}
+    how |= {f"best_of_n/{by}": "exact" for by in aggregations}
     for by in aggregations:
-        tables[f"best_of_n/{by}"] = curves.best_of_k([p.ranks(by) for p in pools], right, ks)
-        tables[f"weighted/{by}"] = curves.weighted_at_k(answers, [p.scores[by] for p in pools], right, ks, seed=seed)
-    found = {"pass": "exact", "majority": how} | {f"best_of_n/{a}": "exact" for a in aggregations}
+        ranks = [pool.ranks(by) for pool in pools]
+        scores = [pool.scores[by] for pool in pools]
+        tables[f"best_of_n/{by}"] = curves.best_of_k(ranks, right, ks)
+        tables[f"weighted/{by}"] = curves.weighted_at_k(answers, scores, right, ks, seed=seed)
+        how[f"weighted/{by}"] = "sampled"
     return {
         "k": ks,
-        "how": found | {f"weighted/{a}": "sampled" for a in aggregations},
+        "how": how,
         "values": {name: _intervals(table, seed) for name, table in tables.items()},
     }
 
 
 def _intervals(table: curves.Floats, seed: int) -> list[dict[str, float]]:
+    """Mean and interval of each column of `table` (problems, K)."""
     columns = zip(*curves.mean_interval(table, seed=seed), strict=True)
-    return [{"mean": float(m), "low": float(low), "high": float(high)} for m, low, high in columns]
+    return [{"mean": float(mean), "low": float(low), "high": float(high)} for mean, low, high in columns]
 
 
 def _cost(rows: Sequence[Row]) -> dict[str, Any]:
-    """Sums over prompts; None where a row does not know."""
+    """Costs summed over prompts; None where it is unknown for a prompt."""
     costs = [row["cost"] for row in rows]
-    return {k: None if any(c[k] is None for c in costs) else sum(c[k] for c in costs) for k in costs[0]}
+    total: dict[str, Any] = {}
+    for name in costs[0]:
+        numbers = [cost[name] for cost in costs]
+        total[name] = None if None in numbers else sum(numbers)
+    return total
 
 
-def _share(flags: Any) -> float:
-    values = [bool(f) for f in flags]
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
     return sum(values) / len(values)

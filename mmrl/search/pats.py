@@ -1,4 +1,4 @@
-"""PATS: the number of candidates follows how well the search is going."""
+"""PATS: guided greedy decoding whose number of candidates depends on the scores of the last step."""
 
 from __future__ import annotations
 
@@ -35,22 +35,21 @@ def pats(
             f"pats: {len(widths)} widths and {len(temperatures)} temperatures; give 3 of each, complex first"
         )
     state, mode, rejections, depth = State(prompt), 0, 0, 0
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     while depth < rounds:
         steps = 1 if depth < rounds - 1 else None
         (children,) = yield from propose([state], widths[mode], temperature=temperatures[mode], steps=steps)
-        found = yield from score_candidates(problem, children, aggregate)
-        top = found[best([c.score for c in found])]
+        candidates = yield from score_candidates(problem, children, aggregate)
+        top = candidates[best([candidate.score for candidate in candidates])]
         spent = problem.spent(prompt)
-        accepted, mode = next_mode(
-            mode, top.score, easier=easier, harder=harder, reject=reject, may_reject=rejections < penalty and not spent
-        )
+        may_reject = rejections < penalty and not spent
+        accepted, mode = next_mode(mode, top.score, easier=easier, harder=harder, reject=reject, may_reject=may_reject)
         rejections = 0 if accepted else rejections + 1
         if accepted:
             state, depth = top.state, depth + 1
         if spent or problem.is_done(state):
             break
-    return result(problem, prompt, found)
+    return result(problem, prompt, candidates)
 
 
 def next_mode(

@@ -18,12 +18,12 @@ class SearchConfig(JobConfig):
     """
 
     split: Literal["train", "eval"] = "eval"
-    # a registered name, a saved scorer's folder, or a section with `name` and options; null scores nothing
+    # A registered name, a saved scorer's folder, or a section with `name` and options; null scores nothing.
     scorer: str | dict[str, Any] | None = None
     aggregates: list[Annotated[str, of_kind("aggregates")]] = Field(
         default_factory=lambda: ["min", "product", "last", "mean"], min_length=1
     )
-    # votes and revisions compare answers in this form: `mmrl list answer_forms`, or module:function
+    # The form in which votes and revisions compare answers: a row of `mmrl list answer_forms`, or module:function.
     answers: Annotated[str, of_kind("answer_forms")] = "stated"
-    # generated per prompt, by policies that write
+    # Limit of generated tokens per prompt, for policies that write.
     max_tokens: PositiveInt | None = None

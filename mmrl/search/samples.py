@@ -1,7 +1,8 @@
 """Best of k per step and best of n whole samples, for policies whose steps are no texts (denoising).
 
-A row of `sample_searches` grows them, since only the package of a policy knows its steps; here they are verified and
-compared at stated cost. One pool of n samples per prompt and k says what every smaller number would have given.
+A row of `sample_searches` generates them, since only the package of a policy knows its steps; here they are verified
+and compared, with their costs. From one pool of n samples per prompt and k, the result of every smaller number of
+samples follows exactly (see `mmrl.search.curves`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,9 +41,9 @@ class SearchResult:
     """The samples that a search returns, prompt by prompt.
 
     samples: n independent ones per prompt. scores: the scorer's number for each; higher is better.
-    policy_calls: network rows, summed. scorer_calls: candidates scored on the way, without the `scores`.
-    rollout: the tree that was grown, sample j of prompt p as its prompt p n + j, with the candidates beside those that
-        went on; `Sample.step` are its leaves.
+    policy_calls: network rows, summed. scorer_calls: candidates scored at inner steps, without the `scores`.
+    rollout: the tree of all candidates, also those that were not continued; sample j of prompt p is its prompt
+        p n + j, and `Sample.step` are its leaves.
     """
 
     samples: list[list[Sample]]
@@ -52,10 +54,10 @@ class SearchResult:
 
 
 class SampleSearch(Protocol):
-    """A row of `sample_searches`: n samples per prompt, the best of k candidates by `scorer` going on at each step.
+    """A row of `sample_searches`: n samples per prompt; at each step the best of k candidates by `scorer` goes on.
 
-    k = 1 is plain sampling. Random numbers depend on (seed, prompt id) alone. Its facts `policy` and `scorer` are the
-    protocols that policy and scorer follow. Raises ValueError: a scorer or a sampling that does not fit.
+    k = 1 is plain sampling. Random numbers depend on (seed, prompt id) alone. The row's facts `policy` and `scorer`
+    are the protocols that policy and scorer follow. Raises ValueError: a scorer or a sampling that does not fit.
     """
 
     def __call__(
@@ -69,7 +71,8 @@ class _Pool:
 
     scores: list[list[float]] = field(default_factory=list)
     rewards: list[list[float]] = field(default_factory=list)
-    picks: dict[int, list[Sample]] = field(default_factory=dict)  # n -> the best of the first n of each prompt
+    # n -> the best of the first n samples of each prompt.
+    picks: dict[int, list[Sample]] = field(default_factory=dict)
     policy_calls: int = 0
     scorer_calls: int = 0
     seconds: float = 0.0
@@ -96,17 +99,19 @@ def search_samples(
 ) -> dict[str, Any]:
     """Search with every k (and with 1), write results.jsonl and report.json, and return the report.
 
-    reward, gain, bound, judges, cost: name of the way -> numbers; `generate` is the policy's evaluation sample,
-    `n4/k2` the best of 4 samples that went on with the best of 2 candidates at each step. See `RULES`.
+    The report's tables reward, gain, bound, judges and cost have a row per setting: `generate` is the policy's
+    evaluation sample, `n4/k2` the best of 4 samples that continued with the best of 2 candidates at each step. See
+    `RULES`.
 
     Args:
-        search, method: a row of `sample_searches`, and its name. scorer: what the row takes.
-        verifier: any number per sample; None leaves its prompt out, counted.
+        search, method: a row of `sample_searches`, and its name. scorer: as the row expects it.
+        verifier: any number per sample; a prompt with None is left out and counted.
+        folder: where the results go.
         n: samples per prompt; smaller numbers 1, 2, 4, .. come from the same pool.
-        judges: numbers on a set of samples that show whether the scorer is being exploited.
+        judges: samples -> further measures by name, which show whether the scorer is being exploited.
         about: JSON values that name policy and scorer; a folder made with others is refused.
-        rollouts: where the trees of the largest k go, verdicts as outcomes and the scores at their ends as values; a
-            batch per sample, since each of a prompt's samples began with noise of its own.
+        rollouts: where the trees of the largest k go, verdicts as outcomes and final scores as values; a batch per
+            sample, since each of a prompt's samples began with its own noise.
 
     Raises:
         ValueError: n or a k below 1, no prompts, the folder holds another search, or a sampling without
@@ -116,10 +121,10 @@ def search_samples(
     if not prompts or n < 1 or any(x < 1 for x in k):
         raise ValueError(f"{method}: n={n} and k={list(k)} must be at least 1, and there must be prompts")
     check_prompts(prompts)
-    tried = sorted({1, *k})
     settings = {"n": n, "k": list(k)}
     record = {"format": 1, "method": method, "settings": settings, "seed": seed, "about": dict(about or {})}
-    pools = {x: _Pool() for x in tried}
+    pools = {num_candidates: _Pool() for num_candidates in sorted({1, *k})}
+    largest_k = max(pools)
     plain = _Pool()
     with WorkDir(folder).owned() as work, bar(len(prompts), 0, progress) as advance:
         work.identify(RECORD, record, OTHER)
@@ -128,12 +133,11 @@ def search_samples(
         for i in range(0, len(prompts), prompts_per_batch):
             batch = prompts[i : i + prompts_per_batch]
             _generate(plain, policy, batch, verifier, seed, max_unscored)
-            for x, pool in pools.items():
-                found, verdicts = _fill(
-                    pool, partial(search, policy), batch, scorer, verifier, (n, x, seed), max_unscored
-                )
-                if rollouts is not None and x == tried[-1]:
-                    for rollout in _trees(found, verdicts, batch, n, method):
+            for num_candidates, pool in pools.items():
+                run_search = partial(search, policy, batch, scorer, n=n, k=num_candidates, seed=seed)
+                result, verdicts = _fill(pool, run_search, n, verifier, max_unscored)
+                if rollouts is not None and num_candidates == largest_k:
+                    for rollout in _trees(result, verdicts, batch, n, method):
                         rollouts.append(rollout)
             advance(len(batch))
         rows = _result_rows(prompts, plain, pools)
@@ -148,118 +152,131 @@ def search_samples(
 def _generate(
     pool: _Pool, policy: Policy, prompts: Sequence[Prompt], verifier: OutcomeReward, seed: int, limit: float
 ) -> None:
+    """Add the policy's evaluation samples of some prompts to `pool`."""
     start = time.perf_counter()
     samples = policy.generate(prompts, seed=seed)
     pool.seconds += time.perf_counter() - start
-    pool.rewards += [[x] for x in _verdicts(samples, verifier, limit)]
+    pool.rewards += [[verdict] for verdict in _verdicts(samples, verifier, limit)]
     pool.picks.setdefault(1, []).extend(samples)
 
 
 def _fill(
-    pool: _Pool,
-    search: Callable[..., SearchResult],
-    prompts: Sequence[Prompt],
-    scorer: Any,
-    verifier: OutcomeReward,
-    how: tuple[int, int, int],
-    limit: float,
+    pool: _Pool, run_search: Callable[[], SearchResult], n: int, verifier: OutcomeReward, limit: float
 ) -> tuple[SearchResult, list[float]]:
-    """Add the samples of some prompts; returns them with their verdicts. how: n, k, seed."""
-    n, k, seed = how
+    """Search some prompts and add their n samples each to `pool`; returns them with their verdicts."""
     start = time.perf_counter()
-    found = search(prompts, scorer, n=n, k=k, seed=seed)
+    result = run_search()
     pool.seconds += time.perf_counter() - start
-    verdicts = _verdicts([s for own in found.samples for s in own], verifier, limit)
-    pool.scores += found.scores
+    verdicts = _verdicts(list(chain.from_iterable(result.samples)), verifier, limit)
+    pool.scores += result.scores
     pool.rewards += [verdicts[i : i + n] for i in range(0, len(verdicts), n)]
-    pool.policy_calls += found.policy_calls
-    pool.scorer_calls += found.scorer_calls
-    for m in curves.sizes(n):
-        picks = [own[best(s[:m])] for own, s in zip(found.samples, found.scores, strict=True)]
-        pool.picks.setdefault(m, []).extend(picks)
-    return found, verdicts
+    pool.policy_calls += result.policy_calls
+    pool.scorer_calls += result.scorer_calls
+    for size in curves.sizes(n):
+        picks = pool.picks.setdefault(size, [])
+        for samples, scores in zip(result.samples, result.scores, strict=True):
+            picks.append(samples[best(scores[:size])])
+    return result, verdicts
 
 
 def _trees(
-    found: SearchResult, verdicts: Sequence[float], prompts: Sequence[Prompt], n: int, method: str
+    result: SearchResult, verdicts: Sequence[float], prompts: Sequence[Prompt], n: int, method: str
 ) -> list[Rollout]:
-    """Of each of the n samples, the trees of all prompts."""
-    if found.rollout is None:
+    """n rollouts: the trees of all prompts' first samples, those of their second ones, and so on."""
+    if result.rollout is None:
         raise ValueError("this search does not return the tree that it grew; leave `rollouts` out")
-    tree = found.rollout.tree
-    leaves = torch.tensor([s.step for own in found.samples for s in own])
+    tree = result.rollout.tree
+    leaves = torch.tensor([sample.step for sample in chain.from_iterable(result.samples)])
     value = tree.value.clone()
-    value[leaves] = torch.tensor([x for own in found.scores for x in own], dtype=torch.float64)
+    value[leaves] = torch.tensor(list(chain.from_iterable(result.scores)), dtype=torch.float64)
     tree = tree.with_outcomes(leaves, torch.tensor(verdicts, dtype=torch.float64)).replace(value=value)
-    about = dict(found.rollout.about) | {"grown_by": method}
-    whole = replace(found.rollout, tree=tree, about=about)
+    about = dict(result.rollout.about) | {"grown_by": method}
+    whole = replace(result.rollout, tree=tree, about=about)
+    # In `whole` every sample is a prompt with an id of its own; in each part they are the prompts themselves.
     parts = [whole.select(range(j, len(whole.prompts), n)) for j in range(n)]
     return [replace(part, prompts=list(prompts)) for part in parts]
 
 
 def _verdicts(samples: Sequence[Sample], verifier: OutcomeReward, limit: float) -> list[float]:
+    """The verifier's number of each sample, NaN without one."""
     return list(score(samples, {"verifier": (verifier, 1.0)}, limit).total.tolist())
 
 
 def _result_rows(prompts: Sequence[Prompt], plain: _Pool, pools: Mapping[int, _Pool]) -> Iterator[dict[str, Any]]:
     """A row per prompt; null stands for a missing verdict."""
-    for i, p in enumerate(prompts):
-        row: dict[str, Any] = {"id": p.id, "generate": _known(plain.rewards[i])[0]}
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = {"id": prompt.id, "generate": _nan_to_null(plain.rewards[i])[0]}
         for k, pool in pools.items():
-            row[f"k{k}"] = {"scores": pool.scores[i], "rewards": _known(pool.rewards[i])}
+            row[f"k{k}"] = {"scores": pool.scores[i], "rewards": _nan_to_null(pool.rewards[i])}
         yield row
 
 
-def _known(values: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(x) else x for x in values]
+def _nan_to_null(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _measure(
     plain: _Pool, pools: Mapping[int, _Pool], calls: int, judges: Callable[..., Mapping[str, float]] | None, seed: int
 ) -> dict[str, Any]:
     """The report's tables. calls: network rows of one sample of `generate`."""
-    every = [plain, *pools.values()]
-    good = [i for i in range(len(plain.rewards)) if all(np.isfinite(p.rewards[i]).all() for p in every)]
+    num_prompts = len(plain.rewards)
+    complete = _complete_prompts([plain, *pools.values()])
+    if not complete:
+        raise ValueError("every prompt has a sample without verdict, so nothing can be compared; mend the verifier")
     sizes = curves.sizes(len(pools[1].scores[0]))
-    names, columns, bounds = ["generate"], [_take(plain.rewards, good)], [_take(plain.rewards, good)]
+    # Tables (prompts, settings) of rewards and of their upper bounds, put together from blocks of columns.
+    names = ["generate"]
+    plain_rewards = np.array([plain.rewards[i] for i in complete], np.float64)
+    rewards_blocks, bounds_blocks = [plain_rewards], [plain_rewards]
     judged = {"generate": dict(judges(plain.picks[1])) if judges else {}}
-    prompts = len(plain.rewards)
-    cost = {"generate": {"policy_calls": calls, "scorer_calls": 0, "wall_s": plain.seconds / prompts}}
+    cost = {"generate": {"policy_calls": calls, "scorer_calls": 0, "wall_s": plain.seconds / num_prompts}}
     for k, pool in pools.items():
-        scores, rewards = ([rows[i] for i in good] for rows in (pool.scores, pool.rewards))
-        columns.append(curves.best_of_k(scores, rewards, sizes))
-        bounds.append(curves.best_of_k(rewards, rewards, sizes))
-        for m in sizes:
-            names.append(f"n{m}/k{k}")
-            judged[names[-1]] = dict(judges(pool.picks[m])) if judges else {}
-            cost[names[-1]] = _cost(pool, m, prompts)
-    table, bound = np.concatenate(columns, 1), np.concatenate(bounds, 1)
+        scores = [pool.scores[i] for i in complete]
+        rewards = [pool.rewards[i] for i in complete]
+        rewards_blocks.append(curves.best_of_k(scores, rewards, sizes))
+        bounds_blocks.append(curves.best_of_k(rewards, rewards, sizes))
+        for size in sizes:
+            name = f"n{size}/k{k}"
+            names.append(name)
+            judged[name] = dict(judges(pool.picks[size])) if judges else {}
+            cost[name] = _cost(pool, size, num_prompts)
+    table = np.concatenate(rewards_blocks, 1)
+    bound = np.concatenate(bounds_blocks, 1)
     single = table[:, [names.index("n1/k1")]]
     return {
-        "reward": _intervals(names, table, seed), "gain": _intervals(names, table - single, seed),
-        "bound": dict(zip(names, bound.mean(0).tolist(), strict=True)), "judges": judged, "cost": cost,
-        "unscored_prompts": prompts - len(good),
-    }  # fmt: skip
+        "reward": _intervals(names, table, seed),
+        "gain": _intervals(names, table - single, seed),
+        "bound": dict(zip(names, bound.mean(0).tolist(), strict=True)),
+        "judges": judged,
+        "cost": cost,
+        "unscored_prompts": num_prompts - len(complete),
+    }
 
 
-def _take(rows: Sequence[Sequence[float]], good: Sequence[int]) -> curves.Floats:
-    if not good:
-        raise ValueError("every prompt has a sample without verdict, so nothing can be compared; mend the verifier")
-    return np.array([rows[i] for i in good], np.float64)
+def _complete_prompts(pools: Sequence[_Pool]) -> list[int]:
+    """Indices of the prompts whose samples all have a verdict, in every pool."""
+    complete = []
+    for i in range(len(pools[0].rewards)):
+        if all(np.isfinite(pool.rewards[i]).all() for pool in pools):
+            complete.append(i)
+    return complete
 
 
-def _cost(pool: _Pool, m: int, prompts: int) -> dict[str, float]:
-    """Of m samples of a prompt, and of ranking them, which one sample does not need."""
-    share = m / (prompts * len(pool.scores[0]))
+def _cost(pool: _Pool, size: int, num_prompts: int) -> dict[str, float]:
+    """Mean cost of `size` samples of a prompt and of ranking them; a single sample needs no ranking."""
+    share = size / (num_prompts * len(pool.scores[0]))
+    ranking_calls = size if size > 1 else 0
     return {
-        "policy_calls": pool.policy_calls * share, "scorer_calls": pool.scorer_calls * share + (m if m > 1 else 0),
+        "policy_calls": pool.policy_calls * share,
+        "scorer_calls": pool.scorer_calls * share + ranking_calls,
         "wall_s": pool.seconds * share,
-    }  # fmt: skip
+    }
 
 
 def _intervals(names: Sequence[str], table: curves.Floats, seed: int) -> dict[str, dict[str, float]]:
+    """Name -> mean and interval of its column of `table` (prompts, settings)."""
     columns = zip(*curves.mean_interval(table, seed=seed), strict=True)
-    return {
-        name: {"mean": float(m), "low": float(low), "high": float(high)}
-        for name, (m, low, high) in zip(names, columns, strict=True)
-    }
+    intervals = {}
+    for name, (mean, low, high) in zip(names, columns, strict=True):
+        intervals[name] = {"mean": float(mean), "low": float(low), "high": float(high)}
+    return intervals

@@ -1,4 +1,4 @@
-"""StepCo: verify a whole solution, write it anew from its first bad step, until it is accepted."""
+"""StepCo: score a whole solution and rewrite it from its first bad step on, until it is accepted."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ def step_co(
         (children,) = yield from propose([state], 1, temperature=temperature, steps=None)
         (version,) = yield from score_candidates(problem, children, aggregate)
         versions.append(version)
-        bad = next((t for t, p in enumerate(version.step_scores) if p < threshold), None)
-        if version.score >= threshold or bad is None or _repeats(versions, canonical) or problem.spent(prompt):
+        bad_steps = [i for i, score in enumerate(version.step_scores) if score < threshold]
+        accepted = version.score >= threshold or not bad_steps
+        if accepted or _repeats(versions, canonical) or problem.spent(prompt):
             break
-        state = version.state.upto(bad)
+        state = version.state.upto(bad_steps[0])
     return result(problem, prompt, versions, answer=len(versions) - 1)
 
 
 def _repeats(versions: list[Candidate], canonical: Callable[[Prompt, str], str | None]) -> bool:
+    """True when the newest version has the same answer as the one before it."""
     if len(versions) < 2:
         return False
-    old, new = (canonical(v.state.prompt, v.state.text) for v in versions[-2:])
+    old, new = (canonical(version.state.prompt, version.state.text) for version in versions[-2:])
     return new is not None and old == new

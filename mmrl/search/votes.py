@@ -7,6 +7,7 @@ seen first.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
@@ -31,8 +32,9 @@ def best_of_n(answers: Answers, scores: Sequence[float]) -> str | None:
 
 def majority(answers: Answers) -> str | None:
     """The most frequent answer (self-consistency)."""
-    counts = Counter(a for a in answers if a is not None)
-    return max(counts, key=counts.__getitem__, default=None)  # both keep the order in which answers were first seen
+    counts = Counter(answer for answer in answers if answer is not None)
+    # Counter and max both keep the order of first appearance, so ties go to the answer seen first.
+    return max(counts, key=counts.__getitem__, default=None)
 
 
 def weighted(answers: Answers, scores: Sequence[float]) -> str | None:
@@ -47,7 +49,9 @@ def hmr(answers: Answers, scores: Sequence[float], *, share: float = 0.5) -> str
     UnPRM's vote by name; its form as defined here.
     """
     chosen = majority(answers)
-    return chosen if list(answers).count(chosen) > share * len(answers) and chosen else best_of_n(answers, scores)
+    if chosen and list(answers).count(chosen) > share * len(answers):
+        return chosen
+    return best_of_n(answers, scores)
 
 
 def wrf(
@@ -68,28 +72,36 @@ def wrf_support(
     Raises:
         ValueError: a negative score.
     """
-    if any(s < 0 for s in scores):
+    if min(scores, default=0.0) < 0:
         raise ValueError(f"wrf: score {min(scores):g} is negative; shares need scores >= 0, take a sigmoid first")
-    sums = support(answers, scores)
     counts = Counter(answers)
-    if reward == "max":
-        total = {a: max(s for b, s in zip(answers, scores, strict=True) if a == b) for a in sums}
-    else:
-        total = {a: r / counts[a] if reward == "mean" else r for a, r in sums.items()}
-    all_of_them = sum(total.values()) or 1.0
-    return {a: weight * counts[a] / len(answers) + (1 - weight) * r / all_of_them for a, r in total.items()}
+    # Answer -> R_a of the formula.
+    rewards = support(answers, scores)
+    if reward == "mean":
+        rewards = {answer: total / counts[answer] for answer, total in rewards.items()}
+    elif reward == "max":
+        rewards = dict.fromkeys(rewards, -math.inf)
+        for answer, score in zip(answers, scores, strict=True):
+            if answer is not None:
+                rewards[answer] = max(rewards[answer], score)
+    sum_rewards = sum(rewards.values()) or 1.0
+    supports = {}
+    for answer, own_reward in rewards.items():
+        supports[answer] = weight * counts[answer] / len(answers) + (1 - weight) * own_reward / sum_rewards
+    return supports
 
 
 def support(answers: Answers, scores: Sequence[float]) -> dict[str, float]:
     """Answer -> sum of its scores, in the order first seen."""
     sums: dict[str, float] = {}
-    for a, s in zip(_aligned(answers, scores), scores, strict=True):
-        if a is not None:
-            sums[a] = sums.get(a, 0.0) + s
+    for answer, score in zip(_aligned(answers, scores), scores, strict=True):
+        if answer is not None:
+            sums[answer] = sums.get(answer, 0.0) + score
     return sums
 
 
 def _aligned(answers: Answers, scores: Sequence[float]) -> Answers:
+    """The answers; raises ValueError when there is not one score for each."""
     if len(answers) != len(scores):
         raise ValueError(f"{len(answers)} answers for {len(scores)} scores; give one of each per candidate")
     return answers
