@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.adapters.base import Adapter
-from diffusion.adapters.pipeline import DENOISERS, pipeline_index
+from diffusion.adapters.pipeline import DENOISERS, modular_class, pipeline_index
 from mmrl.registry import find, names
 
 
@@ -52,7 +52,7 @@ def adapter_of(model: str) -> str:
     if denoiser in names("adapters"):
         return str(denoiser)
     pipeline = str(index.get("_class_name") or index.get("_blocks_class_name"))
-    if index and _has_blocks(index):
+    if index and modular_class(index) is not None:
         return "blocks"
     if not index and denoiser is None:
         raise ValueError(
@@ -78,16 +78,6 @@ def _denoiser(folder: Path, index: Mapping[str, Any]) -> str | None:
         if config.exists():
             return str(json.loads(config.read_text()).get("_class_name"))
     return None
-
-
-def _has_blocks(index: Mapping[str, Any]) -> bool:
-    """Whether diffusers has modular blocks for a pipeline."""
-    from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING
-    from diffusers.pipelines.auto_pipeline import _get_model
-
-    if "_blocks_class_name" in index:
-        return True
-    return _get_model(str(index.get("_class_name"))) in MODULAR_PIPELINE_MAPPING
 
 
 def _keywords(adapter: Any) -> set[str]:

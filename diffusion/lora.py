@@ -69,8 +69,14 @@ def lora_weights(model: Any) -> dict[str, Tensor]:
 def save_lora(model: Any, folder: Path, pipeline: Any, denoisers: Sequence[str]) -> None:
     """Write the LoRA with its configuration, without which a pipeline would take alpha = rank.
 
-    One denoiser: `folder/pytorch_lora_weights.safetensors`; several: a folder of that kind for each.
+    One denoiser: `folder/pytorch_lora_weights.safetensors`; several: a folder of that kind for each. Of a pipeline
+    that loads no LoRA: as PEFT writes it.
     """
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    if not isinstance(pipeline, LoraBaseMixin):
+        model.save_pretrained(str(folder))
+        return
     weights, config = lora_weights(model), model.peft_config["default"].to_dict()
     for name in denoisers:
         prefix = "" if len(denoisers) == 1 else f"networks.{name}."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.adapters.base import Adapter, Cond, Level
 from diffusion.adapters.conditions import split_rows, stack_rows
-from diffusion.adapters.pipeline import Dtype, HasPipeline
+from diffusion.adapters.pipeline import Dtype, LoraFormats
 from diffusion.capabilities import ScoreLatents
 from diffusion.kernels import gaussian_kl, log_prob
 from diffusion.loading import load_adapter
@@ -141,7 +141,7 @@ class DiffusionPolicy:
         if lora_rank:
             policy.add_lora(lora_rank, lora_alpha, lora_targets)
         if lora_start is not None:
-            load_lora(policy.model, lora_start, require("policy.lora_start", HasPipeline, policy.adapter).pipeline)
+            load_lora(policy.model, lora_start, require("policy.lora_start", LoraFormats, policy.adapter).lora_formats)
         return policy
 
     def add_lora(self, rank: int, alpha: float | None = None, targets: Sequence[str] | str | None = None) -> None:

@@ -35,6 +35,14 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+# Recipe -> the folder it names, and the tiny pipeline that stands in for it.
+RECIPES_OF_FAMILIES = {
+    "sd3_branch": ("stable-diffusion-3.5-medium", "sd3"), "flux_branch": ("FLUX.1-dev", "flux"),
+    "qwen_image_branch": ("Qwen-Image", "qwen_image"), "wan_branch": ("Wan2.1-T2V-1.3B-Diffusers", "wan"),
+    "z_image_branch": ("Z-Image-Turbo", "z_image"),
+}  # fmt: skip
+
+
 class Sandbox:
     """Runs command lines. `root` is their working folder: models and pictures in it are kept, see `conftest.sandbox`."""
 
@@ -202,6 +210,16 @@ class Sandbox:
                 continue
             folder = save_pipeline(self.root / name, kind)
             LatentReward.build(str(folder)).save(self.root / ("lrm_sdxl" if kind == "xl" else "lrm_sd15"))
+
+    def add_family(self, recipe: str) -> list[str]:
+        """The folder that a recipe of another family of pipelines names; overrides that make its outputs small."""
+        from family_pipelines.builders import FAMILIES, save_family
+
+        model, family = RECIPES_OF_FAMILIES[recipe]
+        if not (self.root / model).exists():
+            save_family(family, self.root / model)
+        options = {k: v for k, v in FAMILIES[family].options.items() if k in ("height", "width", "num_frames", "call")}
+        return [f"policy.{name}={value}" for name, value in options.items()]
 
     def _data(self) -> None:
         """The files that recipes name below `data/`."""

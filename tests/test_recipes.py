@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import yaml
-from sandbox import ROOT
+from sandbox import RECIPES_OF_FAMILIES, ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 CREDIT = [f for f in CONFIGS if f.parent.name == "credit"]
@@ -26,7 +26,8 @@ def recipes():
     """Recipes of whole runs; pipelines with text encoders take ten seconds each."""
     for file in CONFIGS:
         if file.parent.name in ("vision", "diffusion", "video"):
-            marks = [pytest.mark.slow] if file.stem.startswith("lpo_sd") else []
+            whole_pipeline = file.stem.startswith("lpo_sd") or file.stem in RECIPES_OF_FAMILIES
+            marks = [pytest.mark.slow] if whole_pipeline else []
             yield pytest.param(file, id=file.stem, marks=marks)
 
 
@@ -34,7 +35,8 @@ def recipes():
 def test_a_recipe_runs(file, sandbox):
     if file.stem.startswith("lpo_sd"):
         sandbox.add_pipelines()
-    told = sandbox.run(f"mmrl {verb_of(yaml.safe_load(file.read_text()))} {file.relative_to(ROOT)}")
+    small = sandbox.add_family(file.stem) if file.stem in RECIPES_OF_FAMILIES else []
+    told = sandbox.run(f"mmrl {verb_of(yaml.safe_load(file.read_text()))} {file.relative_to(ROOT)}", *small)
     assert told and told.get("policy/skipped_updates", 0) == 0
     assert ("imitation/unsolved_frac" in told) == ("propa" in file.stem)
 

@@ -14,20 +14,29 @@ import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond, Level, text_of
 from diffusion.adapters.conditions import stack_rows
-from diffusion.adapters.pipeline import Dtype, Experts, PipelineAdapter, dtypes, load_pipeline, pipeline_index
+from diffusion.adapters.pipeline import (
+    DENOISERS,
+    Dtype,
+    Experts,
+    PipelineAdapter,
+    dtypes,
+    load_pipeline,
+    modular_class,
+    pipeline_index,
+)
 from diffusion.kernels import Prediction, to_x0_eps
 from mmrl.reference import bare, unwrap
 from mmrl.registry import register
 from mmrl.rollout import LENGTH, Prompt
 
-DECODED_AT_ONCE = 4  # pictures or films; a decoder takes more memory for one than the denoiser for its latent
+DECODED_AT_ONCE = 4  # pictures; a decoder takes more memory for one than the denoiser for its latent
 
 
 @register("adapters", "blocks", source="diffusers' modular pipelines")
@@ -61,6 +70,8 @@ class BlocksAdapter(PipelineAdapter):
         call: Mapping[str, Any] | None = None,
         offload_encoders: bool = False,
     ) -> None:
+        from diffusers.loaders.lora_base import LoraBaseMixin
+
         self.blocks = blocks
         steps = blocks.blocks.get_execution_blocks(prompt=True).sub_blocks
         loop_name = next(name for name, block in steps.items() if block.sub_blocks)
@@ -72,10 +83,15 @@ class BlocksAdapter(PipelineAdapter):
         self._loop = steps[loop_name]
         self._loop.set_progress_bar_config(disable=True)
         self._decoding = [steps[n] for n in after]
+        self._output = blocks.blocks.outputs[0].name
+        called = self._networks([*self._loop.sub_blocks.values()])
         super().__init__(
-            pipeline or blocks, self._networks([*self._loop.sub_blocks.values()]), self._networks(self._encoding),
-            offload_encoders,
-        )  # fmt: skip
+            pipeline or blocks, [n for n in called if n in DENOISERS], self._networks(self._encoding), offload_encoders
+        )
+        # Ideogram 4's second network, which sees no prompt
+        self._unconditional = [blocks.components[n] for n in called if n not in DENOISERS]
+        if not isinstance(self.pipeline, LoraBaseMixin):  # HunyuanVideo 1.5's loads no LoRA, its blocks do
+            self.lora_formats = blocks
         self._inputs = self._checked({"height": height, "width": width, "num_frames": num_frames, **dict(call or {})})
         self._negative_prompt = negative_prompt
         self._guide(guidance_scale)
@@ -90,13 +106,14 @@ class BlocksAdapter(PipelineAdapter):
     @classmethod
     def from_pretrained(
         cls, folder: Path | str, *, dtype: Dtype = "float32", frozen_dtype: Dtype | None = None, **options: Any
-    ) -> BlocksAdapter:
+    ) -> Self:
         """An ordinary pipeline's folder or hub name, or a modular one's where the family has no other."""
-        from diffusers import ModularPipeline
-
-        local = {"local_files_only": Path(folder).is_dir()}
-        blocks = ModularPipeline.from_pretrained(str(folder), **local)
-        if "_blocks_class_name" in pipeline_index(folder):
+        index, local = pipeline_index(folder), {"local_files_only": Path(folder).is_dir()}
+        kind = modular_class(index)
+        if kind is None:
+            raise ValueError(f"policy.model={str(folder)!r}: diffusers has no blocks for {index.get('_class_name')}")
+        blocks = kind(pretrained_model_name_or_path=str(folder), **local)
+        if "_blocks_class_name" in index:
             blocks.load_components(dtype=dtypes(dtype, frozen_dtype), **local)
             return cls(blocks, **options)
         pipeline = load_pipeline(folder, dtype, frozen_dtype)
@@ -135,6 +152,8 @@ class BlocksAdapter(PipelineAdapter):
             self.blocks.update_components(**{name: guider.new(guidance_scale=scale, enabled=True)})
         if "guidance_scale" in self._inputs:
             self._inputs["guidance_scale"] = scale
+        elif "guidance_schedule" in self._inputs:
+            self._inputs["guidance_schedule"] = [scale]
         elif not guiders:
             raise ValueError(
                 f"policy.guidance_scale={scale}: {type(self.blocks).__name__} has no guidance; leave it out"
@@ -142,7 +161,9 @@ class BlocksAdapter(PipelineAdapter):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        # not that of the first parameter: Wan keeps some in float32
+        dtype: torch.dtype = self.blocks.components[self.denoisers[0]].dtype
+        return dtype
 
     # ---- running blocks ---------------------------------------------------------------------------------------
 
@@ -157,8 +178,13 @@ class BlocksAdapter(PipelineAdapter):
         from diffusers.modular_pipelines import PipelineState
 
         kinds = {p.name: p.kwargs_type for p in self.blocks.blocks.inputs if p.name}
+        inputs = self._inputs | {"num_inference_steps": self._num_steps}
+        if "guidance_schedule" in inputs:  # Ideogram 4's has one scale per step of its own 48
+            scales = inputs["guidance_schedule"]
+            steps = range(self._num_steps)
+            inputs["guidance_schedule"] = [scales[int((i + 0.5) * len(scales) / len(steps))] for i in steps]
         state = PipelineState()
-        for name, value in (self._inputs | values).items():
+        for name, value in (inputs | values).items():
             state.set(name, value, kinds.get(name))
         return state
 
@@ -176,20 +202,20 @@ class BlocksAdapter(PipelineAdapter):
         return stack_rows([self._encode_text(text_of(p)) for p in prompts])
 
     def _encode_text(self, text: str) -> Cond:
-        asked = {"prompt": [text]}
+        asked = {"prompt": text}
         if "negative_prompt" in self._inputs:
-            asked["negative_prompt"] = [self._negative_prompt]
+            asked["negative_prompt"] = self._negative_prompt
         with self.encoding():
             state = self._run(self._encoding, self._state(**asked))
         row: Cond = {}
         for block in self._encoding:
             for output in block.intermediate_outputs:
                 value = state.get(output.name)
-                if value is None:
+                if value is None or isinstance(value, str):  # a text that a family rewrites is read by its next block
                     continue
-                row[output.name] = value[0]
-                if value[0].ndim:
-                    row[output.name + LENGTH] = torch.tensor(len(value[0]), device=value[0].device)
+                row[output.name] = torch.as_tensor(value[0])
+                if row[output.name].ndim:
+                    row[output.name + LENGTH] = torch.tensor(len(value[0]))
         return row
 
     @cached_property
@@ -216,7 +242,9 @@ class BlocksAdapter(PipelineAdapter):
                 continue
             values = values.to(self._dtype) if values.is_floating_point() else values
             rows[name] = values[own.to(values.device)].to(own.device)
-            if name in self._lists:
+            if name in self._lists and values.ndim == 1:  # Ideogram's numbers of tokens
+                rows[name] = rows[name].tolist()
+            elif name in self._lists:
                 lengths = cond[name + LENGTH].tolist()
                 padded = zip(rows[name], own.tolist(), strict=True)
                 rows[name] = [row[: lengths[prompt]] for row, prompt in padded]
@@ -228,7 +256,7 @@ class BlocksAdapter(PipelineAdapter):
     @torch.no_grad()
     def _prepared(self, rows: Mapping[str, Any], generator: torch.Generator) -> Any:
         """The state in front of the loop, for a batch of rows."""
-        state = self._state(**rows, generator=generator, num_inference_steps=self._num_steps, output_type="pt")
+        state = self._state(**rows, generator=generator, output_type="pt")
         return self._run(self._preparation, state)
 
     # ---- denoising --------------------------------------------------------------------------------------------
@@ -248,6 +276,8 @@ class BlocksAdapter(PipelineAdapter):
 
     def predict(self, model: nn.Module, x: Tensor, level: Level, cond: Cond, own: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, eps) from the guided velocity."""
+        for network in self._unconditional:
+            network.to(x.device)
         state = self._prepared(self._rows(cond, own), _generator(x.device))
         times = state.get("timesteps")
         i = int((times.double() - level.t).abs().argmin())
@@ -267,16 +297,16 @@ class BlocksAdapter(PipelineAdapter):
         return to_x0_eps(x, found[0], level.a, level.s, self.prediction)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) or films (N, F, C, H, W) in [0, 1], a few at a time; gradients flow."""
-        return torch.cat([self._decode(part) for part in x0.split(DECODED_AT_ONCE)])
+        """Pictures (N, C, H, W), a few at a time, or films (N, F, C, H, W), one by one, in [0, 1]; gradients flow."""
+        at_once = 1 if self._output == "videos" else DECODED_AT_ONCE
+        return torch.cat([self._decode(part) for part in x0.split(at_once)])
 
     def _decode(self, x0: Tensor) -> Tensor:
         self.blocks.vae.to(x0.device)
         state = self._prepared(self._null_rows(len(x0)), _generator(x0.device))
         state.set("latents", x0.to(self.blocks.vae.dtype))
         self._run(self._decoding, state)
-        name = self.blocks.blocks.outputs[0].name
-        pictures: Tensor = state.get(name)
+        pictures: Tensor = state.get(self._output)
         return pictures.float()
 
 

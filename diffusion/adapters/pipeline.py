@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import nn
@@ -14,15 +14,15 @@ from diffusion.lora import save_lora
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# Names under which pipelines hold what denoises.
-DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+# Names under which pipelines hold what denoises, and trains.
+DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 @runtime_checkable
-class HasPipeline(Protocol):
-    """An adapter of a whole pipeline, whose class knows diffusers' LoRA formats."""
+class LoraFormats(Protocol):
+    """An adapter that knows a pipeline class with diffusers' formats of LoRA."""
 
-    pipeline: Any
+    lora_formats: Any  # a pipeline with `lora_state_dict` and `save_lora_weights`
 
 
 class PipelineAdapter:
@@ -42,7 +42,7 @@ class PipelineAdapter:
         encoders: Sequence[str] = (),
         offload_encoders: bool = False,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline = self.lora_formats = pipeline
         self.denoisers = list(denoisers)
         networks = {name: pipeline.components[name] for name in denoisers}
         self.model: nn.Module = networks[self.denoisers[0]] if len(networks) == 1 else Experts(networks)
@@ -52,6 +52,13 @@ class PipelineAdapter:
             module.eval().requires_grad_(False)
         self._encoders = [module for name, module in modules.items() if name in encoders]
         self._offload = offload_encoders
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, *, dtype: Dtype = "float32", frozen_dtype: Dtype | None = None, **options: Any
+    ) -> Self:
+        """The pipeline of a folder or hub name; options of the class are keys of a recipe's policy."""
+        return cls(load_pipeline(folder, dtype, frozen_dtype), **options)
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +80,7 @@ class PipelineAdapter:
         from peft import PeftModel
 
         if isinstance(model, PeftModel):
-            save_lora(model, folder / "lora", self.pipeline, self.denoisers)
+            save_lora(model, folder / "lora", self.lora_formats, self.denoisers)
         else:
             self.pipeline.save_pretrained(folder)  # it holds the very module that trained
 
@@ -109,6 +116,21 @@ def pipeline_index(model: str | Path) -> dict[str, Any]:
     if Path(model).is_dir():
         return {}
     raise ValueError(f"policy.model={str(model)!r} is neither a folder nor a pipeline that the hub has ({reason})")
+
+
+def modular_class(index: Mapping[str, Any]) -> Any:
+    """The class of the modular pipeline for an index, ordinary or modular; None where diffusers has no blocks."""
+    import diffusers
+    from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING
+    from diffusers.pipelines.auto_pipeline import _get_model
+
+    ordinary = str(index.get("_class_name"))
+    if "_blocks_class_name" in index:
+        return getattr(diffusers, ordinary, None)
+    find = MODULAR_PIPELINE_MAPPING.get(_get_model(ordinary))
+    # the mapping lacks families that have one pipeline alone, such as HunyuanVideo 1.5
+    name = ordinary.removesuffix("Pipeline") + "ModularPipeline" if find is None else find(dict(index))
+    return getattr(diffusers, name, None)
 
 
 def load_pipeline(model: str | Path, dtype: Dtype = "float32", frozen_dtype: Dtype | None = None, **parts: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class UNetAdapter(PipelineAdapter):
         dtype: Dtype = "float32",
         frozen_dtype: Dtype | None = None,
         **options: Any,
-    ) -> UNetAdapter:
+    ) -> Self:
         """A saved pipeline or its hub name, without its safety checker.
 
         Raises:

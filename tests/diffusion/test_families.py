@@ -63,6 +63,8 @@ def test_rows_of_a_batch_are_those_alone(name, family_folder):
 def test_first_ratio_is_1_and_every_lora_weight_trains(name, family_folder):
     p = policy(name, family_folder(name), lora_rank=2)
     assert ratio_deviation(p) == 0.0
+    half = policy(name, family_folder(name), lora_rank=2, dtype="bfloat16", storage="bfloat16")
+    assert ratio_deviation(half) == 0.0
     names = trained_names(p)
     assert names and all("lora_" in n for n in names)
 

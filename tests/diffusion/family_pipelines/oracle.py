@@ -1,9 +1,12 @@
 """What is measured of a family: its adapter against the plain pipeline of the same folder."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft import PeftModel
 from tiny import recipe
 from torch import Tensor
 
@@ -12,7 +15,7 @@ from diffusion.lora import lora_weights
 from diffusion.policy import DiffusionPolicy
 from diffusion.sampler import sample_ode
 from diffusion.schedule import NoiseSchedule, SamplingConfig
-from family_pipelines.builders import FAMILIES, Family
+from family_pipelines.builders import FAMILIES, HUNYUAN_LENGTHS, Family
 from mmrl.config import parse_config
 from mmrl.rollout import BranchPlan, Prompt
 from mmrl.trainers import trainer_of
@@ -42,23 +45,30 @@ def generators() -> list[torch.Generator]:
 
 def plain_pipeline(folder: Path) -> Any:
     """The pipeline as its users load it, with a first-order solver."""
-    from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+    from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from diffusers.modular_pipelines.flux2.encoders import Flux2TextEncoderStep
 
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.scheduler.config
     if isinstance(pipeline.scheduler, UniPCMultistepScheduler):
         # without its corrector, UniPC of order 1 is Euler's method
-        config = pipeline.scheduler.config
-        pipeline.scheduler = UniPCMultistepScheduler.from_config(
-            config, solver_order=1, disable_corrector=list(range(STEPS))
-        )
+        first_order = {"solver_order": 1, "disable_corrector": list(range(STEPS))}
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(config, **first_order)
+    elif not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+    if type(pipeline).__name__ == "Flux2Pipeline":  # its system prompt breaks a line where that of its blocks does not
+        pipeline.system_message = Flux2TextEncoderStep.DEFAULT_SYSTEM_MESSAGE
+    if type(pipeline).__name__ == "HunyuanVideo15Pipeline":
+        for name, length in HUNYUAN_LENGTHS.items():
+            setattr(pipeline, name, length)
     return pipeline
 
 
 def run_plain(pipeline: Any, family: Family) -> Run:
-    """The pipeline's own call. Its latents are seen where its scheduler gives them."""
+    """The pipeline's own call, prompt by prompt. Its latents are seen where its scheduler gives them."""
     sizes = {k: v for k, v in family.options.items() if k in ("height", "width", "num_frames")}
-    negative = {"negative_prompt": [NEGATIVE] * len(TEXTS)} if family.negative else {}
+    options = family.plain | sizes | ({"negative_prompt": NEGATIVE} if family.negative else {})
     stepped, own = [], pipeline.scheduler.step
 
     def step(*args: Any, **options: Any) -> Any:
@@ -67,12 +77,13 @@ def run_plain(pipeline: Any, family: Family) -> Run:
         return out
 
     pipeline.scheduler.step = step
-    texts = list(TEXTS)  # Z-Image's pipeline writes its chat template into the list
-    out = pipeline(
-        texts, num_inference_steps=STEPS, generator=generators(), output_type="pt", **sizes, **negative, **family.plain
-    )
+    latents, pictures = [], []
+    for text, generator in zip(TEXTS, generators(), strict=True):
+        out = pipeline(prompt=text, num_inference_steps=STEPS, generator=generator, output_type="pt", **options)
+        latents.append(stepped[-1].float())
+        pictures.append((out.frames if family.film else out.images).float())
     pipeline.scheduler.step = own
-    return Run(stepped[-1].float(), (out.frames if family.film else out.images).float())
+    return Run(torch.cat(latents), torch.cat(pictures))
 
 
 @torch.no_grad()
@@ -135,16 +146,22 @@ def reloaded_lora(name: str, folder: Path, saved: Path) -> Reloaded:
     with torch.no_grad():
         for key, value in trained.model.named_parameters():
             if "lora_B" in key:
-                value.copy_(torch.randn(value.shape, generator=generator))
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
     trained.save(saved)
+    mine = run_adapter(trained.adapter, trained.model)
     plain = plain_pipeline(folder)
     before = run_plain(plain, FAMILIES[name]).latents
-    if (saved / "lora" / "pytorch_lora_weights.safetensors").exists():
+    if (saved / "lora" / "adapter_config.json").exists():  # no pipeline of the family loads LoRA
+        plain.transformer = PeftModel.from_pretrained(plain.transformer, saved / "lora")
+    elif not isinstance(plain, LoraBaseMixin):  # the pipeline loads no LoRA, its modular one does
+        trained.adapter.lora_formats.update_components(transformer=plain.transformer)
+        trained.adapter.lora_formats.load_lora_weights(saved / "lora")
+    elif (saved / "lora" / "pytorch_lora_weights.safetensors").exists():
         plain.load_lora_weights(saved / "lora")
     else:  # two experts
         plain.load_lora_weights(saved / "lora" / "transformer")
         plain.load_lora_weights(saved / "lora" / "transformer_2", load_into_transformer_2=True)
-    mine, theirs = run_adapter(trained.adapter, trained.model), run_plain(plain, FAMILIES[name])
+    theirs = run_plain(plain, FAMILIES[name])
     return Reloaded(gap(mine.latents, theirs.latents), gap(before, theirs.latents))
 
 
@@ -172,3 +189,36 @@ def trained_names(policy: DiffusionPolicy) -> set[str]:
     for part in policy.micro_batches(rollout, rollout.actions.trainable.nonzero().flatten()):
         policy.log_probs(rollout, part).logp.sum().backward()
     return {name for name, p in policy.model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+
+
+class Measured(NamedTuple):
+    """A row of the table of families; errors as shares of the largest value."""
+
+    replay: float
+    pictures: float
+    gather: float
+    ratio: float
+    half_ratio: float
+    lora: Reloaded
+    grad_norm: float
+    resumed: bool
+
+
+def measure(name: str, folder: Path, work: Path) -> Measured:
+    """Everything that the tests of a family assert."""
+    one = policy(name, folder)
+    mine, plain = run_adapter(one.adapter), run_plain(plain_pipeline(folder), FAMILIES[name])
+    whole = two_iterations(name, folder, work / "whole")
+    two_iterations(name, folder, work / "parts", 1)
+    resumed = two_iterations(name, folder, work / "parts", resume=True)
+    rows = [json.loads(line) for line in (work / "whole" / "metrics.jsonl").read_text().splitlines()]
+    return Measured(
+        gap(mine.latents, plain.latents),
+        gap(mine.pictures, plain.pictures),
+        gather_error(one.adapter),
+        ratio_deviation(one),
+        ratio_deviation(policy(name, folder, dtype="bfloat16", storage="bfloat16", lora_rank=2)),
+        reloaded_lora(name, folder, work / "lora"),
+        next(row["policy/grad_norm"] for row in rows if "policy/grad_norm" in row),
+        all(torch.equal(whole[k], resumed[k]) for k in whole),
+    )
