@@ -22,9 +22,11 @@ from family_pipelines.oracle import Measured, measure  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference" / "families.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
-HEAD = """| family | shows | adapter | replay | decoded | gather | ratio | in bf16 | LoRA reloaded | two iterations | resumed |
-|---|---|---|---|---|---|---|---|---|---|---|
-"""
+COLUMNS = (
+    "family", "shows", "adapter", "replay", "decoded", "gather", "ratio", "in bf16", "LoRA reloaded", "two iterations",
+    "resumed",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
 
 
 def row(name: str, found: Measured) -> str:

@@ -124,13 +124,12 @@ def modular_class(index: Mapping[str, Any]) -> Any:
     from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING
     from diffusers.pipelines.auto_pipeline import _get_model
 
-    ordinary = str(index.get("_class_name"))
-    if "_blocks_class_name" in index:
-        return getattr(diffusers, ordinary, None)
-    find = MODULAR_PIPELINE_MAPPING.get(_get_model(ordinary))
-    # the mapping lacks families that have one pipeline alone, such as HunyuanVideo 1.5
-    name = ordinary.removesuffix("Pipeline") + "ModularPipeline" if find is None else find(dict(index))
-    return getattr(diffusers, name, None)
+    name = str(index.get("_class_name"))
+    if "_blocks_class_name" not in index:
+        find = MODULAR_PIPELINE_MAPPING.get(_get_model(name))
+        # the mapping lacks families that have one pipeline alone, such as HunyuanVideo 1.5
+        name = name.removesuffix("Pipeline") + "ModularPipeline" if find is None else find(dict(index))
+    return getattr(diffusers, name) if name in dir(diffusers) else None
 
 
 def load_pipeline(model: str | Path, dtype: Dtype = "float32", frozen_dtype: Dtype | None = None, **parts: Any) -> Any:
