@@ -1,4 +1,4 @@
-"""What the digits task learns before alignment: a small generator, a reward classifier and an independent judge.
+"""The models of the digits task before alignment: a small generator, a reward classifier and an independent judge.
 
 Made once by a fixed recipe from scikit-learn's handwritten digits (no download) and kept in the user's cache folder.
 The generator and the judge see one half of the data, the reward classifier the other half.

@@ -382,9 +382,12 @@ class DiffusionPolicy:
             return [steps[torch.isin(group, torch.tensor(part))] for part in _packed(size.tolist(), self.max_batch)]
         parts = []
         for depth in tree.depth[steps].unique():
-            level = steps[tree.depth[steps] == depth]
-            state = torch.unique(tree.sibling_set[level], return_inverse=True)[1]
-            parts += [level[state // self.max_batch == j] for j in range(int(state.max()) // self.max_batch + 1)]
+            of_depth = steps[tree.depth[steps] == depth]
+            # siblings share their parent's state, for which the network is called once
+            state = torch.unique(tree.sibling_set[of_depth], return_inverse=True)[1]
+            batch = state // self.max_batch
+            for number in range(int(batch.max()) + 1):
+                parts.append(of_depth[batch == number])
         return parts
 
     def log_probs(self, rollout: Rollout, steps: Tensor, *, reference: bool = False) -> ActionLogProbs:
@@ -396,10 +399,9 @@ class DiffusionPolicy:
         if not len(trained):
             none = torch.zeros(0, device=self._device)
             return ActionLogProbs(trained, none, ref_logp=none if reference else None)
-        outs = [
-            self._log_probs_at(rollout, trained[rollout.tree.depth[trained] == d], int(d), reference)
-            for d in rollout.tree.depth[trained].unique()
-        ]
+        depth = rollout.tree.depth[trained]
+        # a depth has one noise level, so its transitions share the network call, the interval and the kernel
+        outs = [self._log_probs_at(rollout, trained[depth == d], int(d), reference) for d in depth.unique()]
         joined = {}
         for name in ("index", "logp", "kl", "ref_logp"):
             parts = [x for o in outs if (x := getattr(o, name)) is not None]
@@ -427,7 +429,7 @@ class DiffusionPolicy:
         return ActionLogProbs(steps, logp, kl, ref_logp, extra=extra)
 
     def _extra(self, rollout: Rollout, steps: Tensor, mean: Tensor, std: float, depth: int) -> dict[str, Tensor]:
-        """What rules of the loss can ask for of each transition; see `diffusion.loss_rules`."""
+        """Numbers of each transition that rules of the loss can ask for; see `diffusion.loss_rules`."""
         sampling, schedule = self._replay(rollout)
         interval = schedule.interval(depth)
         noisy_stds = [s for s in kernel_stds(sampling, schedule) if s > 0]

@@ -158,10 +158,18 @@ def complete(
     What a start draws is its own generator's.
     """
     storage = getattr(torch, sampling.storage)
-    x, own, row = starts[0].latent.new_zeros((0, *starts[0].latent.shape)), torch.zeros(0, dtype=torch.long), []
+    x = starts[0].latent.new_zeros((0, *starts[0].latent.shape))
+    own = torch.zeros(0, dtype=torch.long)
     previous = x
+    # per row of x, the start that it belongs to
+    row: list[int] = []
     for i in range(min(s.step for s in starts), len(schedule)):
-        joining = [j for j, s in enumerate(starts) if s.step == i for _ in range(n if any(schedule.noisy[i:]) else 1)]
+        # without noise to come, copies of a start would all end alike
+        copies = n if any(schedule.noisy[i:]) else 1
+        joining: list[int] = []
+        for j, start in enumerate(starts):
+            if start.step == i:
+                joining += [j] * copies
         x = torch.cat([x, *(starts[j].latent[None] for j in joining)])
         own = torch.cat([own, torch.tensor([starts[j].prompt for j in joining], dtype=torch.long)])
         row += joining

@@ -1,4 +1,4 @@
-"""Which steps a rollout takes, where it draws noise, and with what density: decided before anything runs."""
+"""The plan of a rollout: its noise levels, the steps that draw noise, and their densities, before anything runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Solver = Literal["euler", "dpmpp_2m"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample; the whole of it is recorded in every rollout, and the update replays the record.
+    """Settings of the sampler; all of them are recorded in every rollout, and the update replays the record.
 
     steps: denoising steps T of a full rollout.
     kernel, eta: a row of `kernels` and its noise strength; None takes the kernel's default.
@@ -97,7 +97,7 @@ class SamplingConfig:
 
     @property
     def kernel_options(self) -> dict[str, float]:
-        """What the recipe sets of the kernel's own options."""
+        """Options of the kernel that the recipe sets."""
         return {} if self.eta is None else {"eta": self.eta}
 
 
@@ -228,7 +228,7 @@ def plan_schedule(
 
 
 def record(sampling: SamplingConfig, schedule: NoiseSchedule) -> dict[str, Any]:
-    """What a rollout keeps so that its log-probs can be recomputed without the config that made it."""
+    """The record by which log-probs of a rollout are recomputed without the config that made it, as JSON values."""
     fields = asdict(sampling)
     for name in _LATER_FIELDS:
         if fields[name] == SamplingConfig.__dataclass_fields__[name].default:

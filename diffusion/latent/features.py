@@ -1,4 +1,4 @@
-"""What a latent reward reads of a denoiser: pooled hidden states of some depths, and a feature of the condition.
+"""Features of a denoiser for a latent reward: pooled hidden states of some depths, and one of the condition.
 
 A model family is one `Family`: four small functions and nothing else. Features are caught by forward hooks, so the
 models run as their library wrote them.
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of denoiser is read.
+    """The reading of one kind of denoiser.
 
     needs, null_needs: entries of the conditions that scoring takes, and further ones for the empty prompt.
     prepare: removes or freezes, in place, what lies behind the last feature.

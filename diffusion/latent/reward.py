@@ -321,7 +321,7 @@ class LatentReward:
 
 
 def _conditions(rollout: Rollout) -> dict[str, Tensor]:
-    """What the policy's adapter encoded, one row per prompt."""
+    """The conditions that the policy's adapter encoded, one row per prompt."""
     return {k.removeprefix("cond_"): v for k, v in rollout.prompt_payload.items() if k.startswith("cond_")}
 
 
