@@ -20,7 +20,7 @@ class RewardConfig(Component):
 
     weight: float = Field(1.0, allow_inf_nan=False)
     # Of a batch in a killable process, waits for a free processor aside; 0 = in this process; null = 60 for a dotted
-    # path (a user's own code), 0 for a registered name.
+    # path (a user's own code), 0 for most registered names.
     timeout_s: float | None = Field(None, ge=0, allow_inf_nan=False)
 
 
@@ -55,6 +55,8 @@ class OptimConfig(Section):
     schedule: Schedule = "constant"  # after it, by transformers' names
     schedule_options: dict[str, Any] = Field(default_factory=dict)  # such as {min_lr_rate: 0.1}
     updates_per_rollout: PositiveInt = 1
+    # Parts of a rollout, by its prompts, with an update each; behind the first the ratio is no longer 1.
+    minibatches: PositiveInt = 1
     ema: float | None = Field(None, gt=0, lt=1)  # decay; evaluation and the saved model use the average
 
     def warmup_iterations(self, iterations: int) -> int:

@@ -104,7 +104,8 @@ def check_heads(config: PolicyConfig, learns: str = "") -> None:
 
 def build_reward(r: RewardConfig, section: str) -> OutcomeReward:
     """One reward; by a dotted path, in a killable process."""
-    foreign = FOREIGN_TIMEOUT_S if ":" in r.name else 0.0
+    # a registered one that waits for somebody else says so by the fact `timeout_s`
+    foreign = FOREIGN_TIMEOUT_S if ":" in r.name else find("rewards", r.name).facts.get("timeout_s", 0.0)
     timeout_s = foreign if r.timeout_s is None else r.timeout_s
     if timeout_s > 0:
         if ":" not in r.name and follows(find("rewards", r.name), ContrastReward):

@@ -192,6 +192,19 @@ def step_prune(tree: StepTree, *, penalty: Unit = 0.5, max_step_tokens: Positive
     return pruned.with_outcomes(leaves, torch.full((len(leaves),), torch.nan))
 
 
+@transform("overlong", writes=("outcome",), reads=("outcome",), source="DAPO, soft overlong punishment")
+def overlong(tree: StepTree, *, limit: PositiveInt, buffer: PositiveInt, weight: NonNegativeFloat = 1.0) -> StepTree:
+    """R' = R - weight min(max((L - (limit - buffer)) / buffer, 0), 1), L the actions (tokens) on the path.
+
+    No cost up to limit - buffer, then linear, all of it from `limit` on, which is the policy's max_new_tokens.
+    """
+    if buffer > limit:
+        raise ValueError(f"overlong: buffer={buffer} must lie in 1..limit ({limit})")
+    length = path_sum(tree, tree.span.double())
+    cost = ((length - (limit - buffer)) / buffer).clamp(0, 1)
+    return tree.replace(outcome=tree.outcome - weight * cost)
+
+
 @transform("severity", reads=("tags.severity",), source="xCOMET/MQM; as defined here")
 def severity(
     tree: StepTree, *, rewards: Annotated[Sequence[float], Field(min_length=1)] = (0.0, -1.0, -5.0, -10.0)

@@ -46,6 +46,10 @@ class LossConfig(Section):
     max_len: PositiveInt | None = None
     # Leave groups with equal rewards out of the denominator as well.
     drop_zero_spread: bool = False
+    # Train no step all of whose completions were cut at their longest length (DAPO's overlong filtering).
+    mask_truncated: bool = False
+    # Train this share of the actions alone, those of the highest entropy before the update; one extra forward pass.
+    top_entropy: float | None = Field(None, gt=0, lt=1)
     # One extra forward pass before the update, for engines whose log-probs differ from the trainer's.
     recompute_old_logp: bool = False
     # When set, actions are weighted by min(trainer probability / engine probability, cap).

@@ -29,7 +29,7 @@ from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
 from mmrl.trainers.online import OnlineConfig
-from mmrl.trainers.policy_update import Batch, Sums, build_batch, policy_loss, recompute_old_logp
+from mmrl.trainers.policy_update import Batch, Sums, build_batch, most_uncertain, policy_loss, recompute_old_logp
 from mmrl.trainers.references import ReferenceConfig, cut_references, imitation_losses, references, unsolved
 from mmrl.trainers.refill import refill
 from mmrl.trainers.run import Demands
@@ -68,6 +68,11 @@ class BranchGrpo(PolicyTrainer):
         readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
+        if config.optim.minibatches > config.run.prompts_per_iteration:
+            raise ConfigError(
+                f"optim.minibatches={config.optim.minibatches}: an update needs a prompt, and "
+                f"run.prompts_per_iteration={config.run.prompts_per_iteration}"
+            )
         return Demands(
             reference=config.loss.kl > 0,
             readers=readers,
@@ -115,17 +120,18 @@ class BranchGrpo(PolicyTrainer):
         credit = self.credit(rollout)
         if self._history is not None:
             self._history.add(rollout.prompts, rollout.tree, credit)
-        batch = self.select(rollout, credit, iteration)
+        batches = self.select(rollout, credit, iteration)
         metrics: dict[str, float] = {}
-        for update in range(self.config.optim.updates_per_rollout):
-            with self.run.meter.timed("update"):
-                metrics |= self.update(batch, first=update == 0)
+        for epoch in range(self.config.optim.updates_per_rollout):
+            for part, batch in enumerate(batches):
+                with self.run.meter.timed("update"):
+                    metrics |= self.update(batch, first=epoch == part == 0)
         if self.config.imitation.weight > 0:
             with self.run.meter.timed("imitation"):
-                metrics |= self.imitate(rollout, batch)
+                metrics |= self.imitate(rollout)
         metrics |= self.run.rewarder.update(rollout)
         self.learned_from(rollout, credit.adv)
-        return metrics | self.run.metrics() | self._rollout_metrics(rollout, credit, batch)
+        return metrics | self.run.metrics() | self._rollout_metrics(rollout, credit, batches)
 
     def sample(self, iteration: int) -> Rollout:
         """This rank's share of the iteration's prompts, rolled out, rewarded and refilled; or read from disk."""
@@ -148,14 +154,26 @@ class BranchGrpo(PolicyTrainer):
             rollout.tree, self._estimators, self._transforms, all_sum=all_sum, past=past, **self._credit_how
         )
 
-    def select(self, rollout: Rollout, credit: StepAdvantage, iteration: int) -> Batch:
-        """Which steps get a gradient, with what weight."""
-        c = self.config
-        batch = build_batch(rollout, credit, self._unpruned(rollout, iteration), c.loss, c.credit.clip)
-        batch = batch.with_total(self.loop.all_sum(batch.denominator)[0])
-        if c.loss.recompute_old_logp:
-            batch, self._mismatch = recompute_old_logp(self.policy, batch, c.loss.importance_cap, self.loop.rounds)
-        return batch
+    def select(self, rollout: Rollout, credit: StepAdvantage, iteration: int) -> list[Batch]:
+        """Which steps get a gradient, with what weight: a batch for every update that the rollout gets.
+
+        Each of them is normalised as if its prompts were all; their ratios are those before the first update.
+        """
+        c, unpruned, count = self.config, self._unpruned(rollout, iteration), self.config.optim.minibatches
+        batches = []
+        self._mismatch = {}
+        for part in range(count):
+            batch = build_batch(
+                rollout, credit, unpruned & (rollout.tree.group % count == part), c.loss, c.credit.clip
+            )
+            batch = batch.with_total(self.loop.all_sum(batch.denominator)[0])
+            if c.loss.recompute_old_logp:
+                batch, apart = recompute_old_logp(self.policy, batch, c.loss.importance_cap, self.loop.rounds)
+                self._mismatch = {k: max(v, self._mismatch.get(k, v)) for k, v in apart.items()} or self._mismatch
+            if c.loss.top_entropy is not None:
+                batch = most_uncertain(self.policy, batch, c.loss.top_entropy, self.loop.rounds, self.loop.gather)
+            batches.append(batch)
+        return batches
 
     def update(self, batch: Batch, *, first: bool) -> dict[str, float]:
         """One optimizer step over the whole batch in micro-batches."""
@@ -177,7 +195,7 @@ class BranchGrpo(PolicyTrainer):
                 self._check_stored(*self.loop.all_sum(sums.values["clip_frac"], float(batch.weight.sum())))
         return metrics
 
-    def imitate(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
+    def imitate(self, rollout: Rollout) -> dict[str, float]:
         """One optimizer step on the reference solutions of prompts whose tree found no right answer."""
         c = self.config.imitation
         failed = unsolved(rollout, c.solved_at)
@@ -185,7 +203,7 @@ class BranchGrpo(PolicyTrainer):
         count = 0 if written is None else written.actions.logp.numel()
         total, prompts, asked = self.loop.all_sum(count, len(failed), len(rollout.prompts))
         losses = [] if written is None else imitation_losses(self.policy, written, total / c.weight)
-        norm = self.loop.update(losses, partial(idle_loss, self.policy, batch.rollout))
+        norm = self.loop.update(losses, partial(idle_loss, self.policy, rollout))
         return {
             "imitation/unsolved_frac": prompts / asked,
             "imitation/grad_norm": norm,
@@ -228,9 +246,9 @@ class BranchGrpo(PolicyTrainer):
 
     # ---- records ----------------------------------------------------------------------------------------------
 
-    def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batch: Batch) -> dict[str, float]:
+    def _rollout_metrics(self, rollout: Rollout, credit: StepAdvantage, batches: Sequence[Batch]) -> dict[str, float]:
         sums = {"flat": float(credit.info["zero_spread_groups"]), "groups": float(credit.info["groups"])}
-        sums["trained"] = float(torch.unique(rollout.tree.sibling_set[batch.steps]).numel())
+        sums["trained"] = float(torch.unique(rollout.tree.sibling_set[torch.cat([b.steps for b in batches])]).numel())
         sums["leaves"] = float(self.run.meter.cost["leaves"] or rollout.tree.is_finished.sum())  # sampled, or read
         sums = dict(zip(sums, self.loop.all_sum(*sums.values()), strict=True))
         metrics = {
@@ -271,6 +289,8 @@ def _readers(config: BranchGrpoConfig) -> list[Stage]:
     for i, rule in enumerate(config.loss.rules):
         row = find("loss_rules", rule.name)
         stages.append(Stage(f"loss.rules.{i}", f"loss rule {row.name!r}", row.reads(rule.options), ()))
+    if config.loss.mask_truncated:
+        stages.append(Stage("loss.mask_truncated", "the mask of cut completions", ("tags.truncated",), ()))
     return stages
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -72,6 +72,8 @@ def build_batch(rollout: Rollout, credit: StepAdvantage, keep: Tensor, loss: Los
     owner = tree.step_of_action(rollout.actions.logp.numel())
     step = owner.clamp(min=0)
     keep = credit.valid & keep
+    if loss.mask_truncated:
+        keep = keep & has_uncut_leaf(tree)
     if loss.drop_zero_spread:
         keep = keep & informative_groups(tree)[tree.group]
     mask = rollout.actions.trainable & (owner >= 0) & keep[step]
@@ -83,6 +85,44 @@ def build_batch(rollout: Rollout, credit: StepAdvantage, keep: Tensor, loss: Los
     return Batch(rollout, steps, adv, torch.where(run, weight, 0.0).float(), rollout.actions.logp, owner, denominator)
 
 
+def has_uncut_leaf(tree: StepTree) -> Tensor:
+    """(N,) bool, steps on the way to a leaf that was not cut at the policy's longest length.
+
+    Of chains these are the completions that ended by themselves; a step that several completions share stays while
+    one of them did. Rewards of cut ones keep their part in the statistics of the group.
+    """
+    return tree.accumulate((tree.is_leaf & ~tree.tags["truncated"].bool()).double()) > 0
+
+
+def most_uncertain(
+    policy: Policy,
+    batch: Batch,
+    fraction: float,
+    rounds: Callable[[int], int],
+    gather: Callable[[list[float]], list[float]],
+) -> Batch:
+    """The batch with weight on the actions of the highest entropy alone; the denominator stays ("Beyond the 80/20
+    Rule", Wang et al. 2025; TRL's top_entropy_quantile).
+
+    fraction: share of the actions of all ranks. rounds: as in `current_logp`. gather: joins the numbers of every rank.
+
+    Raises:
+        ValueError: the policy tells no entropy.
+    """
+    entropy = torch.full_like(batch.old_logp, torch.nan)
+    with torch.no_grad():
+        for new in _passes(policy, batch.rollout, batch.steps, rounds):
+            if new.entropy is None:
+                raise ValueError("loss.top_entropy: this policy tells no entropy of its actions; leave it out")
+            entropy[new.index] = new.entropy.float().cpu()
+    trained = batch.weight > 0
+    known = sorted(gather(entropy[trained].tolist()), reverse=True)
+    if not known:
+        return batch
+    threshold = known[max(1, round(fraction * len(known))) - 1]
+    return replace(batch, weight=torch.where(entropy >= threshold, batch.weight, 0.0))
+
+
 @torch.no_grad()
 def current_logp(policy: Policy, rollout: Rollout, steps: Tensor, rounds: Callable[[int], int] = int) -> Tensor:
     """(T,) the rollout's log-probs with those of `steps` recomputed by the training code path.
@@ -90,14 +130,19 @@ def current_logp(policy: Policy, rollout: Rollout, steps: Tensor, rounds: Callab
     rounds: calls to make for a number of micro-batches; the surplus keeps ranks in step where calls are collectives.
     """
     logp = rollout.actions.logp.clone()
+    for new in _passes(policy, rollout, steps, rounds):
+        logp[new.index] = new.logp.cpu()
+    return logp
+
+
+def _passes(policy: Policy, rollout: Rollout, steps: Tensor, rounds: Callable[[int], int]) -> Iterator[ActionLogProbs]:
+    """The densities of `steps`, a micro-batch at a time; see `current_logp`."""
     parts = policy.micro_batches(rollout, steps) if len(steps) else []
     surplus = rounds(len(parts)) - len(parts)  # ranks talk about it, so before any call
     for part in parts:
-        new = policy.log_probs(rollout, part)
-        logp[new.index] = new.logp.cpu()
+        yield policy.log_probs(rollout, part)
     for _ in range(surplus):
         policy.log_probs(rollout, some_part(policy, rollout))
-    return logp
 
 
 def recompute_old_logp(

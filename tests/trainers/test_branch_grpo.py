@@ -153,7 +153,7 @@ def test_every_loss_option_is_what_it_says(tmp_path, loss):
     new = dict(zip(every.index.tolist(), every.logp.tolist(), strict=True))
     ratios = [math.exp(x - float(rollout.actions.logp[i])) for i, x in new.items()]
     assert max(ratios) > 1.1 and min(ratios) < 0.9 and len({int(d) for d in rollout.tree.depth}) > 1
-    batch = trainer.select(rollout, credit, 0)
+    (batch,) = trainer.select(rollout, credit, 0)
     parts = policy.micro_batches(rollout, batch.steps, whole_prompts=config.ratio == "trajectory")
     got = sum(float(policy_loss(policy, batch, config, part, Sums()).detach()) for part in parts)
     assert got == pytest.approx(loss_by_loops(rollout, credit.adv, new, config), rel=1e-4, abs=1e-6)

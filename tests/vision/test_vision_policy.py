@@ -342,7 +342,6 @@ def test_unsolved_prompts_imitate_their_solution(tmp_path):
     for p in trainer.run.task.prompts:
         object.__setattr__(p, "reference", {"steps": ["1", "2"]})
     rollout = trainer.sample(0)
-    batch = trainer.select(rollout, trainer.credit(rollout), 0)
     trainer.config.imitation.weight = 1.0
     written = trainer.policy.write(rollout.prompts, ["1\n2"] * len(rollout.prompts))
 
@@ -351,11 +350,11 @@ def test_unsolved_prompts_imitate_their_solution(tmp_path):
             return float(trainer.policy.log_probs(written, every_step(written)).logp.sum())
 
     before = likelihood()
-    metrics = trainer.imitate(rollout, batch)
+    metrics = trainer.imitate(rollout)
     assert metrics["imitation/unsolved_frac"] == 1 and likelihood() > before
     trainer.config.imitation.solved_at = -1.0  # everything counts as solved
     before = likelihood()
-    assert trainer.imitate(rollout, batch)["imitation/unsolved_frac"] == 0 and likelihood() == before
+    assert trainer.imitate(rollout)["imitation/unsolved_frac"] == 0 and likelihood() == before
 
 
 def test_broken_pictures_leave_the_run_and_are_counted(tmp_path):
