@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,27 @@ def load_lora(model: Any, source: str | Path, pipeline: Any) -> None:
     Raises:
         ValueError: it has layers that the model's LoRA lacks, or lacks some, or is of another rank.
     """
-    from peft import set_peft_model_state_dict
-
     read = type(pipeline).lora_state_dict(str(source), local_files_only=Path(source).exists())
     read = read[0] if isinstance(read, tuple) else read
     theirs = {k.partition(".")[2]: v for k, v in read.items() if k.partition(".")[0] in ("unet", "transformer")}
+    _set_lora(model, theirs, source)
+
+
+def load_peft_lora(model: Any, folder: str | Path) -> None:
+    """Read a LoRA that PEFT saved, as those of a bare transformer without a pipeline are, into that of a PEFT model.
+
+    Raises:
+        ValueError: it has layers that the model's LoRA lacks, or lacks some, or is of another rank.
+    """
+    from peft import load_peft_weights
+
+    weights = load_peft_weights(str(folder), device="cpu")
+    _set_lora(model, {k.removeprefix("base_model.model."): v for k, v in weights.items()}, folder)
+
+
+def _set_lora(model: Any, theirs: Mapping[str, Tensor], source: str | Path) -> None:
+    from peft import set_peft_model_state_dict
+
     mine = lora_weights(model)
     off = {k for k in {*mine, *theirs} if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape}
     if off:
@@ -117,3 +133,16 @@ def load_lora(model: Any, source: str | Path, pipeline: Any) -> None:
             "policy.lora_rank and policy.lora_targets to its own"
         )
     set_peft_model_state_dict(model, {f"base_model.model.{k}": v for k, v in theirs.items()})
+
+
+def merged(model: Any) -> nn.Module:
+    """The model with its LoRA added to its weights; the pipeline that holds it has them too.
+
+    Raises:
+        ValueError: it has none.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ValueError("the model has no LoRA to merge: all its weights were trained; leave --merge out")
+    return model.merge_and_unload()

@@ -17,7 +17,7 @@ from diffusion.adapters.pipeline import Dtype, LoraFormats
 from diffusion.capabilities import ScoreLatents
 from diffusion.kernels import gaussian_kl, log_prob
 from diffusion.loading import load_adapter
-from diffusion.lora import add_lora, checkpoint_gradients, load_lora
+from diffusion.lora import add_lora, checkpoint_gradients, load_lora, load_peft_lora, merged
 from diffusion.sampler import Forest, Start, complete, kernel_stds, sample_forest, sample_ode, transition
 from diffusion.schedule import NoiseSchedule, SamplingConfig, candidates, placed_plan, plan_schedule, record
 from mmrl.byte_cache import ByteCache
@@ -51,6 +51,13 @@ def _fields_written(options: Mapping[str, Any]) -> tuple[str, ...]:
 EMBEDDED_BYTES = 2**28
 
 
+def _trained(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Options that read what a run with these options saved: its LoRA goes on, anything else is whole."""
+    if (folder / "lora").is_dir():
+        return {**options, "lora_start": str(folder / "lora")}
+    return {**options, "model": str(folder)}
+
+
 class DiffusionPolicy:
     """Steps are denoising transitions, one action each.
 
@@ -78,6 +85,7 @@ class DiffusionPolicy:
         modality="latent",
         shardable=False,
         steps="steps",
+        trained=_trained,
         recipe=DENOISING_DEFAULTS,
         options_of=SamplingConfig,
     )
@@ -141,7 +149,11 @@ class DiffusionPolicy:
         if lora_rank:
             policy.add_lora(lora_rank, lora_alpha, lora_targets)
         if lora_start is not None:
-            load_lora(policy.model, lora_start, require("policy.lora_start", LoraFormats, policy.adapter).lora_formats)
+            if (Path(lora_start) / "adapter_config.json").is_file():
+                load_peft_lora(policy.model, lora_start)
+            else:
+                formats = require("policy.lora_start", LoraFormats, policy.adapter).lora_formats
+                load_lora(policy.model, lora_start, formats)
         return policy
 
     def add_lora(self, rank: int, alpha: float | None = None, targets: Sequence[str] | str | None = None) -> None:
@@ -483,6 +495,10 @@ class DiffusionPolicy:
                 at = depth == d
                 x[at] = self._predict(self._bare, schedule, _cond(rollout), x[at], int(d) + 1, own[at])[0].cpu()
         return list(self._decode(x))
+
+    def merge_adapter(self) -> None:
+        """See `mmrl.capabilities.AdapterMerger`."""
+        self.model = merged(self._bare)
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """The model in diffusers' (or, with LoRA, PEFT's) format. Its weights are never sharded: see `build`."""

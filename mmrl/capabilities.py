@@ -299,6 +299,14 @@ class InitialSampler(Protocol):
 
 
 @runtime_checkable
+class AdapterMerger(Protocol):
+    """A policy or scorer whose LoRA can become part of its weights; `mmrl export --merge` needs it."""
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights of its base; what is saved then is a whole model."""
+
+
+@runtime_checkable
 class OutputWriter(Protocol):
     """A policy that can make a given output its own actions; imitation needs it."""
 

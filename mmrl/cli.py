@@ -158,6 +158,18 @@ def convert(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run folder, RUN/checkpoints/000040, or RUN/model")],
+    out: Annotated[Path, typer.Argument(help="New folder")],
+    merge: Annotated[bool, typer.Option("--merge", help="With LoRA: add it to the weights of its base")] = False,
+) -> None:
+    """Write the model of a run, at any time, as a folder that transformers, PEFT or diffusers load."""
+    from mmrl.trainers.export import export_model
+
+    typer.echo(f"{export_model(source, out, merge=merge)}: {out}")
+
+
+@app.command()
 def search(recipe: Recipe, overrides: Overrides = None) -> None:
     """Best-of-N, votes, guided search, beams, MCTS with a step scorer."""
     from mmrl.config import load_section

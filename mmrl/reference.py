@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,14 +39,19 @@ class Reference:
 
     def __init__(self) -> None:
         self._copy: nn.Module | None = None
+        # weights of adapters that were trained before, by name; empty where new ones begin as no change at all
+        self._adapters: dict[str, torch.Tensor] = {}
 
     def freeze(self, model: nn.Module, adapters: nn.Module) -> None:
         """Keep a frozen copy of `model`, unless `adapters` (the module PEFT wraps) can be switched off.
 
+        Adapters that go on from an earlier run change the model from the start, so they are copied and lent.
         It is made before FSDP shards the weights, so every rank has a whole copy, which it runs without the others.
         """
         if not isinstance(adapters, Adapted):
             self._copy = copy.deepcopy(unwrap(model)).requires_grad_(False)
+        elif _changes_something(adapters):
+            self._adapters = {name: w.detach().clone() for name, w in _adapter_weights(adapters)}
 
     @contextmanager
     def applied(self, model: nn.Module, adapters: nn.Module) -> Iterator[nn.Module]:
@@ -61,5 +66,34 @@ class Reference:
             raise RuntimeError("the KL of a LoRA model cannot run sharded; set loss.kl=0 or unset ACCELERATE_CONFIG")
         if self._copy is not None:  # it was copied before the model moved to its device
             self._copy.to(next(model.parameters()).device)
-        with adapters.disable_adapter() if isinstance(adapters, Adapted) else nullcontext(), torch.no_grad():
+        with self._lent(adapters), torch.no_grad():
             yield self._copy if self._copy is not None else unwrap(model)
+
+    @contextmanager
+    def _lent(self, adapters: nn.Module) -> Iterator[None]:
+        """The adapters of the start inside the block, switched off where they were new."""
+        if not isinstance(adapters, Adapted):
+            yield
+        elif not self._adapters:
+            with adapters.disable_adapter():
+                yield
+        else:
+            now = {name: weight.data for name, weight in _adapter_weights(adapters)}
+            try:
+                for name, weight in _adapter_weights(adapters):
+                    # moved once, to where the model is by now
+                    self._adapters[name] = self._adapters[name].to(weight.device)
+                    weight.data = self._adapters[name]
+                yield
+            finally:
+                for name, weight in _adapter_weights(adapters):
+                    weight.data = now[name]
+
+
+def _adapter_weights(adapters: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, weight) for name, weight in adapters.named_parameters() if ".lora_" in name]
+
+
+def _changes_something(adapters: nn.Module) -> bool:
+    """Whether an adapter is more than a new one, whose second factor is zero."""
+    return any(bool(weight.any()) for name, weight in _adapter_weights(adapters) if ".lora_B" in name)

@@ -15,6 +15,7 @@ from video.encoding import VideoEncoder, Views
 from video.environment import Episode, VideoEnvironment
 from video.reading.reader import VideoReader
 from vision.forward.backbone import trainable_model
+from vision.forward.lora import LoraOptions
 from vision.inputs.loading import load_processor, tokenizer_of
 from vision.inputs.options import PolicyOptions
 from vision.inputs.step_rule import step_rule
@@ -46,7 +47,7 @@ def agent(model: str, train_vision: bool = False, scripted: bool = True, **optio
     told = {"max_new_tokens": 6, "max_steps": 4, "max_prompt_tokens": 2000, "temperature": 0.9} | options
     chosen = PolicyOptions(**told)
     processor = load_processor(model)
-    hf = trainable_model(model, "float32", "sdpa", 0, train_vision, False)
+    hf = trainable_model(model, "float32", "sdpa", LoraOptions(), train_vision, False)
     views = Views(4, 4, 64 * 64, 64 * 64, 64 * 64, 16 * 16)
     encoder = VideoEncoder(hf, processor, chosen, VideoReader(), views)
     environment = (Scripted if scripted else VideoEnvironment)(

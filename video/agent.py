@@ -24,12 +24,14 @@ from video.environment import Syntax, VideoEnvironment
 from video.reading.reader import VideoReader
 from vision import (
     TOKEN_DEFAULTS,
+    LoraOptions,
     PolicyOptions,
     VisionPolicy,
     load_processor,
     step_rule,
     tokenizer_of,
     trainable_model,
+    trained_options,
     vllm_engine,
 )
 
@@ -41,6 +43,7 @@ from vision import (
     lacks=(Extender, StepWriter),
     recipe=TOKEN_DEFAULTS,
     steps="max_steps",
+    trained=trained_options,
     options_of=PolicyOptions,
 )
 def video_agent(
@@ -48,6 +51,8 @@ def video_agent(
     dtype: str = "float32",
     attn: str = "sdpa",
     lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    lora_targets: list[str] | str | None = None,
     train_vision: bool = False,
     engine: Literal["transformers", "vllm"] = "transformers",
     engine_memory: float = 0.4,
@@ -65,7 +70,8 @@ def video_agent(
 
     Args:
         model: "clips" (the built-in tiny model, made on first use), a folder, or a hub name of a Qwen-VL model.
-        dtype, attn, lora_rank, train_vision, engine, engine_memory: as in `VisionPolicy.build`.
+        dtype, attn, lora_rank, lora_alpha, lora_targets, train_vision, engine, engine_memory: as in
+            `VisionPolicy.build`.
         syntax: videocom (`FIND_FRAME(..) = 57`) or tool_call (Qwen's JSON).
         coords: unit of boxes: pixels of the frame the model saw, thousandths, or shares.
         hints: write a sentence beside every observation.
@@ -89,7 +95,8 @@ def video_agent(
 
         model = str(clips_base())
     processor = load_processor(model)
-    hf = trainable_model(model, dtype, attn, lora_rank, train_vision, chosen.gradient_checkpointing)
+    lora = LoraOptions(lora_rank, lora_alpha, lora_targets)
+    hf = trainable_model(model, dtype, attn, lora, train_vision, chosen.gradient_checkpointing)
     reader = VideoReader(cache_bytes=frame_cache_mb * 2**20, timeout_s=decode_timeout_s)
     encoder = VideoEncoder(hf, processor, chosen, reader, views or Views())
     environment = VideoEnvironment(

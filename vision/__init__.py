@@ -5,7 +5,8 @@ to change; beside them, `vision.tiny_models` is public too. A package for anothe
 this, with a `PromptEncoder` of its own and an `Environment` that answers the model's turns:
 
     options = PolicyOptions(max_new_tokens=64)
-    hf, processor = trainable_model(folder, "float32", "sdpa", 0, False, False), load_processor(folder)
+    hf = trainable_model(folder, "float32", "sdpa", LoraOptions(), False, False)
+    processor = load_processor(folder)
     rule, encoder = step_rule(tokenizer_of(processor), "line"), FilmEncoder(hf, processor, options)
     policy = VisionPolicy(hf, processor, rule, options, None, environment, encoder)
 
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 # For type checkers alone; `X as X` is how a stub says that it exports X. The same names stand in `_MODULE_OF`.
 if TYPE_CHECKING:
     from vision.forward.backbone import trainable_model as trainable_model
+    from vision.forward.lora import LoraOptions as LoraOptions
+    from vision.forward.lora import trained_options as trained_options
     from vision.growth.engine_sync import vllm_engine as vllm_engine
     from vision.growth.environment import Environment as Environment
     from vision.growth.environment import TurnResult as TurnResult
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "trainable_model": "vision.forward.backbone",
+    "LoraOptions": "vision.forward.lora",
+    "trained_options": "vision.forward.lora",
     "vllm_engine": "vision.growth.engine_sync",
     "Environment": "vision.growth.environment",
     "TurnResult": "vision.growth.environment",

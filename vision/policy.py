@@ -38,6 +38,7 @@ from mmrl.rollout import (
 from mmrl.seeding import named_generator
 from mmrl.sharding import is_sharded
 from vision.forward.backbone import Backbone, trainable_model
+from vision.forward.lora import LoraOptions, merged, trained_options
 from vision.forward.network import Network, kl_job, run_job
 from vision.forward.passes import Job, TokenTree, build_job
 from vision.growth.answers import AnswerTrees
@@ -106,6 +107,7 @@ class VisionPolicy:
         modality="text",
         recipe=TOKEN_DEFAULTS,
         steps="max_steps",
+        trained=trained_options,
         options_of=PolicyOptions,
     )
     def build(
@@ -115,6 +117,8 @@ class VisionPolicy:
         dtype: str = "float32",
         attn: str = "sdpa",
         lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        lora_targets: list[str] | str | None = None,
         train_vision: bool = False,
         engine: Literal["transformers", "vllm"] = "transformers",
         engine_url: str = "",
@@ -128,8 +132,9 @@ class VisionPolicy:
             model: "shapes" (the built-in tiny model, made on first use), a folder, or a hub name.
             steps: where a step ends, or begins: a row of `step_rules`, with its options where it has any.
             attn: sdpa, eager, flash_attention_2 (no packing), or mmrl_flex: FlexAttention in the update, on a GPU.
-            lora_rank: 0 trains all weights; above 0 trains LoRA on the language model's projections, and the
-                reference for the KL is the model with the adapter off.
+            lora_rank: 0 trains all weights, or goes on with the adapter that `model` holds, such as the result of an
+                earlier run; above 0 trains a new LoRA on the language model.
+            lora_alpha, lora_targets: see `vision.forward.lora.LoraOptions`.
             train_vision: train the image encoder and projector too; off, they are frozen and pictures are encoded
                 once an iteration.
             engine: what samples; vllm needs the extra of that name (docs/guides/vllm.md).
@@ -147,7 +152,8 @@ class VisionPolicy:
 
             model = str(shapes_base())
         processor = load_processor(model)
-        hf = trainable_model(model, dtype, attn, lora_rank, train_vision, chosen.gradient_checkpointing)
+        lora = LoraOptions(lora_rank, lora_alpha, lora_targets)
+        hf = trainable_model(model, dtype, attn, lora, train_vision, chosen.gradient_checkpointing)
         rule = step_rule(tokenizer_of(processor), steps, bare(hf).config.get_text_config().vocab_size)
         sampler = None
         if engine == "vllm":
@@ -470,6 +476,10 @@ class VisionPolicy:
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
         self._reference.freeze(self.model, self._network.hf)
+
+    def merge_adapter(self) -> None:
+        """See `mmrl.capabilities.AdapterMerger`."""
+        self._network.hf = merged(self._network.hf)
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights (with LoRA, the adapter) and processor in transformers' format.

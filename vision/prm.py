@@ -17,12 +17,13 @@ from mmrl.finite import check_finite
 from mmrl.losses.reward import good_logit
 from mmrl.model_names import model_name
 from mmrl.reasoning.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
-from mmrl.reference import Adapted, bare, unwrap
+from mmrl.reference import bare, unwrap
 from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout
 from mmrl.scorers.scoring import RECORD, probabilities
 from mmrl.sharding import is_sharded
 from vision.forward.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
+from vision.forward.lora import LoraOptions, merged, trained_options
 from vision.forward.network import Network, StepHead, read_job
 from vision.forward.passes import TokenTree, build_reading
 from vision.inputs.loading import banned_ids, eos_ids, load_processor, save_model
@@ -101,13 +102,15 @@ class VisionPrm:
         self.dropped = 0  # steps without score so far, each time they were met: too long, or with a marker inside
 
     @classmethod
-    @declares(reads=("texts",), untrained=_untrained, recipe={"optim.lr": 1e-5})
+    @declares(reads=("texts",), untrained=_untrained, trained=trained_options, recipe={"optim.lr": 1e-5})
     def build(
         cls,
         model: Annotated[str, model_name("shapes")] = "shapes",
         head: Head | None = None,
         format: FormatOptions | None = None,
         lora_rank: int = 0,
+        lora_alpha: float | None = None,
+        lora_targets: list[str] | str | None = None,
         train_vision: bool = False,
         train_language: bool = True,
         dtype: str = "float32",
@@ -124,7 +127,9 @@ class VisionPrm:
         Args:
             model: "shapes" (the built-in tiny model), a folder, or a hub name.
             head: default linear. format: fields of `StepFormat`.
-            lora_rank: 0 trains all weights; above 0 trains LoRA on the language model, and the head.
+            lora_rank: 0 trains all weights, or goes on with the adapter that `model` holds; above 0 trains a new LoRA
+                on the language model, and the head.
+            lora_alpha, lora_targets: see `vision.forward.lora.LoraOptions`.
             train_vision: train image encoder and projector. train_language: off, only the head trains (PURE's first
                 stage).
             max_length: longest prompt with its solution, in tokens. max_tokens: most unique tokens at once.
@@ -138,20 +143,16 @@ class VisionPrm:
         saved = _record(model)
         asked: dict[str, Any] = {"head": head, "format": format or {}, "instruction": instruction, "system": system}
         told = asked | {"head": head or "linear"} if saved is None else _agreed(saved, asked, model)
-        base = model if saved is None else saved["base"] or model
-        if base != model and lora_rank:
-            raise ValueError(f"scorer.lora_rank={lora_rank}: {model} is an adapter and trains on; leave it out")
         options = PolicyOptions(
             instruction=told["instruction"], system=told["system"], max_prompt_tokens=max_length,
             max_tokens=max_tokens, mode=mode, gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        hf = trainable_model(base, dtype, attn, lora_rank, train_vision, gradient_checkpointing)
-        if base != model:
-            hf = _with_adapter(hf, model)
+        lora = LoraOptions(lora_rank, lora_alpha, lora_targets)
+        hf = trainable_model(model, dtype, attn, lora, train_vision, gradient_checkpointing)
         if not train_language:
             for p in hf.parameters():
                 p.requires_grad_(False)
-        out = cls(hf, load_processor(base), StepFormat(**told["format"]), told["head"], options)
+        out = cls(hf, load_processor(model), StepFormat(**told["format"]), told["head"], options)
         if saved is not None and (own := out._network.head) is not None:
             own.load_state_dict(load_file(Path(model) / "head.safetensors"))
         return out
@@ -303,6 +304,10 @@ class VisionPrm:
         out = model(read_job, job, self._verdict, asked.owner, body.features, blank)
         return out[torch.argsort(asked.order)]
 
+    def merge_adapter(self) -> None:
+        """See `mmrl.capabilities.AdapterMerger`."""
+        self._network.hf = merged(self._network.hf)
+
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Model (with LoRA, the adapter) and processor in transformers' format, the head as `head.safetensors`
         (linear.weight (C, H), linear.bias (C,)), and how steps are read as `step_format.json`."""
@@ -314,9 +319,8 @@ class VisionPrm:
         save_model(network.hf, self._body.processor, folder, weights)
         if head is not None:
             save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, Path(folder) / "head.safetensors")
-        base = bare(network.hf).config.name_or_path if isinstance(network.hf, Adapted) else None
         record = {
-            "scorer": "vision_prm", "head": self.head, "format": self.format.to_json(), "base": base,
+            "scorer": "vision_prm", "head": self.head, "format": self.format.to_json(),
             "instruction": self.options.instruction, "system": self.options.system,
         }  # fmt: skip
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -426,9 +430,3 @@ def _agreed(saved: dict[str, Any], asked: dict[str, Any], model: str) -> dict[st
                 f"scorer.{key}={value!r} but {model} was trained with {kept!r}; leave it out, the model knows it"
             )
     return saved
-
-
-def _with_adapter(hf: Any, folder: str) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(hf, folder, is_trainable=True)

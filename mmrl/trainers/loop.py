@@ -280,7 +280,7 @@ class Loop(Processes):
         """Open the run folder, and go on from its newest checkpoint where the recipe asks for it."""
         found = self.on_main(self._begin)
         if found:
-            self._read_checkpoint(Path(found))
+            self.load(Path(found))
         if self.is_main:
             # the evaluation before the first iteration is repeated, so its row is written again
             self.folder.truncate_metrics(self.state.iteration or -1)
@@ -326,7 +326,8 @@ class Loop(Processes):
         a = self.accelerator
         save_accelerator_state(str(folder), [], [], [], [], a.process_index, a.step, a.scaler)
 
-    def _read_checkpoint(self, folder: Path) -> None:
+    def load(self, folder: Path) -> None:
+        """Take weights, optimizer and counts from a checkpoint."""
         load_numbers(folder, self._numbers)
         load_tensors(folder, self._kept_tensors())
         load_accelerator_state(str(folder), [], [], [], [], self.accelerator.process_index, self.accelerator.scaler)

@@ -14,7 +14,7 @@ from families import picture, processor_for, tokenizer_for
 
 from mmrl.losses.mismatch import mismatch, truncated_importance
 from mmrl.rollout import BranchPlan, Prompt
-from vision.forward.lora import add_lora
+from vision.forward.lora import LoraOptions, add_lora
 from vision.forward.network import masked_scores
 from vision.growth.driver import grow
 from vision.growth.engine_hf import TransformersEngine
@@ -236,7 +236,7 @@ def test_adapters_follow_and_full_weights_are_refused(tmp_path, report):
     assert bench.mismatch(nodes)["max"] < EXACT
     with pytest.raises(RuntimeError, match="use sync_lora"):
         bench.engine.sync([])
-    bench.hf = add_lora(bench.hf, 4).eval()
+    bench.hf = add_lora(bench.hf, LoraOptions(4)).eval()
     for k in range(2):
         move_adapter(bench.hf, k)
         bench.hf.save_pretrained(tmp_path / f"adapter-{k}")

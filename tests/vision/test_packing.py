@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmrl.rollout import Prompt
 from vision.forward.attention import FLEX, AttentionStyle, style_of, tree_attention
-from vision.forward.lora import add_lora
+from vision.forward.lora import LoraOptions, add_lora
 from vision.forward.network import Network, run_job
 from vision.forward.packing import ancestors, choose_mode, cost, leaf_rows, pack, rows_of, split, tree_mask
 from vision.forward.passes import TokenTree, build_job
@@ -178,7 +178,7 @@ def test_layouts_with_lora_and_gradient_checkpointing(family, lora, checkpointin
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
         torch.manual_seed(0)
-        hf = add_lora(hf, 4)
+        hf = add_lora(hf, LoraOptions(4))
         for name, p in hf.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.1)

@@ -434,8 +434,8 @@ def test_a_saved_adapter_loads_with_its_base(form, pictures, tmp_path):
     assert trains and all("lora_" in n or n.startswith("head.") for n in trains)
     again.save(tmp_path / "n")
     assert torch.equal(scores(load_scorer(tmp_path / "n"), [p], [[WHOLE]]), scores(prm, [p], [[WHOLE]]))
-    with pytest.raises(ValueError, match="is an adapter"):
-        load_scorer(tmp_path / "m", {"lora_rank": 2})
+    with pytest.raises(ValueError, match="has rank 2 and trains on"):
+        load_scorer(tmp_path / "m", {"lora_rank": 4})
 
 
 @pytest.mark.parametrize(

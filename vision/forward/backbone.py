@@ -14,11 +14,11 @@ from mmrl.reference import bare
 from mmrl.rollout import Prompt
 from mmrl.tree import StepTree
 from vision.forward.attention import FLEX, attend_by, style_of
-from vision.forward.lora import add_lora, image_parameters
+from vision.forward.lora import LoraOptions, adapter_rank, add_lora, image_parameters, load_adapter
 from vision.forward.network import Network, freeze_idle
 from vision.forward.packing import Mode, choose_mode, rows_of, split
 from vision.forward.passes import Job, TokenTree
-from vision.inputs.loading import load_model, tokenizer_of
+from vision.inputs.loading import adapter_base, load_model, tokenizer_of
 from vision.inputs.options import PolicyOptions
 from vision.inputs.prompts import PromptEncoder, PromptError
 
@@ -104,22 +104,28 @@ class Backbone:
 
 
 def trainable_model(
-    folder: str, dtype: str, attn: str, lora_rank: int, train_vision: bool, gradient_checkpointing: bool
+    folder: str, dtype: str, attn: str, lora: LoraOptions, train_vision: bool, gradient_checkpointing: bool
 ) -> Any:
     """The model in `folder` with the weights that shall train marked, inside PEFT where LoRA trains.
+
+    A folder with an adapter is its base with that adapter, which trains on.
 
     Raises:
         ValueError: LoRA and `train_vision`; only the adapter would be saved.
     """
-    if lora_rank and train_vision:
-        raise ValueError(f"lora_rank={lora_rank} trains the language model alone; set train_vision: false")
+    saved = adapter_base(folder) is not None
+    if train_vision and (lora.rank or saved):
+        rank = lora.rank or adapter_rank(folder)
+        raise ValueError(f"lora_rank={rank} trains the language model alone; set train_vision: false")
     hf = load_model(folder, dtype=dtype, attn="sdpa" if attn == FLEX else attn)
     if attn == FLEX:
         attend_by(hf, FLEX)
     for p in image_parameters(hf):
         p.requires_grad_(train_vision)
-    if lora_rank:
-        hf = add_lora(hf, lora_rank)
+    if saved:
+        hf = load_adapter(hf, folder, lora.rank)
+    elif lora.rank:
+        hf = add_lora(hf, lora)
     if gradient_checkpointing:
         bare(hf).gradient_checkpointing_enable({"use_reentrant": False})
     return hf

@@ -12,9 +12,11 @@ import torch
 
 from mmrl.reference import Adapted, bare
 from mmrl.sharding import is_sharded, whole
+from vision.forward.lora import adapter_rank
 from vision.growth.driver import grow
 from vision.growth.engine_vllm import VllmEngine
 from vision.growth.requests import GrowthRequest, Node
+from vision.inputs.loading import adapter_base
 
 
 class SyncedEngine:
@@ -72,7 +74,11 @@ def vllm_engine(
     folder: str, url: str, exchange: str, *, max_model_len: int, memory: float, lora_rank: int, dtype: str,
     films: bool = False,
 ) -> SyncedEngine:  # fmt: skip
-    """vLLM in this process, or the server at `url`; see `vision.growth.engine_vllm`."""
+    """vLLM in this process, or the server at `url`; see `vision.growth.engine_vllm`.
+
+    Of a folder with an adapter it holds the base; the adapter follows with the first trees.
+    """
+    folder, lora_rank = adapter_base(folder) or folder, lora_rank or adapter_rank(folder)
     if url:
         return SyncedEngine(VllmEngine.server(url, folder=folder, exchange=exchange or None), shared=True)
     engine = VllmEngine.in_process(

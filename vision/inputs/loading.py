@@ -29,7 +29,7 @@ def is_vision(config: Any) -> bool:
 
 
 def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = "sdpa") -> Any:
-    """The model in a folder (or of a hub name), in eval mode, on the CPU.
+    """The model in a folder (or of a hub name), in eval mode, on the CPU; of an adapter's folder, its base.
 
     Args:
         dtype: one of `DTYPES`.
@@ -43,6 +43,7 @@ def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = "sdpa"
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    folder = adapter_base(folder) or folder
     config = _config(folder)
     kind = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
     model = kind.from_pretrained(
@@ -65,7 +66,15 @@ def load_processor(folder: str | Path) -> Any:
     """
     from transformers import AutoImageProcessor
 
-    config, where = _config(folder), _local(folder)
+    base = adapter_base(folder)
+    if base is not None:
+        # an adapter that another trainer wrote may have no processor, or a tokenizer alone
+        whole = any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+        config = _config(base)
+        folder = folder if whole or (not is_vision(config) and (Path(folder) / "tokenizer.json").is_file()) else base
+    else:
+        config = _config(folder)
+    where = _local(folder)
     if not is_vision(config):
         return _tokenizer(folder)
     kind = image_only(_processor_class(folder, config))
@@ -221,6 +230,27 @@ def save_model(model: Any, processor: Any, folder: str | Path, state_dict: dict[
     processor.save_pretrained(folder)
 
 
+def adapter_base(folder: str | Path) -> str | None:
+    """The model that the PEFT adapter in a folder was trained on, as adapter_config.json names it.
+
+    None: the folder holds a whole model, or it is none.
+
+    Raises:
+        FileNotFoundError: that model is a path that does not exist.
+    """
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file() or (Path(folder) / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    path = Path(base)
+    if not base or ((path.is_absolute() or len(path.parts) > 2) and not path.is_dir()):
+        raise FileNotFoundError(
+            f"{folder} holds a PEFT adapter of the model {base!r}, which does not exist here; put it back, or correct "
+            f"base_model_name_or_path in {file}"
+        )
+    return str(base)
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
@@ -237,11 +267,6 @@ def _config(folder: str | Path) -> Any:
     looks_local = path.is_absolute() or str(folder).startswith(".") or len(path.parts) > 2
     if looks_local and not path.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist")
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds a PEFT adapter without its model: load the model that adapter_config.json names, "
-            "then peft.PeftModel.from_pretrained(model, folder)"
-        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"model folder {folder} has no config.json; is it a transformers model?")
     return AutoConfig.from_pretrained(str(folder), **_local(folder))

@@ -1,0 +1,85 @@
+"""`mmrl export`: a run, one of its checkpoints or its model as a folder that other programs load."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+from mmrl.capabilities import AdapterMerger, require
+from mmrl.config import ConfigError, load_config
+from mmrl.recipe import PolicyConfig, TrainingConfig
+from mmrl.registry import find
+from mmrl.trainers import trainer_of
+from mmrl.trainers.checkpoint import Checkpoints
+from mmrl.workdir import publish
+
+
+def export_model(source: Path, out: Path, *, merge: bool = False) -> Path:
+    """Write the model of a run into a new folder, in the format that its ecosystem reads; returns what it came from.
+
+    Args:
+        source: a run folder (its model/, or its newest checkpoint where the run has not ended), RUN/checkpoints/000040
+            or a model folder of a run, such as RUN/model or RUN/best/000040/model.
+        merge: with LoRA, add the adapter to the weights of its base, so that nothing else is needed to load it.
+    Raises:
+        ConfigError: nothing of a run is there, or `out` exists already.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name a new folder")
+    run = _run_of(source)
+    if source == run:
+        source = run / "model" if (run / "model").is_dir() else _newest(run)
+    # the run itself is not touched: no lock is taken, and nothing is written below it
+    config = load_config(run / "config.yaml", [f"run.output={out.parent / '.export'}", "run.trackers=[]"])
+    with tempfile.TemporaryDirectory() as scratch:
+        model = source
+        if _is_checkpoint(source):
+            model = Path(scratch) / "model"
+            trainer = trainer_of(config)
+            trainer.loop.load(source)
+            with trainer.loop.evaluating():
+                trainer.save_model(model)
+        with publish(out) as part:
+            if merge:
+                component = _component(config, model)
+                require("mmrl export --merge", AdapterMerger, component).merge_adapter()
+                component.save(part)
+            else:
+                copytree(model, part, dirs_exist_ok=True)
+    return source
+
+
+def _run_of(source: Path) -> Path:
+    """The run folder that something belongs to."""
+    for folder in (source, *source.absolute().parents[:3]):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(
+        f"{source} belongs to no run (no config.yaml in it or above it); give the run.output of a run, one of its "
+        "checkpoints, or its model folder"
+    )
+
+
+def _newest(run: Path) -> Path:
+    newest = Checkpoints(run / "checkpoints").newest()
+    if newest is None:
+        raise ConfigError(f"{run} has neither a model nor a checkpoint yet")
+    return newest
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return folder.parent.name == "checkpoints"
+
+
+def _component(config: TrainingConfig, model: Path) -> Any:
+    """The policy or scorer of a recipe with the weights in a folder."""
+    if isinstance(config, PolicyConfig):
+        kind, section = "policies", config.policy
+    else:
+        kind, section = "scorers", config.scorer  # type: ignore[attr-defined]
+    row = find(kind, section.name)
+    # where the folder of a trained model is more than another `model`, the row says which options read it
+    trained = row.facts.get("trained", lambda options, folder: {**options, "model": str(folder)})
+    return row.build(trained(section.options, model), section.name)
