@@ -17,7 +17,7 @@ from mmrl.finite import check_finite
 from mmrl.losses.reward import good_logit
 from mmrl.model_names import model_name
 from mmrl.reasoning.slots import FormatOptions, SlotIds, StepFormat, lay_out, slot_ids
-from mmrl.reference import bare, unwrap
+from mmrl.reference import Adapted, bare, unwrap
 from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout
 from mmrl.scorers.scoring import RECORD, probabilities
@@ -319,8 +319,9 @@ class VisionPrm:
         save_model(network.hf, self._body.processor, folder, weights)
         if head is not None:
             save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, Path(folder) / "head.safetensors")
+        base = bare(network.hf).config.name_or_path if isinstance(network.hf, Adapted) else None
         record = {
-            "scorer": "vision_prm", "head": self.head, "format": self.format.to_json(),
+            "scorer": "vision_prm", "head": self.head, "format": self.format.to_json(), "base": base,
             "instruction": self.options.instruction, "system": self.options.system,
         }  # fmt: skip
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")

@@ -161,6 +161,29 @@ def test_lora_uses_the_switched_off_adapter_as_reference(tiny_model, tmp_path):
     )
 
 
+def test_a_lora_goes_on_as_its_own_reference_and_is_merged(tiny_model, tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    first = DiffusionPolicy.build(str(tiny_model), lora_rank=2, steps=6)
+    with torch.no_grad():
+        for name, weight in first.model.named_parameters():
+            if "lora_" in name:
+                weight.add_(0.1)
+    first.save(tmp_path / "first")
+    again = DiffusionPolicy.build(str(tiny_model), lora_rank=2, steps=6, lora_start=str(tmp_path / "first" / "lora"))
+    again.freeze_reference()
+    rollout = again.rollout(PROMPTS, PLAN, seed=0)
+    assert float(again.log_probs(rollout, trained(rollout), reference=True).kl.detach().max()) == 0
+    x, label, t = torch.randn(2, 1, 4, 4), torch.tensor([1, 2]), torch.full((2,), 300.0)
+    want = first.model(x, timestep=t, class_labels=label).sample
+    again.merge_adapter()
+    again.save(tmp_path / "whole")
+    whole = DiTTransformer2DModel.from_pretrained(tmp_path / "whole", subfolder="transformer").eval()
+    torch.testing.assert_close(whole(x, timestep=t, class_labels=label).sample, want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="of its layers do not fit"):
+        DiffusionPolicy.build(str(tiny_model), lora_rank=4, lora_start=str(tmp_path / "first" / "lora"))
+
+
 def test_saved_model_loads_in_plain_diffusers(tiny_model, tmp_path):
     from diffusers import DiTTransformer2DModel
 

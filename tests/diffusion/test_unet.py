@@ -305,6 +305,10 @@ def test_a_saved_lora_is_read_by_diffusers(folder, tmp_path):
     torch.testing.assert_close(_unet_out(p, own.unet), want, atol=1e-5, rtol=1e-5)
     assert float((want[0] - plain[0]).abs().max()) > 1e-3
     assert [f.name for f in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    p.merge_adapter()
+    p.save(tmp_path / "whole")
+    whole = _unet_out(p, pipeline(tmp_path / "whole").unet)
+    torch.testing.assert_close(whole, want, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

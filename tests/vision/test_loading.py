@@ -113,8 +113,9 @@ def test_vision_tower_inside_lora_and_adapter_folder(family, tmp_path):
     assert vision_tower(wrapped) is tower
     save_model(wrapped, processor, tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
-    with pytest.raises(FileNotFoundError, match="PEFT adapter"):
-        load_model(tmp_path)
+    # of an adapter's folder the base is loaded, and its own processor
+    base = load_model(tmp_path)
+    assert type(base) is type(model) and type(load_processor(tmp_path)) is type(processor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verbs import run_verb
 from vision_tiny import vision_recipe
 
-from mmrl.config import load_config, parse_config
+from mmrl.config import parse_config
 from mmrl.trainers import trainer_of
 from vision.forward.lora import LoraOptions, add_lora, load_adapter
 from vision.inputs.loading import load_model
@@ -39,12 +39,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     first = text_recipe(folder, "sft", run={"iterations": 4}, optim={"lr": 1e-2}, policy={"lora_rank": 4})
     trained(first)
-    second = text_recipe(
-        folder, "grpo", run={"iterations": 2}, optim={"lr": 1e-3}, loss={"kl": 0.1, "kl_form": "k3"},
-        policy={"model": str(folder / "sft" / "model")},
+    second = vision_recipe(
+        folder / "sft" / "model", folder, folder / "grpo", run={"iterations": 2}, loss={"kl": 0.1, "kl_form": "k3"},
     )  # fmt: skip
-    second |= {"trainer": "branch_grpo", "loss": {"kl": 0.1, "kl_form": "k3"}}
-    second["policy"].pop("lora_rank", None)
+    second["task"] = first["task"]
     return folder, trained(second)
 
 
@@ -68,7 +66,7 @@ def test_an_adapter_trains_on_and_is_its_own_reference(runs):
             if "lora_" in name:
                 p.add_(0.05)
     task = trainer.run.task
-    rollout = start.rollout(task.prompts[:1], trainer.plan, seed=0)
+    rollout = start.rollout(task.prompts[:1], trainer.run.plan, seed=0)
     same = VisionPolicy.build(model=str(folder / "sft" / "model"))
     every = torch.arange(len(rollout.tree))
     lent = start.log_probs(rollout, every, reference=True)
@@ -143,7 +141,8 @@ def test_annotation_and_search_take_an_adapter(runs, tmp_path):
     folder, _ = runs
     tree = vision_recipe(family_folder("text"), tmp_path, tmp_path / "x")
     job = {
-        "policy": {**tree["policy"], "model": str(folder / "grpo" / "model")}, "task": tree["task"], "split": "train",
+        "policy": {**tree["policy"], "model": str(folder / "grpo" / "model")}, "split": "train",
+        "task": {"name": "vision_tiny:Words", "folder": str(tmp_path), "pictures": 0},
         "prompts": 2, "method": {"name": "best_of_n", "n": 2}, "output": str(tmp_path / "found"),
         "verifier": tree["rewards"][0] if tree.get("rewards") else None,
     }  # fmt: skip
@@ -162,4 +161,3 @@ def test_a_base_that_is_gone_is_said_to_be(runs, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/no/such/model"}))
     with pytest.raises(FileNotFoundError, match="adapter of the model '/no/such/model', which does not exist"):
         VisionPolicy.build(model=str(tmp_path / "m"))
-    assert load_config  # recipes name it as any other model
