@@ -26,7 +26,7 @@ from mmrl.byte_cache import ByteCache
 from mmrl.reference import bare
 from mmrl.rollout import Prompt
 from mmrl.seeding import named_generator
-from video.acting.actions import Look, pixel_box
+from video.acting.actions import Look, UnshowableError, pixel_box
 from video.reading.patches import Norm, patchify, resize
 from video.reading.reader import Frames, VideoDecodeError, VideoInfo, VideoReader
 from video.reading.sampling import clip_range, frame_index, frame_size, second_marks, seconds_per_grid, smart_resize
@@ -152,35 +152,71 @@ class VideoEncoder(PromptEncoder):
 
     def observe(self, info: VideoInfo, looks: Sequence[Look], text: str) -> PromptTokens:
         """The observation's tokens: what the chat template writes behind the turn's end mark, the media of `looks`
-        (one segment after the other as one film, or stills), `text`, and the opening of the next turn.
+        (one segment after the other as one film, or stills), their texts, `text`, and the opening of the next turn.
 
         Raises:
             VideoDecodeError: a frame cannot be read.
+            UnshowableError: segments beside stills, a change of pixels that fails, or a text with tokens of the model.
         """
         key = (info.path, info.order, tuple(looks), text)
         observation: PromptTokens | None = self._observations.get(key)
         if observation is None:
-            marks, pixels = self._media(info, looks) if looks else ("", None)
-            observation = self.tokens(self._between + marks + text + self._closing, pixels)
+            words = [self._plain_text(look.text) for look in looks if look.kind == "text"]
+            media = [look for look in looks if look.kind != "text"]
+            marks, pixels = self._media(info, media) if media else ("", None)
+            body = "\n".join(filter(None, [*words, text]))
+            observation = self.tokens(self._between + marks + body + self._closing, pixels)
             self._observations.put(key, observation, size_in_bytes(observation))
         return observation
 
+    def _plain_text(self, text: str) -> str:
+        """The text itself; a placeholder or mark of the template in it would be read as one."""
+        for token in {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}:
+            if token in text:
+                raise UnshowableError(f"the text holds {token!r}, a token of the model")
+        return text
+
     def _media(self, info: VideoInfo, looks: Sequence[Look]) -> tuple[str, Pixels]:
         """Placeholders and pixels of looks: all segments as one film, or each frame and crop as a still."""
-        if looks[0].kind == "segment":
-            parts = []
-            for look in looks:
-                parts.append(_evenly(info, look.start, look.end, look.frames or self.views.segment_frames))
-            return self._film(info, np.concatenate(parts))
+        num_segments = sum(look.kind == "segment" for look in looks)
+        if num_segments == len(looks):
+            return self._segments(info, looks)
+        if num_segments:
+            raise UnshowableError("segments and stills cannot be shown in one turn; look at them one after the other")
         marks, pixels = zip(*(self._still(info, look) for look in looks), strict=True)
         return "".join(marks), _joined(pixels)
 
-    def _film(self, info: VideoInfo, index: np.ndarray) -> tuple[str, Pixels]:
-        """Placeholders and pixels of the (n,) frames `index` as one film."""
-        size = self.film_size(info, len(index))
-        # scaled while decoding where that works, which spares most of the bytes; `resize` does the rest
-        decoded_size = size if min(size) >= SMALLEST_DECODED else None
-        frames = frames_at(self.reader, info, index, decoded_size)
+    def _segments(self, info: VideoInfo, looks: Sequence[Look]) -> tuple[str, Pixels]:
+        """Placeholders and pixels of segments, one after the other as one film."""
+        parts = []
+        for look in looks:
+            parts.append(_evenly(info, look.start, look.end, look.frames or self.views.segment_frames))
+        index = np.concatenate(parts)
+        if not any(look.change for look in looks):
+            return self._film(info, index)
+        # changes are made at full size, as those of stills
+        frames = frames_at(self.reader, info, index)
+        changed: list[np.ndarray] = []
+        for look, part in zip(looks, parts, strict=True):
+            for pixels in frames.pixels[len(changed) : len(changed) + len(part)]:
+                changed.append(look.change.apply(pixels) if look.change else pixels)
+        shapes = {pixels.shape for pixels in changed}
+        if len(shapes) > 1:
+            raise UnshowableError(
+                f"the frames of a film have shapes {sorted(shapes)} after their change; one is needed"
+            )
+        return self._film(info, index, replace(frames, pixels=np.stack(changed)))
+
+    def _film(self, info: VideoInfo, index: np.ndarray, changed: Frames | None = None) -> tuple[str, Pixels]:
+        """Placeholders and pixels of the (n,) frames `index` as one film; `changed`: in place of those of the file."""
+        if changed is None:
+            size = self.film_size(info.height, info.width, len(index))
+            # scaled while decoding where that works, which spares most of the bytes; `resize` does the rest
+            decoded_size = size if min(size) >= SMALLEST_DECODED else None
+            frames = frames_at(self.reader, info, index, decoded_size)
+        else:
+            frames = changed
+            size = self.film_size(*_sides(frames.pixels[0]), len(index))
         # rows: (t h w, 3 temporal patch^2), grid: (t, h, w) in patches
         rows, grid = self._patched(resize(frames.pixels, size))
         pads = self._video * (grid[1] * grid[2] // self._merge**2)
@@ -188,15 +224,16 @@ class VideoEncoder(PromptEncoder):
             marks = "".join(f"{mark}{self._open}{pads}{self._close}" for mark in second_marks(frames.times))
         else:
             marks = f"{self._open}{pads * grid[0]}{self._close}"
-        return marks, Pixels(_key(info, index, size), _tensors(rows, grid), _spacing(info, frames))
+        key = _key(info, index, size, None if changed is None else rows)
+        return marks, Pixels(key, _tensors(rows, grid), _spacing(info, frames))
 
-    def film_size(self, info: VideoInfo, frames: int) -> tuple[int, int]:
-        """(height, width) of the frames of a film of this clip."""
+    def film_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """(height, width) of the frames of a film of a clip of this size."""
         most = self.views.video_pixels
         least = self.views.min_pixels
         if least is None:
             least = min(most, 128 * self.factor**2)
-        return frame_size(info.height, info.width, frames, factor=self.factor, min_pixels=least, max_pixels=most)
+        return frame_size(height, width, frames, factor=self.factor, min_pixels=least, max_pixels=most)
 
     def still_size(self, height: int, width: int, most: int) -> tuple[int, int]:
         """(height, width) of a still of `most` pixels."""
@@ -212,13 +249,16 @@ class VideoEncoder(PromptEncoder):
         whole = frames_at(self.reader, info, [look.frame]).pixels
         box = pixel_box(look.box or (0.0, 0.0, 1.0, 1.0), (info.height, info.width))
         x1, y1, x2, y2 = box
+        cut = whole[0, y1:y2, x1:x2]
+        if look.change is not None:
+            cut = look.change.apply(cut)
         most = self.views.frame_pixels if look.box is None else self.views.crop_pixels
-        size = self.still_size(y2 - y1, x2 - x1, most)
+        size = self.still_size(*_sides(cut), most)
         # rows: (h w, 3 temporal patch^2); a still fills its temporal patch with copies of itself
-        rows, grid = self._patched(resize(whole[:, y1:y2, x1:x2], size))
+        rows, grid = self._patched(resize(cut[None], size))
         pads = self._image * (grid[1] * grid[2] // self._merge**2)
-        pixels = Pixels(_key(info, (look.frame, *box), size), _tensors(rows, grid))
-        return f"{self._open}{pads}{self._close}", pixels
+        key = _key(info, (look.frame, *box), size, None if look.change is None else rows)
+        return f"{self._open}{pads}{self._close}", Pixels(key, _tensors(rows, grid))
 
     def _patched(self, pixels: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
         return patchify(pixels, patch=self._patch, merge=self._merge, temporal=self._temporal, norm=self._norm)
@@ -250,7 +290,10 @@ def frames_at(
 
 
 def picture(reader: VideoReader, info: VideoInfo, looks: Sequence[Look], height: int = 96) -> Image.Image:
-    """A picture for people: four frames of a segment side by side, or the frame with its boxes drawn."""
+    """A picture for people: four frames of a segment side by side, or the frame with its boxes drawn; unchanged ones.
+
+    looks: at least one of the clip, texts apart.
+    """
     size = (height, max(1, round(info.width * height / info.height)))
     first = looks[0]
     if first.kind == "segment":
@@ -296,7 +339,20 @@ def _joined(parts: Sequence[Pixels]) -> Pixels:
     return Pixels("/".join(part.key for part in parts), tensors)
 
 
-def _key(info: VideoInfo, place: Sequence[int] | np.ndarray, size: tuple[int, int]) -> str:
-    """A name of the pixels: equal pixels of a clip pass the vision tower once."""
+def _key(
+    info: VideoInfo, place: Sequence[int] | np.ndarray, size: tuple[int, int], changed: np.ndarray | None = None
+) -> str:
+    """A name of the pixels: equal pixels of a clip pass the vision tower once. changed: those that a change made."""
     description = f"{info.path}|{info.frames}|{info.duration}|{list(map(int, place))}|{size}|{info.order or ''}"
-    return hashlib.sha256(description.encode()).hexdigest()
+    digest = hashlib.sha256(description.encode())
+    if changed is not None:
+        digest.update(np.ascontiguousarray(changed).data)
+    return digest.hexdigest()
+
+
+def _sides(pixels: np.ndarray) -> tuple[int, int]:
+    """(height, width) of (H, W, 3) pixels, refused where no family takes that shape."""
+    height, width = pixels.shape[:2]
+    if max(height, width) > 200 * min(height, width):
+        raise UnshowableError(f"pixels of {height} x {width}: sides may be at most 200:1")
+    return height, width

@@ -9,16 +9,19 @@ result.observation    # tokens of "Error out_of_range: frame 9999 is not in the 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
 
 from mmrl.rollout import Prompt
-from video.acting.actions import Look, Problem, VideoState, act, parse_turn, problem_text
+from video.acting.actions import Look, Problem, UnshowableError, VideoState, act, parse_turn, problem_text
 from video.encoding import VideoEncoder, picture
 from video.reading.reader import VideoDecodeError, VideoInfo
 from vision import PromptTokens, TurnResult
+
+log = logging.getLogger(__name__)
 
 Syntax = Literal["videocom", "tool_call"]
 
@@ -27,6 +30,7 @@ HINTS = {
     "segment": "Here is the selected segment. Go on with the question.",
     "frame": "Here is the selected frame. Go on with the question.",
     "crop": "Here is the selected region. Go on with the question.",
+    "text": "Go on with the question.",
 }
 LAST = "No look is left: answer now."
 NOTHING = "No manipulation and no answer was found in this turn."
@@ -91,9 +95,12 @@ class VideoEnvironment:
             return TurnResult(state, None, ok=turn.answer is not None)
         after, looks, problem = act(state.state, turn)
         episode = replace(state, state=after, closing=after.turns_left <= 1)
-        observation = self._observation(state.info, looks, problem, episode.closing)
+        observation, carried_out = self._observation(state.info, looks, problem, episode.closing)
+        if not carried_out:
+            # a refused turn changes the turn count alone, so that its calls may be made again
+            episode = replace(episode, state=replace(state.state, turns_left=after.turns_left))
         if self._fits(observation, used):
-            return TurnResult(episode, observation, problem is None)
+            return TurnResult(episode, observation, carried_out)
         # too long: in its place a line that asks for the answer, and the end where not even that fits
         episode = replace(episode, closing=True)
         observation = self.encoder.observe(state.info, (), self._fault(Problem("budget_exceeded", LAST)))
@@ -111,20 +118,29 @@ class VideoEnvironment:
         if state.info is None or state.state is None or state.closing or turn.answer is not None:
             return None
         _, looks, problem = act(state.state, turn)
-        if problem is not None or not looks:
+        media = [look for look in looks if look.kind != "text"]
+        if problem is not None or not media:
             return None
-        return picture(self.encoder.reader, state.info, looks)
+        return picture(self.encoder.reader, state.info, media)
 
     def _observation(
         self, info: VideoInfo, looks: tuple[Look, ...], problem: Problem | None, closing: bool
-    ) -> PromptTokens:
+    ) -> tuple[PromptTokens, bool]:
+        """The tokens of a turn's looks or of its fault, and True where the turn was carried out."""
+        carried_out = problem is None
         if problem is None and looks:
             try:
-                return self.encoder.observe(info, looks, self._hint(looks[0].kind, closing))
+                return self.encoder.observe(info, looks, self._hint(looks[0].kind, closing)), True
             except VideoDecodeError as error:
+                # not the policy's fault, so the turn counts as carried out
                 message = f"the file is damaged here ({error.reason}); look elsewhere, or answer."
                 problem = Problem("unreadable_frames", message)
-        return self.encoder.observe(info, (), self._fault(problem or Problem("parse_error", NOTHING)))
+            except UnshowableError as error:
+                log.warning("%s: a turn is refused: %s", info.path, error)
+                problem = Problem("failed_action", "this cannot be shown; make another call, or answer.")
+                carried_out = False
+        fault = self._fault(problem or Problem("parse_error", NOTHING))
+        return self.encoder.observe(info, (), fault), carried_out
 
     def _hint(self, kind: str, closing: bool) -> str:
         """The sentence beside the frames, none without `hints`."""

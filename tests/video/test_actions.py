@@ -654,6 +654,68 @@ def test_own_looks_and_problems():
         del MANIPULATIONS["odd"]
 
 
+@pytest.fixture
+def own_result():
+    """A manipulation `odd` that returns, or raises, what stands in the dictionary."""
+    result = {}
+
+    @manipulation("odd", {"properties": {}})
+    def odd(state, args):
+        if isinstance(result["value"], Exception):
+            raise result["value"]
+        return result["value"]
+
+    yield result
+    del MANIPULATIONS["odd"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        3,
+        (None,),
+        (),
+        "",
+        (" \n",),
+        Look("gif", 0.0, 0.0, 3),
+        Look("frame", 0.0, 0.0, 2.5),
+        Look("segment", "a", 3.0),
+        Look("crop", 0.0, 0.0, 3, (0.1,)),
+        Look("frame", 0.0, 0.0, 3).changed(np.rot90, [1]),
+        np.zeros((4, 4, 3), np.uint8),
+        RuntimeError("out of order"),
+        SystemError("deep inside"),
+    ],
+    ids=str,
+)
+def test_a_manipulation_that_fails_or_returns_nonsense_costs_its_turn_alone(own_result, value):
+    own_result["value"] = value
+    state, looks, problem = did(clip(), call("odd"), "tool_call")
+    assert problem.code == "failed_action" and looks == () and state.turns_left == clip().turns_left - 1
+    own_result["value"] = clip().still(3)
+    assert did(state, call("odd"), "tool_call")[1] == (clip().still(3),)
+
+
+def test_the_first_failure_of_a_manipulation_is_logged_with_its_traceback(own_result, caplog):
+    own_result["value"] = ZeroDivisionError("by the first of two")
+    for _ in range(2):
+        did(clip(), call("odd"), "tool_call")
+    (record,) = [r for r in caplog.records if "odd failed (ZeroDivisionError)" in r.getMessage()]
+    assert record.exc_info[1] is own_result["value"]
+
+
+def test_texts_and_single_looks_of_own_manipulations(own_result):
+    own_result["value"] = "A man says: stop."
+    state, looks, problem = did(clip(), call("odd"), "tool_call")
+    assert problem is None and looks == (Look("text", 0.0, 0.0, text="A man says: stop."),) and state.frame is None
+    assert did(state, call("odd"), "tool_call")[2].code == "duplicate_action"
+    own_result["value"] = [clip().still(3).changed(np.rot90, 1), "turned"]
+    state, looks, problem = did(state, call("odd"), "tool_call")
+    assert problem is None and [look.kind for look in looks] == ["frame", "text"] and state.frame == 3
+    assert pickle.loads(pickle.dumps(state)) == state and hash(looks[0]) == hash(clip().still(3).changed(np.rot90, 1))
+
+
 @pytest.mark.parametrize(
     "name, schema",
     [

@@ -18,6 +18,7 @@ from mmrl.config import parse_config
 from mmrl.rollout import BranchPlan, Prompt
 from mmrl.trainers.branch_grpo import BranchGrpo
 from mmrl.trainers.run import Run
+from video.acting.actions import MANIPULATIONS, manipulation
 from video.encoding import Views
 from video.reading.reader import VideoDecodeError
 from video.rewards import TemporalContrast
@@ -101,6 +102,77 @@ def test_manipulations_show_the_frames_they_name(clip):
     assert sum(b << k for k, b in enumerate(bits)) == 177
     assert "segment" in first.text and "region" in third.text
     assert first.types.unique().tolist() == [0, 2] and second.types.unique().tolist() == [0, 1]
+
+
+def quarter_turn(pixels):
+    return np.rot90(pixels)
+
+
+def nothing(pixels):
+    return None
+
+
+@pytest.fixture
+def own_manipulations():
+    """`turn` shows a frame, or a second of film, turned; `transcript` gives a text; `broken` changes nothing rightly."""
+    frame = {"properties": {"frame": {"type": "integer"}}}
+
+    @manipulation("turn", {"properties": {"frame": {"type": "integer"}, "start": {"type": "number"}}, "required": []})
+    def turn(state, args):
+        look = state.still(args["frame"] - 1) if "frame" in args else state.segment(args["start"], args["start"] + 1)
+        return look.changed(quarter_turn)
+
+    @manipulation("transcript", {"properties": {"text": {"type": "string"}}})
+    def transcript(state, args):
+        return args["text"]
+
+    @manipulation("broken", frame)
+    def broken(state, args):
+        return state.still(args["frame"] - 1).changed(nothing)
+
+    yield
+    for name in ("turn", "transcript", "broken"):
+        del MANIPULATIONS[name]
+
+
+def test_own_manipulations_show_texts_and_changed_pixels(clip, own_manipulations):
+    """A film turned frame by frame, a still of other sides, words, and three turns that are refused."""
+    policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=80, max_steps=9)
+    turns = [
+        'TURN(x) = {"frame": 178}',
+        "FIND_FRAME(x) = 178",
+        'TURN(x) = {"start": 2}',
+        'TRANSCRIPT(x) = {"text": "She says: it is red."}',
+        'TRANSCRIPT(x) = {"text": "It says <|image_pad|> there."}',
+        'BROKEN(x) = {"frame": 3}',
+        "FINAL_ANSWER: B",
+    ]
+    written = policy.write(prompts(clip)[:1], ["\n".join(turns)])
+    shown = [policy._dialogue.observation(written, v) for v in range(6)]
+    turned, plain = frames_of(policy, shown[0])[0], frames_of(policy, shown[1])[0]
+    assert turned.shape[:2] == plain.shape[1::-1]  # the frame is twice as wide as it is high
+    assert np.abs(np.rot90(plain).astype(int) - turned).mean() < 3
+    assert [f.shape[0] > f.shape[1] for f in frames_of(policy, shown[2])] == [True] * 4
+    assert shown[3].text.count("She says: it is red.") == 1 and shown[3].pixels is None
+    assert all("failed_action" in tokens.text and tokens.pixels is None for tokens in shown[4:])
+    assert written.tree.ok.tolist() == [True] * 4 + [False] * 2 + [True]
+
+
+def test_a_turn_with_a_segment_and_a_frame_is_refused_and_the_conversation_goes_on(clip):
+    """Pixels of one observation are one film or stills; such a turn once ended the run."""
+    policy = agent(str(family_folder("qwen2_5_vl")), scripted=False, max_new_tokens=80)
+    environment = policy._dialogue._replay.environment
+    environment.syntax = "tool_call"
+    calls = [
+        '{"name": "find_segment", "arguments": {"segments": [2]}}',
+        '{"name": "find_frame", "arguments": {"frame": 7}}',
+    ]
+    for ordered in (calls, calls[::-1]):
+        text = "".join(f"<tool_call>{call}</tool_call>" for call in ordered)
+        result = environment.step(environment.start(prompts(clip)[0]), text, 100)
+        assert "failed_action" in result.observation.text and not result.ok
+        after = environment.step(result.state, f"<tool_call>{calls[1]}</tool_call>", 200)
+        assert after.ok and number(frames_of(policy, after.observation)[0]) == 6
 
 
 def test_the_first_view_spans_the_clip_by_its_clock(clip):

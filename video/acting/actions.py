@@ -9,16 +9,21 @@ Nothing here reads pixels. This module is the front door of `video.acting.state`
 
 from __future__ import annotations
 
+import logging
+import operator
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from video.acting.manipulations import MANIPULATIONS, Manipulation, check, manipulation, tool_specs
 from video.acting.state import (
+    Change,
     Code,
     Coords,
     Look,
     Problem,
+    UnshowableError,
     VideoAction,
     VideoState,
     frame_range,
@@ -29,6 +34,7 @@ from video.acting.syntax import Syntax, Turn, parse_turn, render
 
 __all__ = [
     "MANIPULATIONS",
+    "Change",
     "Code",
     "Coords",
     "Look",
@@ -36,6 +42,7 @@ __all__ = [
     "Problem",
     "Syntax",
     "Turn",
+    "UnshowableError",
     "VideoAction",
     "VideoState",
     "act",
@@ -50,6 +57,10 @@ __all__ = [
     "tool_specs",
 ]
 
+log = logging.getLogger(__name__)
+
+_LOOK_KINDS = ("segment", "frame", "crop", "text")
+
 
 def act(
     state: VideoState, turn: Turn, *, cost: Callable[[Look], int] | None = None
@@ -63,8 +74,8 @@ def act(
     Args:
         cost: tokens that showing a look takes; what a turn costs is taken off `tokens_left`, if that is limited.
 
-    Raises:
-        Whatever a registered function or `cost` raises by itself; the built-in manipulations raise nothing.
+    A manipulation that raises, or returns something else than looks, texts or a Problem, refuses its turn as
+    `failed_action`; the log has the first traceback of each.
     """
     after = replace(state, turns_left=max(state.turns_left - 1, 0))
     if turn.answer is not None:
@@ -96,16 +107,55 @@ def _run(state: VideoState, action: VideoAction) -> tuple[Look, ...] | Problem:
     checked = check(action)
     if isinstance(checked, Problem):
         return checked
-    looks = MANIPULATIONS[checked.name].run(state, checked.args)
-    if isinstance(looks, Problem):
-        return looks
-    for look in looks:
-        problem = look_problem(state, look)
-        if problem is not None:
-            return problem
-    if looks and (checked.name, looks) in state.done:
-        return Problem("duplicate_action", f"{checked.name} has shown exactly this before; look elsewhere or answer.")
+    name = checked.name
+    try:
+        result = MANIPULATIONS[name].run(state, checked.args)
+        if isinstance(result, Problem):
+            return result
+        looks = _as_looks(state, name, result)
+        for look in looks:
+            problem = look_problem(state, look)
+            if problem is not None:
+                return problem
+        is_repeat = bool(looks) and (name, looks) in state.done
+    except Exception as error:
+        # a function of the user's own costs its turn, not the run
+        _log_failure(name, type(error).__name__)
+        return Problem("failed_action", f"{name} failed here; look elsewhere, or answer.")
+    if is_repeat:
+        return Problem("duplicate_action", f"{name} has shown exactly this before; look elsewhere or answer.")
     return looks
+
+
+def _as_looks(state: VideoState, name: str, result: Any) -> tuple[Look, ...]:
+    """The looks of a manipulation's result: a look, a text, or several of them.
+
+    Raises:
+        TypeError, ValueError: it is something else, or a look that no encoder could show.
+    """
+    parts = result if isinstance(result, tuple | list) else (result,)
+    looks: list[Look] = []
+    for part in parts:
+        look = state.words(part) if isinstance(part, str) else part
+        if not isinstance(look, Look) or look.kind not in _LOOK_KINDS:
+            raise TypeError(f"{name} returned {part!r}: looks, texts or a Problem are needed")
+        if look.kind == "text" and not look.text.strip():
+            raise ValueError(f"{name} returned an empty text")
+        # numbers of frames are whole, and looks are keys of caches
+        for number in (look.frame, look.frames):
+            if number is not None:
+                operator.index(number)
+        hash(look)
+        looks.append(look)
+    if not looks and name != "answer":
+        raise ValueError(f"{name} returned nothing to show")
+    return tuple(looks)
+
+
+@lru_cache(maxsize=256)
+def _log_failure(name: str, error: str) -> None:
+    """Log the exception that is being handled, the first one of a kind of each manipulation."""
+    log.warning("manipulation %s failed (%s); its turns are refused", name, error, exc_info=True)
 
 
 def _charge(

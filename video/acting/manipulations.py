@@ -1,7 +1,8 @@
 """The registry of manipulations, the check of their arguments, and the four built-in ones.
 
-A manipulation is one function `(state, args) -> looks | Problem`, registered under its name with the arguments that it
-takes, described in the terms of JSON schema. Arguments are checked before the function is called, its looks after.
+A manipulation is one function `(state, args) -> looks, texts or a Problem`, registered under its name with the
+arguments that it takes, described in the terms of JSON schema. Arguments are checked before the function is called,
+its looks after; one that raises or returns something else refuses its turn.
 
     @manipulation("slow_motion", {"properties": {"start": {"type": "number"}, "end": {"type": "number"}}})
     def slow_motion(state, args):
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from video.acting.segments import frame_at
 from video.acting.state import Look, Problem, VideoAction, VideoState, frame_range, look_problem
 
 Args = Mapping[str, Any]
-Run = Callable[[VideoState, Args], tuple[Look, ...] | Problem]
+Result = Look | str | Sequence[Look | str] | Problem
+Run = Callable[[VideoState, Args], Result]
 
 # numbers beyond are not told apart as floats
 LIMIT = 2**53
@@ -49,7 +51,7 @@ MANIPULATIONS: dict[str, Manipulation] = {}
 
 
 def manipulation(name: str, schema: Mapping[str, Any]) -> Callable[[Run], Run]:
-    """Register a function (state, args) -> looks or Problem under `name`; its docstring tells policies what it does.
+    """Register a function (state, args) -> looks, texts or a Problem under `name`; its docstring is for policies.
 
     Args:
         name: lower case letters, digits and underscores; Video-CoM text writes it in upper case.

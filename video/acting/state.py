@@ -15,8 +15,8 @@ y2), so it does not matter at which size a frame is shown. A policy writes boxes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from video.reading.sampling import clip_range
 Coords = Literal["norm1000", "unit", "pixels"]
 Code = Literal[
     "parse_error", "unknown_action", "out_of_range", "empty_range", "inverted_box", "box_too_small",
-    "no_frame_selected", "whole_video", "duplicate_action", "budget_exceeded", "unreadable_frames",
+    "no_frame_selected", "whole_video", "duplicate_action", "budget_exceeded", "unreadable_frames", "failed_action",
 ]  # fmt: skip
 Box = tuple[float, float, float, float]
 
@@ -65,21 +65,64 @@ class Problem:
         return hash((self.code, self.message))
 
 
+class UnshowableError(ValueError):
+    """A look that cannot be shown, by the fault of a manipulation: the turn is refused, the conversation goes on."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of pixels, such as a turn by 90 degrees or a drawn line; made by `Look.changed`.
+
+    function: (pixels, *args) -> pixels, both (H, W, 3) uint8 of one frame or crop, of any size. A function of a module
+    and arguments with a hash, since looks are compared, pickled and cached; the same arguments give the same pixels.
+    """
+
+    function: Callable[..., np.ndarray]
+    args: tuple[Any, ...] = ()
+
+    def apply(self, pixels: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 -> (h, w, 3) uint8.
+
+        Raises:
+            UnshowableError: the function raised, or gave something else.
+        """
+        name = getattr(self.function, "__name__", repr(self.function))
+        try:
+            # a copy, since decoded frames are cached
+            changed = self.function(pixels.copy(), *self.args)
+        except Exception as error:
+            raise UnshowableError(f"{name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(changed, np.ndarray) or changed.dtype != np.uint8:
+            raise UnshowableError(f"{name} gave {type(changed).__name__} in place of an array of uint8")
+        if changed.ndim != 3 or changed.shape[2] != 3 or changed.size == 0:
+            raise UnshowableError(f"{name} gave pixels of shape {changed.shape} in place of (height, width, 3)")
+        return changed
+
+
 @dataclass(frozen=True)
 class Look:
-    """Frames to show next. `VideoState.segment` and `VideoState.still` make them.
+    """Something to show next. `VideoState.segment`, `VideoState.still` and `VideoState.words` make them.
 
     segment  [start, end) seconds, `frames` of them (None: as many as the agent shows by default);
     frame    source frame `frame` (0-based) whole; start = end = its time;
-    crop     `box` of that frame, unit floats of the frame as presented.
+    crop     `box` of that frame, unit floats of the frame as presented;
+    text     `text`, for example what is said in the clip.
+
+    change: of the pixels of each frame or crop, None = as they are.
     """
 
-    kind: Literal["segment", "frame", "crop"]
+    kind: Literal["segment", "frame", "crop", "text"]
     start: float
     end: float
     frame: int | None = None
     box: Box | None = None
     frames: int | None = None
+    text: str = ""
+    change: Change | None = None
+
+    def changed(self, function: Callable[..., np.ndarray], *args: Any) -> Look:
+        """The look with its pixels changed by `function(pixels, *args)`; see `Change`."""
+        return replace(self, change=Change(function, args))
 
 
 @dataclass(frozen=True)
@@ -152,6 +195,10 @@ class VideoState:
         time = self.starts[frame] if 0 <= frame < len(self.starts) else 0.0
         return Look("frame" if box is None else "crop", time, time, frame, box)
 
+    def words(self, text: str) -> Look:
+        """A text to show, such as a transcript."""
+        return Look("text", 0.0, 0.0, text=text)
+
     def unit_box(self, box: Sequence[float]) -> Box:
         """A box in the policy's units -> unit floats of the frame."""
         across, down = self.scale
@@ -182,6 +229,8 @@ def _check_clip(starts: tuple[float, ...], duration: float, size: tuple[int, int
 
 def look_problem(state: VideoState, look: Look) -> Problem | None:
     """The problem with a look, if any: the one check that every manipulation's looks go through."""
+    if look.kind == "text":
+        return None
     if look.kind == "segment":
         return _segment_problem(state, look)
     if look.frame is None or not 0 <= look.frame < len(state.starts):

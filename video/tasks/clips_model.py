@@ -53,7 +53,9 @@ def _vocabulary() -> Vocabulary:
     sides = [1000 * k // GRID for k in range(GRID + 1)]
     words = [*SPECIAL, "\n", *QUESTIONS, "?"]
     # names of looks in the first stage of training, and the codes of refused turns
-    words += ["lit", "dark", "first", "second", "empty", *get_args(Code)]
+    # (`failed_action` apart, which the built-in manipulations never give)
+    words += ["lit", "dark", "first", "second", "empty"]
+    words += [code for code in get_args(Code) if code != "failed_action"]
     words += [SEGMENT, FRAME, ZOOM, ANSWER, "=", "[", "]"]
     words += [f"{side}," for side in sides]
     words += map(str, sides[1:])
