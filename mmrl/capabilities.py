@@ -375,6 +375,17 @@ class StepClassifier(Protocol):
         """One of `mmrl.reasoning.records.Kind`."""
 
 
+# ---- of rewards and readings ----------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class PolicyFollower(Protocol):
+    """A reward, step reward or reading with options that have to equal the policy's, such as the syntax of calls."""
+
+    def following(self, policy: object) -> Any:
+        """The same component with these options as the policy has them; itself where the policy has none of them."""
+
+
 # ---- of rewards on outcomes -----------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
-from mmrl.capabilities import ContrastReward, RewardNamer, follows, refuse_needs
+from mmrl.capabilities import ContrastReward, PolicyFollower, RewardNamer, follows, refuse_needs
 from mmrl.config import Component, ConfigError
 from mmrl.fields import ANYTHING, Stage
 from mmrl.readings import Reading
@@ -22,6 +22,9 @@ class Task(Protocol):
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
 
+
+T = TypeVar("T")
+Extra = TypeVar("Extra")
 
 FOREIGN_TIMEOUT_S = 60.0  # of a batch, for rewards that are named by a dotted path
 
@@ -48,6 +51,34 @@ def build_step_rewards(config: PolicyConfig) -> dict[str, tuple[StepReward, floa
             raise ValueError(f"step_rewards.{i}: {r.name!r} is listed twice; give it once with the summed weight")
         out[r.name] = (build("scorers", f"step_rewards.{i}", r.name, r.options), r.weight)
     return out
+
+
+def follow_policy(
+    section: str, components: Mapping[str, tuple[T, Extra]], entries: Sequence[Component], policy: object
+) -> dict[str, tuple[T, Extra]]:
+    """The components of a section, those that follow the policy with its options in place of their defaults.
+
+    Args:
+        entries: the recipe's section, in the order of the components; empty for components of other origin.
+
+    Raises:
+        ConfigError: the recipe gives such an option another value than the policy has.
+    """
+    followers = {}
+    for i, (name, (component, extra)) in enumerate(components.items()):
+        follower = component
+        if isinstance(component, PolicyFollower):
+            follower = component.following(policy)
+            options = entries[i].options if i < len(entries) else {}
+            taken = vars(follower)
+            for option, value in options.items():
+                if option in taken and taken[option] != vars(component)[option]:
+                    raise ConfigError(
+                        f"{section}.{i}.{option}={value!r}: the policy has {taken[option]!r}; leave it out, it is "
+                        "taken from the policy"
+                    )
+        followers[name] = (follower, extra)
+    return followers
 
 
 def build_readings(config: PolicyConfig) -> dict[str, tuple[Reading, tuple[str, ...]]]:

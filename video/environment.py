@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -73,6 +73,16 @@ class VideoEnvironment:
     ) -> None:
         self.encoder, self.syntax, self.coords, self.turns = encoder, syntax, coords, turns
         self.max_context, self.reserve, self.hints = max_context, reserve, hints
+
+    @property
+    def turn_options(self) -> dict[str, Any]:
+        """The options of turns that rewards have to share, by their names in `video.rewards.calls.Reading`."""
+        return {
+            "syntax": self.syntax,
+            "coords": self.coords,
+            "frame_pixels": self.encoder.views.frame_pixels,
+            "factor": self.encoder.factor,
+        }
 
     def start(self, prompt: Prompt) -> Episode:
         """The conversation before its first turn; a prompt without a clip has no looks to ask for."""

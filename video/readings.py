@@ -42,7 +42,7 @@ class VideoEvidence:
 
     Args:
         kind: of looks: segment, frame, box or all.
-        syntax, coords: as the agent's policy has them. max_golds, max_items: columns; a prompt that needs more is set
+        syntax, coords: taken from the agent's policy. max_golds, max_items: columns; a prompt that needs more is set
             aside.
     """
 
@@ -55,7 +55,15 @@ class VideoEvidence:
         max_items: Annotated[int, Field(ge=1)] = 64,
     ) -> None:
         self.kind, self.max_golds, self.max_items = kind, max_golds, max_items
+        self.syntax, self.coords = syntax, coords
         self._reading = Reading(syntax, coords)
+
+    def following(self, policy: object) -> VideoEvidence:
+        """The same with the options of a video agent; itself for other policies."""
+        reading = self._reading.following(policy)
+        evidence = VideoEvidence(self.kind, reading.syntax, reading.coords, self.max_golds, self.max_items)
+        evidence._reading = reading
+        return evidence
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """tags.similarity and tags.documents."""

@@ -97,6 +97,7 @@ class VisionPolicy:
             options.temperature, options.max_new_tokens, options.max_steps, tuple(banned), tuple(sorted(eos))
         )
         self._reference = Reference()
+        self.environment = environment
         self._dialogue = Dialogue(self.tokenizer) if environment is None else MultiTurn(environment, self.tokenizer)
         self._trees = RolloutTrees(self.encode, self._dialogue)
         self._rollouts = RolloutBuilder(self.tokenizer, self._dialogue, banned, self.sampling.eos)

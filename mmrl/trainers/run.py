@@ -24,7 +24,7 @@ from mmrl.recipe import PolicyConfig
 from mmrl.registry import build, find
 from mmrl.rollout import BranchPlan, OutcomeReward, Policy, Prompt, Rollout, StepReward, check_prompts
 from mmrl.sharding import check_launcher
-from mmrl.task import Task, build_readings, build_rewards, build_step_rewards, check_heads, producers
+from mmrl.task import Task, build_readings, build_rewards, build_step_rewards, check_heads, follow_policy, producers
 from mmrl.trainers.callback import Callback
 from mmrl.trainers.callbacks import callbacks_of
 from mmrl.trainers.evaluator import Evaluator
@@ -102,7 +102,9 @@ class Run:
         self.policy: Policy = policy or build_with(
             needs, "policies", "policy", config.policy.name, config.policy.options
         )
-        step_rewards, readings = build_step_rewards(config), build_readings(config)
+        outcomes = follow_policy("rewards", outcomes, config.rewards if rewards is None else (), self.policy)
+        step_rewards = follow_policy("step_rewards", build_step_rewards(config), config.step_rewards, self.policy)
+        readings = follow_policy("readings", build_readings(config), config.readings, self.policy)
         check_prompts(self.task.prompts)
         check_prompts(self.task.eval_prompts)
         costs: list[str] = []

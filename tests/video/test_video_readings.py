@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrl.config import parse_config
+from mmrl.config import ConfigError, parse_config
 from mmrl.readings import ReadingContext, fill
 from mmrl.rollout import Prompt
 from mmrl.scorers.labelled import solution_forest
 from mmrl.trainers.branch_grpo import BranchGrpo
+from mmrl.trainers.run import Run
 from video.readings import VideoEvidence
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vision"))
@@ -87,3 +88,46 @@ def test_stepsearch_on_looks(tmp_path):
     metrics = BranchGrpo(parse_config(tree)).train()
     assert metrics["policy/grad_norm"] > 0 and metrics["reading/video_evidence/failed_prompts"] == 0
     assert metrics["reading/video_evidence/tags.similarity"] == pytest.approx(0)  # noise finds nothing
+
+
+def run_with(folder, **sections):
+    tree = {
+        "task": {"name": "test_video_readings:Referenced", "folder": str(folder)},
+        "policy": {"name": "agent_tiny:agent", "model": str(family_folder("qwen3_vl"))},
+        "plan": {0: 4}, "rewards": [{"name": "agent_tiny:digits", "timeout_s": 0}, {"name": "video_com"}],
+        "run": {"output": str(folder / "run"), "iterations": 1, "prompts_per_iteration": 2, "trackers": [],
+                "report": False, "cpu": True},
+    }  # fmt: skip
+    return Run(parse_config(tree | sections))
+
+
+def test_rewards_and_readings_take_the_form_of_turns_from_the_policy(tmp_path):
+    """The tiny agent writes Video-CoM with thousandths, and sees stills of 64 * 64 pixels in tokens of 32."""
+    step_rewards = [{"name": name} for name in ("manipulations", "video_virl", "lcs_progress", "video_answer_step")]
+    run = run_with(tmp_path, step_rewards=step_rewards, readings=[{"name": "video_evidence", "kind": "box"}])
+    scorers = {name: scorer for name, (scorer, _) in run.rewarder.step_rewards.items()}
+    assert scorers.pop("video_answer_step").syntax == "videocom"
+    scorers["video_com"] = run.rewarder.rewards["video_com"][0]
+    evidence = run.rewarder.readings["video_evidence"][0]
+    assert evidence.kind == "box"
+    scorers["evidence"] = evidence._reading
+    for scorer in scorers.values():
+        options = (scorer.syntax, scorer.coords, scorer.frame_pixels, scorer.factor)
+        assert options == ("videocom", "norm1000", 64 * 64, run.policy.encode.factor)
+    assert run.policy.encode.factor == 32
+
+
+@pytest.mark.parametrize(
+    "section, entry",
+    [
+        ("step_rewards", {"name": "manipulations", "coords": "pixels"}),
+        ("step_rewards", {"name": "video_answer_step", "syntax": "tags"}),
+        ("readings", {"name": "video_evidence", "syntax": "tool_call"}),
+    ],
+)
+def test_another_form_of_turns_than_the_policys_is_refused(tmp_path, section, entry):
+    option = list(entry)[1]
+    with pytest.raises(
+        ConfigError, match=rf"{section}\.0\.{option}='{entry[option]}': the policy has .* leave it out"
+    ):
+        run_with(tmp_path, **{section: [entry]})

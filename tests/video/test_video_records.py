@@ -1,6 +1,6 @@
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmrl.jsonl import RowError, count_reasons
-from mmrl.registry import build
+from mmrl.registry import build, names
 from mmrl.rollout import Sample, check_prompts
 from video.formats import read_format
 from video.formats._values import media_file
@@ -328,3 +328,19 @@ def test_recorded_screens_are_prompts_of_steps(root):
     judged = task.judges([Sample(right[1].prompt, '<answer>{"action": "click", "coordinate": [250, 375]}</answer>', 0),
                           Sample(right[1].prompt, '<answer>{"action": "click"}</answer>', 0)])  # fmt: skip
     assert judged == {"action_exact": 0.5, "action_type": 1.0}
+
+
+def test_the_row_and_the_fields_of_the_docs_page(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "video_records.md").read_text()
+    row = json.loads(page.split("```json\n")[1].split("```")[0])
+    (tmp_path / row["video"]).write_bytes(b"not opened, since no label needs it")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (sample,), set_aside = read_format(tmp_path / "rows.jsonl", "canonical")
+    prompt = to_prompt(sample)
+    assert set_aside == [] and prompt.id == "traffic/7" and prompt.reference["answer_type"] == "multiple choice"
+    assert prompt.reference["boxes"] == row["boxes"] and prompt.reference["segments"] == row["segments"]
+    assert prompt.reference["solution"] == "FIND_FRAME(the car) = 41\nFINAL_ANSWER: B"
+    for field in fields(VideoSample):
+        assert f"`{field.name}`" in page, f"{field.name} is missing on the page"
+    for name in ("canonical", "video_r1", "videochat_r1", "videocom"):
+        assert f"| `{name}` |" in page and name in names("video_formats")

@@ -13,8 +13,8 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from mmrl.registry import Kind, add_kind, declares, find, register
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 from video.acting.actions import Syntax
-from video.rewards.turns import AnswerSyntax, count_calls, last_answer, turns_of
+from video.rewards.turns import AnswerSyntax, count_calls, last_answer, turn_options, turns_of
 from vision import is_think_answer
 
 # (answer, reference) -> score in [0, 1]
@@ -271,6 +271,10 @@ class VideoAnswerStep:
     """
 
     syntax: AnswerSyntax = "tags"
+
+    def following(self, policy: object) -> Self:
+        """The same with the syntax of a video agent; itself for other policies."""
+        return replace(self, syntax=turn_options(policy).get("syntax", self.syntax))
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(N,) float64."""

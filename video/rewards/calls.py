@@ -13,7 +13,7 @@ that the environment refuses is refused here as well, and no pixels are needed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 
@@ -22,6 +22,7 @@ from video.acting.actions import Coords, Syntax, VideoAction, VideoState, act, p
 from video.acting.segments import frame_at
 from video.reading.sampling import smart_resize
 from video.rewards.answers import interval_iou, video_reference
+from video.rewards.turns import turn_options
 from vision import Box, iou
 
 Kind = Literal["segment", "frame", "box"]
@@ -149,7 +150,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Reading:
-    """How turns are read; as the agent's policy has it.
+    """The form of turns. A run takes all options from the agent's policy; they are for use without one.
 
     Args:
         syntax: videocom or tool_call. coords: unit of boxes.
@@ -161,6 +162,10 @@ class Reading:
     coords: Coords = "pixels"
     frame_pixels: int = 128 * 28**2
     factor: int = 28
+
+    def following(self, policy: object) -> Self:
+        """The same with the options of a video agent; itself for other policies."""
+        return replace(self, **turn_options(policy))
 
     def start(self, prompt: Prompt) -> VideoState:
         """The state before the first turn.

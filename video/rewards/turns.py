@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from mmrl.reasoning.answer_text import answer_in_tags, without_thinking
 from mmrl.rollout import Sample
 from video.acting.actions import Syntax, parse_turn
+from video.environment import VideoEnvironment
+from vision import VisionPolicy
 
 AnswerSyntax = Literal["tags", "videocom", "tool_call"]
+
+
+def turn_options(policy: object) -> dict[str, Any]:
+    """The options of `video.rewards.calls.Reading` as a video agent has them; none of another policy."""
+    environment = policy.environment if isinstance(policy, VisionPolicy) else None
+    return environment.turn_options if isinstance(environment, VideoEnvironment) else {}
 
 
 def turns_of(sample: Sample, syntax: AnswerSyntax = "tags") -> list[str]:
