@@ -86,7 +86,7 @@ class Change:
         Raises:
             UnshowableError: the function raised, or gave something else.
         """
-        name = getattr(self.function, "__name__", repr(self.function))
+        name = repr(self.function)
         try:
             # a copy, since decoded frames are cached
             changed = self.function(pixels.copy(), *self.args)
