@@ -138,7 +138,7 @@ def test_the_verdict_is_read_from_the_next_token_of_the_model(family, tmp_path):
     for texts, scores in zip([["1 + 1", "= 3"], ["1 + 1", "= 2"]], got, strict=True):
         for t, score in enumerate(scores):
             judge = prm.policy
-            tokens = judge.encode(prm._prompt(p, texts[: t + 1])).followed_by(judge._written(VERDICT))
+            tokens = judge.encode(prm._prompt(p, texts[: t + 1])).followed_by(judge._rollouts.ids_of(VERDICT))
             inputs = {"input_ids": tokens.ids[None], "position_ids": tokens.positions[..., None, :]}
             if images:
                 inputs |= tokens.pixels.tensors

@@ -235,5 +235,5 @@ def test_temperature_and_dropout_do_not_enter_twice():
     prm = build(temperature=0.5, gradient_checkpointing=True)
     rollout = solution_forest([P], CANDIDATES)[0]
     assert float(prm.logits(rollout, torch.arange(5)).abs().max()) < 1e-7
-    prm.policy.settings = replace(prm.policy.settings, max_tokens=20)
+    prm.policy.options = replace(prm.policy.options, max_tokens=20)
     assert float(prm.logits(rollout, torch.arange(5)).abs().max()) < 1e-7

@@ -484,6 +484,8 @@ def test_ranks_end_with_identical_weights(tiny_model, tmp_path):
         "    mine = torch.cat([p.detach().flatten() for p in t.loop.parameters])\n"
         "    both = t.loop.accelerator.gather(mine[None])\n"
         "    assert torch.equal(both[0], both[1])\n"
+        "    if t.loop.is_main:\n"
+        "        folder.mkdir()\n"
         "    print('IDENTICAL')\n"
         "t.save_model = check\n"
         "t.train()\n"
