@@ -1,1 +1,1 @@
-"""A run becomes one self-contained HTML page."""
+"""The report of a run: one HTML page that holds all its pictures, without scripts or network access."""

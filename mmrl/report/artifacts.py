@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: samples of every evaluation, and rollout trees with their pictures.
+"""Files of a run for people to look at: samples of every evaluation, and rollout trees with their pictures.
 
 Outputs are pictures, (C, H, W) tensors in [0, 1] or PIL images, kept as PNG, films, (F, C, H, W), kept as PNG that
 moves, or texts, kept as they are; a turn of an agent is a text with the picture of what it made the environment show.
@@ -19,9 +19,11 @@ from torch import Tensor
 from mmrl.rollout import Prompt, Rollout, Sample
 from mmrl.workdir import publish
 
-PER_ROW = 10  # samples kept per row of the grid
+# Size of the grid of samples: samples per row, and rows.
+PER_ROW = 10
 MAX_ROWS = 12
-FRAME_MS = 125  # of a film on a page; its own rate is not known here
+# Time of a frame of a film on the page; the film's own rate is not known here.
+FRAME_MS = 125
 
 
 def save_samples(samples: Sequence[Sample], rewards: Sequence[float], folder: Path) -> None:
@@ -44,8 +46,9 @@ def save_samples(samples: Sequence[Sample], rewards: Sequence[float], folder: Pa
 
 def prompt_title(prompt: Prompt) -> str:
     """The question, or the inputs that are no media."""
-    inputs = {k: v for k, v in prompt.inputs.items() if k not in ("images", "videos")}
-    return str(inputs["question"]) if "question" in inputs else ", ".join(f"{k} {v}" for k, v in inputs.items())
+    if "question" in prompt.inputs:
+        return str(prompt.inputs["question"])
+    return ", ".join(f"{name} {value}" for name, value in prompt.inputs.items() if name not in ("images", "videos"))
 
 
 def prompt_picture(prompt: Prompt, folder: Path, name: str) -> str | None:
@@ -61,33 +64,42 @@ def prompt_picture(prompt: Prompt, folder: Path, name: str) -> str | None:
 
 
 def save_tree(rollout: Rollout, adv: Tensor, describe: Callable[[Rollout, Tensor], list[Any]], folder: Path) -> None:
-    """The tree of the rollout's first prompt: rollout, advantages, and what each fork and leaf looks like."""
+    """Save the tree of the rollout's first prompt, with advantages and a picture or text of each fork and leaf.
+
+    Args:
+        adv: (N,) advantages of the rollout's steps. describe: (rollout, steps) -> an output per step.
+    """
     keep = rollout.tree.group == 0
-    one = rollout.select([0])
-    one = one.with_tree(one.tree.replace(tags=one.tree.tags | {"adv": adv[keep]}))
-    steps = shown_steps(one)
-    outputs = describe(one, steps)
+    first = rollout.select([0])
+    first = first.with_tree(first.tree.replace(tags=first.tree.tags | {"adv": adv[keep]}))
+    steps = shown_steps(first)
+    outputs = describe(first, steps)
     with publish(folder) as part:
-        one.save(part)
-        prompt_picture(one.prompts[0], part, "prompt")
-        shown = {int(s): save_output(o, part, f"step_{int(s):04d}") for s, o in zip(steps, outputs, strict=True)}
-        (part / "outputs.json").write_text(json.dumps(shown, indent=1) + "\n")
+        first.save(part)
+        prompt_picture(first.prompts[0], part, "prompt")
+        files = {}
+        for step, output in zip(steps.tolist(), outputs, strict=True):
+            files[step] = save_output(output, part, f"step_{step:04d}")
+        (part / "outputs.json").write_text(json.dumps(files, indent=1) + "\n")
 
 
 def shown_steps(rollout: Rollout) -> Tensor:
-    """Steps worth showing: every written one; of pictures leaves, members of a fork, and first steps only."""
+    """(S,) steps that the page shows: all steps of texts; of pictures leaves, members of a fork, and first steps."""
     tree = rollout.tree
     if rollout.texts:
         return torch.arange(len(tree))
-    family = torch.bincount(tree.sibling_set)[tree.sibling_set]
-    return (tree.is_leaf | (family > 1) | (tree.parent < 0)).nonzero().flatten()
+    num_siblings = torch.bincount(tree.sibling_set)[tree.sibling_set]
+    return (tree.is_leaf | (num_siblings > 1) | (tree.parent < 0)).nonzero().flatten()
 
 
 def save_output(output: Any, folder: Path, name: str) -> dict[str, str]:
-    """{"picture": file} or {"text": ...}; of a (text, picture or None) both that are there."""
+    """Save an output in `folder`; returns {"picture": file}, {"text": ...}, or both for a (text, picture)."""
     if isinstance(output, tuple):
         text, picture = output
-        return {"text": text} | ({} if picture is None else save_output(picture, folder, name))
+        entry = {"text": text}
+        if picture is not None:
+            entry |= save_output(picture, folder, name)
+        return entry
     if isinstance(output, str):
         return {"text": output}
     if isinstance(output, Tensor) and output.ndim == 4:
@@ -100,7 +112,7 @@ def save_output(output: Any, folder: Path, name: str) -> dict[str, str]:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """(C, H, W) in [0, 1], C 1 or 3, as PIL.
+    """Pixels (C, H, W) in [0, 1], C 1 or 3, as a PIL image.
 
     Raises:
         ValueError: another shape.
@@ -112,5 +124,5 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def data_uri(file: Path) -> str:
-    """The PNG inlined."""
+    """A PNG file as a data URI, for the `src` of an image."""
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

@@ -9,14 +9,14 @@ from typing import Any
 from mmrl.registry import register
 
 Rows = list[dict[str, float]]
-# What draws a panel: the run's metrics, and those of runs compared with, by name -> SVG; None where it has nothing.
+# (metrics of the run, run name -> metrics of a run compared with it) -> SVG, or None where there is nothing to draw.
 Panel = Callable[[Rows, Mapping[str, Rows]], str | None]
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
     """Iterations and values at which the metric `name` was logged."""
-    points = [(r["iteration"], r[name]) for r in rows if name in r]
-    return [p[0] for p in points], [p[1] for p in points]
+    logged = [row for row in rows if name in row]
+    return [row["iteration"] for row in logged], [row[name] for row in logged]
 
 
 def curves(title: str, *metrics: str) -> Panel:
@@ -29,16 +29,20 @@ def curves(title: str, *metrics: str) -> Panel:
         """The panel, see `Panel`."""
         lines: dict[str, tuple[list[float], list[float]]] = {}
         for name in metrics:
-            x, y = series(rows, name)
-            if any(y) and all(y != other for _, other in lines.values()):
-                lines[name] = (x, y)
+            iterations, values = series(rows, name)
+            already_drawn = any(values == other for _, other in lines.values())
+            if any(values) and not already_drawn:
+                lines[name] = (iterations, values)
         if not lines:
             return None
         figure, axes = new_axes(title, "iteration", 3.4 if others else 2.7)
-        for name, (x, y) in lines.items():
-            (line,) = axes.plot(x, y, marker="o" if len(x) < 30 else None, markersize=3, linewidth=1.6, label=name)
-            for run, its in others.items():
-                axes.plot(*series(its, name), "--", linewidth=1.3, color=line.get_color(), label=f"{name}, {run}")
+        for name, (iterations, values) in lines.items():
+            # Single points are marked while there are few.
+            marker = "o" if len(iterations) < 30 else None
+            (line,) = axes.plot(iterations, values, marker=marker, markersize=3, linewidth=1.6, label=name)
+            for run, other_rows in others.items():
+                style = {"linewidth": 1.3, "color": line.get_color(), "label": f"{name}, {run}"}
+                axes.plot(*series(other_rows, name), "--", **style)
         if len(lines) > 1 or others:
             figure.legend(fontsize=7 if others else 8, frameon=False, loc="outside lower center", ncols=2)
         return as_svg(figure)
@@ -68,7 +72,7 @@ def as_svg(figure: Any) -> str:
     return svg[svg.index("<svg") :]
 
 
-# place: where on the page. compares: whether curves of other runs are drawn beside.
+# place: order on the page. compares: curves of other runs are drawn as well.
 register("panels", "evaluation", place=0, compares=True)(
     curves(
         "On the evaluation prompts",
