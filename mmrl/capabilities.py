@@ -37,7 +37,8 @@ def require(who: str, protocol: Any, component: Any, kind: str = "") -> Any:
     """The component, which has to follow a protocol.
 
     Args:
-        who: asks for it, for the message. kind: of rows among which the message names those that follow it.
+        who: the component that needs it, for the message.
+        kind: of the rows among which the message names those that follow the protocol.
     Raises:
         ComponentError: it does not.
     """
@@ -57,26 +58,34 @@ def refuse_row(who: str, protocol: type, row: Row) -> None:
 
 
 def follows(row: Row, protocol: type) -> bool | None:
-    """Whether what a row makes has the methods of a protocol; None where its class is not known.
+    """True when the component that a row makes has the methods of a protocol; None where its class is not known.
 
-    A row declares what its component refuses although its class has the methods: the fact `lacks`, protocols.
+    By its fact `lacks` a row declares protocols that its component refuses although its class has the methods.
     """
     product = row.target
     if inspect.isfunction(product) and row.kind.arguments is not None:
-        product = type(product)  # the function is the component
+        # The function itself is the component.
+        product = type(product)
     elif not inspect.isclass(product):
         product = get_type_hints(product).get("return")
     if not inspect.isclass(product):
         return None
-    refused = row.facts.get("lacks", ())
-    return not any(issubclass(protocol, p) for p in refused) and methods(protocol) <= set(dir(product))
+    if any(issubclass(protocol, lacking) for lacking in row.facts.get("lacks", ())):
+        return False
+    return methods(protocol) <= set(dir(product))
 
 
 def methods(protocol: type) -> set[str]:
-    """Names of the methods that a protocol asks for."""
-    parts = [cls for cls in protocol.__mro__ if cls not in (object, Protocol)]
-    members = {name for cls in parts for name, member in vars(cls).items() if inspect.isfunction(member)}
-    return {name for name in members if name == "__call__" or not name.startswith("_")}
+    """Names of the methods of a protocol, inherited ones included."""
+    names_of_methods: set[str] = set()
+    for base in protocol.__mro__:
+        if base in (object, Protocol):
+            continue
+        for name, member in vars(base).items():
+            is_public = name == "__call__" or not name.startswith("_")
+            if is_public and inspect.isfunction(member):
+                names_of_methods.add(name)
+    return names_of_methods
 
 
 def having(kind: str, protocol: type) -> list[str]:
@@ -93,22 +102,23 @@ def _refusal(who: str, protocol: type, component: str, kind: str) -> str:
     )
 
 
-Needs = Mapping[str, type]  # who asks, for the message -> the protocol that a component has to follow
+# The option or component that needs something, as a message names it -> the protocol that it needs.
+Needs = Mapping[str, type]
 
 
 def build_with(needs: Needs, kind: str, section: str, name: str, options: Mapping[str, Any]) -> Any:
     """Make a row, as `mmrl.registry.build`, that has to follow the protocols of `needs`.
 
     Raises:
-        ComponentError: it does not, told before it is made where its class is known.
+        ComponentError: the component lacks one; raised before it is made where its class is known.
     """
     row = find(kind, name)
     for who, protocol in needs.items():
         refuse_row(who, protocol, row)
-    made = row.build(options, section)
+    component = row.build(options, section)
     for who, protocol in needs.items():
-        require(who, protocol, made, kind)
-    return made
+        require(who, protocol, component, kind)
+    return component
 
 
 def build_policy(section: str, tree: Mapping[str, Any], protocol: type) -> Any:
@@ -132,7 +142,7 @@ def policy_section(protocol: type) -> AfterValidator:
 
 # ---- asking for what a row declares ---------------------------------------------------------------------------------
 
-# The facts `policy` and `task` of a row: a protocol, or a function that tells it from the row's options.
+# The facts `policy` and `task` of a row: a protocol, or a function from the row's options to one.
 Declared = type | Callable[[Mapping[str, Any]], type | None] | None
 
 
@@ -145,14 +155,16 @@ def refuse_needs(where: str, row: Row, options: Mapping[str, Any], policy: Row, 
         ComponentError: naming the protocol, and the registered components that follow it.
     """
     for role, component in (("policy", policy), ("task", task)):
-        if (protocol := _need(row, role, options)) is not None:
+        protocol = _need(row, role, options)
+        if protocol is not None:
             refuse_row(_asker(where, row), protocol, component)
 
 
 def require_needs(where: str, row: Row, options: Mapping[str, Any], policy: object, task: object) -> None:
-    """As `refuse_needs`, once both are there: also for what no annotation told."""
+    """As `refuse_needs`, once policy and task are made: also where no annotation names their class."""
     for role, kind, component in (("policy", "policies", policy), ("task", "tasks", task)):
-        if (protocol := _need(row, role, options)) is not None:
+        protocol = _need(row, role, options)
+        if protocol is not None:
             require(_asker(where, row), protocol, component, kind)
 
 
@@ -161,10 +173,12 @@ def _asker(where: str, row: Row) -> str:
 
 
 def _need(row: Row, role: str, options: Mapping[str, Any]) -> type | None:
+    """The protocol that a row with these options needs of its policy or task (`role`), if any."""
     need: Declared = row.facts.get(role)
     if need is None or isinstance(need, type):
         return need
-    return need({name: o.default for name, o in row.options.items()} | dict(options))
+    defaults = {name: option.default for name, option in row.options.items()}
+    return need(defaults | dict(options))
 
 
 # ---- of any component -----------------------------------------------------------------------------------------------

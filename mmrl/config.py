@@ -1,4 +1,7 @@
-"""A run is one YAML file. Each section is a typed model; unknown keys are refused with the nearest valid name."""
+"""Reading recipes: YAML files whose sections are typed models, in which unknown keys are refused.
+
+config = load_config("configs/vlm_grpo.yaml", ["optim.lr=1e-5"])
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """The recipe cannot be used; the message says which key, which value and what would do."""
+    """The recipe cannot be used; the message names the key, its value and a remedy."""
 
 
 class Section(BaseModel):
@@ -96,8 +99,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuses `{0:8}`, a key `0:8` without value, which was meant as `{0: 8}`."""
-        for key, value in node.value if node.flow_style else ():
-            if isinstance(key, yaml.ScalarNode) and not key.style and ":" in key.value and _is_left_out(value):
+        pairs = node.value if node.flow_style else []
+        for key, value in pairs:
+            is_plain_text = isinstance(key, yaml.ScalarNode) and not key.style
+            if is_plain_text and ":" in key.value and _is_left_out(value):
                 blank = key.value.replace(":", ": ", 1)
                 raise yaml.MarkedYAMLError(
                     problem=f"write a blank after the colon: {blank!r}, not {key.value!r}",
@@ -107,11 +112,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def _is_left_out(value: yaml.Node) -> bool:
-    """True of the value of `{key}`, false of `{key: }` and `{key: null}`."""
+    """True for the value of `{key}`, False for those of `{key: }` and `{key: null}`."""
     return isinstance(value, yaml.ScalarNode) and value.value == "" and not value.style
 
 
 def _resolve_as_1_2() -> None:
+    """Replace the patterns by which PyYAML, after YAML 1.1, takes plain text for a bool, an int or a float."""
+    # Type -> its pattern, and the characters with which such a value can begin.
     patterns = {
         "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
         "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
@@ -133,7 +140,7 @@ _resolve_as_1_2()
 
 
 def read_yaml(text: str) -> Any:
-    """What a recipe, an override or a section on the command line says.
+    """The value of YAML text: of a recipe, an override, or a section on the command line.
 
     Raises:
         yaml.YAMLError: no valid YAML, with line and column.
@@ -145,32 +152,34 @@ def with_declared_defaults(tree: Mapping[str, Any], model: type[Section]) -> Map
     """The recipe with the defaults that its policy or scorer and its trainer declare, such as `loss.clip_low: 0.2`.
 
     A clip range that suits tokens is 200 times too wide for a denoising step, so such defaults belong to the policy;
-    the trainer's own come second. What the recipe sets itself stays.
+    those of the trainer come second. Values that the recipe sets stay.
 
     Raises:
         ConfigError: no such policy, scorer or trainer.
     """
-    out = dict(tree)
+    filled = dict(tree)
     for key, (value, _) in declared_defaults(tree, model).items():
         section, name = key.split(".")
+        # A policy may declare defaults of sections that another trainer's recipe does not have.
         field = model.model_fields.get(section)
         owner = None if field is None else field.annotation
         if not (isinstance(owner, type) and issubclass(owner, Section) and name in owner.model_fields):
             continue
-        given = out.get(section) or {}
+        given = filled.get(section) or {}
         if isinstance(given, Mapping):
-            out[section] = {name: value} | dict(given)
-    return out
+            filled[section] = {name: value} | dict(given)
+    return filled
 
 
 def declared_defaults(tree: Mapping[str, Any], model: type[Section]) -> dict[str, tuple[Any, str]]:
-    """section.key -> (value, whose it is) of the defaults that what a recipe trains and its trainer declare, the
-    trainer's last. A scorer counts where it is trained.
+    """The defaults that a recipe's policy, trained scorer and trainer declare: section.key -> (value, its owner).
+
+    The trainer's come last.
 
     Raises:
         ConfigError: no such policy, scorer or trainer.
     """
-    out: dict[str, tuple[Any, str]] = {}
+    defaults: dict[str, tuple[Any, str]] = {}
     kinds = {"policy": "policies"}
     if "trainer" in model.model_fields:
         kinds |= {"scorer": "scorers", "trainer": "trainers"}
@@ -183,9 +192,10 @@ def declared_defaults(tree: Mapping[str, Any], model: type[Section]) -> dict[str
             row = find(kind, name)
         except ComponentError as error:
             raise ConfigError(f"{key}.name: {error}") from None
-        who = f"{row.kind.singular} {row.name}"
-        out |= {k: (default, who) for k, default in row.facts.get("recipe", {}).items()}
-    return out
+        owner = f"{row.kind.singular} {row.name}"
+        for setting, default in row.facts.get("recipe", {}).items():
+            defaults[setting] = (default, owner)
+    return defaults
 
 
 def _read(file: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -194,7 +204,8 @@ def _read(file: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}; recipes lie under configs/")
     # At the end: a module beside the recipe never takes the place of an installed one.
-    if (folder := str(path.resolve().parent)) not in sys.path:
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
         sys.path.append(folder)
     try:
         tree = read_yaml(path.read_text())
@@ -208,6 +219,7 @@ def _read(file: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
+    """Set one `key.path=value` in a recipe; a part of the path that is a number is a position in a list."""
     key, equals, value = item.partition("=")
     if not equals:
         raise ConfigError(f"override {item!r} must be key.path=value, such as optim.lr=1e-4")

@@ -1,4 +1,4 @@
-"""Who writes a field and who reads it: a recipe that reads what nothing writes is refused before a model is loaded."""
+"""The check that a recipe's components find the fields that they read, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from mmrl.registry import ComponentError, find, writers
 
-ANYTHING = "*"  # written by a component that declares nothing: it may write any field, so nothing can be refused
+# Written by a component that declares nothing: it may write any field, so nothing can be refused after it.
+ANYTHING = "*"
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,17 @@ def check_fields(stages: Iterable[Stage], given: Iterable[str] = ()) -> set[str]
     """The fields that are filled at the end.
 
     Args:
-        given: fields that are there at the beginning, such as those of stored rollouts.
+        given: fields that are filled at the beginning, such as those of stored rollouts.
     Raises:
-        ComponentError: a stage reads a field that none before it writes; the message names what would write it.
+        ComponentError: a stage reads a field that none before it writes; the message names components that would.
     """
     filled = set(given)
     for stage in stages:
-        missing = [] if ANYTHING in filled else [f for f in stage.reads if f not in filled]
-        if missing:
+        missing = [name for name in stage.reads if name not in filled]
+        if missing and ANYTHING not in filled:
             raise ComponentError(
                 f"{stage.where}: {stage.who} reads {', '.join(missing)}, which nothing in this recipe writes before. "
-                + "; ".join(_remedy(f) for f in missing)
+                + "; ".join(_remedy(name) for name in missing)
             )
         filled.update(stage.writes)
     return filled
@@ -51,19 +52,23 @@ def _remedy(name: str) -> str:
         return "chains: fork at the prompt alone, such as plan: {0: 8}"
     if name == "texts":
         return "texts: take a policy that writes"
-    found: list[str] = []
+    sources: list[str] = []
     if name == "step_reward":
-        found.append("any step reward (`step_rewards:`)")
+        sources.append("any step reward (`step_rewards:`)")
     readings = writers(name)
     if readings:
-        found.append(f"the readings {', '.join(readings)} (`readings:`)")
+        sources.append(f"the readings {', '.join(readings)} (`readings:`)")
     policies = [_with_option(policy, name) for policy in writers(name, "policies")]
     if policies:
-        found.append(f"the policies {', '.join(policies)}")
-    return f"{name} is written by {' or '.join(found)}" if found else f"no component that is known writes {name}"
+        sources.append(f"the policies {', '.join(policies)}")
+    if not sources:
+        return f"no component that is known writes {name}"
+    return f"{name} is written by {' or '.join(sources)}"
 
 
 def _with_option(policy: str, name: str) -> str:
-    """A policy that can write a field, with the option that makes it."""
+    """A policy that can write a field, with the option that makes it do so, where one is declared."""
     options = find("policies", policy).facts.get("may_write", {})
-    return f"{policy} with {options[name]}" if isinstance(options, Mapping) and name in options else policy
+    if isinstance(options, Mapping) and name in options:
+        return f"{policy} with {options[name]}"
+    return policy

@@ -1,6 +1,6 @@
-"""Sections that recipes of several verbs share: components with a weight, the optimizer, the run.
+"""Sections that recipes of several commands share: components with a weight, the optimizer, the run.
 
-What belongs to one component alone lies with it: credit, losses, and each trainer's own recipe.
+Sections of one component lie in its module: credit, losses, and the recipe of each trainer.
 """
 
 from __future__ import annotations
@@ -34,72 +34,95 @@ class ReadingConfig(Component):
     """One reading: fills fields of the tree between its rewards and its credit (`mmrl list readings`)."""
 
 
+# Learning-rate schedules, by their names in transformers.
 Schedule = Literal[
-    "constant", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "inverse_sqrt",
+    "constant",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
     "warmup_stable_decay",
-]  # fmt: skip
+]
 
 
 class OptimConfig(Section):
     """The optimizer, its learning rate over the run, and how often it steps."""
 
-    name: str = "adamw"  # of `mmrl list optimizers`
-    options: dict[str, Any] = Field(default_factory=dict)  # its further options
+    # A row of `mmrl list optimizers`, and its further options.
+    name: str = "adamw"
+    options: dict[str, Any] = Field(default_factory=dict)
     lr: PositiveFloat = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: PositiveFloat = 1.0
-    # of linear warm-up: iterations, or below 1 a share of the run
+    # Length of the linear warm-up: iterations, or below 1 a share of the run.
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
-    schedule: Schedule = "constant"  # after it, by transformers' names
-    schedule_options: dict[str, Any] = Field(default_factory=dict)  # such as {min_lr_rate: 0.1}
+    # The schedule after the warm-up, and its options, such as {min_lr_rate: 0.1}.
+    schedule: Schedule = "constant"
+    schedule_options: dict[str, Any] = Field(default_factory=dict)
     updates_per_rollout: PositiveInt = 1
     # Parts of a rollout, by its prompts, with an update each; behind the first the ratio is no longer 1.
     minibatches: PositiveInt = 1
-    ema: float | None = Field(None, gt=0, lt=1)  # decay; evaluation and the saved model use the average
+    # Decay of an average of the weights, which evaluation and the saved model use.
+    ema: float | None = Field(None, gt=0, lt=1)
 
     def warmup_iterations(self, iterations: int) -> int:
-        """Iterations of warm-up in a run of so many."""
-        return self.warmup if isinstance(self.warmup, int) else math.ceil(self.warmup * iterations)
+        """Number of warm-up iterations in a run of `iterations`."""
+        if isinstance(self.warmup, int):
+            return self.warmup
+        return math.ceil(self.warmup * iterations)
 
 
 class RunConfig(Section):
-    """How long, where, how often."""
+    """Length and folder of a run, evaluation and checkpoints, limits, and the hardware that it uses."""
 
     output: Path = Path("runs/run")
     iterations: PositiveInt = 50
-    epochs: PositiveFloat | None = None  # over the task's prompts, in place of `iterations`
-    prompts_per_iteration: PositiveInt = 8  # over all processes
+    # Passes over the task's prompts, in place of `iterations`.
+    epochs: PositiveFloat | None = None
+    # Over all processes.
+    prompts_per_iteration: PositiveInt = 8
     seed: int = 0
     eval_every: PositiveInt = 5
     checkpoint_every: PositiveInt = 10
     keep_checkpoints: PositiveInt = 2
-    refill: NonNegativeInt = 0  # rounds of sampling further prompts for those whose rewards do not differ (DAPO)
-    resume: bool = False  # continue from the newest checkpoint in `output`; starts anew when there is none
-    max_unscored: float = Field(0.2, ge=0, le=1)  # share of samples without reward at which the run stops
-    max_unusable: float = Field(0.1, ge=0, le=1)  # share of prompts the policy cannot take at which the run stops
+    # Rounds in which further prompts are sampled in place of those whose rewards do not differ (DAPO).
+    refill: NonNegativeInt = 0
+    # Continue from the newest checkpoint in `output`, or start anew when there is none.
+    resume: bool = False
+    # The run stops above these shares: of samples without reward, of prompts that the policy cannot take.
+    max_unscored: float = Field(0.2, ge=0, le=1)
+    max_unusable: float = Field(0.1, ge=0, le=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    cpu: bool = False  # stay on the CPU even where there is a GPU
-    threads: PositiveInt = 1  # per process on CPU: with several, spinning OpenMP threads fight for the cores
-    processes: PositiveInt | None = None  # stop with an error when the launcher started another number
-    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])  # accelerate trackers
-    report: bool = True  # write report.html at the end
+    # Stay on the CPU even where there is a GPU.
+    cpu: bool = False
+    # Per process on CPU. With several processes, spinning OpenMP threads would compete for the cores.
+    threads: PositiveInt = 1
+    # Stop with an error when the launcher started another number of processes.
+    processes: PositiveInt | None = None
+    # Names of accelerate's trackers.
+    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    # Write report.html at the end.
+    report: bool = True
 
     def count_epochs(self, prompts: int) -> None:
-        """Set `iterations` to what `epochs`, if there are any, take with so many prompts."""
+        """Set `iterations` by `epochs`, if given: passes over `prompts` prompts."""
         if self.epochs is not None:
             self.iterations = math.ceil(self.epochs * max(prompts // self.prompts_per_iteration, 1))
 
 
 class TrainingConfig(Section):
-    """What every training recipe has."""
+    """Sections of every training recipe."""
 
     trainer: str
     task: Component
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
-    callbacks: list[Component] = Field(default_factory=list)  # beside those of every run (`mmrl list callbacks`)
+    # Callbacks beside those that every run has (`mmrl list callbacks`).
+    callbacks: list[Component] = Field(default_factory=list)
 
     def dump(self) -> str:
         """YAML of every value, defaults included."""
@@ -107,29 +130,39 @@ class TrainingConfig(Section):
 
 
 class PolicyConfig(TrainingConfig):
-    """What every recipe has that trains a policy."""
+    """Sections of every recipe that trains a policy."""
 
     policy: Component
-    plan: dict[int, int]  # children of a live step by depth, such as {0: 8}
-    rewards: list[RewardConfig] = Field(default_factory=list)  # empty = the task's own
+    # Number of children of a step by depth, such as {0: 8}.
+    plan: dict[int, int]
+    # Empty: the rewards that the task names.
+    rewards: list[RewardConfig] = Field(default_factory=list)
     # `group`: each reward is normalised among the samples of a prompt before they are added (GDPO, MixGRPO)
     reward_scale: Literal["none", "group"] = "none"
-    step_rewards: list[StepRewardConfig] = Field(default_factory=list)  # for what reads them: estimators, pairs
-    readings: list[ReadingConfig] = Field(default_factory=list)  # further fields for what reads them, in this order
+    # Step rewards for the estimators or pair builders that read them.
+    step_rewards: list[StepRewardConfig] = Field(default_factory=list)
+    # Readings that fill further fields, in this order.
+    readings: list[ReadingConfig] = Field(default_factory=list)
 
 
 class JobConfig(Section):
-    """What annotation and search share: a policy that writes, a task with a verifier, where the result goes."""
+    """Sections that annotation and search share: a policy that writes, a task with a verifier, the output."""
 
     policy: Component
     task: Component
-    verifier: RewardConfig | None = None  # null = the task's first reward
+    # null: the task's first reward.
+    verifier: RewardConfig | None = None
     split: Literal["train", "eval"] = "train"
-    prompts: PositiveInt | None = None  # the first so many, null = all
+    # Number of prompts, from the first one on; null: all.
+    prompts: PositiveInt | None = None
     method: Component
     output: Path
-    rollouts: Path | None = None  # where the trees go, for `rollouts: DIR` of training recipes; null = not kept
+    # Folder for the trees, which training recipes read by `rollouts: DIR`; null: they are not kept.
+    rollouts: Path | None = None
     seed: int = 0
-    batch: PositiveInt = 64  # states or prompts worked on side by side
-    cpu: bool = False  # stay on the CPU even where there is a GPU
-    threads: PositiveInt = 1  # per process on CPU
+    # States or prompts that are worked on side by side.
+    batch: PositiveInt = 64
+    # Stay on the CPU even where there is a GPU.
+    cpu: bool = False
+    # Threads per process on CPU.
+    threads: PositiveInt = 1

@@ -9,8 +9,8 @@ A row is one function, class or constant under a name. Rows come from three plac
 The core never imports a modality: vision, diffusion and video enter their rows by entry points.
 
 Fields are named as in a recipe: outcome, step_reward, value, root_value, logp, ok, state_key, edge_key, texts,
-tags.NAME, actions.NAME. `forks` says
-that two steps of a prompt must be comparable, `chains` that steps may fork at the prompt alone.
+tags.NAME, actions.NAME. Two names stand for shapes: `forks` means that two steps of a prompt must be comparable,
+`chains` that steps may fork at the prompt alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mmrl.foreign_keys import key_here
 
 log = logging.getLogger(__name__)
 
-# Names of fields, or a function that tells them from the row's options.
+# Names of fields, or a function from the row's options to them.
 Fields = tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
 
 
@@ -54,11 +54,11 @@ class Kind:
 
     name: plural, as in `mmrl list NAME` and in the entry-point group `mmrl.NAME`. singular: for messages.
     modules: of the core, entering rows when imported.
-    arguments: how many leading positional arguments the framework passes; they are no options. None: the row is
+    arguments: number of leading positional arguments that the framework passes; they are no options. None: the row is
         called with its options alone, once, when the recipe is read (a class or a factory), or it is a constant.
     keywords: keyword arguments that the framework passes; no options either.
-    reads, writes: of every row that says nothing else.
-    adapt: dotted path of a function that takes a row's object and gives what is called, where rows may come in several
+    reads, writes: of every row that declares nothing else.
+    adapt: dotted path of a function from a row's object to the function that is called, where rows may come in several
         forms.
     """
 
@@ -77,7 +77,7 @@ _ROWS: dict[str, dict[str, Row]] = {}
 
 
 def add_kind(kind: Kind) -> None:
-    """Make a kind known. A package of its own calls this in a module that the entry point `mmrl.modules` names."""
+    """Add a kind. Another package calls this in a module that its entry point in `mmrl.modules` names."""
     KINDS[kind.name] = kind
     _ROWS.setdefault(kind.name, {})
 
@@ -123,7 +123,8 @@ add_kind(Kind("benchmarks", "benchmark", ("mmrl.reasoning.bench.run",)))
 add_kind(Kind("panels", "report panel", ("mmrl.report.panels",), arguments=2))
 add_kind(Kind("demos", "demo", ("mmrl.demo",)))
 add_kind(Kind("pairs", "pair builder", ("mmrl.preference.builders",), arguments=1))
-_GROWN = ("outcome", "step_reward", "value", "root_value", "tags.visits", "tags.q_sum")  # in the trees they store
+# Fields of the trees that searches and annotations store.
+_GROWN = ("outcome", "step_reward", "value", "root_value", "tags.visits", "tags.q_sum")
 add_kind(
     Kind(
         "searches",
@@ -168,7 +169,7 @@ add_kind(
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a row says beside its function: fields read and written, where it fits, its source, further facts."""
+    """The declarations of a row: fields read and written, what it fits, its source, further facts."""
 
     reads: Fields | None = None
     writes: Fields | None = None
@@ -188,17 +189,17 @@ class Row:
 
     @property
     def fits(self) -> str:
-        """Where it makes sense, in words."""
+        """The policies, trees or data that it makes sense for, in words."""
         return self.declared.fits
 
     @property
     def source(self) -> str:
-        """Paper or code that it follows."""
+        """The paper or code that it follows."""
         return self.declared.source
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What else the row declares, by kind."""
+        """Further declarations; their names depend on the kind."""
         return self.declared.facts
 
     def reads(self, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
@@ -216,7 +217,7 @@ class Row:
             return default
         if not callable(declared):
             return declared
-        defaults = {name: o.default for name, o in self.options.items() if o.default is not REQUIRED}
+        defaults = {name: option.default for name, option in self.options.items() if option.default is not REQUIRED}
         return tuple(declared(defaults | dict(options or {})))
 
     @cached_property
@@ -236,37 +237,42 @@ class Row:
         where = section or self.name
         for key in options:
             if key not in self.options:
-                known = ", ".join(self.options) or "none"
-                near = key_here(key) or hint(key, self.options)
+                takes = ", ".join(self.options) or "none"
+                suggestion = key_here(key) or hint(key, self.options)
                 raise ComponentError(
-                    f"unknown key {where}.{key}={options[key]!r}{near}; {self.kind.singular} {self.name!r} takes "
-                    f"{known}"
+                    f"unknown key {where}.{key}={options[key]!r}{suggestion}; {self.kind.singular} {self.name!r} "
+                    f"takes {takes}"
                 )
-        asked = {k: o for k, o in self.options.items() if k in options or o.default is REQUIRED}
-        if not asked:
+        # A pydantic model of the given options and of those without default; the others keep their defaults.
+        fields: dict[str, Any] = {}
+        for name, option in self.options.items():
+            if name in options or option.default is REQUIRED:
+                fields[name] = (option.type, ...)
+        if not fields:
             return {}
-        fields: dict[str, Any] = {k: (o.type, ...) for k, o in asked.items()}
         model = create_model("Options", __config__=_OPTIONS, **fields)
         try:
             checked = model(**options)
         except ValidationError as error:
             raise ComponentError(explain(error, where, model)) from None
-        return {k: getattr(checked, k) for k in options}
+        return {name: getattr(checked, name) for name in options}
 
     def build(self, options: Mapping[str, Any], section: str = "", **given: Any) -> Any:
-        """The row with its options set: an instance, what a factory makes, a function bound to them, or the constant.
+        """The component with its options set: an instance, a factory's product, a function bound to them, a constant.
 
         Args:
             given: further keyword arguments from the framework, passed where the target has such a parameter.
         """
         checked = self.check(options, section)
-        function = self.kind.arguments is not None and inspect.isfunction(self.target)
-        if not callable(self.target) or (function and not checked and not given):
+        is_function = self.kind.arguments is not None and inspect.isfunction(self.target)
+        if not callable(self.target) or (is_function and not checked and not given):
             return self.target
         parameters = inspect.signature(self.target).parameters
-        named = {k: v for k, v in given.items() if k in parameters}
-        call = gather(self.target, checked) | named
-        return partial(self.target, **call) if function else self.target(**call)
+        accepted = {name: value for name, value in given.items() if name in parameters}
+        arguments = gather(self.target, checked) | accepted
+        if is_function:
+            return partial(self.target, **arguments)
+        return self.target(**arguments)
 
 
 # ---- entering -------------------------------------------------------------------------------------------------------
@@ -274,8 +280,10 @@ class Row:
 T = TypeVar("T")
 
 _DECLARED = "__mmrl_declares__"
-_MODULES = "mmrl.modules"  # entry points: kind = module that enters rows of it
-_MISSING: dict[str, MissingPackage] = {}  # kind -> why a module that enters rows of it could not be imported
+# The group of entry points `kind = module`: importing the module enters rows of the kind.
+_MODULES = "mmrl.modules"
+# Kind -> the reason why a module that enters rows of it could not be imported.
+_MISSING: dict[str, MissingPackage] = {}
 
 
 def register(
@@ -309,7 +317,7 @@ def register(
 
 
 def _origin(target: Any) -> str:
-    """Where an object was defined; a module that is imported again replaces its own rows."""
+    """The dotted name under which an object was defined; a module that is imported again replaces its own rows."""
     return f"{target.__module__}.{getattr(target, '__qualname__', type(target).__qualname__)}"
 
 
@@ -321,13 +329,13 @@ def declares(
     source: str = "",
     **facts: Any,
 ) -> Callable[[T], T]:
-    """Say what the decorated object reads and writes; it gets its name from an entry point or a dotted path."""
+    """Declare what the decorated object reads and writes; its name comes from an entry point or a dotted path."""
 
-    def note(target: T) -> T:
+    def declare(target: T) -> T:
         setattr(target, _DECLARED, Declaration(reads, writes, fits, source, facts))
         return target
 
-    return note
+    return declare
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
@@ -339,49 +347,53 @@ def find(kind: str, name: str) -> Row:
     Raises:
         ComponentError: nothing there; the message names the nearest registered name.
     """
-    k = _kind(kind)
+    found_kind = _kind(kind)
     if ":" in name:
-        return _row(k, name, _at(name))
-    table = _ROWS[k.name]
-    if name in table or name in _entered(k):
+        return _row(found_kind, name, _at(name))
+    # Rows that are there already come first: `_entered` imports the core's modules of the kind.
+    table = _ROWS[found_kind.name]
+    if name in table or name in _entered(found_kind):
         return table[name]
-    for entry in _installed().select(group=f"mmrl.{k.name}", name=name):
-        return _load(k, entry)
+    for entry in _installed().select(group=f"mmrl.{found_kind.name}", name=name):
+        return _load(found_kind, entry)
     if kind in _MISSING:
         raise _MISSING[kind]
-    known = names(kind)
+    registered = names(kind)
     raise ComponentError(
-        f"unknown {k.singular} {name!r}{hint(name, known)}; known: {', '.join(known) or 'none'}. One of your own goes "
-        "by its dotted path, package.module:object"
+        f"unknown {found_kind.singular} {name!r}{hint(name, registered)}; known: {', '.join(registered) or 'none'}. "
+        "One of your own goes by its dotted path, package.module:object"
     )
 
 
 def names(kind: str) -> list[str]:
     """Every registered name of a kind, sorted; nothing but the core's own modules is imported."""
-    k = _kind(kind)
-    return sorted({*_entered(k), *(e.name for e in _installed().select(group=f"mmrl.{k.name}"))})
+    found_kind = _kind(kind)
+    installed = _installed().select(group=f"mmrl.{found_kind.name}")
+    return sorted({*_entered(found_kind), *(entry.name for entry in installed)})
 
 
 def rows(kind: str) -> list[Row]:
     """Every row of a kind, by name; imports what the entry points name, and leaves out what is not installed."""
-    found = []
+    table = []
     for name in names(kind):
         try:
-            found.append(find(kind, name))
+            table.append(find(kind, name))
         except MissingPackage as error:
             log.info("left out: %s", error)
-    return found
+    return table
 
 
 def writers(field_name: str, kind: str = "readings") -> list[str]:
-    """Names of the rows that can fill a field, by default or with other options (the fact `may_write`, fields or
-    patterns of them); for messages."""
-    found = []
+    """Names of the rows that can fill a field, for messages.
+
+    They fill it by default, or with other options: the fact `may_write`, names of fields or patterns of names.
+    """
+    able = []
     for row in rows(kind):
         written = (*row.writes(), *row.facts.get("may_write", ()))
         if any(fnmatchcase(field_name, pattern) for pattern in written):
-            found.append(row.name)
-    return found
+            able.append(row.name)
+    return able
 
 
 def build(kind: str, section: str, name: str, options: Mapping[str, Any], **given: Any) -> Any:
@@ -413,10 +425,10 @@ def _named(kind: str, section: str, tree: str | Mapping[str, Any]) -> tuple[Row,
 def of_kind(kind: str, *, options: bool = True) -> AfterValidator:
     """For the type of an option that names a row: `Annotated[str, of_kind("kernels")]`, or a mapping with its options.
 
-    A name that nobody registered, and an unknown option, are then refused with the section that holds them.
+    An unregistered name, and an unknown option, are then refused with the section that holds them.
 
     Args:
-        options: off, the name alone is checked, for rows that get all of their options elsewhere.
+        options: False checks the name alone, for rows that get all of their options elsewhere.
     """
 
     def check(value: Any) -> Any:
@@ -436,30 +448,36 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def explain(error: ValidationError, section: str = "", model: Any = None) -> str:
-    """A pydantic error as lines `path=value: what is wrong`.
+    """A pydantic error as lines `path=value: message`.
 
     Args:
-        model: what was validated; with it, a key that is unknown at any depth is told with the nearest known one.
+        model: the model that was validated; with it, messages about unknown keys name the nearest valid one.
     """
     lines = []
-    for e in error.errors():
-        parts = [str(p) for p in ((section,) if section else ()) + e["loc"]]
-        path = ".".join(parts)
-        if e["type"] == "missing":
+    for fault in error.errors():
+        parts = [str(part) for part in fault["loc"]]
+        if section:
+            parts = [section, *parts]
+        path, value, message = ".".join(parts), fault["input"], fault["msg"]
+        remedy = ""
+        if fault["type"] == "missing":
             lines.append(f"{path} is missing; it has no default")
-        elif e["type"] in _UNKNOWN_KEY:
-            known = _keys_at(model, e["loc"][:-1])
-            nearest = get_close_matches(parts[-1], known, 1, cutoff=0.5)
-            told = f" (did you mean {'.'.join([*parts[:-1], *nearest])}?)" if nearest else ""
-            told = key_here(parts[-1]) or told
-            lines.append(f"unknown key {path}={e['input']!r}{told}; known: {', '.join(known)}")
-        elif e["type"] == "value_error":  # raised by the section itself: its words as they are
-            lines.append(f"{path}={e['input']!r}: {e['ctx']['error']}")
+        elif fault["type"] in _UNKNOWN_KEY:
+            valid_keys = _keys_at(model, fault["loc"][:-1])
+            nearest = get_close_matches(parts[-1], valid_keys, 1, cutoff=0.5)
+            if nearest:
+                remedy = f" (did you mean {'.'.join([*parts[:-1], *nearest])}?)"
+            remedy = key_here(parts[-1]) or remedy
+            lines.append(f"unknown key {path}={value!r}{remedy}; known: {', '.join(valid_keys)}")
+        elif fault["type"] == "value_error":
+            # Raised by the section itself, whose words need no prefix of pydantic's.
+            lines.append(f"{path}={value!r}: {fault['ctx']['error']}")
         else:
-            near = hint(str(e["input"]), _QUOTED.findall(e["msg"])) if e["type"] == "literal_error" else ""
-            if e["type"] == "string_type" and isinstance(e["input"], bool | int | float):
-                near = "; a text that YAML reads as a number, true or false goes in quotes"
-            lines.append(f"{path}={e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}{near}")
+            if fault["type"] == "literal_error":
+                remedy = hint(str(value), _QUOTED.findall(message))
+            if fault["type"] == "string_type" and isinstance(value, bool | int | float):
+                remedy = "; a text that YAML reads as a number, true or false goes in quotes"
+            lines.append(f"{path}={value!r}: {message[0].lower()}{message[1:]}{remedy}")
     return "\n".join(lines)
 
 
@@ -478,9 +496,13 @@ def _keys_at(model: Any, path: Sequence[str | int]) -> list[str]:
     """The keys of the closed section at a path below a model; an index, or the name of a union's part, stays there."""
     models = [model]
     for part in path:
-        types = [known[part] for m in models if part in (known := _key_types(m))]
-        models = [m for hinted in types for m in _models_in(hinted)] or models
-    return [key for m in models for key in _key_types(m)]
+        models_below: list[Any] = []
+        for candidate in models:
+            key_types = _key_types(candidate)
+            if part in key_types:
+                models_below += _models_in(key_types[part])
+        models = models_below or models
+    return [key for candidate in models for key in _key_types(candidate)]
 
 
 def _key_types(model: Any) -> Mapping[Any, Any]:
@@ -493,18 +515,24 @@ def _key_types(model: Any) -> Mapping[Any, Any]:
 def _models_in(hinted: Any) -> list[Any]:
     """The models that a type allows, such as `Views` of `Views | None` or of `list[Views]`."""
     parts = get_args(hinted)
-    return [m for part in parts for m in _models_in(part)] if parts else [hinted]
+    if not parts:
+        return [hinted]
+    return [model for part in parts for model in _models_in(part)]
 
 
 @cache
 def _installed() -> EntryPoints:
-    """What packages enter here. Read once: a recipe asks a hundred times, and each time every package is opened."""
-    found = entry_points()
-    groups = [group for group in found.groups if group.startswith("mmrl.")]
-    return EntryPoints(entry for group in groups for entry in found.select(group=group))
+    """The entry points of all installed packages in groups `mmrl.*`.
+
+    Cached: reading them opens every installed package, and a recipe needs them a hundred times.
+    """
+    all_entries = entry_points()
+    groups = [group for group in all_entries.groups if group.startswith("mmrl.")]
+    return EntryPoints(entry for group in groups for entry in all_entries.select(group=group))
 
 
 def _kind(name: str) -> Kind:
+    """The kind called `name`; raises ComponentError when there is none."""
     if name not in KINDS:
         _import_modules(name)
     if name not in KINDS:
@@ -526,23 +554,28 @@ def _import_modules(kind: str) -> None:
         try:
             import_module(entry.value)
         except ImportError as error:
-            if not (remedy := how_to_install(error)):
+            remedy = how_to_install(error)
+            if not remedy:
                 raise
             _MISSING[kind] = MissingPackage(f"{entry.value} cannot be loaded: {error}{remedy}")
 
 
 def _load(kind: Kind, entry: EntryPoint) -> Row:
+    """The row of an entry point; raises ComponentError, or MissingPackage, when it cannot be imported."""
     try:
         return _row(kind, entry.name, entry.load())
     except (ImportError, AttributeError) as error:
-        told = f"{kind.singular} {entry.name!r} ({entry.value}) cannot be loaded: {error}"
+        message = f"{kind.singular} {entry.name!r} ({entry.value}) cannot be loaded: {error}"
         remedy = how_to_install(error) if isinstance(error, ImportError) else ""
-        raise (MissingPackage if remedy else ComponentError)(told + remedy) from error
+        if remedy:
+            raise MissingPackage(message + remedy) from error
+        raise ComponentError(message) from error
 
 
 def _at(path: str) -> Any:
     """The object at `package.module:object`; a file in the working directory can be named too."""
-    if (here := os.getcwd()) not in sys.path:
+    here = os.getcwd()
+    if here not in sys.path:
         sys.path.append(here)
     module, _, attribute = path.partition(":")
     try:
@@ -555,8 +588,9 @@ def _at(path: str) -> Any:
 
 
 def _row(kind: Kind, name: str, target: Any) -> Row:
-    called = _at(kind.adapt)(target) if kind.adapt else target
-    return Row(kind, name, called, _declaration(target))
+    """The row of an object, which is adapted where its kind has an adapter; declarations are the object's own."""
+    adapted = _at(kind.adapt)(target) if kind.adapt else target
+    return Row(kind, name, adapted, _declaration(target))
 
 
 def _declaration(target: Any) -> Declaration:
@@ -588,64 +622,71 @@ def option_group(cls: type, presets: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def gather(target: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a call: options of a group are put back together."""
-    call = dict(options)
-    if not call:
-        return call
+    """Keyword arguments of a call of `target`: options of a group are put together into the group's object."""
+    arguments = dict(options)
+    if not arguments:
+        return arguments
     hints = _hints(target)
     for name, parameter in inspect.signature(target).parameters.items():
         group = _group_of(hints, name)
         if group is None:
             continue
-        changes = {k: call.pop(k) for k in group._fields if k in call}
-        preset = call.pop("preset", None)
+        changes = {field_name: arguments.pop(field_name) for field_name in group._fields if field_name in arguments}
+        preset = arguments.pop("preset", None)
         if changes or preset is not None:
-            call[name] = parameter.default._replace(**dict(_GROUPS[group].get(str(preset), {})) | changes)
-    return call
+            # The recipe's own values go before those of the preset.
+            preset_values = dict(_GROUPS[group].get(str(preset), {}))
+            arguments[name] = parameter.default._replace(**preset_values | changes)
+    return arguments
 
 
 def _options(target: Callable[..., Any], kind: Kind) -> dict[str, Option]:
-    out: dict[str, Option] = {}
-    skip = (kind.arguments or 0) if inspect.isfunction(target) else 0
+    """The parameters of a function or class that a recipe can set, by name."""
+    options: dict[str, Option] = {}
+    num_positional = (kind.arguments or 0) if inspect.isfunction(target) else 0
     hints = _hints(target)
     parameters = list(inspect.signature(target).parameters.values())
-    for p in parameters[skip:]:
-        if p.name in kind.keywords or p.kind is p.VAR_POSITIONAL:
+    for parameter in parameters[num_positional:]:
+        if parameter.name in kind.keywords or parameter.kind is parameter.VAR_POSITIONAL:
             continue
-        group = _group_of(hints, p.name)
+        group = _group_of(hints, parameter.name)
         if group is not None:
-            out |= _group_options(group, p.default)
-        elif p.kind is p.VAR_KEYWORD:
-            out |= _open_options(target)
+            options |= _group_options(group, parameter.default)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            options |= _open_options(target)
         else:
-            # "yes" for an option of one's own without a type, but with a default that is true or false
-            untyped = bool if isinstance(p.default, bool) else Any
-            out[p.name] = Option(hints.get(p.name, untyped), p.default)
-    return out
+            # "yes" must become True also for a parameter without annotation whose default is a bool.
+            untyped = bool if isinstance(parameter.default, bool) else Any
+            options[parameter.name] = Option(hints.get(parameter.name, untyped), parameter.default)
+    return options
 
 
 def _group_options(group: Any, default: Any) -> dict[str, Option]:
+    """The fields of a group with their defaults, and `preset`."""
     hints = get_type_hints(group, include_extras=True)
-    out = {f: Option(hints[f], getattr(default, f)) for f in group._fields}
-    return out | {"preset": Option(_choice(_GROUPS[group]), None)}
+    options = {name: Option(hints[name], getattr(default, name)) for name in group._fields}
+    return options | {"preset": Option(_choice(_GROUPS[group]), None)}
 
 
 def _choice(names_: Sequence[str] | Mapping[str, Any]) -> Any:
+    """The type of an option that is one of some names, or None."""
     return Literal[tuple(names_)] | None
 
 
 def _open_options(target: Any) -> dict[str, Option]:
-    """A factory that takes **options declares whose fields they are: the fact `options_of`, a dataclass."""
+    """The options of a factory that takes **options: fields of the dataclass that its fact `options_of` names."""
     owner = _declaration(target).facts.get("options_of")
     if owner is None:
         return {}
     hints = get_type_hints(owner, include_extras=True)
     defaults = inspect.signature(owner).parameters
-    return {name: Option(hints[name], p.default) for name, p in defaults.items()}
+    return {name: Option(hints[name], parameter.default) for name, parameter in defaults.items()}
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    # the fields of a dataclass are written in the modules of its bases too, its __init__ knows the last one alone
+    """Types of the parameters of a function or class."""
+    # Not by __init__ for dataclasses: its annotations are resolved in the module of the last base alone, and fields
+    # may be written in the modules of other bases.
     by_init = inspect.isclass(target) and not is_dataclass(target)
     return get_type_hints(target.__init__ if by_init else target, include_extras=True)
 

@@ -1,4 +1,4 @@
-"""The registry as text: the table of `mmrl list`, and the reference pages, which are made from the docstrings."""
+"""The registry as text: the tables of `mmrl list`, and the reference pages, generated from docstrings."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ PAGES = ("callbacks", "capabilities", "credit", "readings")
 
 def table(kind: str, reads: str | None = None, writes: str | None = None) -> list[tuple[str, str, str, str, str]]:
     """(name, reads, writes, fits, source) of every row of a kind that reads and writes the given fields, if any."""
-    out = []
+    lines = []
     for row in rows(kind):
         read, written = row.reads(), row.writes()
         if (reads is None or reads in read) and (writes is None or writes in written):
-            out.append((row.name, ", ".join(read), ", ".join(written), row.fits, row.source))
-    return out
+            lines.append((row.name, ", ".join(read), ", ".join(written), row.fits, row.source))
+    return lines
 
 
 def overview() -> list[tuple[str, str]]:
@@ -139,18 +139,18 @@ def overview() -> list[tuple[str, str]]:
 def entry(row: Row) -> str:
     """A row in Markdown: name, docstring, options, declarations."""
     text = inspect.cleandoc(row.target.__doc__ or "").replace("*", "\\*").replace("|", "\\|")
-    out = f"### {row.name}\n\n{text}\n\n"
+    markdown = f"### {row.name}\n\n{text}\n\n"
     options = [f"`{name}` = {_shown(option)}" for name, option in row.options.items() if not _is_shared(name, row)]
     if options:
-        out += f"Options: {', '.join(options)}. "
+        markdown += f"Options: {', '.join(options)}. "
     about = [f"reads {', '.join(row.reads()) or 'nothing'}"]
     if row.writes():
         about.append(f"writes {', '.join(row.writes())}")
     about.append(f"fits {row.fits}")
     if row.source:
         about.append(f"source: {row.source}")
-    told = "; ".join(about)
-    return out + told[0].upper() + told[1:] + ".\n"
+    declarations = "; ".join(about)
+    return markdown + declarations[0].upper() + declarations[1:] + ".\n"
 
 
 def page(name: str) -> str:
@@ -193,21 +193,26 @@ def _capability(protocol: type) -> str:
         method = getattr(protocol, name)
         text = " ".join(inspect.cleandoc(method.__doc__ or "").split())
         lines.append(f"- `{name}({', '.join(_parameters(method))})`: {text}".removesuffix(": "))
+    # A protocol of attributes alone, or of __call__, would fit nearly every class.
+    kinds_with_owners = ("policies", "tasks", "rewards", "scorers", "readings") if named - {"__call__"} else ()
     owners = []
-    for kind in ("policies", "tasks", "rewards", "scorers", "readings") if named - {"__call__"} else ():
-        if able := having(kind, protocol):
-            owners.append(f"{'step rewards' if kind == 'scorers' else kind} " + ", ".join(f"`{n}`" for n in able))
-    return "\n".join([*lines, *(["", f"Had by {'; '.join(owners)}."] if owners else [])]) + "\n"
+    for kind in kinds_with_owners:
+        able = ", ".join(f"`{name}`" for name in having(kind, protocol))
+        if able:
+            owners.append(f"{'step rewards' if kind == 'scorers' else kind} {able}")
+    if owners:
+        lines += ["", f"Had by {'; '.join(owners)}."]
+    return "\n".join(lines) + "\n"
 
 
 def _parameters(method: Any) -> list[str]:
-    """Names of a method's parameters, a star before those that are given by name."""
-    out: list[str] = []
+    """Names of a method's parameters without `self`, a star before keyword-only ones."""
+    parameters: list[str] = []
     for parameter in list(inspect.signature(method).parameters.values())[1:]:
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in out:
-            out.append("*")
-        out.append(parameter.name)
-    return out
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parameters:
+            parameters.append("*")
+        parameters.append(parameter.name)
+    return parameters
 
 
 def _callbacks_page() -> str:
@@ -225,16 +230,18 @@ def _credit_page() -> str:
     from mmrl.credit import transforms
     from mmrl.credit.norm import NORM_PRESETS, Norm
 
+    # All fields of a normalisation but its scale, which no preset sets.
     fields = Norm._fields[1:]
-    out = [_CREDIT, "| preset | " + " | ".join(fields) + " |\n|---|" + "---|" * len(fields)]
+    defaults = Norm()._asdict()
+    parts = [_CREDIT, "| preset | " + " | ".join(fields) + " |\n|---|" + "---|" * len(fields)]
     for name, preset in NORM_PRESETS.items():
-        cells = [str(preset.get(f, Norm()._asdict()[f])) for f in fields]
-        out.append(f"| {name} | " + " | ".join(cells) + " |")
-    out.append("\n## Estimators\n")
-    out += [entry(row) for row in rows("estimators")]
-    out.append(f"## Transforms\n\n{inspect.cleandoc(transforms.__doc__ or '')}\n")
-    out += [entry(row) for row in rows("transforms")]
-    return "\n".join(out).rstrip() + "\n"
+        cells = [str(preset.get(field, defaults[field])) for field in fields]
+        parts.append(f"| {name} | " + " | ".join(cells) + " |")
+    parts.append("\n## Estimators\n")
+    parts += [entry(row) for row in rows("estimators")]
+    parts.append(f"## Transforms\n\n{inspect.cleandoc(transforms.__doc__ or '')}\n")
+    parts += [entry(row) for row in rows("transforms")]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def describe(kind: str, name: str) -> str:
@@ -243,14 +250,14 @@ def describe(kind: str, name: str) -> str:
 
 
 def _is_shared(name: str, row: Row) -> bool:
-    """Whether an option stands at the head of the page already: normalisation, unless its default differs here."""
+    """True for an option that the head of the page explains: normalisation, unless its default differs here."""
     from mmrl.credit.norm import Norm
 
     shared = {*Norm._fields, "preset"} if "preset" in row.options else set()
     if name not in shared:
         return False
-    usual = Norm()._asdict().get(name)
-    return name != "scale" and row.options[name].default == usual
+    shared_default = Norm()._asdict().get(name)
+    return name != "scale" and row.options[name].default == shared_default
 
 
 def _shown(option: Option) -> str:

@@ -51,13 +51,20 @@ log = logging.getLogger(__name__)
 # A request -> a JSON value and arrays.
 Target = Callable[[Any], "tuple[Any, Sequence[np.ndarray]]"]
 
-START_S = 600.0  # importing torch takes seconds, loading a reward model minutes
-_CLOCK_FACTOR = 20.0  # however busy the machine is, a call ends after this many times its limit
-_END_S = 10.0  # for ending processes, which takes milliseconds unless a device holds one
-_POLL_S = 0.5  # between two looks at whether the other process is there
-_GROWTH = 1 / 8  # of the machine's memory
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+# Limit of starting a worker: importing torch takes seconds, loading a reward model minutes.
+START_S = 600.0
+# However busy the machine is, a call ends after this many times its limit on the clock.
+_CLOCK_FACTOR = 20.0
+# Limit of ending processes, which takes milliseconds unless a device holds one.
+_END_S = 10.0
+# Time between two checks that the other process is alive.
+_POLL_S = 0.5
+# Share of the machine's memory by which a worker may grow.
+_GROWTH = 1 / 8
+# Constants of linux/prctl.h.
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The program of the keeper; its arguments are sys.path, the descriptor of its socket, and the parent's process id.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from mmrl.worker import keep; keep(int(sys.argv[2]), int(sys.argv[3]))"
@@ -67,7 +74,7 @@ _BOOT = (
 class WorkerError(RuntimeError):
     """A call gave no answer.
 
-    kind: `timeout` and `crash` cost the process; after `error`, an exception of the class named `type`, it lives.
+    kind: `timeout` and `crash` cost the process; after `error`, an exception of the class named `type`, it lives on.
     """
 
     def __init__(self, kind: str, message: str, trace: str = "", type: str = "") -> None:
@@ -92,8 +99,8 @@ class Worker:
     Attributes:
         pid: process id of the running worker, else None.
         starts: workers started so far.
-        builds: how often the function was built; all other workers were forked from one that held it.
-        seconds: what the last answer took, see `call`.
+        builds: number of times that the function was built; all other workers were forked from one that held it.
+        seconds: time of the last answer, see `call`.
 
     Raises:
         ValueError: the factory cannot be pickled.
@@ -109,11 +116,13 @@ class Worker:
             ) from error
         self._max_growth = max_growth or _GROWTH * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._keeper: subprocess.Popen[bytes] | None = None
-        self._data: socket.socket  # to the worker, there while it has a pid
+        # The socket to the worker, which is set while there is a pid.
+        self._data: socket.socket
         self._owner = 0
         self._is_fork = False
         self._first_size: int | None = None
-        # What workers imported, in order: a builder imports it before the next fork, so no two workers load torch.
+        # Modules that workers imported, in order. A builder imports them before the next fork, so that torch is loaded
+        # once rather than in every worker.
         self._modules: dict[str, None] = {}
         self.pid: int | None = None
         self.starts = self.builds = 0
@@ -130,7 +139,8 @@ class Worker:
         if self.pid is not None:
             if not _is_readable(self._data, 0):
                 return
-            self._end_worker()  # an idle worker says nothing: its socket was closed
+            # An idle worker sends nothing, so a readable socket is one that was closed.
+            self._end_worker()
         if self._keeper is None or self._keeper.poll() is not None:
             self.close()
             self._start_keeper()
@@ -170,7 +180,8 @@ class Worker:
             _send(self._data, dumps(request), limit)
         except OSError as error:
             self._raise_lost(limit, error)
-        self._receive(limit)  # it has the request and begins
+        # The worker tells when it has the request and begins; only from here on the limit counts.
+        self._receive(limit)
         limit = _Limit(seconds, self.pid)
         header: dict[str, Any] = {}
         try:
@@ -184,7 +195,7 @@ class Worker:
         return header["value"], arrays
 
     def close(self) -> None:
-        """End the processes and what they started. The next call starts new ones."""
+        """End the processes, with all processes that they started. The next call starts new ones."""
         if self._keeper is not None:
             self._end()
         self._keeper = self.pid = None
@@ -198,12 +209,15 @@ class Worker:
                 [sys.executable, "-c", _BOOT, json.dumps([str(p) for p in sys.path]), str(theirs.fileno()), str(me)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what foreign code prints must not mix with the output of the command
+                # Foreign code prints to stderr, so that it does not mix with the output of the command.
+                stdout=2,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is the program's to handle
+                # In a session of its own Ctrl-C does not reach it: the program handles that.
+                start_new_session=True,
             )
         self._owner = me
-        self._end = weakref.finalize(self, _end_keeper, self._keeper, self._control, me)  # runs at exit too
+        # Called when this object is collected, and at exit.
+        self._end = weakref.finalize(self, _end_keeper, self._keeper, self._control, me)
 
     def _receive(self, limit: _Limit) -> tuple[dict[str, Any], list[np.ndarray]]:
         try:
@@ -211,7 +225,8 @@ class Worker:
             arrays = [_receive_array(self._data, limit, *shape) for shape in header.get("arrays", ())]
         except (EOFError, OSError) as error:
             self._raise_lost(limit, error)
-        except BaseException:  # Ctrl-C: an answer is still on its way, the socket is of no more use
+        except BaseException:
+            # Ctrl-C: the answer is still on its way, and the next one could not be told from it.
             self.close()
             raise
         self._modules |= dict.fromkeys(header.get("modules", ()))
@@ -226,13 +241,14 @@ class Worker:
         raise WorkerError("crash", f"the worker process {_ending(status)}") from None
 
     def _end_worker(self) -> int | None:
-        """End the worker and what it started, keep its builder; returns its exit status where known."""
+        """End the worker with all that it started, keep its builder; returns its exit status where it is known."""
         self._data.close()
         try:
             _tell(self._control, "end", keep_builder=self.pid is not None and self._is_fork)
             self._control.settimeout(_END_S + 1)
             status = json.loads(self._control.recv(1 << 10))["status"]
-        except (OSError, ValueError):  # the keeper is gone
+        except (OSError, ValueError):
+            # The keeper is gone.
             self.close()
             return None
         self.pid = None
@@ -265,7 +281,7 @@ class _Limit:
         return max(left, 0.005)
 
     def has_ended(self) -> bool:
-        """Whether the process is gone."""
+        """True when the process is gone."""
         return self._pid is not None and not os.path.exists(f"/proc/{self._pid}")
 
     def spent(self) -> float:
@@ -287,7 +303,9 @@ def _queued_s(pid: int | None) -> float:
 
 
 def _end_keeper(keeper: subprocess.Popen[bytes], control: socket.socket, owner: int) -> None:
-    is_owner = os.getpid() == owner  # a forked copy of the owner must not end the owner's worker
+    """End a keeper, and with it all that it started; by force when it does not leave in time."""
+    # A forked copy of the owner must not end the owner's worker.
+    is_owner = os.getpid() == owner
     if is_owner:
         with suppress(OSError):
             _tell(control, "leave")
@@ -301,6 +319,7 @@ def _end_keeper(keeper: subprocess.Popen[bytes], control: socket.socket, owner: 
 
 
 def _ending(status: int | None) -> str:
+    """The words of a message for an exit status."""
     if status is None:
         return "was lost"
     if status < 0:
@@ -315,7 +334,8 @@ def keep(fd: int, parent: int) -> None:
     """Main function of the keeper; see the head of this module."""
     control = socket.socket(fileno=fd)
     control.set_inheritable(False)
-    for stop in _STOPS:  # sent to all processes of a job; the program decides when to leave
+    # These signals are sent to all processes of a job; the program decides when to leave.
+    for stop in _STOPS:
         signal.signal(stop, signal.SIG_IGN)
     keeper = _Keeper(control)
     while os.getppid() == parent:
@@ -335,9 +355,11 @@ class _Keeper:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        self._builder: int | None = None  # while it lives
-        self._requests: socket.socket | None = None  # to the builder
-        self._watched: int | None = None  # whose exit status the program may ask for
+        # Process id of the builder while it lives, and the socket to it.
+        self._builder: int | None = None
+        self._requests: socket.socket | None = None
+        # The process whose exit status the program may ask for.
+        self._watched: int | None = None
         self._statuses: dict[int, int] = {}
 
     def handle(self, message: dict[str, Any], descriptors: list[int]) -> bool:
@@ -351,7 +373,8 @@ class _Keeper:
                 self._watched = message["pid"]
             case "end":
                 self.end(keep_builder=message["keep_builder"])
-                first = next(iter(self._statuses), None)  # a builder that died before anybody was watched
+                # A builder that died before a worker was watched.
+                first = next(iter(self._statuses), None)
                 status = self._statuses.get(self._watched or first or 0)
                 self._control.send(json.dumps({"status": status}).encode())
             case _:
@@ -375,7 +398,8 @@ class _Keeper:
                 _in_child(lambda: _build(theirs, keeper, self._adopts))
             theirs.close()
         assert self._requests is not None
-        with suppress(OSError):  # it died meanwhile: the program sees its socket close
+        # When the builder died meanwhile, the program sees its socket close.
+        with suppress(OSError):
             socket.send_fds(self._requests, [b"."], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -436,7 +460,8 @@ def _build(requests: socket.socket, keeper: int, adopts: bool) -> None:
                 _send(connection, _failure(error))
                 return
         for module in modules:
-            with suppress(Exception):  # the worker meets the same fault where it matters
+            # A module that fails here fails again in the worker, where the error is reported.
+            with suppress(Exception):
                 importlib.import_module(module)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -452,7 +477,8 @@ def _build(requests: socket.socket, keeper: int, adopts: bool) -> None:
 
 def _fork_to(keeper: int, work: Callable[[], object]) -> None:
     """Run `work` in a process that is a child of the keeper: the parent in between leaves at once."""
-    gc.freeze()  # collecting in the worker would copy the memory that it shares
+    # Garbage collection in the worker would write to, and so copy, the memory that it shares with its builder.
+    gc.freeze()
     middle = os.fork()
     if middle:
         os.waitpid(middle, 0)
@@ -465,7 +491,8 @@ def _fork_to(keeper: int, work: Callable[[], object]) -> None:
         while os.getppid() == middle:
             time.sleep(0.0005)
         _die_with(keeper)
-        os.setsid()  # a signal to its own process group reaches neither builder nor keeper
+        # A signal that it sends to its process group reaches neither builder nor keeper.
+        os.setsid()
         work()
 
     _in_child(begin)
@@ -487,7 +514,7 @@ def _descriptors() -> set[int]:
 
 
 def _prctl(option: int, value: int) -> bool:
-    """Whether the kernel took an attribute of this process."""
+    """Set an attribute of this process; False when the kernel refuses."""
     return ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0) == 0
 
 
@@ -502,11 +529,14 @@ def _die_with(parent: int) -> None:
 
 def _serve(connection: socket.socket, target: Target, *, is_fork: bool, built: bool) -> NoReturn:
     """Answer requests until the program closes the socket. For each: a note that it has arrived, then the answer."""
-    known = set(sys.modules)
+    reported = set(sys.modules)
 
     def new_modules() -> list[str]:
-        new = [] if len(sys.modules) == len(known) else [name for name in list(sys.modules) if name not in known]
-        known.update(new)
+        """Names of the modules that were imported since the last call."""
+        if len(sys.modules) == len(reported):
+            return []
+        new = [name for name in list(sys.modules) if name not in reported]
+        reported.update(new)
         return new
 
     def answer(request: bytes) -> tuple[bytes, Sequence[np.ndarray]]:
@@ -518,7 +548,7 @@ def _serve(connection: socket.socket, target: Target, *, is_fork: bool, built: b
         _send(connection, json.dumps({"modules": new_modules()}).encode())
         try:
             value, arrays = target(content)
-            shapes = [(a.dtype.str, a.shape) for a in arrays]
+            shapes = [(array.dtype.str, array.shape) for array in arrays]
             header = {"value": value, "arrays": shapes, "modules": new_modules(), "size": _resident_bytes()}
             return json.dumps(header).encode(), arrays
         except (Exception, SystemExit) as error:
@@ -531,12 +561,15 @@ def _serve(connection: socket.socket, target: Target, *, is_fork: bool, built: b
             _send(connection, header)
             for array in arrays:
                 connection.sendall(array.data.cast("B"))
-            del arrays  # or they stay until the next request
+            # Otherwise they would stay in memory until the next request.
+            del arrays
     except (EOFError, OSError):
-        os._exit(0)  # threads that foreign code left behind must not keep the process
+        # Not sys.exit: threads that foreign code left behind must not keep the process.
+        os._exit(0)
 
 
 def _failure(error: BaseException) -> bytes:
+    """The header that reports an exception."""
     name = type(error).__name__
     return json.dumps({"error": f"{name}: {error}", "trace": traceback.format_exc(), "type": name}).encode()
 
@@ -549,7 +582,10 @@ def _resident_bytes() -> int:
 
 
 class _Pickler(pickle.Pickler):
-    """A slice of a batch would take its whole storage along, a GPU tensor its device: both travel as CPU copies."""
+    """A pickler that sends tensors as CPU copies.
+
+    A slice of a batch would take its whole storage along, a GPU tensor its device.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         torch = sys.modules.get("torch")
