@@ -39,7 +39,7 @@ TASKS: dict[str, dict[str, Any]] = {
 RECIPES_OF_FAMILIES = {
     "sd3_branch": ("stable-diffusion-3.5-medium", "sd3"), "flux_branch": ("FLUX.1-dev", "flux"),
     "qwen_image_branch": ("Qwen-Image", "qwen_image"), "wan_branch": ("Wan2.1-T2V-1.3B-Diffusers", "wan"),
-    "z_image_branch": ("Z-Image-Turbo", "z_image"),
+    "z_image_branch": ("Z-Image-Turbo", "z_image"), "lpo_transformer": ("stable-diffusion-3.5-medium", "sd3"),
 }  # fmt: skip
 
 
@@ -215,10 +215,15 @@ class Sandbox:
         """The folder that a recipe of another family of pipelines names; overrides that make its outputs small."""
         from family_pipelines.builders import FAMILIES, save_family
 
+        from diffusion.latent.reward import LatentReward
+
         model, family = RECIPES_OF_FAMILIES[recipe]
         if not (self.root / model).exists():
             save_family(family, self.root / model)
-        options = {k: v for k, v in FAMILIES[family].options.items() if k in ("height", "width", "num_frames", "call")}
+        keys = ("height", "width", "num_frames", "call")
+        options = {k: v for k, v in FAMILIES[family].options.items() if k in keys}
+        if recipe.startswith("lpo") and not (self.root / "lrm_sd3").exists():
+            LatentReward.build(str(self.root / model), **options).save(self.root / "lrm_sd3")
         return [f"policy.{name}={value}" for name, value in options.items()]
 
     def _data(self) -> None:

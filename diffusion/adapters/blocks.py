@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -146,10 +147,10 @@ class BlocksAdapter(PipelineAdapter):
         """Set the scale where the family has it: in its guiders, or as an input that is embedded."""
         if scale is None:
             return
-        guiders = [name for name in self.blocks.components if name.startswith("guider")]
-        for name in guiders:
-            guider = getattr(self.blocks, name)
-            self.blocks.update_components(**{name: guider.new(guidance_scale=scale, enabled=True)})
+        guiders = self._guiders()
+        for guider in guiders:
+            guider.enable()
+            guider.guidance_scale = scale
         if "guidance_scale" in self._inputs:
             self._inputs["guidance_scale"] = scale
         elif "guidance_schedule" in self._inputs:
@@ -164,6 +165,10 @@ class BlocksAdapter(PipelineAdapter):
         # not that of the first parameter: Wan keeps some in float32
         dtype: torch.dtype = self.blocks.components[self.denoisers[0]].dtype
         return dtype
+
+    def _guiders(self) -> list[Any]:
+        """What combines several predictions; one per expert in Wan 2.2, none where guidance is embedded."""
+        return [part for name, part in self.blocks.components.items() if name.startswith("guider")]
 
     # ---- running blocks ---------------------------------------------------------------------------------------
 
@@ -188,6 +193,29 @@ class BlocksAdapter(PipelineAdapter):
             state.set(name, value, kinds.get(name))
         return state
 
+    @property
+    def num_train_timesteps(self) -> int:
+        """Times of the network: 0 is clean, this is pure noise."""
+        return int(self.blocks.scheduler.config.num_train_timesteps)
+
+    @property
+    def text_width(self) -> int:
+        """Width of the prompt's embeddings."""
+        return int(self._null["prompt_embeds"].shape[-1])
+
+    def without_guidance(self) -> None:
+        """Predict by the prompt alone where guidance is classifier-free; an embedded scale stays."""
+        for guider in self._guiders():
+            guider.disable()
+
+    def drop_encoders(self) -> None:
+        """Let go of what reads prompts; from now on conditions come from elsewhere."""
+        _ = self._null  # of the empty prompt, which shapes are read from
+        for name in self._networks(self._encoding):
+            for holder in (self.blocks, self.pipeline):
+                setattr(holder, name, None)
+        self._encoders = []
+
     # ---- conditions -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -205,7 +233,7 @@ class BlocksAdapter(PipelineAdapter):
         asked = {"prompt": text}
         if "negative_prompt" in self._inputs:
             asked["negative_prompt"] = self._negative_prompt
-        with self.encoding():
+        with self.encoding(), self._as_if_guided():
             state = self._run(self._encoding, self._state(**asked))
         row: Cond = {}
         for block in self._encoding:
@@ -217,6 +245,19 @@ class BlocksAdapter(PipelineAdapter):
                 if row[output.name].ndim:
                     row[output.name + LENGTH] = torch.tensor(len(value[0]))
         return row
+
+    @contextmanager
+    def _as_if_guided(self) -> Iterator[None]:
+        """Guidance is on inside the block: Wan's blocks ask for the negative prompt also where nothing reads it."""
+        off = [(guider, guider.guidance_scale) for guider in self._guiders() if guider.num_conditions == 1]
+        for guider, _ in off:
+            guider.enable()
+            guider.guidance_scale = 2.0
+        yield
+        for guider, scale in off:
+            guider.guidance_scale = scale
+            if scale != 1:
+                guider.disable()
 
     @cached_property
     def _lists(self) -> set[str]:

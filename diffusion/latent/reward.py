@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion.adapters.base import Cond, Level
+from diffusion.adapters.pipeline import modular_class, pipeline_index
 from diffusion.latent.features import Family
+from diffusion.latent.transformers import family_of, load_denoiser
 from diffusion.schedule import NoiseSchedule
 from mmrl.finite import check_finite
 from mmrl.model_names import model_name
 from mmrl.reference import unwrap
-from mmrl.registry import declares, find, of_kind
+from mmrl.registry import declares, find, names, of_kind
 from mmrl.rollout import Prompt, Rollout
 from mmrl.scorers.scoring import RECORD, probabilities
 
@@ -44,7 +46,7 @@ class Space:
     @property
     def prediction(self) -> str:
         """flow, epsilon, v or sample, as `diffusion.kernels.Prediction`."""
-        if str(self.scheduler["_class_name"]).startswith("FlowMatch"):
+        if str(self.scheduler["_class_name"]).startswith("FlowMatch") or self.scheduler.get("use_flow_sigmas"):
             return "flow"
         told = str(self.scheduler.get("prediction_type", "epsilon"))
         return {"v_prediction": "v"}.get(told, told)
@@ -113,12 +115,24 @@ class LatentNetwork(nn.Module):
     Args:
         enhance: the weight w of VFE, 1 = off; by default the family's.
         family: a row of `latent_families` or a dotted path; by default the one named as the denoiser's class.
+        pipeline: what a saved model needs to read its denoiser through the pipeline's blocks again: `model` and the
+            options of `load_denoiser`; None for denoisers that are read alone.
     """
 
-    def __init__(self, denoiser: nn.Module, enhance: float | None = None, family: str | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        enhance: float | None = None,
+        family: str | Family | None = None,
+        pipeline: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.family_name = family or type(denoiser).__name__
-        self.family: Family = find("latent_families", self.family_name).target
+        self.pipeline = pipeline
+        if isinstance(family, Family):
+            self.family_name, self.family = "blocks", family
+        else:
+            self.family_name = family or type(denoiser).__name__
+            self.family = find("latent_families", self.family_name).target
         self.enhance = self.family.enhance if enhance is None else enhance
         scales, width = self.family.widths(denoiser)
         self.family.prepare(denoiser)
@@ -176,16 +190,22 @@ class LatentReward:
         train_denoiser: bool = True,
         leaves_only: bool = False,
         family: Annotated[str, of_kind("latent_families")] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        call: dict[str, Any] | None = None,
     ) -> LatentReward:
         """From a recipe's `scorer:` section.
 
         Args:
             model: "digits" (a new head on the built-in base), a folder with transformer/ or unet/ and scheduler/ (a
-                new head on that), or a folder that `save` wrote.
+                new head on that), or a folder that `save` wrote. A pipeline whose denoiser has no row in
+                `latent_families` is read through diffusers' blocks; what is saved then names this folder.
             enhance: the weight of VFE, by default LRM's 7.5 for a UNet and 1 (off) for a DiT, whose null class is
                 untrained unless it learned without labels at times; a saved model brings its own.
             train_denoiser: off, only the head trains.
             family: how the denoiser is read, a row of `latent_families` or a dotted path; null goes by its class.
+            height, width, num_frames, call: as the policy's, of a pipeline that is read through its blocks.
         Raises:
             ValueError: the folder holds neither, or `enhance` contradicts a saved model.
         """
@@ -194,8 +214,12 @@ class LatentReward:
 
             model = str(digits_base().folder)
         folder = Path(model)
-        load = _load_saved if (folder / RECORD).exists() else _load_new
-        network, space = load(folder, enhance, family)
+        options = {"height": height, "width": width, "num_frames": num_frames, "call": call}
+        options = {name: value for name, value in options.items() if value is not None}
+        if (folder / RECORD).exists():
+            network, space = _load_saved(folder, enhance, family)
+        else:
+            network, space = _load_new(folder, enhance, family, options)
         if not train_denoiser:
             network.denoiser.requires_grad_(False)
         return cls(network, space, max_batch, leaves_only)
@@ -292,6 +316,7 @@ class LatentReward:
             "shape": list(self.space.shape), "prediction": self.space.prediction, "scheduler": self.space.scheduler,
             "class": type(network.denoiser).__name__, "family": network.family_name,
             "denoiser": {k: v for k, v in dict(config).items() if not k.startswith("_")},
+            "pipeline": network.pipeline,
         }  # fmt: skip
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -335,7 +360,9 @@ def levels_of(rollout: Rollout) -> Tensor:
     return table[rollout.tree.depth + 1]
 
 
-def _load_new(folder: Path, enhance: float | None, family: str | None) -> tuple[LatentNetwork, Space]:
+def _load_new(
+    folder: Path, enhance: float | None, family: str | None, options: Mapping[str, Any]
+) -> tuple[LatentNetwork, Space]:
     """A new head on the denoiser of a diffusers folder."""
     import diffusers
 
@@ -347,8 +374,22 @@ def _load_new(folder: Path, enhance: float | None, family: str | None) -> tuple[
             "unet/, and scheduler/, as a diffusers pipeline is saved)"
         )
     name = json.loads((folder / part / "config.json").read_text())["_class_name"]
+    if family is None and name not in names("latent_families") and modular_class(pipeline_index(folder)) is not None:
+        return _through_blocks({"model": str(folder), "options": dict(options)}, enhance)
+    if options:
+        raise ValueError(f"scorer.{next(iter(options))} is for pipelines with blocks; a {name} is read without one")
     denoiser = getattr(diffusers, name).from_pretrained(folder, subfolder=part, local_files_only=True)
     return LatentNetwork(denoiser, enhance, family), space_of(denoiser, json.loads(file.read_text()))
+
+
+def _through_blocks(pipeline: Mapping[str, Any], enhance: float | None) -> tuple[LatentNetwork, Space]:
+    """A new head on a denoiser that is called by its pipeline's blocks."""
+    adapter = load_denoiser(pipeline["model"], pipeline["options"])
+    network = LatentNetwork(adapter.model, enhance, family_of(adapter), pipeline)
+    shape = tuple(adapter.init(torch.Generator().manual_seed(0)).shape)
+    config = adapter.blocks.scheduler.config
+    scheduler = {k: v for k, v in dict(config).items() if k != "_use_default_values"}
+    return network, Space(shape, scheduler)
 
 
 def space_of(denoiser: Any, scheduler: dict[str, Any]) -> Space:
@@ -370,8 +411,11 @@ def _load_saved(folder: Path, enhance: float | None, family: str | None) -> tupl
         raise ValueError(f"{folder} holds a {record.get('scorer')!r}, no latent reward")
     if enhance is not None and enhance != record["enhance"]:
         raise ValueError(f"scorer.enhance={enhance}: {folder} was trained with {record['enhance']}; leave it out")
-    denoiser = getattr(diffusers, record["class"])(**record["denoiser"])
-    network = LatentNetwork(denoiser, record["enhance"], family or record.get("family"))
+    if record.get("pipeline"):
+        network, _ = _through_blocks(record["pipeline"], record["enhance"])
+    else:
+        denoiser = getattr(diffusers, record["class"])(**record["denoiser"])
+        network = LatentNetwork(denoiser, record["enhance"], family or record.get("family"))
     try:
         network.load_state_dict(load_file(folder / "latent_reward.safetensors"))
     except Exception as error:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from family_pipelines.builders import FAMILIES, save_family
 from family_pipelines.oracle import (
+    PROMPTS,
     gap,
     gather_error,
     plain_pipeline,
@@ -72,7 +73,7 @@ def test_first_ratio_is_1_and_every_lora_weight_trains(name, family_folder):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_saved_lora_does_the_same_in_the_plain_pipeline(name, family_folder, tmp_path):
     lora = reloaded_lora(name, family_folder(name), tmp_path)
-    assert lora.error < 2e-5 and lora.effect > 0.05
+    assert lora.error < 1e-5 and lora.effect > 5e-3
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -148,6 +149,22 @@ def test_half_precision_and_checkpoints_of_gradients(family_folder):
     for other in (half, mixed):
         far = gap(run_adapter(other.adapter).latents, run_adapter(exact.adapter).latents)
         assert 0 < far < 0.1
+
+
+def test_without_guidance_the_network_is_called_once(family_folder):
+    for name in ("sd3", "wan"):
+        plain = policy(name, family_folder(name), guidance_scale=1.0).adapter
+        guided = policy(name, family_folder(name)).adapter
+        cond = plain.encode(PROMPTS)
+        calls = []
+        hook = plain.model.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
+        x, level = plain.init(torch.Generator().manual_seed(0))[None], plain.schedule(4)[1]
+        alone = plain.predict(plain.model, x, level, cond, torch.tensor([0]))[1]
+        hook.remove()
+        both = guided.predict(guided.model, x, level, cond, torch.tensor([0]))[1]
+        guided.without_guidance()
+        again = guided.predict(guided.model, x, level, cond, torch.tensor([0]))[1]
+        assert calls == [1] and torch.equal(alone, again) and not torch.allclose(alone, both, atol=1e-4)
 
 
 def test_a_trained_pipeline_is_saved_whole(family_folder, tmp_path):
