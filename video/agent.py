@@ -88,8 +88,10 @@ def video_agent(
             f"policy.max_context={max_context} must exceed policy.max_prompt_tokens={chosen.max_prompt_tokens}: a "
             "conversation begins with its prompt"
         )
+    # before the model: a module that cannot be imported is told at once
     for module in manipulations:
         import_module(module)
+    # made on first use, which takes minutes; nobody else pays for importing it
     if model == "clips":
         from video.tasks.clips_base import clips_base
 
@@ -97,6 +99,7 @@ def video_agent(
     processor = load_processor(model)
     lora = LoraOptions(lora_rank, lora_alpha, lora_targets)
     hf = trainable_model(model, dtype, attn, lora, train_vision, chosen.gradient_checkpointing)
+    # frames are decoded in a process of their own, which a damaged film can only end for itself
     reader = VideoReader(cache_bytes=frame_cache_mb * 2**20, timeout_s=decode_timeout_s)
     encoder = VideoEncoder(hf, processor, chosen, reader, views or Views())
     environment = VideoEnvironment(
@@ -109,6 +112,7 @@ def video_agent(
         hints=hints,
     )
     rule = step_rule(tokenizer_of(processor), "line", bare(hf).config.get_text_config().vocab_size)
+    # transformers samples with the very weights that are trained; vLLM gets them after every update
     sampling_engine = None
     if engine == "vllm":
         sampling_engine = vllm_engine(

@@ -89,6 +89,7 @@ class VideoEnvironment:
         if not prompt.inputs.get("videos"):
             return Episode(None, None)
         info = self.encoder.info(prompt)
+        # boxes in pixels are those of a single frame as the model sees it
         seen = self.encoder.still_size(info.height, info.width, self.encoder.views.frame_pixels)
         size = (info.height, info.width)
         state = VideoState.start(info.starts, info.duration, size, coords=self.coords, seen=seen, turns=self.turns)
@@ -103,6 +104,7 @@ class VideoEnvironment:
         turn = parse_turn(text, self.syntax)
         if turn.answer is not None or state.closing or state.info is None or state.state is None:
             return TurnResult(state, None, ok=turn.answer is not None)
+        # pure: nothing is decoded before it is known that the turn may be shown
         after, looks, problem = act(state.state, turn)
         episode = replace(state, state=after, closing=after.turns_left <= 1)
         observation, carried_out = self._observation(state.info, looks, problem, episode.closing)

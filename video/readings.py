@@ -81,6 +81,7 @@ class VideoEvidence:
             turns, truth = paths[step], truths[group]
             if turns is None or truth is None:
                 continue
+            # the path ends with the step itself; a refused turn looked at nothing
             calls = [call for call in turns[-1].calls if call.kind in kinds]
             if turns[-1].problem is not None:
                 calls = []

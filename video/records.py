@@ -236,6 +236,7 @@ def _inputs(sample: VideoSample, answer_type: str | None) -> dict[str, Any]:
 
 
 def _reference(sample: VideoSample, answer_type: str | None) -> dict[str, Any]:
+    # labels come last, so that no other column of a row can replace one
     reference = dict(sample.meta)
     labels: dict[str, Any] = {"answer": sample.answer, "answer_type": answer_type}
     labels |= {name: _as_lists(getattr(sample, name)) for name in _REFERENCE}

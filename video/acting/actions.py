@@ -78,6 +78,7 @@ def act(
     `failed_action`; the log has the first traceback of each.
     """
     after = replace(state, turns_left=max(state.turns_left - 1, 0))
+    # an answer ends the conversation, also in the last turn
     if turn.answer is not None:
         return after, (), None
     if turn.problem is not None:
@@ -90,6 +91,7 @@ def act(
     turn_looks: tuple[Look, ...] = ()
     carried_out = after
     for action in turn.actions:
+        # later calls of a turn see the earlier ones: a zoom may follow the frame that it refers to
         looks = _run(carried_out, action)
         if isinstance(looks, Problem):
             return after, (), looks
@@ -117,6 +119,7 @@ def _run(state: VideoState, action: VideoAction) -> tuple[Look, ...] | Problem:
             problem = look_problem(state, look)
             if problem is not None:
                 return problem
+        # by the looks, not by the words: the same place may be named by its time or its number
         is_repeat = bool(looks) and (name, looks) in state.done
     except Exception as error:
         # a function of the user's own costs its turn, not the run

@@ -126,6 +126,7 @@ def check(action: VideoAction) -> VideoAction | Problem:
         message = f"there is no action {quote(action.name)}{hint(str(action.name)[:40], names)}."
         return Problem("unknown_action", message, {"actions": names})
     properties = registered.schema["properties"]
+    # names of arguments first, so that a wrong one is told before a wrong value
     problem = _argument_problem(registered, action)
     if problem is not None:
         return problem
@@ -182,6 +183,7 @@ def _typed(what: str, value: Any, rule: Mapping[str, Any]) -> Any:
         return Problem("out_of_range", f"{what} is out of range.", {what: (low, high)} if has_limits else {})
     if kind == "number":
         return value
+    # 57.0 is a whole number, as JSON writes it in some languages
     return int(value) if value == math.floor(value) else _wrong_type(what, type_name)
 
 
@@ -267,6 +269,7 @@ def _by_ids(state: VideoState, ids: tuple[int, ...]) -> tuple[Look, ...] | Probl
 def find_frame(state: VideoState, args: Args) -> tuple[Look, ...] | Problem:
     """Look at one frame of the video, by its number or its time in seconds."""
     if "frame" in args:
+        # policies count frames from 1, looks from 0
         return (state.still(args["frame"] - 1),)
     if not 0 <= args["time"] <= state.duration:
         message = f"{args['time']:.10g} s is not inside the video."

@@ -183,6 +183,7 @@ class VideoState:
                 f"turns={turns}, min_side={min_side}, pad={pad}, tokens={tokens}: turns and min_side are at least 1, "
                 "pad is in [0, 1), tokens is at least 0 or None"
             )
+        # cut once: every state of the conversation shares the table
         table = segment_table(times, duration)
         return cls(times, float(duration), size, table, coords, seen, min_side, pad, turns, tokens)
 
@@ -192,6 +193,7 @@ class VideoState:
 
     def still(self, frame: int, box: Box | None = None) -> Look:
         """A look at one source frame (0-based) or, with a box in unit floats, at a part of it."""
+        # a frame outside the clip is refused later, by `look_problem`
         time = self.starts[frame] if 0 <= frame < len(self.starts) else 0.0
         return Look("frame" if box is None else "crop", time, time, frame, box)
 
@@ -213,6 +215,7 @@ class VideoState:
 
 
 def _check_clip(starts: tuple[float, ...], duration: float, size: tuple[int, int]) -> None:
+    # equal times are allowed, since damaged files have them
     ascending = all(a <= b for a, b in pairwise(starts))
     if not starts or not all(map(math.isfinite, starts)) or starts[0] < 0 or not ascending:
         raise ValueError(

@@ -64,6 +64,7 @@ def read_format(
             samples.append(checked if finish is None else finish(checked))
         return samples
 
+    # one object with an entry per video, in place of a list of rows
     if "keyed" in format.facts:
         return _read_keyed(Path(path), format.facts["keyed"], read_row, max_bad, limit)
     return read_rows(path, read_row, max_bad=max_bad, key=attrgetter("id"), limit=limit)
@@ -117,6 +118,7 @@ def _read_keyed(
         try:
             if name in names:
                 raise RowError("entry used twice: the same key has an entry before")
+            # JSON itself would silently keep the last of two entries with one key
             names.add(name)
             with as_row_errors():
                 samples += read_row(as_object(row) | {key: name}, f"{path.name}:{number}")

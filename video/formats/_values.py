@@ -97,6 +97,7 @@ def media_file(name: str, root: Path, what: str) -> str:
         RowError: no such file, or it leads out of the root.
     """
     try:
+        # links are followed first, so that none can lead out of the root
         base = root.resolve()
         if what == "video" and not Path(name).suffix:
             name = _with_suffix(name, base)

@@ -29,6 +29,7 @@ _FIELD_NAMES = [field.name for field in fields(VideoSample)]
 @register("video_formats", "canonical")
 def canonical(row: Row, name: str) -> list[VideoSample]:
     """The sample of a row; `name` is its id where it has none."""
+    # all shapes of questions and media that other tasks read too
     question = read_question(row, Columns(), films=True)
     if len(question.videos) > 1:
         raise RowError(f"media: {len(question.videos)} films in one row; a policy here looks at one")

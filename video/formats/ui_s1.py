@@ -107,6 +107,7 @@ def step_prompts(recorded: Trajectory) -> list[Prompt]:
 
 
 def _step(row: Row, what: str, root: Path) -> ExpertStep:
+    # `check_options` says what is right at a step; without it the recorded action is
     recorded = typed(row, "action_content", dict, None)
     accepted = typed(row, "check_options", dict, recorded)
     if recorded is None or accepted is None:

@@ -60,6 +60,7 @@ class VideoDecodeError(ValueError):
         self.path, self.reason, self.detail, self.backend = path, reason, detail, backend
 
     def __reduce__(self) -> Any:
+        # an exception with several arguments is not pickled by itself, and this one comes from a worker
         return _error, (self.path, self.reason, self.detail, self.backend)
 
 

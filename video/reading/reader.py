@@ -89,6 +89,7 @@ class VideoReader:
             ValueError: an index is outside the clip, or a size is not positive.
         """
         with self._lock:
+            # with time and size of the file: one that was written anew is another clip
             file = _file(path)
             info = self._info(file)
             numbers = _frame_numbers(index, info)

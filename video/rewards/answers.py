@@ -234,6 +234,7 @@ def graded(prompt: Prompt, answer: str | None) -> float | None:
     default_type = "multiple choice" if prompt.inputs.get("options") else "text"
     answer_type = str(reference.get("answer_type") or default_type)
     if answer is not None:
+        # models trained on mathematics write \boxed{B} for B
         answer = unboxed(answer)
     try:
         return answer_score(answer, str(reference["answer"]), answer_type)

@@ -29,6 +29,7 @@ def temporal_bonus(
         accuracy: of the responses on ordered frames, in [0, 1]. shuffled: of those on frames in random order; none
             (a picture) gives no bonus.
     """
+    # without a twin nothing is known of the order
     if not accuracy or not shuffled:
         return [0.0] * len(accuracy)
     order_helps = sum(accuracy) / len(accuracy) >= ratio * sum(shuffled) / len(shuffled)
@@ -69,6 +70,7 @@ class TemporalContrast:
     def __call__(self, samples: Sequence[Sample], controls: Sequence[Sample] = ()) -> list[float | None]:
         """One number per sample, None where the reference holds no answer. controls: samples of the twins."""
         score_answers = VideoAnswer(self.syntax)
+        # id of a prompt -> accuracies of its twin, which lends nothing else
         shuffled: dict[str, list[float]] = {}
         for twin, score in zip(controls, score_answers(controls), strict=True):
             if score is not None:
@@ -138,6 +140,7 @@ class Curiosity:
         """One number per sample."""
         rewards: list[float | None] = [None] * len(samples)
         for members in _by_prompt(samples).values():
+            # the share of callers is that of the group, so it is counted prompt by prompt
             calls = [count_calls(turns_of(samples[i], self.syntax), self.syntax) for i in members]
             for i, value in zip(members, curiosity(calls, z=self.z), strict=True):
                 rewards[i] = value

@@ -106,6 +106,7 @@ def match_kinds(calls: Sequence[Call], truth: Truth, hits: Hits = HITS) -> dict[
     No call of a kind is precision 0. A box on a frame without one in the reference is wrong.
     """
     truth = truth.beside(calls)
+    # without repeats, in order: naming a right item twice is no second hit
     different_calls = list(dict.fromkeys(calls))
     matches: dict[Kind, Match] = {}
     for kind in KINDS:
@@ -282,6 +283,7 @@ class VideoComReward(Reading, Hits):
         truth = self.truth(prompt)
         if answer is None or truth is None or (self.gate == "answer" and answer < 0.5):
             return answer
+        # as published: what is written counts, whether or not it was carried out
         calls = all_calls(self.replay(prompt, turns))
         if self.mode == "videocom":
             score = videocom_score(calls, truth, self)
@@ -296,6 +298,7 @@ def manipulation_f1(samples: Sequence[Sample], reading: Reading = READING, hits:
     values: dict[str, list[float]] = {}
     for sample in samples:
         truth = reading.truth(sample.prompt)
+        # a task may mix questions with and without labels
         if truth is None:
             continue
         turns = reading.replay(sample.prompt, turns_of(sample, reading.syntax))

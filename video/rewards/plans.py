@@ -86,6 +86,7 @@ class PlanOverlap:
         written = video_reference(sample.prompt).get("plan")
         if written is None:
             return None
+        # a text or a list of skills
         reference = parse_plan(written if isinstance(written, str) else " ".join(written))
         if not reference:
             raise ValueError(f"prompt {sample.prompt.id!r}: no verb(arguments) in the reference plan {written!r}")

@@ -41,6 +41,7 @@ class LcsProgress(Reading, Hits):
     def _progress(self, turns: Sequence[TurnCalls], truth: Truth) -> list[float]:
         carried_out = [turn for turn in turns if turn.problem is None]
         truth = truth.beside(all_calls(carried_out))
+        # (kind, number of the item): all segments, then all frames, then all boxes
         recipe: list[tuple[Kind, int]] = []
         for kind in KINDS:
             recipe += [(kind, item) for item in range(truth.count(kind))]

@@ -59,6 +59,7 @@ def agreement(
         return "none"
     if action.get("action") != target.get("action"):
         return "readable"
+    # arguments that the target does not have may be anything
     for key, right_value in target.items():
         value = action.get(key)
         if key == "coordinate":

@@ -58,6 +58,7 @@ def turns_of(sample: Sample, syntax: AnswerSyntax = "tags") -> list[str]:
 
 def last_answer(turns: Sequence[str], syntax: AnswerSyntax) -> str | None:
     """The last answer given in any turn, None without one; `tags` reads `<answer>..</answer>`."""
+    # of several answers the last counts, as it does in the environment
     for turn in reversed(turns):
         answer = _answer(turn, syntax)
         if answer is not None:

@@ -141,6 +141,7 @@ def _row(split: str, index: int, clip: Clip, question: str) -> dict[str, Any]:
 def _read_prompts(folder: Path, split: str) -> list[Prompt]:
     try:
         rows = json.loads((folder / f"{split}.json").read_text())
+        # caches are cleaned by hand at times; a film that is gone would only be found in the middle of a run
         missing = [row["film"] for row in rows if not (folder / row["film"]).is_file()]
         if missing:
             raise FileNotFoundError(f"{len(missing)} films are missing, the first is {missing[0]}")

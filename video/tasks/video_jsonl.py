@@ -82,6 +82,7 @@ class VideoJsonlTask:
                 sample = with_info(sample, self._reader.info(sample.video))
             except VideoDecodeError as error:
                 raise RowError(f"video unreadable ({error.reason}): {error}") from error
+        # written solutions speak of pixels of the frame as the policy sees it
         if sample.turn_boxes == "pixels" and sample.size is not None:
             least, most = min(4 * self._factor**2, self._frame_pixels), self._frame_pixels
             try:
