@@ -227,6 +227,14 @@ class DiffusionPolicy:
         """Keep a frozen copy of the current weights for the KL (not needed with LoRA)."""
         self._reference.freeze(self.model, self._bare)
 
+    def move_reference(self, share: float) -> None:
+        """See `mmrl.capabilities.ReferenceMover`."""
+        self._reference.move(self.model, share)
+
+    def reference_tensors(self) -> dict[str, Tensor]:
+        """See `mmrl.capabilities.ReferenceMover`."""
+        return self._reference.tensors()
+
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """All of them: labels cannot be malformed here."""
         return list(prompts)

@@ -329,6 +329,21 @@ class OutputWriter(Protocol):
 
 
 @runtime_checkable
+class ReferenceMover(Protocol):
+    """A policy whose reference, the initial weights, can follow the trained ones; `loss.reference_every` needs it."""
+
+    def move_reference(self, share: float) -> None:
+        """reference = (1 - share) reference + share policy; 1 makes them equal."""
+
+    def reference_tensors(self) -> Mapping[str, Tensor]:
+        """Weights of the reference by name, for checkpoints, which are read back in place.
+
+        Raises:
+            ValueError: the reference has no weights of its own, as with LoRA.
+        """
+
+
+@runtime_checkable
 class LimitedWriter(Protocol):
     """A policy that knows which outputs its sampling would cut short."""
 

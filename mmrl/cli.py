@@ -30,8 +30,11 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Run a recipe."""
     from mmrl.config import load_config
     from mmrl.trainers import trainer_of
+    from mmrl.trainers.preflight import check_folder
 
-    trainer = trainer_of(load_config(recipe, overrides or []))
+    config = load_config(recipe, overrides or [])
+    check_folder(config)
+    trainer = trainer_of(config)
     trainer.train()
     page = trainer.loop.folder.root / "report.html"
     if trainer.loop.is_main and page.exists():

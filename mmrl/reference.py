@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmrl.sharding import is_sharded
+from mmrl.sharding import is_sharded, tied_names
 
 
 @runtime_checkable
@@ -52,6 +52,30 @@ class Reference:
             self._copy = copy.deepcopy(unwrap(model)).requires_grad_(False)
         elif _changes_something(adapters):
             self._adapters = {name: w.detach().clone() for name, w in _adapter_weights(adapters)}
+
+    @torch.no_grad()
+    def move(self, model: nn.Module, share: float) -> None:
+        """Bring the copy closer to the present weights: copy = (1 - share) copy + share model."""
+        present = unwrap(model).state_dict()
+        for name, kept in self.tensors().items():
+            now = present[name].to(kept)
+            if share < 1 and kept.is_floating_point():
+                now = torch.lerp(kept, now, share)
+            kept.copy_(now)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The copy's weights by name, tied ones once; written to, they change the copy.
+
+        Raises:
+            ValueError: there is none: the initial model is the present one without its LoRA.
+        """
+        if self._copy is None:
+            raise ValueError(
+                "loss.reference_every: with LoRA the reference is the base model, which stays; take it out, or train "
+                "all weights (policy.lora_rank: 0)"
+            )
+        again = tied_names(self._copy)
+        return {name: w for name, w in self._copy.state_dict().items() if name not in again}
 
     @contextmanager
     def applied(self, model: nn.Module, adapters: nn.Module) -> Iterator[nn.Module]:

@@ -482,6 +482,14 @@ class VisionPolicy:
         """See `mmrl.capabilities.AdapterMerger`."""
         self._network.hf = merged(self._network.hf)
 
+    def move_reference(self, share: float) -> None:
+        """See `mmrl.capabilities.ReferenceMover`."""
+        self._reference.move(self.model, share)
+
+    def reference_tensors(self) -> dict[str, Tensor]:
+        """See `mmrl.capabilities.ReferenceMover`."""
+        return self._reference.tensors()
+
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights (with LoRA, the adapter) and processor in transformers' format.
 

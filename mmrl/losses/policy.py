@@ -38,6 +38,10 @@ class LossConfig(Section):
     dual_clip: float | None = Field(None, gt=1)
     # Weight of the divergence from the initial model.
     kl: float = Field(0.0, ge=0)
+    # After every so many iterations the reference moves to the policy (TR-DPO), by this share of the way. Readings
+    # that keep a reference see the same one.
+    reference_every: PositiveInt | None = None
+    reference_share: float = Field(1.0, gt=0, le=1)
     kl_form: Literal["exact", "k1", "k2", "k3"] = "exact"
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "step-mean"] = (
         "token-mean"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import Increments, OutputWriter
+from mmrl.capabilities import Increments, OutputWriter, ReferenceMover
 from mmrl.config import ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.estimate import CreditConfig
@@ -25,6 +25,7 @@ from mmrl.losses.policy import LossConfig, loss_rules
 from mmrl.recipe import PolicyConfig
 from mmrl.registry import find, register
 from mmrl.rollout import BranchPlan, Prompt, Rollout, StepReward, StepScorer
+from mmrl.sharding import sharding_asked
 from mmrl.trainers.base import PolicyTrainer
 from mmrl.trainers.history import OutcomeHistory
 from mmrl.trainers.idle import idle_loss
@@ -68,6 +69,15 @@ class BranchGrpo(PolicyTrainer):
         readers = _readers(config)  # checks every option, with its place in the recipe
         validate(self._estimators, config.credit.transforms or [], **self._credit_how)
         _check_group(config)
+        asked: dict[str, Any] = {}  # of the policy
+        if config.imitation.weight > 0:
+            asked["imitation (off with imitation.weight=0)"] = OutputWriter
+        if config.loss.reference_every is not None:
+            asked["loss.reference_every"] = ReferenceMover
+            if config.loss.kl == 0:
+                raise ConfigError("loss.reference_every moves the reference of the KL, which is off; set loss.kl")
+            if sharding_asked():
+                raise ConfigError("loss.reference_every does not know weights in parts (FSDP); take it out")
         if config.optim.minibatches > config.run.prompts_per_iteration:
             raise ConfigError(
                 f"optim.minibatches={config.optim.minibatches}: an update needs a prompt, and "
@@ -77,7 +87,7 @@ class BranchGrpo(PolicyTrainer):
             reference=config.loss.kl > 0,
             readers=readers,
             given=fields_given(config.plan, config.rollouts),
-            policy={"imitation (off with imitation.weight=0)": OutputWriter} if config.imitation.weight > 0 else {},
+            policy=asked,
             learns="" if config.online is None else config.online.scorer,
         )
 
@@ -102,6 +112,9 @@ class BranchGrpo(PolicyTrainer):
         self._cut = 0.0  # share of the references that sampling could not write
         if config.imitation.weight > 0:
             self._cut = cut_references(self.policy, run.task.prompts)
+        if config.loss.reference_every is not None:
+            self.policy.reference_tensors()  # refuses LoRA
+            self.loop.remember_tensors("reference", self.policy.reference_tensors)
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 
@@ -130,6 +143,9 @@ class BranchGrpo(PolicyTrainer):
             with self.run.meter.timed("imitation"):
                 metrics |= self.imitate(rollout)
         metrics |= self.run.rewarder.update(rollout)
+        every = self.config.loss.reference_every
+        if every is not None and (iteration + 1) % every == 0:
+            self.policy.move_reference(self.config.loss.reference_share)
         self.learned_from(rollout, credit.adv)
         return metrics | self.run.metrics() | self._rollout_metrics(rollout, credit, batches)
 

@@ -15,17 +15,25 @@ from mmrl.trainers.run_folder import RunFolder
 
 
 def preflight(config: TrainingConfig, components: Sequence[tuple[str, str, Component]] = ()) -> None:
-    """Check components with their options, optimizer, schedule, trackers and the run folder.
+    """Check trackers, optimizer and schedule, and components with their options.
 
     Args:
         components: (kind, section, what the recipe says there) of those that will be made from the recipe.
     Raises:
         ConfigError, ComponentError: the first fault.
     """
+    check_trackers(config.run.trackers)
+    check_optim(config.optim, config.run.iterations)
     for kind, section, component in components:
         find(kind, component.name).check(component.options, section)
-    check_optim(config.optim, config.run.iterations)
-    check_trackers(config.run.trackers)
+
+
+def check_folder(config: TrainingConfig) -> None:
+    """Refuse a run folder that a run of this recipe could not use.
+
+    Raises:
+        ConfigError: it holds a run, cannot be written, or another process has it.
+    """
     if os.environ.get("RANK", "0") == "0":  # the first process makes the folder, maybe while another is still here
         RunFolder(config.run.output).check(config)
 

@@ -79,6 +79,11 @@ class Run:
         needs = {f"trainer: {config.trainer}": Policy, **demands.policy}
         check_launcher("policies", "policy", config.policy.name)
         self.plan = BranchPlan(config.plan)
+        chosen = callbacks_of(config, callbacks)
+        check_fields([*producers(config), *demands.readers], demands.given)
+        for who, protocol in needs.items() if policy is None else ():  # before task and rewards are made
+            refuse_row(who, protocol, find("policies", config.policy.name))
+        check_heads(config, demands.learns)
         named: list[tuple[str, str, Component]] = []  # what is made from the recipe
         if policy is None:
             named.append(("policies", "policy", config.policy))
@@ -86,11 +91,6 @@ class Run:
         if task is None:
             named.append(("tasks", "task", config.task))
         preflight(config, named)
-        check_fields([*producers(config), *demands.readers], demands.given)
-        for who, protocol in needs.items() if policy is None else ():  # before task and rewards are made
-            refuse_row(who, protocol, find("policies", config.policy.name))
-        check_heads(config, demands.learns)
-        chosen = callbacks_of(config, callbacks)
         self.task: Task = task or build("tasks", "task", config.task.name, config.task.options)
         outcomes = dict(rewards) if rewards is not None else build_rewards(config, self.task)
         for who, protocol in demands.reward.items():

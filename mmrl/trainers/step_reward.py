@@ -81,13 +81,13 @@ class StepRewardTrainer(Trainer):
         who, named, options = "trainer: step_reward", config.scorer, config.task.options | read
         if scorer is None:
             refuse_row(who, StepScorer, find("scorers", named.name))  # before the task is made
+        chosen = callbacks_of(config, callbacks)
         made: list[tuple[str, str, Component]] = []  # from the recipe
         if scorer is None:
             made.append(("scorers", "scorer", named))
         if task is None:
             made.append(("tasks", "task", config.task.model_copy(update=read)))
         preflight(config, made)
-        chosen = callbacks_of(config, callbacks)
         self.task: LabelledTask = task or build_with({who: LabelledTask}, "tasks", "task", config.task.name, options)
         config.run.count_epochs(len(self.task.prompts))
         self.scorer: StepScorer = scorer or build_with(

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny import recipe
 
+from mmrl.cli import train
 from mmrl.config import ConfigError, parse_config
 from mmrl.recipe import OptimConfig, RunConfig
 from mmrl.registry import ComponentError, names
@@ -133,7 +135,6 @@ class Never:
         ({"rewards": [{"name": "brightnes"}]}, "unknown reward 'brightnes'"),
         ({"optim": {"name": "adam"}}, "unknown optimizer"),
         ({"run": {"trackers": ["wandbb"]}}, "unknown tracker"),
-        ({"run": {"output": "/proc/nowhere/run"}}, "nothing can be written into /proc/nowhere/run"),
     ],
 )
 def test_what_a_recipe_cannot_be_is_told_before_the_task_is_made(tiny_model, tmp_path, sections, message):
@@ -144,9 +145,14 @@ def test_what_a_recipe_cannot_be_is_told_before_the_task_is_made(tiny_model, tmp
 
 def test_a_folder_that_holds_a_run_is_told_before_the_task_is_made(tiny_model, tmp_path):
     run(tiny_model, tmp_path / "r", run={"iterations": 1})
-    tree = recipe(tiny_model, tmp_path / "r", run={"iterations": 1}) | {"task": "test_optimizers:Never"}
-    with pytest.raises(ConfigError, match="already holds a run"):
-        trainer_of(parse_config(tree))
-    tree["run"]["resume"] = True
-    with pytest.raises(ConfigError, match="made by another recipe: task"):
-        trainer_of(parse_config(tree))
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        yaml.safe_dump(recipe(tiny_model, tmp_path / "r", run={"iterations": 1}) | {"task": "test_optimizers:Never"})
+    )
+    for overrides, message in (
+        ([], "already holds a run"),
+        (["run.resume=true"], "made by another recipe: task"),
+        (["run.output=/proc/nowhere/run"], "nothing can be written into /proc/nowhere/run"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(file, overrides)

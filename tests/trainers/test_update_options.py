@@ -1,5 +1,7 @@
 """Options of the update: cut completions, uncertain actions, minibatches of a rollout, overlong answers."""
 
+import json
+
 import pytest
 import torch
 from tiny import recipe
@@ -117,3 +119,47 @@ def test_options_that_do_not_fit_are_told_before_the_task_is_made(tiny_model, tm
     tree = recipe(tiny_model, tmp_path / "r", **sections) | {"task": "test_optimizers:Never"}
     with pytest.raises(error, match=message):
         trainer_of(parse_config(tree))
+
+
+def test_a_reference_follows_the_policy_and_survives_a_resume(tiny_model, tmp_path):
+    loss = {"kl": 1.0, "reference_every": 2}
+    extra = {"loss": loss, "run": {"iterations": 4, "checkpoint_every": 1, "eval_every": 9}}
+    straight = trainer_of(parse_config(recipe(tiny_model, tmp_path / "a", **extra)))
+    straight.train()
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    kl = [row["policy/kl"] for row in rows if "policy/kl" in row]
+    assert kl[0] == kl[2] == 0 < kl[1] and kl[3] > 0  # the reference is the policy again after the second iteration
+    short = trainer_of(
+        parse_config(recipe(tiny_model, tmp_path / "b", **extra | {"run": {**extra["run"], "iterations": 3}}))
+    )
+    short.train()
+    again = trainer_of(
+        parse_config(recipe(tiny_model, tmp_path / "b", **extra | {"run": {**extra["run"], "resume": True}}))
+    )
+    again.train()
+    for a, b in zip(straight.loop.parameters, again.loop.parameters, strict=True):
+        assert torch.equal(a, b)
+    # a soft update goes a part of the way
+    policy = straight.policy
+    kept = {name: x.clone() for name, x in policy.reference_tensors().items()}
+    with torch.no_grad():
+        for p in straight.loop.parameters:
+            p.add_(1.0)
+    policy.move_reference(0.25)
+    for name, p in straight.loop.model.named_parameters():
+        torch.testing.assert_close(policy.reference_tensors()[name], 0.75 * kept[name] + 0.25 * p.detach())
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"loss": {"kl": 0.0, "reference_every": 2}}, "which is off; set loss.kl"),
+        (
+            {"loss": {"kl": 0.1, "reference_every": 2}, "policy": {"lora_rank": 2}},
+            "with LoRA the reference is the base",
+        ),
+    ],
+)
+def test_references_that_cannot_move(tiny_model, tmp_path, sections, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(parse_config(recipe(tiny_model, tmp_path / "r", **sections)))
