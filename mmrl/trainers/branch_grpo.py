@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmrl.capabilities import Increments, OutputWriter, ReferenceMover
+from mmrl.capabilities import Increments, OutputWriter, ReferenceMover, require
 from mmrl.config import ConfigError
 from mmrl.credit import StepAdvantage, compose, validate
 from mmrl.credit.estimate import CreditConfig
@@ -113,8 +113,9 @@ class BranchGrpo(PolicyTrainer):
         if config.imitation.weight > 0:
             self._cut = cut_references(self.policy, run.task.prompts)
         if config.loss.reference_every is not None:
-            self.policy.reference_tensors()  # refuses LoRA
-            self.loop.remember_tensors("reference", self.policy.reference_tensors)
+            self._mover: ReferenceMover = require("loss.reference_every", ReferenceMover, self.policy, "policies")
+            self._mover.reference_tensors()  # refuses LoRA
+            self.loop.remember_tensors("reference", self._mover.reference_tensors)
         self._mismatch: dict[str, float] = {}  # of the engine that sampled against the trainer
         self._refills = 0
 
@@ -145,7 +146,7 @@ class BranchGrpo(PolicyTrainer):
         metrics |= self.run.rewarder.update(rollout)
         every = self.config.loss.reference_every
         if every is not None and (iteration + 1) % every == 0:
-            self.policy.move_reference(self.config.loss.reference_share)
+            self._mover.move_reference(self.config.loss.reference_share)
         self.learned_from(rollout, credit.adv)
         return metrics | self.run.metrics() | self._rollout_metrics(rollout, credit, batches)
 
