@@ -42,7 +42,8 @@ def test_each_extra_is_what_its_package_imports():
     core = {re.match(r"[\w.-]+", line)[0].lower() for line in PROJECT["dependencies"]}
     # transformers brings the hub's own package
     core = {IMPORTED_AS.get(name, name) for name in core} | {"mmrl", "typing_extensions", "huggingface_hub"}
-    optional = {"pyarrow": "mmrl", "vllm": "vision", "tokenizers": "vision"}
+    # bitsandbytes is the extra `bnb`
+    optional = {"pyarrow": "mmrl", "bitsandbytes": "mmrl", "vllm": "vision", "tokenizers": "vision"}
     extras = {"mmrl": ("vision",), "vision": ("vision",), "video": ("video",), "diffusion": ("diffusion",)}
     for package, chosen in extras.items():
         allowed = core | packages(*chosen) | {name for name, where in optional.items() if where == package}
