@@ -1,11 +1,18 @@
-"""A vision-language process reward model: one score per step, all steps of a tree of solutions in one pass."""
+"""A vision-language process reward model: one score per step, all steps of a tree of solutions in one pass.
+
+    prm = VisionPrm.build("folder", head="linear")
+    prm(rollout)  # (N,) probability that each step is good
+
+A step's score is read at its slot, a place behind its last token: the tokens `step 1 <marker>` have their slot at the
+marker, where a head or the logits of two tokens tell how good the step is.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +32,8 @@ from mmrl.sharding import is_sharded
 from vision.forward.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
 from vision.forward.lora import LoraOptions, merged, trained_options
 from vision.forward.network import Network, StepHead, read_job
-from vision.forward.passes import TokenTree, build_reading
+from vision.forward.packing import Mode
+from vision.forward.passes import Job, TokenTree, build_reading
 from vision.inputs.loading import banned_ids, eos_ids, load_processor, save_model
 from vision.inputs.options import PolicyOptions
 from vision.inputs.tokens import PromptTokens
@@ -34,14 +42,15 @@ log = logging.getLogger(__name__)
 
 
 def _untrained(options: Mapping[str, Any]) -> str:
-    """Why a scorer of these options gives random numbers; "" = it does not."""
+    """The reason why a scorer of these options gives random numbers; "" = it does not."""
     model, head = str(options["model"]), options["head"] or "linear"
     if head == "tokens" or (Path(model) / RECORD).is_file():
         return ""
     return f"head {head} on the plain model {model!r}, which has no {RECORD}"
 
 
-HEADS = {"tokens": 0, "linear": 1, "likelihood": 1, "buffer": 3}  # outputs; "tokens" compares the model's own logits
+# Outputs of each head; "tokens" has none and compares two logits of the model.
+HEADS = {"tokens": 0, "linear": 1, "likelihood": 1, "buffer": 3}
 Head = Literal["tokens", "linear", "likelihood", "buffer"]
 
 
@@ -88,18 +97,21 @@ class VisionPrm:
         self.format, self.head, self.options = format, head, options
         network = ScoringNetwork(hf, head)
         if head in ("linear", "buffer") and not _tied(bare(hf)):
-            for p in bare(hf).get_output_embeddings().parameters():  # unused: DDP would wait for its gradient
-                p.requires_grad_(False)
+            # These heads do not use the output layer, and DDP would wait for its gradient.
+            for weight in bare(hf).get_output_embeddings().parameters():
+                weight.requires_grad_(False)
         self.model: nn.Module = network
         turns = format.markers == "turns"
         self._body = Backbone(network, processor, options, opening=format.opening if turns else None)
         closing, between = self._body.encode.turns() if turns else ("", "")
         self._slots: SlotIds = slot_ids(format, self._encode_text, between, closing)
-        self._verdict = tuple(self._encode_text(t)[0] for t in (format.positive, format.negative) if t)
-        ends = eos_ids(bare(hf), self._body.tokenizer)  # a written turn end would make turns of its own
+        self._verdict = tuple(self._encode_text(text)[0] for text in (format.positive, format.negative) if text)
+        # Ids that no step may hold. A turn end written by a model would make turns of its own.
+        ends = eos_ids(bare(hf), self._body.tokenizer)
         self._refused = {*banned_ids(hf.config, self._body.tokenizer), *ends, *self._special_marker()}
-        self._known: dict[str, list[int] | None] = {}
-        self.dropped = 0  # steps without score so far, each time they were met: too long, or with a marker inside
+        self._step_cache: dict[str, list[int] | None] = {}
+        # Steps without score so far, each time they came up: too long, or with a marker inside.
+        self.dropped = 0
 
     @classmethod
     @declares(reads=("texts",), untrained=_untrained, trained=trained_options, recipe={"optim.lr": 1e-5})
@@ -140,22 +152,30 @@ class VisionPrm:
             from vision.tasks.shapes_base import shapes_base
 
             model = str(shapes_base())
-        saved = _record(model)
-        asked: dict[str, Any] = {"head": head, "format": format or {}, "instruction": instruction, "system": system}
-        told = asked | {"head": head or "linear"} if saved is None else _agreed(saved, asked, model)
+        saved = _saved_record(model)
+        named: dict[str, Any] = {"head": head, "format": format or {}, "instruction": instruction, "system": system}
+        if saved is None:
+            record = named | {"head": head or "linear"}
+        else:
+            record = _agreed(saved, named, model)
         options = PolicyOptions(
-            instruction=told["instruction"], system=told["system"], max_prompt_tokens=max_length,
-            max_tokens=max_tokens, mode=mode, gradient_checkpointing=gradient_checkpointing,
-        )  # fmt: skip
+            instruction=record["instruction"],
+            system=record["system"],
+            max_prompt_tokens=max_length,
+            max_tokens=max_tokens,
+            mode=mode,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         lora = LoraOptions(lora_rank, lora_alpha, lora_targets)
         hf = trainable_model(model, dtype, attn, lora, train_vision, gradient_checkpointing)
         if not train_language:
-            for p in hf.parameters():
-                p.requires_grad_(False)
-        out = cls(hf, load_processor(model), StepFormat(**told["format"]), told["head"], options)
-        if saved is not None and (own := out._network.head) is not None:
-            own.load_state_dict(load_file(Path(model) / "head.safetensors"))
-        return out
+            for weight in hf.parameters():
+                weight.requires_grad_(False)
+        prm = cls(hf, load_processor(model), StepFormat(**record["format"]), record["head"], options)
+        trained_head = prm._network.head
+        if saved is not None and trained_head is not None:
+            trained_head.load_state_dict(load_file(Path(model) / "head.safetensors"))
+        return prm
 
     # ---- StepScorer -------------------------------------------------------------------------------------------
 
@@ -164,7 +184,7 @@ class VisionPrm:
         return probabilities(self, rollout)
 
     def begin_iteration(self) -> None:
-        """Let go of the last iteration's prompts and pictures; see `mmrl.capabilities.EncodingCache`."""
+        """Give up the last iteration's prompts and pictures; see `mmrl.capabilities.EncodingCache`."""
         self._body.begin_iteration()
 
     def admit(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -178,30 +198,42 @@ class VisionPrm:
         What follows a step that cannot be read cannot be read either, since it would be judged without it.
         """
         tree = rollout.tree
-        taken = {p.id for p in self.admit(rollout.prompts)}
-        room = [
-            self.options.max_prompt_tokens - len(self._body.encode(p).ids) if p.id in taken else 0
-            for p in rollout.prompts
-        ]
-        used, good = [0] * len(tree), torch.zeros(len(tree), dtype=torch.bool)
-        for v, (p, g) in enumerate(zip(tree.parent.tolist(), tree.group.tolist(), strict=True)):
-            ids = self._step_ids(rollout.texts[v])
-            above = used[p] if p >= 0 else 0
-            joined = len(self._slots.between) if above and ids else 0
-            used[v] = room[g] + 1 if ids is None else above + joined + len(ids)
-            good[v] = bool(ids) and used[v] <= room[g]
-        lost = int((~good).sum()) - sum(self._step_ids(t) == [] for t in rollout.texts)
+        admitted = {p.id for p in self.admit(rollout.prompts)}
+        # Tokens that are left behind each prompt, and those that each step takes with all before it.
+        room = []
+        for prompt in rollout.prompts:
+            fits = prompt.id in admitted
+            room.append(self.options.max_prompt_tokens - len(self._body.encode(prompt).ids) if fits else 0)
+        used = [0] * len(tree)
+        readable = torch.zeros(len(tree), dtype=torch.bool)
+        blank = 0
+        for step, (parent, group) in enumerate(zip(tree.parent.tolist(), tree.group.tolist(), strict=True)):
+            ids = self._step_ids(rollout.texts[step])
+            if ids is None:
+                # More than fits, so that no step behind it can be read either.
+                used[step] = room[group] + 1
+                continue
+            above = used[parent] if parent >= 0 else 0
+            between = len(self._slots.between) if above and ids else 0
+            used[step] = above + between + len(ids)
+            readable[step] = bool(ids) and used[step] <= room[group]
+            blank += not ids
+        lost = int((~readable).sum()) - blank
         if lost:
             self.dropped += lost
-            self._body.log_once("dropped", logging.WARNING, f"{lost} steps of a batch have no score: too long, with a "
-                            "marker inside, or of a prompt that was left out; `dropped` counts them")  # fmt: skip
-        return good
+            self._body.log_once(
+                "dropped",
+                logging.WARNING,
+                f"{lost} steps of a batch have no score: too long, with a marker inside, or of a prompt that was left "
+                "out; `dropped` counts them",
+            )
+        return readable
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
         """Steps of whole prompts while their trees fit in `max_tokens`; a larger tree is cut along its branches."""
-        sizes = [len(self._step_ids(t) or ()) for t in rollout.texts]
+        sizes = [len(self._step_ids(text) or ()) for text in rollout.texts]
         groups = rollout.tree.group[steps].unique().tolist()
-        prompt_sizes = {g: len(self._body.encode(rollout.prompts[g]).ids) for g in groups}
+        prompt_sizes = {group: len(self._body.encode(rollout.prompts[group]).ids) for group in groups}
         return micro_batches(rollout.tree, steps, sizes, prompt_sizes, self.options.max_tokens, whole_prompts)
 
     def logits(self, rollout: Rollout, steps: Tensor) -> Tensor:
@@ -216,26 +248,26 @@ class VisionPrm:
         """(G,) float64 score of every prompt with nothing written yet: read where an empty first step would be; NaN
         for one that cannot be encoded."""
         closing = list(self._slots.closing)
-        out: list[Tensor] = []
-        part: list[PromptTokens] = []
-        used = 0
-        taken = {p.id for p in self.admit(rollout.prompts)}
-        for prompt in rollout.prompts:
-            if prompt.id not in taken:
-                continue
-            encoded = self._body.encode(prompt)
-            size = len(encoded.ids) + len(closing)
-            if part and used + size > self.options.max_tokens:
-                out.append(self._root_logits(part, closing))
-                part, used = [], 0
-            part.append(encoded)
-            used += size
+        admitted = {p.id for p in self.admit(rollout.prompts)}
+        groups = [group for group, prompt in enumerate(rollout.prompts) if prompt.id in admitted]
         scores = torch.full((len(rollout.prompts),), torch.nan, dtype=torch.float64)
-        if part:
-            out.append(self._root_logits(part, closing))
-            values = good_logit(torch.cat(out)).sigmoid().double().cpu()
-            check_finite(values, "the network of scorer VisionPrm", "prompts")
-            scores[[g for g, p in enumerate(rollout.prompts) if p.id in taken]] = values
+        if not groups:
+            return scores
+        # Parts of prompts that fit in `max_tokens` together.
+        parts: list[list[PromptTokens]] = [[]]
+        used = 0
+        for group in groups:
+            encoded = self._body.encode(rollout.prompts[group])
+            size = len(encoded.ids) + len(closing)
+            if parts[-1] and used + size > self.options.max_tokens:
+                parts.append([])
+                used = 0
+            parts[-1].append(encoded)
+            used += size
+        logits = torch.cat([self._root_logits(part, closing) for part in parts])
+        values = good_logit(logits).sigmoid().double().cpu()
+        check_finite(values, "the network of scorer VisionPrm", "prompts")
+        scores[groups] = values
         return scores
 
     @torch.no_grad()
@@ -243,37 +275,40 @@ class VisionPrm:
         """(P, C) outputs after each of a few prompts and the marks that close an empty step."""
         trees, slots = [], []
         for prompt in prompts:
-            ids = [prompt.ids, *([torch.tensor(closing)] if closing else [])]
-            trees.append(TokenTree(prompt, [-1, 0][: len(ids)], ids))
+            if closing:
+                trees.append(TokenTree(prompt, [-1, 0], [prompt.ids, torch.tensor(closing)]))
+            else:
+                trees.append(TokenTree(prompt, [-1], [prompt.ids]))
             slots.append(torch.tensor([len(prompt.ids) + len(closing) + self._slots.read]))
-        none = [torch.empty(0, dtype=torch.int64)] * len(trees)
-        return self._read(_Asked(trees, slots, none, none[0], torch.arange(len(trees))))
+        none = torch.empty(0, dtype=torch.int64)
+        return self._read(_StepTrees(trees, slots, [none] * len(trees), none, torch.arange(len(trees))))
 
     def attributions(self, rollout: Rollout) -> Tensor:
         """(N,) float64 gradient times input: how much the embeddings of each step's tokens, its marks included, push
         the logit of the last step that can be read below it; 0 for steps behind that one. Of chains."""
         tree, readable = rollout.tree, self.readable(rollout)
-        out = torch.zeros(len(tree), dtype=torch.float64)
+        attributions = torch.zeros(len(tree), dtype=torch.float64)
         for leaf in tree.is_leaf.nonzero().flatten().tolist():
             last = leaf
             while last >= 0 and not readable[last]:
                 last = int(tree.parent[last])
             if last >= 0:
-                nodes, parts = self._attribution(rollout, last)
-                out[nodes] = parts
-        return out
+                steps, values = self._attribution(rollout, last)
+                attributions[steps] = values
+        return attributions
 
     def _attribution(self, rollout: Rollout, last: int) -> tuple[list[int], Tensor]:
-        """The steps to `last`, and by how much its logit grows with the length of each one's embeddings."""
-        asked = self._trees(rollout, torch.tensor([last]))
-        nodes, _ = closure(rollout.tree, [last])
-        wanted = asked.tokens if self.head == "likelihood" else []
-        job = build_reading(asked.trees, asked.slots, "rows", self._body.style, wanted)
+        """The steps to `last`, and the growth of its logit with the length of each one's embeddings."""
+        read = self._trees(rollout, torch.tensor([last]))
+        steps, _ = closure(rollout.tree, [last])
+        wanted = read.tokens if self.head == "likelihood" else []
+        job = build_reading(read.trees, read.slots, "rows", self._body.style, wanted)
         hf = self._network.hf
         scales: list[Tensor] = []
 
         def scale(module: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-            # d logit / d scale of a token = gradient times input, summed over its width
+            # Every token's embedding is multiplied by a 1 of its own. The derivative of the logit by that 1 is
+            # gradient times input, summed over the width.
             scales.append(torch.ones(embedded.shape[:-1], device=embedded.device, requires_grad=True))
             return embedded * scales[-1][..., None].to(embedded.dtype)
 
@@ -281,28 +316,30 @@ class VisionPrm:
         try:
             with torch.enable_grad():
                 hf.train(False)
-                outputs = self._network(read_job, job, self._verdict, asked.owner, self._body.features, None)
+                outputs = self._network(read_job, job, self._verdict, read.owner, self._body.features, None)
                 (gradient,) = torch.autograd.grad(good_logit(outputs).sum(), scales[0])
         finally:
             hook.remove()
-        of_token = asked.trees[0].packed.node  # 0 is the prompt, the steps follow in order
-        total = torch.zeros(len(nodes) + 1, dtype=torch.float64).index_add(0, of_token, gradient[0].double().cpu())
-        return nodes, total[1:]
+        # Sums over the tokens of each node; node 0 is the prompt, the steps follow in order.
+        node = read.trees[0].packed.node
+        total = torch.zeros(len(steps) + 1, dtype=torch.float64).index_add(0, node, gradient[0].double().cpu())
+        return steps, total[1:]
 
-    def _read(self, asked: _Asked) -> Tensor:
+    def _read(self, read: _StepTrees) -> Tensor:
         """(S, C) outputs at the slots, in the caller's order."""
-        body, wanted = self._body, asked.tokens if self.head == "likelihood" else []
-        job = body.job(
-            asked.trees,
-            lambda mode: build_reading(asked.trees, asked.slots, mode, body.style, wanted),
-            sharded=is_sharded(self._network),
-        )
+        body = self._body
+        wanted = read.tokens if self.head == "likelihood" else []
+
+        def build(mode: Mode) -> Job:
+            return build_reading(read.trees, read.slots, mode, body.style, wanted)
+
+        job = body.job(read.trees, build, sharded=is_sharded(self._network))
         grad = torch.is_grad_enabled()
         self._network.hf.train(grad and self.options.gradient_checkpointing)
         model = self.model if grad else self._network
         blank = body.blank if grad else None
-        out = model(read_job, job, self._verdict, asked.owner, body.features, blank)
-        return out[torch.argsort(asked.order)]
+        outputs: Tensor = model(read_job, job, self._verdict, read.owner, body.features, blank)
+        return outputs[torch.argsort(read.order)]
 
     def merge_adapter(self) -> None:
         """See `mmrl.capabilities.AdapterMerger`."""
@@ -314,11 +351,12 @@ class VisionPrm:
         network, weights = self._network, None
         head = None if network.head is None else network.head.state_dict()
         if state_dict is not None:
-            weights = {n.removeprefix("hf."): w for n, w in state_dict.items() if n.startswith("hf.")}
-            head = head and {n.removeprefix("head."): w for n, w in state_dict.items() if n.startswith("head.")}
+            weights = _below(state_dict, "hf.")
+            head = head and _below(state_dict, "head.")
         save_model(network.hf, self._body.processor, folder, weights)
         if head is not None:
-            save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, Path(folder) / "head.safetensors")
+            on_host = {name: weight.detach().cpu().contiguous() for name, weight in head.items()}
+            save_file(on_host, Path(folder) / "head.safetensors")
         base = bare(network.hf).config.name_or_path if isinstance(network.hf, Adapted) else None
         record = {
             "scorer": "vision_prm", "head": self.head, "format": self.format.to_json(), "base": base,
@@ -332,16 +370,19 @@ class VisionPrm:
         Raises:
             SlotError: it cannot be laid out.
         """
-        ids = [self._encode_text(t.strip()) for t in steps]
+        ids = [self._encode_text(text.strip()) for text in steps]
         head = self._body.encode(prompt).ids.tolist()
-        laid = lay_out(head, ids, self._slots, labels, max_length=self.options.max_prompt_tokens)
+        laid_out = lay_out(head, ids, self._slots, labels, max_length=self.options.max_prompt_tokens)
         decode = self._body.tokenizer.decode
-        lines = [f"{laid.starts[0]} prompt tokens"]
-        runs = zip(laid.starts, laid.starts[1:], laid.slots, laid.labels, strict=False)
-        for start, end, slot, label in runs:
-            told = "unlabelled" if label is None else f"label {label:g}"
-            lines.append(f"{decode(laid.ids[start:end])!r}, read at {slot} {decode([laid.ids[slot]])!r}, {told}")
-        return "\n  ".join([*lines, *([f"{laid.dropped} steps do not fit"] if laid.dropped else [])])
+        lines = [f"{laid_out.starts[0]} prompt tokens"]
+        spans = zip(laid_out.starts, laid_out.starts[1:], strict=False)
+        for (start, end), slot, label in zip(spans, laid_out.slots, laid_out.labels, strict=False):
+            text, read = decode(laid_out.ids[start:end]), decode([laid_out.ids[slot]])
+            with_label = "unlabelled" if label is None else f"label {label:g}"
+            lines.append(f"{text!r}, read at {slot} {read!r}, {with_label}")
+        if laid_out.dropped:
+            lines.append(f"{laid_out.dropped} steps do not fit")
+        return "\n  ".join(lines)
 
     # ---- tokens -----------------------------------------------------------------------------------------------
 
@@ -355,56 +396,79 @@ class VisionPrm:
         return list(self._body.tokenizer.encode(text, add_special_tokens=False))
 
     def _special_marker(self) -> list[int]:
-        """A marker that was added to the vocabulary as one token; an ordinary text (a line end, a plus) may recur."""
+        """The id of a marker that is a token added to the vocabulary; an ordinary text, such as a line end, may
+        recur."""
         added = self._body.tokenizer.get_added_vocab()
         return [added[self.format.marker]] if self.format.marker in added else []
 
     def _step_ids(self, text: str) -> list[int] | None:
-        """What a step puts into the context, closing included; [] for a blank one, None when it holds a marker or an
-        image placeholder."""
-        if text not in self._known:
-            if len(self._known) > 200_000:
-                self._known.clear()
+        """The ids that a step adds to the context, its closing included; [] for a blank one, None when it holds a
+        marker or an image placeholder."""
+        if text not in self._step_cache:
+            if len(self._step_cache) > 200_000:
+                self._step_cache.clear()
             ids = self._encode_text(text.strip()) if text.strip() else []
-            bad = bool(self._refused & set(ids))
-            self._known[text] = None if bad else self._slots.run(ids, first=True) if ids else []
-        return self._known[text]
+            if self._refused & set(ids):
+                self._step_cache[text] = None
+            else:
+                self._step_cache[text] = self._slots.run(ids, first=True) if ids else []
+        return self._step_cache[text]
 
-    def _trees(self, rollout: Rollout, steps: Tensor) -> _Asked:
-        """What `steps` need, prompt by prompt."""
-        tree, between, after = rollout.tree, list(self._slots.between), len(self._slots.closing)
-        out = _Asked([], [], [], torch.empty(0), torch.empty(0))
+    def _trees(self, rollout: Rollout, steps: Tensor) -> _StepTrees:
+        """The trees of the prompts of `steps`, with the steps before them."""
+        tree, closing = rollout.tree, len(self._slots.closing)
+        trees: list[TokenTree] = []
+        slots: list[Tensor] = []
+        tokens: list[Tensor] = []
         owner: list[int] = []
-        slots = 0
-        for g, own in by_prompt(tree, steps):
-            nodes, parent = closure(tree, own)
-            prompt = self._body.encode(rollout.prompts[g])
-            ids, written = [prompt.ids], [False]  # blank steps take no place, so the first step may have ancestors
-            for v, above in zip(nodes, parent[1:], strict=True):
-                run = self._step_ids(rollout.texts[v])
-                if run is None:
-                    raise ValueError(f"step {v} holds a marker: {rollout.texts[v][:60]!r}; score `readable` steps")
-                ids.append(torch.tensor([*between, *run] if run and written[above] else run, dtype=torch.int64))
-                written.append(written[above] or bool(run))
-            one = TokenTree(prompt, parent, ids)
-            place = {v: i + 1 for i, v in enumerate(nodes)}
-            spans = []
-            for v in own:
-                end = int(one.packed.start[place[v]]) + len(ids[place[v]])
-                spans.append((end - len(self._step_ids(rollout.texts[v]) or ()), end))
-            out.trees.append(one)
-            out.slots.append(torch.tensor([end for _, end in spans]) + self._slots.read)
-            out.tokens.append(torch.cat([torch.arange(a, b - after) for a, b in spans]))
-            for slot, (a, b) in enumerate(spans, slots):
-                owner += [slot] * (b - after - a)
-            slots += len(own)
-        return replace(out, owner=torch.tensor(owner), order=torch.argsort(tree.group[steps], stable=True))
+        num_slots = 0
+        for group, own in by_prompt(tree, steps):
+            one, node_of = self._tree_of_prompt(rollout, group, own)
+            ends = []
+            own_tokens = []
+            for number, step in enumerate(own, num_slots):
+                node = node_of[step]
+                end = int(one.packed.start[node]) + len(one.ids[node])
+                # A node begins with the marks between two steps, which are not the step's own.
+                start = end - len(self._step_ids(rollout.texts[step]) or ())
+                ends.append(end)
+                own_tokens.append(torch.arange(start, end - closing))
+                owner += [number] * len(own_tokens[-1])
+            trees.append(one)
+            slots.append(torch.tensor(ends) + self._slots.read)
+            tokens.append(torch.cat(own_tokens))
+            num_slots += len(own)
+        order = torch.argsort(tree.group[steps], stable=True)
+        return _StepTrees(trees, slots, tokens, torch.tensor(owner), order)
+
+    def _tree_of_prompt(self, rollout: Rollout, group: int, own: Sequence[int]) -> tuple[TokenTree, dict[int, int]]:
+        """The tree of a prompt's steps and of those before them, and the node of each.
+
+        Raises:
+            ValueError: a step with a marker inside.
+        """
+        nodes, parent = closure(rollout.tree, own)
+        prompt = self._body.encode(rollout.prompts[group])
+        ids = [prompt.ids]
+        # Blank steps take no place, so the first step that is written may have ancestors.
+        is_written = [False]
+        for step, above in zip(nodes, parent[1:], strict=True):
+            step_ids = self._step_ids(rollout.texts[step])
+            if step_ids is None:
+                raise ValueError(f"step {step} holds a marker: {rollout.texts[step][:60]!r}; score `readable` steps")
+            between = self._slots.between if step_ids and is_written[above] else ()
+            ids.append(torch.tensor([*between, *step_ids], dtype=torch.int64))
+            is_written.append(is_written[above] or bool(step_ids))
+        return TokenTree(prompt, parent, ids), {step: node for node, step in enumerate(nodes, 1)}
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The trees of some steps. slots, tokens: packed indices per tree of the steps' slots and own tokens. owner: the
-    slot of each token, counted over all trees. order: the caller's place of each slot."""
+class _StepTrees:
+    """The trees of some steps, and where these are in them.
+
+    slots, tokens: packed indices per tree of the steps' slots and own tokens. owner: (A,) the slot of each token,
+    counted over all trees. order: (S,) the caller's place of each slot.
+    """
 
     trees: list[TokenTree]
     slots: list[Tensor]
@@ -414,19 +478,30 @@ class _Asked:
 
 
 def _tied(hf: Any) -> bool:
+    """Whether the output layer and the input embeddings are one matrix."""
     return hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
 
 
-def _record(model: str) -> dict[str, Any] | None:
+def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, named without it."""
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _saved_record(model: str) -> dict[str, Any] | None:
+    """The record that `save` wrote beside a model, None for a plain one."""
     file = Path(model) / RECORD
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def _agreed(saved: dict[str, Any], asked: dict[str, Any], model: str) -> dict[str, Any]:
-    """The saved record; what a recipe names besides must say the same."""
-    for key, value in asked.items():
-        kept = saved[key] if key != "format" or not value else {k: saved["format"].get(k) for k in value}
-        if value and value != kept:
+def _agreed(saved: dict[str, Any], named: dict[str, Any], model: str) -> dict[str, Any]:
+    """The saved record, with which the options that a recipe names must agree."""
+    for key, value in named.items():
+        if not value:
+            continue
+        kept = saved[key]
+        if key == "format":
+            kept = {field: saved["format"].get(field) for field in value}
+        if value != kept:
             raise ValueError(
                 f"scorer.{key}={value!r} but {model} was trained with {kept!r}; leave it out, the model knows it"
             )

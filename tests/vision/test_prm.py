@@ -155,7 +155,7 @@ def test_the_filled_in_answer_of_a_turn_does_not_leak_into_its_own_score(family,
     run = prm._step_ids(WHOLE[1])
     plus, minus = prm._verdict
     assert run[-1] == plus
-    prm._known[WHOLE[1]] = [*run[:-1], minus]
+    prm._step_cache[WHOLE[1]] = [*run[:-1], minus]
     after = scores(prm, [p], [[WHOLE]])
     check_close(after[:2], before[:2])
     assert (after[2:] - before[2:]).abs().min() > 1e-5

@@ -1,4 +1,4 @@
-"""A generation engine that follows the trainer's weights: awake while it samples, in step with what was trained."""
+"""A generation engine with the trainer's weights: it wakes to sample, and takes over what the last update changed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SyncedEngine:
         at a time, on every rank: all ranks must make this call, and may differ in how many they make after it.
 
         Raises:
-            ValueError: several processes train against one server, or what the engine cannot sample.
+            ValueError: several processes train against one server, or a request that the engine cannot sample.
         """
         with self._awake():
             self._follow(hf)
@@ -42,6 +42,7 @@ class SyncedEngine:
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
+        """The engine, awake inside the block: outside of it the trainer needs the device's memory."""
         self.engine.wake()
         try:
             yield
@@ -49,32 +50,42 @@ class SyncedEngine:
             self.engine.sleep()
 
     def _follow(self, hf: Any) -> None:
-        stamp = sum(p._version for p in hf.parameters() if p.requires_grad)  # every in-place update counts up
+        """Hand the weights over if they have changed since the last time."""
+        # Every in-place update of a tensor counts its version up.
+        stamp = sum(weight._version for weight in hf.parameters() if weight.requires_grad)
         if stamp == self._stamp:
             return
         if self._shared and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError("several processes cannot feed one vLLM server; leave policy.engine_url empty")
+        # Apart from the `if`, which would narrow the type of `hf` to the protocol.
         has_adapters = isinstance(hf, Adapted)
         if has_adapters:
             with tempfile.TemporaryDirectory() as folder:
                 hf.save_pretrained(folder, state_dict=_adapter(hf) if is_sharded(hf) else None)
                 self.engine.sync_lora(Path(folder))
         else:
-            self.engine.sync((name, whole(w)) for name, w in bare(hf).state_dict().items())
+            self.engine.sync((name, whole(weight)) for name, weight in bare(hf).state_dict().items())
         self._stamp = stamp
 
 
 def _adapter(hf: Any) -> dict[str, torch.Tensor]:
     """The trained weights whole, by the names PEFT gives them."""
-    trained = {name for name, p in hf.named_parameters() if p.requires_grad}
-    return {name: whole(w) for name, w in hf.state_dict().items() if name in trained}
+    trained = {name for name, weight in hf.named_parameters() if weight.requires_grad}
+    return {name: whole(weight) for name, weight in hf.state_dict().items() if name in trained}
 
 
 def vllm_engine(
-    folder: str, url: str, exchange: str, *, max_model_len: int, memory: float, lora_rank: int, dtype: str,
+    folder: str,
+    url: str,
+    exchange: str,
+    *,
+    max_model_len: int,
+    memory: float,
+    lora_rank: int,
+    dtype: str,
     films: bool = False,
-) -> SyncedEngine:  # fmt: skip
-    """vLLM in this process, or the server at `url`; see `vision.growth.engine_vllm`.
+) -> SyncedEngine:
+    """vLLM in this process, or the server at `url`; see `VllmEngine.in_process` and `VllmEngine.server`.
 
     Of a folder with an adapter it holds the base; the adapter follows with the first trees.
     """
@@ -82,7 +93,11 @@ def vllm_engine(
     if url:
         return SyncedEngine(VllmEngine.server(url, folder=folder, exchange=exchange or None), shared=True)
     engine = VllmEngine.in_process(
-        folder, max_model_len=max_model_len, gpu_memory_utilization=memory, lora_rank=lora_rank, dtype=dtype,
+        folder,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=memory,
+        lora_rank=lora_rank,
+        dtype=dtype,
         films=films,
-    )  # fmt: skip
+    )
     return SyncedEngine(engine, shared=False)

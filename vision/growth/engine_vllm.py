@@ -27,13 +27,14 @@ from vision.inputs.prompts import tokenise
 from vision.inputs.step_rule import UnsureRule
 from vision.inputs.tokens import PromptTokens
 
-_NEVER = -1e9  # added to a banned logit: its probability is exactly 0 in float32, and JSON can carry it
+# Added to a banned logit: its probability is then exactly 0 in float32, and JSON can carry the number.
+_NEVER = -1e9
 
 
 class VllmEngine:
     """Grows trees with vLLM, with weights that follow the trainer's.
 
-    counts: what the last request for trees took: requests, sampled tokens, prompt tokens and how many were cached.
+    counts: of the last request for trees: requests, sampled tokens, prompt tokens, and how many of these were cached.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -129,13 +130,13 @@ class VllmEngine:
             ValueError: a fork at temperature 0, a temperature that vLLM would change silently, steps that begin where
                 the policy is unsure, conversations about pictures of a model that is no Qwen-VL.
         """
-        d = request.sampling
+        temperature = request.sampling.temperature
         if isinstance(request.rule, UnsureRule):
             raise ValueError("vLLM does not tell entropies while it samples; take another rule of steps")
-        if d.temperature == 0 and request.plan.splits:
+        if temperature == 0 and request.plan.splits:
             raise ValueError("temperature 0 makes all children of a fork equal; sample with one above 0")
-        if 0 < d.temperature < 0.01 or d.temperature > 2:
-            raise ValueError(f"temperature={d.temperature}: vLLM samples at 0 or between 0.01 and 2")
+        if 0 < temperature < 0.01 or temperature > 2:
+            raise ValueError(f"temperature={temperature}: vLLM samples at 0 or between 0.01 and 2")
         self.counts = Counter()
         return Requests(self, request)
 
@@ -147,35 +148,56 @@ class VllmEngine:
                 f"max_model_len={self.backend.max_model_len}. Raise that, or show less"
             )
 
-    def account(self, prompt: int, want: Sequence[int], reply: Reply) -> None:
-        """Compare what vLLM saw with the tokens we train on, and count."""
-        if reply.prompt != want:
-            at = next((i for i, (a, b) in enumerate(zip(reply.prompt, want, strict=False)) if a != b), "the end")
+    def account(self, prompt: int, expected: Sequence[int], reply: Reply) -> None:
+        """Compare the tokens that vLLM read with those that are trained on, and count.
+
+        Raises:
+            ValueError: vLLM read other tokens. RuntimeError: a sample without tokens.
+            NotFiniteError: a log-prob that is not finite.
+        """
+        if reply.prompt != expected:
+            place: int | str = "the end"
+            for index, (token, ours) in enumerate(zip(reply.prompt, expected, strict=False)):
+                if token != ours:
+                    place = index
+                    break
             raise ValueError(
-                f"prompt {prompt}: vLLM sees {len(reply.prompt)} tokens, our processor made {len(want)}; they "
-                f"differ from position {at}. Serve the same folder (tokenizer, processor, pixel limits) as is trained"
+                f"prompt {prompt}: vLLM sees {len(reply.prompt)} tokens, our processor made {len(expected)}; they "
+                f"differ from position {place}. Serve the same folder (tokenizer, processor, pixel limits) as is "
+                "trained"
             )
-        if not all(ids for ids, _ in reply.samples):
-            raise RuntimeError(f"prompt {prompt}: vLLM returned a sample without tokens, so it was aborted")
-        if not all(math.isfinite(lp) and lp > -9999 for _, logp in reply.samples for lp in logp):
-            raise NotFiniteError("vLLM returned a log-prob that is not finite: its weights or logits overflow")
+        for ids, logp in reply.samples:
+            if not ids:
+                raise RuntimeError(f"prompt {prompt}: vLLM returned a sample without tokens, so it was aborted")
+            # vLLM writes -9999 where it has no number.
+            if not all(math.isfinite(value) and value > -9999 for value in logp):
+                raise NotFiniteError("vLLM returned a log-prob that is not finite: its weights or logits overflow")
         self.counts["requests"] += 1
-        self.counts["prompt_tokens"] += len(want)
+        self.counts["prompt_tokens"] += len(expected)
         self.counts["cached_tokens"] += reply.cached
         self.counts["sampled_tokens"] += sum(len(ids) for ids, _ in reply.samples)
 
 
-def sampling_params(d: SamplingOptions, stop: Sequence[int], seed: int, *, n: int, max_tokens: int) -> dict[str, Any]:
-    """SamplingParams by name: `n` samples of the untruncated distribution, each to its first id of `stop`."""
-    told: dict[str, Any] = {
-        "n": n, "temperature": d.temperature, "max_tokens": max_tokens, "logprobs": 0,
-        "stop_token_ids": list(stop), "ignore_eos": True, "detokenize": False,  # ends are ours: `stop` names them all
-    }  # fmt: skip
-    if d.banned:
-        told["logit_bias"] = dict.fromkeys(d.banned, _NEVER)
-    if d.temperature > 0:  # sample i of n draws from seed + i
-        told["seed"] = seed
-    return told
+def sampling_params(
+    sampling: SamplingOptions, stop: Sequence[int], seed: int, *, n: int, max_tokens: int
+) -> dict[str, Any]:
+    """vLLM's SamplingParams by name: `n` samples of the untruncated distribution, each to its first id of `stop`."""
+    params: dict[str, Any] = {
+        "n": n,
+        "temperature": sampling.temperature,
+        "max_tokens": max_tokens,
+        "logprobs": 0,
+        # `stop` names all ends, so the model's own must not end a sample besides.
+        "stop_token_ids": list(stop),
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    if sampling.banned:
+        params["logit_bias"] = dict.fromkeys(sampling.banned, _NEVER)
+    if sampling.temperature > 0:
+        # vLLM draws sample i of n from seed + i.
+        params["seed"] = seed
+    return params
 
 
 @dataclass(frozen=True)
@@ -191,13 +213,13 @@ class History:
         return cls(prompt.ids.tolist(), media_of(prompt))
 
     def wrote(self, ids: Sequence[int]) -> History:
-        """With more tokens behind it."""
+        """The history with sampled tokens behind it."""
         return History([*self.ids, *ids], self.media)
 
     def shown(self, observation: PromptTokens) -> History:
-        """With an observation behind it."""
-        more = [m.at(len(self.ids)) for m in media_of(observation)]
-        return History(self.ids + observation.ids.tolist(), self.media + more)
+        """The history with an observation behind it."""
+        media = [medium.at(len(self.ids)) for medium in media_of(observation)]
+        return History(self.ids + observation.ids.tolist(), self.media + media)
 
 
 def _short(tokenizer: Any, prompt: PromptTokens) -> list[int]:
@@ -218,11 +240,11 @@ class Requests:
         self._sampling, self._turns = request.sampling, bool(request.responders)
         self._step_ids = request.rule.candidates.nonzero().flatten().tolist()
         if self._turns:
-            self._begun = [History.of(p) for p in request.prompts]
+            self._begun = [History.of(prompt) for prompt in request.prompts]
         else:
-            self._begun = [History(p.ids.tolist()) for p in request.prompts]
+            self._begun = [History(prompt.ids.tolist()) for prompt in request.prompts]
             tokenizer = engine.backend.tokenizer
-            self._short = [_short(tokenizer, p) for p in request.prompts]
+            self._short = [_short(tokenizer, prompt) for prompt in request.prompts]
 
     def generate(self, requests: Sequence[SampleRequest], *, again: bool = False) -> list[list[TokenSample]]:
         """See `vision.growth.requests.Session`; nothing is drawn again.
@@ -232,35 +254,42 @@ class Requests:
             RuntimeError: a log-prob that is not finite, or a sample that vLLM broke off.
         """
         assert not again
-        histories = [self._history(r) for r in requests]
-        calls = [self._call(r, h) for r, h in zip(requests, histories, strict=True)]
+        histories = [self._history(request) for request in requests]
+        calls = [self._call(request, history) for request, history in zip(requests, histories, strict=True)]
         replies = self._engine.backend.generate(calls)
-        return [self._samples(*one) for one in zip(requests, histories, calls, replies, strict=True)]
+        samples = []
+        for request, history, call, reply in zip(requests, histories, calls, replies, strict=True):
+            samples.append(self._samples(request, history, call, reply))
+        return samples
 
     def keep(self, state: History) -> History:
         """The same: histories hold."""
         return state
 
     def _history(self, request: SampleRequest) -> History:
+        """The path behind which a request samples."""
         history: History = self._begun[request.prompt] if request.state is None else request.state
         return history if request.observation is None else history.shown(request.observation)
 
     def _call(self, request: SampleRequest, history: History) -> Call:
-        g, d = request.prompt, self._sampling
-        what = f"prompt {g}: the conversation" if self._turns else f"prompt {g}"
-        self._engine.check_room(what, len(history.ids), request.room)
-        stop = [*d.eos, *self._step_ids] if request.step_by_step else d.eos
-        seed = named_generator(self._seeds[g], request.slots[0], request.sampled).initial_seed()
-        told = sampling_params(d, stop, seed, n=len(request.slots), max_tokens=request.room)
+        """The request to vLLM: conversations by expanded ids with their media, others by short ids and pictures."""
+        index = request.prompt
+        name = f"prompt {index}: the conversation" if self._turns else f"prompt {index}"
+        self._engine.check_room(name, len(history.ids), request.room)
+        stop = list(self._sampling.eos)
+        if request.step_by_step:
+            stop += self._step_ids
+        seed = named_generator(self._seeds[index], request.slots[0], request.sampled).initial_seed()
+        params = sampling_params(self._sampling, stop, seed, n=len(request.slots), max_tokens=request.room)
         if self._turns:
-            return Call(history.ids, (), told, history.media)
-        path = history.ids[len(self._prompts[g].ids) :]
-        return Call(self._short[g] + path, self._prompts[g].images, told)
+            return Call(history.ids, (), params, history.media)
+        path = history.ids[len(self._prompts[index].ids) :]
+        return Call(self._short[index] + path, self._prompts[index].images, params)
 
     def _samples(self, request: SampleRequest, history: History, call: Call, reply: Reply) -> list[TokenSample]:
         self._engine.account(request.prompt, history.ids, reply)
         for ids, _ in reply.samples:
             if len(ids) < request.room and ids[-1] not in call.sampling_params["stop_token_ids"]:
-                what = "turn" if self._turns else "step"
-                raise RuntimeError(f"prompt {request.prompt}: vLLM broke a {what} off after {len(ids)} tokens")
+                unit = "turn" if self._turns else "step"
+                raise RuntimeError(f"prompt {request.prompt}: vLLM broke a {unit} off after {len(ids)} tokens")
         return [TokenSample(ids, logp, history.wrote(ids)) for ids, logp in reply.samples]

@@ -18,7 +18,8 @@ from torch import Tensor
 from vision.inputs.foreign import attribute
 from vision.inputs.tokens import PromptTokens
 
-_POSITIONS = "given_positions"  # a field beside those the model knows, which it ignores
+# A field beside those that a vLLM model reads; models pass over it, `take_positions` reads it.
+_POSITIONS = "given_positions"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Medium:
     positions: Tensor
 
     def at(self, offset: int) -> Medium:
-        """The same one, `offset` tokens later."""
+        """The medium, `offset` tokens later."""
         return replace(self, start=self.start + offset)
 
 
@@ -60,43 +61,49 @@ def media_of(piece: PromptTokens) -> list[Medium]:
         )
     grids = tensors["image_grid_thw"]
     rows = grids.prod(-1).tolist()
-    where = (piece.types > 0).nonzero().flatten()
-    parts = where.split(_features(rows, len(where)))
+    placeholders = (piece.types > 0).nonzero().flatten()
+    parts = placeholders.split(_features(rows, len(placeholders)))
     values = tensors["pixel_values"].split(rows)
-    return [_medium(piece, i, part, values[i], grids[i]) for i, part in enumerate(parts)]
+    return [_medium(piece, number, part, values[number], grids[number]) for number, part in enumerate(parts)]
 
 
 def _features(rows: Sequence[int], pads: int) -> list[int]:
-    """Tokens per medium of so many patches, when all have `pads` tokens together."""
-    merged = sum(rows) // pads if pads else 0
-    if merged == 0 or any(r % merged for r in rows) or sum(rows) != merged * pads:
+    """Tokens of each medium. rows: patches of each; pads: tokens of all together."""
+    merged = sum(rows) // pads if pads else 0  # patches that become one token
+    if merged == 0 or any(patches % merged for patches in rows) or sum(rows) != merged * pads:
         raise ValueError(f"{pads} placeholders for media of {rows} patches: they do not fit together")
-    return [r // merged for r in rows]
+    return [patches // merged for patches in rows]
 
 
-def _medium(piece: PromptTokens, number: int, where: Tensor, values: Tensor, grid: Tensor) -> Medium:
+def _medium(piece: PromptTokens, number: int, placeholders: Tensor, values: Tensor, grid: Tensor) -> Medium:
     assert piece.pixels is not None
     kind = piece.pixels.kind
-    start, end = int(where[0]), int(where[-1]) + 1
+    start, end = int(placeholders[0]), int(placeholders[-1]) + 1
     pads = piece.types[start:end] > 0
     if kind == "image" and not bool(pads.all()):
         raise ValueError(f"placeholders {start} to {end} belong to one image but text stands between them")
-    after = torch.full((3, 1), piece.next_position)
-    along = torch.cat([piece.positions, after], -1)[:, start : end + 1]
-    positions = along - (piece.positions[:, start - 1 : start].max() + 1 if start else 0)
-    told = f"{piece.pixels.key}|{number}|{kind}|{grid.tolist()}|{positions.tolist()}"
-    return Medium(hashlib.sha256(told.encode()).hexdigest(), kind, start, pads, values, grid, positions)
+    # (3, n + 1) positions of the medium and of the token behind it, counted from its beginning
+    next_position = torch.full((3, 1), piece.next_position)
+    positions = torch.cat([piece.positions, next_position], -1)[:, start : end + 1]
+    if start:
+        positions = positions - (piece.positions[:, start - 1 : start].max() + 1)
+    content = f"{piece.pixels.key}|{number}|{kind}|{grid.tolist()}|{positions.tolist()}"
+    return Medium(hashlib.sha256(content.encode()).hexdigest(), kind, start, pads, values, grid, positions)
 
 
 def rotary(length: int, media: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, int]:
     """(3, length) positions of a request, and that of the token after it: text counts on by one, each medium (start,
     positions) by its own."""
-    parts, at, position = [], 0, 0
-    for start, given in [*media, (length, torch.zeros(3, 1, dtype=torch.int64))]:
-        text = torch.arange(position, position + start - at).expand(3, -1)
-        position += start - at
-        parts += [text, given[:, :-1] + position]
-        position, at = position + int(given[0, -1]), start + given.shape[1] - 1
+    parts = []
+    index, position = 0, 0  # of the next token
+    end = (length, torch.zeros(3, 1, dtype=torch.int64))  # a medium without tokens, behind the last text
+    for start, own_positions in [*media, end]:
+        text_tokens = start - index
+        parts.append(torch.arange(position, position + text_tokens).expand(3, -1))
+        position += text_tokens
+        parts.append(own_positions[:, :-1] + position)
+        position += int(own_positions[0, -1])
+        index = start + own_positions.shape[1] - 1
     return torch.cat(parts, -1), position
 
 
@@ -110,15 +117,16 @@ def engine_input(ids: list[int], media: Sequence[Medium]) -> Any:
 
     if not media:
         return tokens_input(ids)
-    kinds: dict[str, list[Medium]] = {}
-    for m in media:
-        kinds.setdefault(m.kind, []).append(m)
-    places = {
-        kind: [PlaceholderRange(m.start, len(m.pads), None if bool(m.pads.all()) else m.pads) for m in own]
-        for kind, own in kinds.items()
-    }
-    items = MultiModalKwargsItems({kind: [_item(m) for m in own] for kind, own in kinds.items()})
-    return mm_input(ids, items, {kind: [m.key for m in own] for kind, own in kinds.items()}, places)
+    items: dict[str, list[Any]] = {}
+    keys: dict[str, list[str]] = {}
+    places: dict[str, list[Any]] = {}
+    for medium in media:
+        is_embedding = None if bool(medium.pads.all()) else medium.pads
+        items.setdefault(medium.kind, []).append(_item(medium))
+        keys.setdefault(medium.kind, []).append(medium.key)
+        place = PlaceholderRange(medium.start, len(medium.pads), is_embedding)
+        places.setdefault(medium.kind, []).append(place)
+    return mm_input(ids, MultiModalKwargsItems(items), keys, places)
 
 
 def _item(medium: Medium) -> Any:
@@ -126,16 +134,19 @@ def _item(medium: Medium) -> Any:
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
     kind = medium.kind
-    values, grid = ("pixel_values" if kind == "image" else "pixel_values_videos"), f"{kind}_grid_thw"
-    told: Mapping[str, Tensor] = {
-        values: medium.values, grid: medium.grid[None], _POSITIONS: medium.positions[None],
-    }  # fmt: skip
+    values = "pixel_values" if kind == "image" else "pixel_values_videos"
+    grid = f"{kind}_grid_thw"
+    tensors: Mapping[str, Tensor] = {
+        values: medium.values,
+        grid: medium.grid[None],
+        _POSITIONS: medium.positions[None],
+    }
     fields = {
         values: Config.flat_from_sizes(kind, torch.tensor([len(medium.values)])),
         grid: Config.batched(kind, keep_on_cpu=True),
         _POSITIONS: Config.batched(kind, keep_on_cpu=True),
     }
-    return MultiModalKwargsItems.from_hf_inputs(told, fields)[kind][0]
+    return MultiModalKwargsItems.from_hf_inputs(tensors, fields)[kind][0]
 
 
 def take_positions(model: Any) -> None:
@@ -145,10 +156,10 @@ def take_positions(model: Any) -> None:
         return
 
     def placed(tokens: list[int], features: Sequence[Any]) -> tuple[Tensor, int]:
-        if not all(_POSITIONS in f.data for f in features):
+        if not all(_POSITIONS in feature.data for feature in features):
             return own(tokens, features)
-        ordered = sorted(features, key=lambda f: f.mm_position.offset)
-        media = [(f.mm_position.offset, f.data[_POSITIONS].data) for f in ordered]
+        ordered = sorted(features, key=lambda feature: feature.mm_position.offset)
+        media = [(feature.mm_position.offset, feature.data[_POSITIONS].data) for feature in ordered]
         positions, after = rotary(len(tokens), media)
         return positions, after - len(tokens)
 
