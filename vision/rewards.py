@@ -23,11 +23,14 @@ from mmrl.registry import declares
 from mmrl.rewards.steps import step_views
 from mmrl.rollout import Prompt, Rollout, Sample
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in one unit for actions and references
-KeySteps = Sequence[str | Sequence[str]]  # each a text, or alternatives of which one suffices
+# left, top, right, bottom, in one unit for actions and references
+Box = tuple[float, float, float, float]
+# Each key step is a text, or alternatives of which one suffices.
+KeySteps = Sequence[str | Sequence[str]]
 
 
-def _needs(sample: Sample, key: str) -> Any:
+def _in_reference(sample: Sample, key: str) -> Any:
+    """A value of the sample's reference, None where the reference lacks it."""
     reference = sample.prompt.reference
     return reference.get(key) if isinstance(reference, Mapping) else None
 
@@ -38,12 +41,17 @@ def _needs(sample: Sample, key: str) -> Any:
 def is_think_answer(text: str) -> bool:
     """The whole text is one `<think>..</think>` and one `<answer>..</answer>`, neither empty."""
     tags = ("<think>", "</think>", "<answer>", "</answer>")
-    places = [text.find(t) for t in tags]
-    if any(text.count(t) != 1 for t in tags) or places != sorted(places):
+    if any(text.count(tag) != 1 for tag in tags):
         return False
-    a, b, c, d = places
-    outside = text[:a] + text[b + len(tags[1]) : c] + text[d + len(tags[3]) :]
-    return not outside.strip() and bool(text[a + len(tags[0]) : b].strip() and text[c + len(tags[2]) : d].strip())
+    pieces = []  # the texts before, between and behind the tags
+    rest = text
+    for tag in tags:
+        piece, found, rest = rest.partition(tag)
+        if not found:
+            return False  # it stands before an earlier tag
+        pieces.append(piece)
+    before, thought, between, answer = pieces
+    return not (before + between + rest).strip() and bool(thought.strip() and answer.strip())
 
 
 def is_boxed(text: str) -> bool:
@@ -56,8 +64,8 @@ def is_boxed(text: str) -> bool:
 def is_line_trace(text: str) -> bool:
     """Two or more non-empty lines; the last one, and no other, is `answer X` or `answer: X`."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    says = [re.match(r"answer\b\s*:?\s*\S", line, re.IGNORECASE) is not None for line in lines]
-    return len(lines) >= 2 and says[-1] and not any(says[:-1])
+    is_answer = [re.match(r"answer\b\s*:?\s*\S", line, re.IGNORECASE) is not None for line in lines]
+    return len(lines) >= 2 and is_answer[-1] and not any(is_answer[:-1])
 
 
 def is_chain_of_step(text: str) -> bool:
@@ -67,25 +75,32 @@ def is_chain_of_step(text: str) -> bool:
     `<|answer_start|>..<|answer_end|>`. Names, thoughts and the answer are not empty, a reflection may be; between the
     parts stands only white space.
     """
+    # Texts and tokens in turn, beginning and ending with a text.
     parts = re.split(r"(<\|(?:reasoning|answer)_\w+\|>)", text)
-    tokens, between = [t[2:-2] for t in parts[1::2]], parts[::2]
-    filled = [bool(t.strip()) for t in between]
-    if tokens != _chain_tokens(tokens.count("reasoning_step_start")):
+    tokens = [part.removeprefix("<|").removesuffix("|>") for part in parts[1::2]]
+    first, *behind = [bool(part.strip()) for part in parts[::2]]
+    if first or tokens != _chain_tokens(tokens.count("reasoning_step_start")):
         return False
-    for i, token in enumerate(tokens):  # between[i + 1] follows token i
+    for token, has_text in zip(tokens, behind, strict=True):
         if token.endswith(("name_start", "thought_start")) or token == "answer_start":
-            if not filled[i + 1]:
+            if not has_text:
                 return False
-        elif filled[i + 1] and token != "reasoning_step_reflection_start":
+        elif has_text and token != "reasoning_step_reflection_start":
             return False
-    return not filled[0]
+    return True
 
 
 def _chain_tokens(steps: int) -> list[str]:
-    parts = [f"step_{part}_{end}" for part in ("name", "thought", "reflection") for end in ("start", "end")]
-    one = ["step_start", *parts, "step_end"]
-    chain = ["start", *one, *(["proceed", *one] * max(steps - 1, 0)), "end"]
-    return [f"reasoning_{t}" for t in chain] + ["answer_start", "answer_end"]
+    """The tokens of a chain of so many steps, without their bars; at least one step."""
+    step = ["step_start"]
+    for part in ("name", "thought", "reflection"):
+        step += [f"step_{part}_start", f"step_{part}_end"]
+    step.append("step_end")
+    chain = ["start", *step]
+    for _ in range(steps - 1):
+        chain += ["proceed", *step]
+    chain.append("end")
+    return [f"reasoning_{token}" for token in chain] + ["answer_start", "answer_end"]
 
 
 FORMATS: dict[str, Callable[[str], bool]] = {
@@ -105,7 +120,8 @@ class Format:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample."""
-        return [float(FORMATS[self.kind](completion(s))) for s in samples]
+        matches = FORMATS[self.kind]
+        return [float(matches(completion(sample))) for sample in samples]
 
 
 @declares(reads=("texts",))
@@ -122,23 +138,28 @@ def key_step_share(text: str, key_steps: KeySteps) -> float:
 
     A key step is found when one of its alternatives, lower-cased, is part of the lower-cased text.
     """
-    low = text.lower()
-    found = [any(a.lower() in low for a in ([k] if isinstance(k, str) else k)) for k in key_steps]
-    return sum(found) / len(found) if found else 0.0
+    if not key_steps:
+        return 0.0
+    lower = text.lower()
+    found = 0
+    for key_step in key_steps:
+        alternatives = [key_step] if isinstance(key_step, str) else key_step
+        found += any(alternative.lower() in lower for alternative in alternatives)
+    return found / len(key_steps)
 
 
 def step_bodies(text: str) -> list[str]:
-    """What stands under each `### Step k:` of the reply, up to the next `###`."""
+    """The text under each `### Step k:` of the reply, up to the next `###`."""
     return [body for name, body in header_parts(without_thinking(text)) if name.startswith("Step ")]
 
 
 def is_valid_reasoning(text: str) -> bool:
     """Complete and logical: the reply is a description, rationales, steps 1..n and one answer, none of them empty.
 
-    Headers may all stand on one line. What stands before the first one does not count.
+    Headers may all stand on one line. Text before the first one does not count.
     """
     parts = header_parts(without_thinking(text))
-    steps = [f"Step {k}" for k in range(1, len(parts) - 2)]
+    steps = [f"Step {number}" for number in range(1, len(parts) - 2)]
     in_order = ["Image Description", "Rationales", *steps, "The final answer is"]
     return bool(steps) and [name for name, _ in parts] == in_order and all(body for _, body in parts)
 
@@ -149,7 +170,7 @@ class StepRAR:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample, None where the reference names no key steps (an empty list scores 0)."""
-        return [_key_steps(s, " ".join(step_bodies(completion(s)))) for s in samples]
+        return [_key_steps(sample, " ".join(step_bodies(completion(sample)))) for sample in samples]
 
 
 @declares(reads=("texts",))
@@ -158,7 +179,7 @@ class StepRVR:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample."""
-        return [float(is_valid_reasoning(completion(s))) for s in samples]
+        return [float(is_valid_reasoning(completion(sample))) for sample in samples]
 
 
 @declares(reads=("texts",))
@@ -167,12 +188,13 @@ class KeyStepMatch:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample, None where the reference names no key steps (an empty list scores 0)."""
-        return [_key_steps(s, completion(s)) for s in samples]
+        return [_key_steps(sample, completion(sample)) for sample in samples]
 
 
 def _key_steps(sample: Sample, text: str) -> float | None:
-    keys = _needs(sample, "key_steps")
-    return None if keys is None else key_step_share(text, keys)
+    """The share of the sample's key steps in a text, None where its reference names none."""
+    key_steps = _in_reference(sample, "key_steps")
+    return None if key_steps is None else key_step_share(text, key_steps)
 
 
 # ---- LaV-CoT --------------------------------------------------------------------------------------------------------
@@ -185,13 +207,17 @@ def count_score(predicted: int | None, true: int) -> float:
 
 def edit_similarity(a: str, b: str) -> float:
     """1 - Levenshtein(a, b) / max(|a|, |b|), in [0, 1]; 1 for two empty texts. Takes O(|a| |b|)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
     longest = max(len(a), len(b))
-    return 1 - row[-1] / longest if longest else 1.0
+    if longest == 0:
+        return 1.0
+    # row[j]: the distance of the beginning of `a` to the first j letters of `b`
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        before, row = row, [i]
+        for j, other in enumerate(b, 1):
+            deleted, inserted, replaced = before[j] + 1, row[-1] + 1, before[j - 1] + (letter != other)
+            row.append(min(deleted, inserted, replaced))
+    return 1 - row[-1] / longest
 
 
 @declares(reads=("texts",))
@@ -212,28 +238,31 @@ class LavCot:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample, None where the reference has no answer."""
-        return [self._score(s) for s in samples]
+        return [self._score(sample) for sample in samples]
 
     def _score(self, sample: Sample) -> float | None:
-        text, right, count = completion(sample), _needs(sample, "answer"), _needs(sample, "count")
-        if right is None:
+        text = completion(sample)
+        right_answer, right_count = _in_reference(sample, "answer"), _in_reference(sample, "count")
+        if right_answer is None:
             return None
+        aspects = [float(is_think_answer(text)), float(bool(_tag(text, self.language_tag)))]
         answer = extract_answer(text)
-        aspects = [
-            float(is_think_answer(text)),
-            float(bool(_tag(text, self.language_tag))),
-            0.0 if answer is None else edit_similarity(normalise(answer), normalise(str(right))),
-        ]
-        if count is not None:
-            told = _tag(text, self.count_tag)
-            aspects.append(count_score(int(told) if re.fullmatch(r"[0-9]{1,9}", told) else None, int(count)))
+        if answer is None:
+            aspects.append(0.0)
+        else:
+            aspects.append(edit_similarity(normalise(answer), normalise(str(right_answer))))
+        if right_count is not None:
+            written = _tag(text, self.count_tag)
+            count = int(written) if re.fullmatch(r"[0-9]{1,9}", written) else None
+            aspects.append(count_score(count, int(right_count)))
         return sum(aspects) / len(aspects)
 
 
 def _tag(text: str, name: str) -> str:
     """Content of the last `<name>..</name>`, empty without one."""
     before, closing, _ = text.rpartition(f"</{name}>")
-    return before.rpartition(f"<{name}>")[2].strip() if closing and f"<{name}>" in before else ""
+    _, opening, content = before.rpartition(f"<{name}>")
+    return content.strip() if opening and closing else ""
 
 
 # ---- length ---------------------------------------------------------------------------------------------------------
@@ -246,8 +275,10 @@ def overlong(length: int, limit: int, buffer: int) -> float:
 
 def repeated_share(steps: Sequence[str]) -> float:
     """Share of steps, in [0, 1], whose text occurred before (spaces and case aside); 0 without steps."""
-    plain = [" ".join(s.split()).lower() for s in steps]
-    return 1 - len(set(plain)) / len(plain) if plain else 0.0
+    if not steps:
+        return 0.0
+    plain = [" ".join(step.split()).lower() for step in steps]
+    return 1 - len(set(plain)) / len(plain)
 
 
 def _lines(text: str) -> list[str]:
@@ -275,10 +306,14 @@ class LengthPenalty:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample."""
-        return [overlong(self._length(completion(s)), self.limit, self.buffer) for s in samples]
+        return [overlong(self._length(completion(sample)), self.limit, self.buffer) for sample in samples]
 
     def _length(self, text: str) -> int:
-        return {"words": len(text.split()), "characters": len(text), "steps": len(_lines(text))}[self.unit]
+        if self.unit == "words":
+            return len(text.split())
+        if self.unit == "steps":
+            return len(_lines(text))
+        return len(text)
 
 
 @declares(reads=("texts",))
@@ -287,7 +322,8 @@ class RepeatedSteps:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample."""
-        return [0.0 - repeated_share(_lines(completion(s))) for s in samples]
+        # From 0.0, so that no sample gets -0.0.
+        return [0.0 - repeated_share(_lines(completion(sample))) for sample in samples]
 
 
 # ---- visual actions (ViRL) ------------------------------------------------------------------------------------------
@@ -301,16 +337,22 @@ _BOX = re.compile(
 
 def parse_boxes(text: str) -> list[Box]:
     """Boxes of the visual actions in `text`, in order: `crop(1, 2, 3, 4)`, `"bbox_2d": [1, 2, 3, 4]`, `<box>[..]`."""
-    boxes = [tuple(float(v) for v in found) for found in _BOX.findall(text)]
-    return [(a, b, c, d) for a, b, c, d in boxes]
+    boxes = []
+    for numbers in _BOX.findall(text):
+        left, top, right, bottom = (float(number) for number in numbers)
+        boxes.append((left, top, right, bottom))
+    return boxes
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes, in [0, 1]; 0 for a box without area."""
-    sides = [max(0.0, min(a[2 + k], b[2 + k]) - max(a[k], b[k])) for k in (0, 1)]
-    areas = [max(0.0, x[2] - x[0]) * max(0.0, x[3] - x[1]) for x in (a, b)]
-    shared = sides[0] * sides[1]
-    return shared / (sum(areas) - shared) if min(areas) > 0 else 0.0
+    areas = [max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]) for box in (a, b)]
+    if min(areas) <= 0:
+        return 0.0
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    shared = width * height
+    return shared / (sum(areas) - shared)
 
 
 def action_credit(
@@ -324,16 +366,16 @@ def action_credit(
 ) -> list[float]:
     """Credit of each visual action, in order (ViRL's idea, our numbers).
 
-    An action hits the reference regions that it overlaps with IoU >= `threshold`. If one of them has not been found
-    before, the best overlapped of these now is, and the action gets `hit` * IoU; if all have, it is redundant and gets
+    An action hits the reference regions that it overlaps with IoU >= `threshold`. If one of them was not found before,
+    the best overlapped of these now is, and the action gets `hit` * IoU; if all were, it is redundant and gets
     `repeat`; an action that hits none gets `miss`.
     """
     found: set[int] = set()
     credits = []
     for box in boxes:
-        overlaps = {i: iou(box, r) for i, r in enumerate(references)}
-        hits = [i for i, x in overlaps.items() if x >= threshold]
-        new = [i for i in hits if i not in found]
+        overlaps = [iou(box, region) for region in references]
+        hits = [region for region, overlap in enumerate(overlaps) if overlap >= threshold]
+        new = [region for region in hits if region not in found]
         if new:
             best = max(new, key=overlaps.__getitem__)
             found.add(best)
@@ -364,8 +406,9 @@ class _ActionWeights:
         for region in regions:
             if len(region) != 4:
                 raise ValueError(f"prompt {prompt.id!r}: region {region} must be [left, top, right, bottom]")
-        how = {"threshold": self.threshold, "hit": self.hit, "repeat": self.repeat, "miss": self.miss}
-        return action_credit(parse_boxes(text), regions, **how)
+        return action_credit(
+            parse_boxes(text), regions, threshold=self.threshold, hit=self.hit, repeat=self.repeat, miss=self.miss
+        )
 
 
 @declares(reads=("texts",))
@@ -374,8 +417,8 @@ class ViRLAction(_ActionWeights):
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One number per sample, None where the reference has no regions."""
-        credits = [self.credit(completion(s), s.prompt) for s in samples]
-        return [None if c is None else float(sum(c)) for c in credits]
+        credits = [self.credit(completion(sample), sample.prompt) for sample in samples]
+        return [None if own is None else float(sum(own)) for own in credits]
 
 
 @declares(reads=("texts",))
@@ -384,11 +427,12 @@ class ViRLStep(_ActionWeights):
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(N,) float64, NaN for steps without an action and prompts without regions."""
-        return torch.tensor([self._step(v.prompt, v.before, v.text) for v in step_views(rollout)], dtype=torch.float64)
+        rewards = [self._step(view.prompt, view.before, view.text) for view in step_views(rollout)]
+        return torch.tensor(rewards, dtype=torch.float64)
 
     def _step(self, prompt: Prompt, before: Sequence[str], text: str) -> float:
-        own = len(parse_boxes(text))
-        if not own:
+        num_actions = len(parse_boxes(text))
+        if num_actions == 0:
             return math.nan
         credits = self.credit("\n".join([*before, text]), prompt)
-        return math.nan if credits is None else sum(credits[-own:])
+        return math.nan if credits is None else sum(credits[-num_actions:])

@@ -44,12 +44,14 @@ def image_key(image: Image.Image) -> str:
 
 
 def _decode(name: str, image: Image.Image) -> Image.Image:
+    """The picture as RGB; `name` is for messages."""
     try:
         image.load()
         return _to_rgb(name, ImageOps.exif_transpose(image))
     except ImageError:
         raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and others
+    except Exception as error:
+        # Decoders raise OSError, SyntaxError, struct.error, zlib.error and others.
         raise broken(name, error) from error
 
 
@@ -61,9 +63,10 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    out = image.convert("RGB")  # always a copy
-    out.info = {}  # the file's metadata, such as `transparency`, would be applied a second time
-    return out
+    rgb = image.convert("RGB")  # always a copy
+    # The file's metadata, such as `transparency`, would be applied a second time.
+    rgb.info = {}
+    return rgb
 
 
 def _to_8_bit(name: str, image: Image.Image) -> Image.Image:
@@ -71,7 +74,7 @@ def _to_8_bit(name: str, image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(f"{name} holds 32-bit integers beyond 0..65535; save it with 8 bit per channel")
-    grey = (values + 128) // 257
+    grey = (values + 128) // 257  # 65535 / 255 = 257
     key = image.info.get("transparency")
     if isinstance(key, int):
         grey[values == key] = 255
@@ -110,14 +113,14 @@ def smart_resize(height: int, width: int, budget: PixelBudget) -> tuple[int, int
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"picture {width}x{height} is longer than 200:1; crop it, Qwen's processor refuses it")
     f = budget.factor
-    new = round(height / f) * f, round(width / f) * f
-    if new[0] * new[1] > budget.max_pixels:
+    new_height, new_width = round(height / f) * f, round(width / f) * f
+    if new_height * new_width > budget.max_pixels:
         shrink = math.sqrt(height * width / budget.max_pixels)
         return max(f, math.floor(height / shrink / f) * f), max(f, math.floor(width / shrink / f) * f)
-    if new[0] * new[1] < budget.min_pixels:
+    if new_height * new_width < budget.min_pixels:
         grow = math.sqrt(budget.min_pixels / (height * width))
         return math.ceil(height * grow / f) * f, math.ceil(width * grow / f) * f
-    return new
+    return new_height, new_width
 
 
 def _check_sides(height: int, width: int) -> None:

@@ -1,5 +1,8 @@
 """Models and processors from folders: any vision-language family of transformers, without torchvision, without code
-from the folder."""
+from the folder.
+
+    hf, processor = load_model("folder"), load_processor("folder")
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Text of tokens that stand for pictures, films or sound, or frame them: <image>, <|vision_start|>, <IMG_CONTEXT>,
 # </img>, <global-img>, <row_1_col_2>, <fake_token_around_image>, <start_of_image>, [IMG_BREAK], ...
 _PLACEHOLDER = re.compile(r"[<\[].*(image|img|video|vision|audio|row_\d+_col_\d+).*[>\]]", re.IGNORECASE)
+
+# Names of a configuration's fields that hold the ids of such tokens: image_token_id, vision_start_token_id, ...
+_MEDIA_ID = re.compile(r"(image|video|audio|vision_\w+|boi|eoi|boa|eoa)_token_(id|index)")
 
 
 def is_vision(config: Any) -> bool:
@@ -53,7 +59,7 @@ def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = "sdpa"
 
 
 def load_processor(folder: str | Path) -> Any:
-    """What turns text and pictures into model inputs; the bare tokenizer where the model reads text only.
+    """The processor, which turns text and pictures into model inputs; the tokenizer where the model reads text only.
 
     Processors that also read films want a video processor, which needs torchvision. Here every processor is put
     together from tokenizer and image processor (PIL backend) alone. Pixels are then those of Pillow, whatever else a
@@ -102,6 +108,7 @@ def image_only(processor_class: Any) -> Any:
     if "video_processor" not in processor_class.get_attributes():
         return processor_class
 
+    # These functions are methods of the new class; `super` needs it by name, which is bound below.
     def to_dict(self: Any) -> dict[str, Any]:
         shared = ("size", "patch_size", "temporal_patch_size", "merge_size")
         pictures = self.image_processor.to_dict()
@@ -173,8 +180,8 @@ def vision_tower(model: Any) -> nn.Module | None:
     inner = bare(model)
     tower = inner.get_encoder(modality="image")
     if tower is inner or not isinstance(tower, nn.Module):
-        raise ValueError(f"{type(inner).__name__} has no vision tower under a known name; its parts are "
-                         f"{[name for name, _ in inner.named_children()]}")  # fmt: skip
+        parts = [name for name, _ in inner.named_children()]
+        raise ValueError(f"{type(inner).__name__} has no vision tower under a known name; its parts are {parts}")
     return tower
 
 
@@ -193,7 +200,7 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
         ValueError: neither names one, so that no completion would end.
     """
     named = attribute(attribute(model, "generation_config"), "eos_token_id")
-    ids = {int(i) for i in (*_as_list(named), tokenizer.eos_token_id) if i is not None}
+    ids = {int(token) for token in (*_as_list(named), tokenizer.eos_token_id) if token is not None}
     if not ids:
         raise ValueError("no end-of-sequence token: set eos_token_id in the model's generation_config.json")
     return ids
@@ -206,19 +213,20 @@ def banned_ids(config: Any, tokenizer: Any, *, keep: Collection[int] = ()) -> li
     End tokens of config and tokenizer stay allowed, even where one doubles as padding, and so do the ids in `keep`:
     give `eos_ids(model, tokenizer)`, since a generation config may name more of them.
     """
-    named = {
-        value
-        for key, value in config.to_dict().items()
-        if re.fullmatch(r"(image|video|audio|vision_\w+|boi|eoi|boa|eoa)_token_(id|index)", key)
-    }
-    in_text = {index for text, index in tokenizer.get_added_vocab().items() if _PLACEHOLDER.fullmatch(text)}
-    padding = {tokenizer.pad_token_id, attribute(config, "pad_token_id")}
+    candidates = {tokenizer.pad_token_id, attribute(config, "pad_token_id")}
+    for key, value in config.to_dict().items():
+        if _MEDIA_ID.fullmatch(key):
+            candidates.add(value)
+    for text, token in tokenizer.get_added_vocab().items():
+        if _PLACEHOLDER.fullmatch(text):
+            candidates.add(token)
     text_config = config.get_text_config()
     ends = {tokenizer.eos_token_id, *keep}
     for part in (config, text_config):
         ends |= set(_as_list(attribute(part, "eos_token_id")))
+    # Some configurations name ids outside of the vocabulary, such as -1.
     size = max(text_config.vocab_size, len(tokenizer))
-    return sorted(int(i) for i in (named | in_text | padding) - ends if i is not None and 0 <= i < size)
+    return sorted(int(token) for token in candidates - ends if token is not None and 0 <= token < size)
 
 
 def save_model(model: Any, processor: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -273,12 +281,13 @@ def _config(folder: str | Path) -> Any:
 
 
 def _tokenizer(folder: str | Path) -> Any:
-    """Of a folder that names the generic class, tokenizer.json is the authority: for some model types (Qwen2 among
-    them) AutoTokenizer puts the family's own rules in its place, silently, and white space is lost."""
+    """The tokenizer of a folder."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = Path(folder) / "tokenizer_config.json"
     named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    # Of a folder that names the generic class, tokenizer.json is the authority: for some model types (Qwen2 among
+    # them) AutoTokenizer puts the family's own rules in its place, silently, and white space is lost.
     kind = PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
     return kind.from_pretrained(str(folder), **_local(folder))
 
@@ -307,9 +316,14 @@ def _processor_class(folder: str | Path, config: Any) -> Any:
 
 
 def _check_image_token(folder: str | Path, config: Any, tokenizer: Any) -> None:
-    """An image token that the tokenizer cuts into characters shows only as a count mismatch, much later."""
+    """Raise ValueError unless the model's image token is one token of the tokenizer.
+
+    If the tokenizer cuts it into characters, that shows only as a count mismatch, much later.
+    """
     token = image_token_id(config)
-    text = tokenizer.convert_ids_to_tokens(token) if token is not None and token < len(tokenizer) else None
+    text = None
+    if token is not None and token < len(tokenizer):
+        text = tokenizer.convert_ids_to_tokens(token)
     if text is None or tokenizer(text, add_special_tokens=False)["input_ids"] != [token]:
         raise ValueError(
             f"{folder}: the model's image token {token} ({text!r}) is not one token of the tokenizer. "

@@ -1,4 +1,4 @@
-"""What a vision-language policy is told beside its model: the part of a recipe's `policy:` that needs no weights."""
+"""Options of a vision-language policy beside its model: the part of a recipe's `policy:` that needs no weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKEN_DEFAULTS = {"loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_form": "
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """How prompts are put, completions sampled, and updates laid out.
+    """Options for prompts, for sampling and for the layout of updates.
 
     temperature: above 0; divides the logits in rollout and update. eval_temperature: 0 evaluates greedily.
     max_new_tokens: longest completion. max_steps: depth from which a completion is no longer cut into steps.

@@ -1,4 +1,10 @@
-"""Prompts become tokens: chat template, images by the model's own processor, placeholders expanded and counted."""
+"""Prompts become tokens: chat template, images by the model's own processor, placeholders expanded and counted.
+
+Prompt("a", {"question": "How many?", "images": ["a.png"]})
+-> turns     user: (picture, "How many?")
+-> text      <|im_start|>user <|vision_start|><|image_pad|><|vision_end|>How many?<|im_end|> ...
+-> tokens    the ids of that text, with one <|image_pad|> for every feature of the picture, and its pixels
+"""
 
 from __future__ import annotations
 
@@ -23,11 +29,14 @@ from vision.inputs.loading import banned_ids, eos_ids, image_token_id, is_vision
 from vision.inputs.options import PolicyOptions
 from vision.inputs.tokens import Pixels, PromptTokens
 
-_CUT = "\ue001"  # a private character that no template touches
+# A character of no language, at which a rendered template is cut: no template touches it.
+_CUT = "\ue001"
+
+# Outputs of a processor that are not about pictures.
 _TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
-
-ENCODED_BYTES = 2**30  # of prompts of earlier iterations; one with a picture of a megapixel takes 25 MB
+# Memory for prompts of earlier iterations; one with a picture of a megapixel takes 25 MB.
+ENCODED_BYTES = 2**30
 
 
 class PromptError(ValueError):
@@ -48,8 +57,9 @@ class Turn:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all pictures stand in front."""
-        return None not in self.parts[len(self.parts) - len(self.texts) :]
+        """Whether all pictures stand before the texts."""
+        num_pictures = self.parts.count(None)
+        return None not in self.parts[num_pictures:]
 
     def then(self, text: str) -> Turn:
         """The turn with more text at its end."""
@@ -60,8 +70,9 @@ class Turn:
 
 
 class PromptEncoder:
-    """Encodes prompts, each once an iteration: what an iteration uses is kept until the next one begins, and up to
-    `ENCODED_BYTES` of what came before.
+    """Encodes prompts, each once an iteration.
+
+    The prompts of an iteration are kept until the next one begins, and up to `ENCODED_BYTES` of earlier ones.
 
     Args:
         hf: the model; read for its configuration and its rotary rule.
@@ -72,9 +83,15 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, hf: Any, processor: Any, options: PolicyOptions, *, limits: Limits | None = None,
-        keep_images: bool = False, opening: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        hf: Any,
+        processor: Any,
+        options: PolicyOptions,
+        *,
+        limits: Limits | None = None,
+        keep_images: bool = False,
+        opening: str | None = None,
+    ) -> None:
         self._model, self.processor, self.options = bare(hf), processor, options
         self.tokenizer = tokenizer_of(processor)
         self.limits, self.keep_images, self.opening = limits, keep_images, opening
@@ -89,19 +106,20 @@ class PromptEncoder:
         Raises:
             PromptError: a broken or missing image, placeholders in the text, images unlike placeholders, too long.
         """
-        key = self.key(prompt)  # by content: training and evaluation files may use an id twice
-        known: PromptTokens | None = self._kept.get(key)
-        if known is None:
-            known = self._encode(prompt)
-            self._kept.put(key, known, size_in_bytes(known))
-        return known
+        # By content: training and evaluation files may use an id twice.
+        key = self.key(prompt)
+        tokens: PromptTokens | None = self._kept.get(key)
+        if tokens is None:
+            tokens = self._encode(prompt)
+            self._kept.put(key, tokens, size_in_bytes(tokens))
+        return tokens
 
     def begin_iteration(self) -> None:
-        """Let go of the last iteration's prompts; those encoded or asked for from now on stay until the next call."""
+        """Give up the last iteration's prompts; those that are used from now on stay until the next call."""
         self._kept.begin_iteration()
 
     def key(self, prompt: Prompt) -> tuple[str, ...]:
-        """What decides a prompt's tokens."""
+        """The inputs on which a prompt's tokens depend."""
         inputs = prompt.inputs
         shown = (inputs.get("images") or [], inputs.get("videos") or [], inputs.get("history") or [])
         return (str(inputs.get("question", "")), *(str(part) for part in shown))
@@ -123,17 +141,24 @@ class PromptEncoder:
     def rope(self, ids: Tensor, types: Tensor, shown: Sequence[Pixels]) -> Tensor:
         """(3, L) rotary positions of one row by the model's own rule; films are spaced by their seconds.
 
-        What follows a film goes on behind its largest position, as in the models' release and in vLLM; transformers
-        from 5.3 on lets text overlap a film's later rows in time.
+        Text behind a film goes on after its largest position, as in the models' release and in vLLM; transformers
+        from 5.3 on lets it overlap the film's later rows in time.
         """
-        grids = {k: [p.tensors["image_grid_thw"] for p in shown if p.kind == k] for k in ("image", "video")}
-        given = {f"{k}_grid_thw": torch.cat(v) for k, v in grids.items() if v}
-        if grids["video"]:
-            given["second_per_grid_ts"] = torch.tensor([p.seconds for p in shown if p.kind == "video"])
-        found, _ = self._model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **given)
-        positions: Tensor = found[:, 0]
-        film = types == 2
-        for end in (film[:-1] & ~film[1:]).nonzero().flatten().tolist():
+        grids: dict[str, list[Tensor]] = {}
+        seconds = []
+        for pixels in shown:
+            grids.setdefault(pixels.kind, []).append(pixels.tensors["image_grid_thw"])
+            if pixels.kind == "video":
+                seconds.append(pixels.seconds)
+        media = {f"{kind}_grid_thw": torch.cat(own) for kind, own in grids.items()}
+        if seconds:
+            media["second_per_grid_ts"] = torch.tensor(seconds)
+        # (3, 1, L): time, row and column
+        batch_positions, _ = self._model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **media)
+        positions: Tensor = batch_positions[:, 0]
+        is_film = types == 2
+        last_of_film = is_film[:-1] & ~is_film[1:]
+        for end in last_of_film.nonzero().flatten().tolist():
             gap = int(positions[:, : end + 1].max()) + 1 - int(positions[:, end + 1].min())
             positions[:, end + 1 :] += max(gap, 0)
         return positions
@@ -142,21 +167,22 @@ class PromptEncoder:
         """Tokens of a text whose placeholders are spelt out, one per feature; for observations and films.
 
         Raises:
-            PromptError: as many placeholders as `pixels` has features are not there.
+            PromptError: the placeholders are not as many as the features of `pixels`.
         """
         ids = tokenise(self.tokenizer, text)
         types = torch.zeros_like(ids)
-        for value, token in enumerate((self.image_token, self.video_token), 1):
-            types[ids == token] = value
-        due = 0
+        types[ids == self.image_token] = 1
+        types[ids == self.video_token] = 2
+        num_features = 0
         if pixels is not None:
             merge = self._model.config.vision_config.spatial_merge_size
-            due = int(pixels.tensors["image_grid_thw"].prod(-1).sum()) // merge**2
-        if int((types > 0).sum()) != due:
-            raise PromptError(f"{int((types > 0).sum())} placeholders for {due} features in {text[:80]!r}")
+            num_features = int(pixels.tensors["image_grid_thw"].prod(-1).sum()) // merge**2
+        if int((types > 0).sum()) != num_features:
+            raise PromptError(f"{int((types > 0).sum())} placeholders for {num_features} features in {text[:80]!r}")
         return self._placed(ids, types, pixels, text, pictures)
 
     def _encode(self, prompt: Prompt) -> PromptTokens:
+        """The tokens of a prompt that is in no cache."""
         question = self._question(prompt)
         paths = prompt.inputs.get("images") or []
         films = prompt.inputs.get("videos") or []
@@ -180,9 +206,14 @@ class PromptEncoder:
         return self._tokens(pictures, turns, prompt.id)
 
     def _question(self, prompt: Prompt) -> str:
+        """The prompt's question.
+
+        Raises:
+            PromptError: it, or an earlier turn, is no sound text or holds a placeholder of the model.
+        """
         question = str(prompt.inputs.get("question", ""))
-        said = [question, *(str(turn["content"]) for turn in prompt.inputs.get("history") or [])]
-        whole = "\n".join(said)
+        history = [str(turn["content"]) for turn in prompt.inputs.get("history") or []]
+        whole = "\n".join([question, *history])
         fault = broken_text(whole)
         if fault:
             raise PromptError(f"prompt {prompt.id!r}: its text {fault}")
@@ -197,15 +228,23 @@ class PromptEncoder:
         return question
 
     def _tokens(self, pictures: Sequence[Image.Image], turns: Sequence[Turn], name: str) -> PromptTokens:
+        """The tokens of turns with their pictures; `name` is for messages."""
         text = self._render(turns, name)
-        made: Any = {}
+        outputs: Any = {}
         if pictures:
-            # the text has its special tokens, so the processor's tokenizer must not add them once more
-            made = self.processor(text=[text], images=[list(pictures)], return_tensors="pt", add_special_tokens=False)
-        ids = made["input_ids"][0] if pictures else tokenise(self.tokenizer, text)
-        types = (ids == self.image_token).long() if self.image_token is not None else torch.zeros_like(ids)
+            # The text has its special tokens, so the processor's tokenizer must not add them once more.
+            outputs = self.processor(
+                text=[text], images=[list(pictures)], return_tensors="pt", add_special_tokens=False
+            )
+            ids = outputs["input_ids"][0]
+        else:
+            ids = tokenise(self.tokenizer, text)
+        if self.image_token is None:
+            types = torch.zeros_like(ids)
+        else:
+            types = (ids == self.image_token).long()
         self._check_length(name, types, f"{len(pictures)} images")
-        pixels = self._pixels(made, pictures) if pictures else None
+        pixels = self._pixels(outputs, pictures) if pictures else None
         return self._placed(ids, types, pixels, text, pictures)
 
     def _check_length(self, name: str, types: Tensor, media: str) -> None:
@@ -219,20 +258,25 @@ class PromptEncoder:
     def _placed(
         self, ids: Tensor, types: Tensor, pixels: Pixels | None, text: str, pictures: Sequence[Image.Image]
     ) -> PromptTokens:
+        """The tokens with their positions: (L,), or (3, L) where the model has a rotary rule of its own."""
         positions = torch.arange(len(ids))
         if attribute(attribute(self._model, "model"), "get_rope_index") is not None:
             positions = self.rope(ids, types, [pixels] if pixels else [])
         kept = tuple(pictures) if self.keep_images else ()
         return PromptTokens(ids, types, positions, int(positions.max()) + 1, text, kept, pixels)
 
-    def _pixels(self, made: Any, pictures: Sequence[Image.Image]) -> Pixels:
-        takes = inspect.signature(self._model.model.get_image_features).parameters
-        tensors = {k: v for k, v in made.items() if k not in _TEXT_OUTPUTS and k in takes}
-        return Pixels("/".join(image_key(p) for p in pictures), tensors)
+    def _pixels(self, outputs: Any, pictures: Sequence[Image.Image]) -> Pixels:
+        """Those outputs of the processor that the model's image encoder takes."""
+        parameters = inspect.signature(self._model.model.get_image_features).parameters
+        tensors = {}
+        for name, tensor in outputs.items():
+            if name not in _TEXT_OUTPUTS and name in parameters:
+                tensors[name] = tensor
+        return Pixels("/".join(image_key(picture) for picture in pictures), tensors)
 
     def turns(self) -> tuple[str, str]:
-        """What the chat template writes between a user's turn and the model's answer, and between that answer and the
-        next user's turn.
+        """The texts that the chat template writes between a user's turn and the model's answer, and between that
+        answer and the next user's turn.
 
         Raises:
             PromptError: the processor has no chat template.
@@ -254,28 +298,36 @@ class PromptEncoder:
         return self._filled([self._message(turn) for turn in turns], answer)
 
     def _filled(self, messages: Sequence[dict[str, Any]], answer: bool) -> str:
+        """The chat template filled with messages, up to where the model's turn begins if `answer`.
+
+        Raises:
+            PromptError: there is no template, or it refuses the messages.
+        """
         owner = self.processor if attribute(self.processor, "chat_template") else self.tokenizer
         if not attribute(owner, "chat_template"):
             raise PromptError("the processor has no chat template; save one with it")
         try:
             return str(owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-        except Exception as error:  # templates raise what they like
-            plain = [_plain(m) for m in messages]
-            if None not in plain and plain != list(messages):
-                return self._filled([m for m in plain if m is not None], answer)
-            roles = ", ".join(str(m["role"]) for m in messages)
-            pictures = None in plain
-            ways = ["give the model's folder another chat_template.jinja"]
+        except Exception as error:
+            # Templates raise whatever they like. Some know no parts, only texts.
+            plain = [_plain(message) for message in messages]
+            has_pictures = None in plain
+            if not has_pictures and plain != list(messages):
+                return self._filled([message for message in plain if message is not None], answer)
+            remedies = []
+            if has_pictures:
+                remedies.append("take a template that places pictures (content as a list of parts)")
             if self.options.system:
-                ways.insert(0, "leave policy.system out")
-            if pictures:
-                ways.insert(0, "take a template that places pictures (content as a list of parts)")
+                remedies.append("leave policy.system out")
+            remedies.append("give the model's folder another chat_template.jinja")
+            roles = ", ".join(str(message["role"]) for message in messages)
             raise PromptError(
-                f"the chat template refuses turns of {roles} ({type(error).__name__}: {error}); " + ", or ".join(ways)
+                f"the chat template refuses turns of {roles} ({type(error).__name__}: {error}); "
+                + ", or ".join(remedies)
             ) from error
 
     def _render(self, turns: Sequence[Turn], name: str) -> str:
-        """The whole prompt as text, special tokens included: what `tokenise` makes ids of.
+        """The whole prompt as text, special tokens included, as `tokenise` takes it.
 
         Raises:
             PromptError: the chat template refuses prompt `name`.
@@ -295,50 +347,63 @@ class PromptEncoder:
     def _rendered(self, turns: Sequence[Turn]) -> str:
         """The turns behind the system text, by the chat template; a row's own system turn replaces the option's."""
         *before, last = turns
-        after = f"\n{self.options.instruction}" if self.options.instruction else ""
-        last = last.then(after + (self.opening or ""))
+        instruction = f"\n{self.options.instruction}" if self.options.instruction else ""
+        last = last.then(instruction + (self.opening or ""))
         system = self.options.system
         if before and before[0].role == "system":
             system, before = "".join(before[0].texts), before[1:]
         if not self.tokenizer.chat_template and not attribute(self.processor, "chat_template"):
             if before or None in last.parts:
-                what = "earlier turns cannot be shown" if before else "images cannot be placed"
-                raise PromptError(f"the processor has no chat template, so {what}; save one with it")
-            text, end = "".join(last.texts), "\n" if self.opening is None else ""
-            return f"{system}\n{text}{end}" if system else f"{text}{end}"
+                problem = "earlier turns cannot be shown" if before else "images cannot be placed"
+                raise PromptError(f"the processor has no chat template, so {problem}; save one with it")
+            lines = [system] if system else []
+            lines.append("".join(last.texts))
+            if self.opening is None:
+                lines.append("")
+            return "\n".join(lines)
         head = [Turn("system", (system,))] if system else []
         if self.opening is None:
             return self._template([*head, *before, last], True)
         return self._template([*head, *before, last.then(_CUT)], False).split(_CUT)[0]
 
     def _check_places(self, turns: Sequence[Turn]) -> None:
-        """Look whether the chat template puts pictures where the turns have them.
+        """Check that the chat template puts pictures where the turns have them.
 
         Raises:
             PromptError: it does not.
         """
-        # (gaps between texts with pictures shown, without) as the template fills them, and pictures that belong there
-        shown, plain, due = self._gaps(turns, True), self._gaps(turns, False), [0]
-        for part in (part for turn in turns for part in turn.parts):
-            if part is None:
-                due[-1] += 1
-            else:
-                due.append(0)
-        if [a != b for a, b in zip(shown, plain, strict=True)] != [n > 0 for n in due]:
+        # Whether there is a picture in each gap between two texts, by the turns
+        expected = [False]
+        for turn in turns:
+            for part in turn.parts:
+                if part is None:
+                    expected[-1] = True
+                else:
+                    expected.append(False)
+        # and by the template: it writes something else there when pictures are left out.
+        shown, plain = self._gaps(turns, True), self._gaps(turns, False)
+        placed = [gap != plain_gap for gap, plain_gap in zip(shown, plain, strict=True)]
+        if placed != expected:
             raise PromptError(
                 "the chat template puts pictures elsewhere than where the row has them, between words; take another "
                 "template, or rows with pictures in front"
             )
 
     def _gaps(self, turns: Sequence[Turn], pictures: bool) -> list[str]:
-        """What the template writes around the texts of the turns, with their pictures or without them."""
+        """The texts that the template writes around those of the turns, with their pictures or without them."""
         marked = []
         for turn in turns:
-            parts = tuple(None if part is None else _CUT for part in turn.parts if pictures or part is not None)
-            marked.append(Turn(turn.role, parts))
+            parts: list[str | None] = []
+            for part in turn.parts:
+                if part is not None:
+                    parts.append(_CUT)
+                elif pictures:
+                    parts.append(None)
+            marked.append(Turn(turn.role, tuple(parts)))
         return self._template(marked, True).split(_CUT)
 
     def _reserved_texts(self) -> list[str]:
+        """The texts of the model's placeholders, which no question may hold."""
         added = self.tokenizer.get_added_vocab()
         banned = set(banned_ids(self._model.config, self.tokenizer, keep=eos_ids(self._model, self.tokenizer)))
         return [text for text, i in added.items() if i in banned]
@@ -350,13 +415,14 @@ def turns_of(prompt: Prompt, question: str, pictures: int) -> list[Turn]:
     Raises:
         PromptError: marks and pictures differ in number.
     """
-    turns = [Turn(t["role"], _parts(t["content"], pictures)) for t in prompt.inputs.get("history") or []]
-    left = pictures - sum(turn.parts.count(None) for turn in turns)
+    history = prompt.inputs.get("history") or []
+    turns = [Turn(turn["role"], _parts(turn["content"], pictures)) for turn in history]
+    remaining = pictures - sum(turn.parts.count(None) for turn in turns)
     parts = _parts(question, pictures)
     if None not in parts:
-        parts = (None,) * left + parts
-    if parts.count(None) != left:
-        marks = pictures - left + parts.count(None)
+        parts = (None,) * remaining + parts
+    if parts.count(None) != remaining:
+        marks = pictures - remaining + parts.count(None)
         raise PromptError(f"{marks} {IMAGE_MARK} in the text for {pictures} pictures")
     return [*turns, Turn("user", parts)]
 
@@ -366,11 +432,16 @@ def _parts(text: str, pictures: int) -> tuple[str | None, ...]:
     if not pictures:
         return (text,)
     parts: list[str | None] = []
-    for i, piece in enumerate(text.split(IMAGE_MARK)):
-        parts += [None] if i else []
-        parts += [piece] if piece else []
-    # templates look at the first part of a turn, and `_check_places` renders turns without their pictures
-    return tuple(parts) if any(parts) else (*parts, "")
+    for index, piece in enumerate(text.split(IMAGE_MARK)):
+        if index > 0:
+            parts.append(None)
+        if piece:
+            parts.append(piece)
+    # At least one text: templates look at the first part of a turn, and `_check_places` renders turns without
+    # pictures.
+    if not any(parts):
+        parts.append("")
+    return tuple(parts)
 
 
 def tokenise(tokenizer: Any, text: str) -> Tensor:
@@ -385,12 +456,16 @@ def _plain(message: dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(content, str):
         return message
     texts = [part["text"] for part in content if part["type"] == "text"]
-    return message | {"content": "".join(texts)} if len(texts) == len(content) else None
+    if len(texts) < len(content):
+        return None
+    return message | {"content": "".join(texts)}
 
 
 def size_in_bytes(tokens: PromptTokens) -> int:
     """Memory that encoded tokens hold, pictures included."""
-    pixels = tokens.pixels.tensors.values() if tokens.pixels else ()
-    tensors = (tokens.ids, tokens.types, tokens.positions, *pixels)
-    pictures = sum(3 * i.width * i.height for i in tokens.images)
-    return sum(t.numel() * t.element_size() for t in tensors) + len(tokens.text) + pictures
+    tensors = [tokens.ids, tokens.types, tokens.positions]
+    if tokens.pixels:
+        tensors += tokens.pixels.tensors.values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    pictures = sum(3 * picture.width * picture.height for picture in tokens.images)
+    return size + pictures + len(tokens.text)

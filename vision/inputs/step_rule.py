@@ -1,5 +1,9 @@
-"""Where a sampled step ends: a rule on token ids or on how sure the policy was, so that spans are those of what was
-sampled."""
+"""Rules for the end of a sampled step, on token ids or on how sure the policy was; ids are never tokenised again.
+
+rule = step_rule(tokenizer, "line")
+rule.ends_step([12, 7])  # asked while sampling: has the step that began with token 12 ended?
+rule.split_ids([12, 7, 31, 7])  # the spans of a whole response: [(0, 2), (2, 4)]
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from mmrl.registry import Kind, add_kind, build_section, register
 
-# a blank is ASCII white space: its bytes never are part of another character, so tables of single tokens are exact
+# Blank is ASCII white space: its bytes are never part of another character, so tables of single tokens are exact.
 _BLANK = " \t\n\r\v\f"
 
 # (tokenizer, width of the logits) -> StepRule
@@ -27,7 +31,7 @@ class StepRule:
     A step ends after the token that holds the last character of the first separator which follows some content.
     Whatever else that token holds belongs to the ended step too: ids are never split. Content is anything but white
     space, separators, and the tokenizer's bos, eos and pad tokens. Separators before any content end nothing; they are
-    the beginning of the next step. What ends a whole response (eos, length) is the caller's to know.
+    the beginning of the next step. The end of a whole response (eos, length) is the caller's business.
 
     Each token is decoded once, behind another one (so that a leading space is kept), and the rule reads these texts
     alone. It needs no tokenizer while sampling.
@@ -48,11 +52,11 @@ class StepRule:
 
     def _make(self, texts: list[str], separator: str, last: str) -> None:
         self._texts = texts
-        # possessive: once leading separators are skipped, none of them may be taken for the end
+        # Possessive (`*+`): once leading separators are skipped, none of them may be taken for the end.
         leading = rf"(?:{separator}|[{_BLANK}])*+"
         self._blank = re.compile(leading)
         self._ended = re.compile(rf"{leading}(?s:.)*?{separator}")
-        self.candidates = torch.tensor([last in t for t in texts])
+        self.candidates = torch.tensor([last in text for text in texts])
         if not self.candidates.any():
             raise ValueError(f"no token holds {last!r}, so this rule would never end a step; choose another rule")
         self._may_end: list[bool] = self.candidates.tolist()
@@ -64,7 +68,10 @@ class StepRule:
         """
         if not ids or not self._may_end[ids[-1]]:
             return False
-        return self._ended.match("".join([self._texts[i] for i in ids])) is not None
+        return self._ended.match(self._text(ids)) is not None
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return "".join([self._texts[token] for token in ids])
 
     def split_ids(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Half-open spans of the steps of a sampled response; they tile 0..len(ids).
@@ -74,14 +81,17 @@ class StepRule:
         """
         spans, start = [], 0
         for end, token in enumerate(ids, start=1):
-            if self._may_end[token] and self.ends_step(ids[start:end]):  # without the first check, a copy per token
+            # The first check saves a copy of the step for every token.
+            if self._may_end[token] and self.ends_step(ids[start:end]):
                 spans.append((start, end))
                 start = end
-        return [*spans, (start, len(ids))] if start < len(ids) else spans
+        if start < len(ids):
+            spans.append((start, len(ids)))
+        return spans
 
     def is_blank(self, ids: Sequence[int]) -> bool:
         """Whether `ids` bring no content: white space, separators, bos, eos and pad alone."""
-        return self._blank.fullmatch("".join([self._texts[i] for i in ids])) is not None
+        return self._blank.fullmatch(self._text(ids)) is not None
 
 
 class TokenRule(StepRule):
@@ -92,12 +102,12 @@ class TokenRule(StepRule):
         Raises:
             ValueError: `token` is none of this tokenizer.
         """
-        found = tokenizer.convert_tokens_to_ids(token)
-        if found is None or found == tokenizer.unk_token_id:
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or token_id == tokenizer.unk_token_id:
             raise ValueError(f"{token!r} is no token of this tokenizer; add it as a special token first")
-        private = "\ue000"  # stands for the token
-        texts = [t.replace(private, "?") for t in token_texts(tokenizer, vocab_size)]
-        texts[int(found)] = private
+        private = "\ue000"  # a character of no language stands for the token
+        texts = [text.replace(private, "?") for text in token_texts(tokenizer, vocab_size)]
+        texts[int(token_id)] = private
         self._make(texts, private, private)
 
 
@@ -118,8 +128,10 @@ class UnsureRule(StepRule):
         self._may_end = self.candidates.tolist()
 
     def unsure(self, logp: Tensor, entropy: Tensor) -> Tensor:
-        """(R,) bool from the log-probs of the tokens drawn and the entropies of what they were drawn from, in nats."""
-        return entropy > self.limit if self.measure == "entropy" else logp <= math.log(self.limit)
+        """(R,) bool from the log-probs of R drawn tokens and the entropies of their distributions, in nats."""
+        if self.measure == "entropy":
+            return entropy > self.limit
+        return logp <= math.log(self.limit)
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -184,11 +196,14 @@ def token_texts(tokenizer: Any, vocab_size: int | None = None) -> list[str]:
         raise ValueError(
             f"vocab_size={vocab_size} is smaller than the tokenizer's {size}; give the width of the logits"
         )
+    # Alone, a token would lose its leading space in some tokenizers.
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before = len(tokenizer.decode([anchor], **options))
-    texts = [t[before:] for t in tokenizer.batch_decode([[anchor, i] for i in range(size)], **options)]
-    for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        if i is not None:
-            texts[i] = ""
-    return texts + [""] * ((vocab_size or size) - size)
+    anchor_length = len(tokenizer.decode([anchor], **options))
+    pairs = [[anchor, token] for token in range(size)]
+    texts = [text[anchor_length:] for text in tokenizer.batch_decode(pairs, **options)]
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            texts[token] = ""
+    beyond = (vocab_size or size) - size
+    return texts + [""] * beyond

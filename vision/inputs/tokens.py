@@ -25,12 +25,12 @@ class Pixels:
 
     @property
     def kind(self) -> Literal["image", "video"]:
-        """Which placeholders stand for it."""
+        """The kind of placeholder that stands for it."""
         return "video" if self.seconds else "image"
 
     @property
     def blank(self) -> Pixels:
-        """Of the same size with nothing to see: every pixel is what the family's normalisation takes for the mean."""
+        """Pixels of the same size with nothing to see: 0, which normalisation makes of the mean colour."""
         values = torch.zeros_like(self.tensors["pixel_values"])
         return replace(self, key=f"{self.key}/blank", tensors={**self.tensors, "pixel_values": values})
 
@@ -64,9 +64,14 @@ class PromptTokens:
         """The same prompt with tokens (n,) already written after it."""
         if not len(ids):
             return self
-        new = torch.arange(self.next_position, self.next_position + len(ids)).expand(*self.positions.shape[:-1], -1)
+        next_position = self.next_position + len(ids)
+        # (n,) or (3, n): a text token has the same position in time, row and column
+        positions = torch.arange(self.next_position, next_position).expand(*self.positions.shape[:-1], -1)
         return replace(
-            self, ids=torch.cat([self.ids, ids]), types=torch.cat([self.types, torch.zeros_like(ids)]),
-            positions=torch.cat([self.positions, new], -1), next_position=self.next_position + len(ids),
+            self,
+            ids=torch.cat([self.ids, ids]),
+            types=torch.cat([self.types, torch.zeros_like(ids)]),
+            positions=torch.cat([self.positions, positions], -1),
+            next_position=next_position,
             written=self.written + len(ids),
-        )  # fmt: skip
+        )
