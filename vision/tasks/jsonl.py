@@ -60,6 +60,7 @@ class JsonlTask:
         sizes: dict[Path, tuple[int, int]] = {}
 
         def make(row: Mapping[str, Any], name: str) -> Prompt:
+            """The prompt of a row whose answer can be read."""
             prompt = row_prompt(row, name, columns, media_root, sizes)
             check_answer(prompt.reference["answer"], prompt.inputs.get("options", ()))
             return prompt
@@ -86,8 +87,11 @@ def answered(samples: Sequence[Sample]) -> float:
 
 def states_answer(sample: Sample) -> bool:
     """The output has an answer that rewards can read (`extract_answer`), or chooses one of the prompt's options."""
-    text, options = str(sample.output), sample.prompt.inputs.get("options")
-    return extract_answer(text) is not None or bool(options and choice_letter(final_line(text), options))
+    text = str(sample.output)
+    if extract_answer(text) is not None:
+        return True
+    options = sample.prompt.inputs.get("options")
+    return bool(options and choice_letter(final_line(text), options))
 
 
 def load_prompts(
@@ -98,21 +102,27 @@ def load_prompts(
     Raises:
         ValueError: the file is missing, has no usable row, or its share of bad rows is above `max_bad`.
     """
-    return read_rows(file, lambda *row: [make(*row)], max_bad=max_bad, key=lambda p: p.id, limit=limit)
+
+    def prompts_of(row: Mapping[str, Any], name: str) -> list[Prompt]:
+        return [make(row, name)]
+
+    return read_rows(file, prompts_of, max_bad=max_bad, key=lambda prompt: prompt.id, limit=limit)
 
 
 def row_prompt(
     row: Mapping[str, Any], name: str, columns: Columns, root: str | Path, sizes: dict[Path, tuple[int, int]]
 ) -> Prompt:
-    """The prompt of one row; `sizes` remembers pictures whose header was read.
+    """The prompt of one row.
 
+    Args:
+        name: its `file:row`. root: folder of pictures. sizes: of pictures whose header was read; new ones are added.
     Raises:
-        RowError: why it cannot be used.
+        RowError: the row cannot be used; the message says why.
     """
     question = read_question(row, columns)
-    paths = [resolve(p, root) for p in question.images]
+    paths = [resolve(image, root) for image in question.images]
     for path in paths:
         if path not in sizes:
             sizes[path] = check_image(path)
-    inputs = question.inputs | {"images": [str(p) for p in paths]}
+    inputs = question.inputs | {"images": [str(path) for path in paths]}
     return Prompt(row_id(row, name), inputs, question.reference)

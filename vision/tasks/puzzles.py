@@ -46,8 +46,11 @@ class PuzzleTask:
 
         prompts, bad = load_prompts(file, make, max_bad=0.05)
         self.quarantined: list[Quarantined] = bad
-        self.eval_prompts = [p for p in prompts if split_position(p.id, seed) < eval_share]
-        self.prompts = [p for p in prompts if split_position(p.id, seed) >= eval_share]
+        self.prompts: list[Prompt] = []
+        self.eval_prompts: list[Prompt] = []
+        for prompt in prompts:
+            is_held_out = split_position(prompt.id, seed) < eval_share
+            (self.eval_prompts if is_held_out else self.prompts).append(prompt)
         if not self.prompts or not self.eval_prompts:
             raise ValueError(
                 f"{file}: {len(self.prompts)} training and {len(self.eval_prompts)} evaluation puzzles at "
@@ -81,5 +84,7 @@ def puzzle_prompt(row: Mapping[str, Any], name: str, root: Path, sizes: dict[Pat
 
 
 def split_position(id: str, seed: int) -> float:
-    """Where an id falls, in [0, 1), by SHA-256 of seed and id: the same on every machine."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{id}".encode()).digest()[:6], "big") / 2**48
+    """The place of an id in [0, 1), by SHA-256 of seed and id: the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{id}".encode()).digest()
+    # 48 bits, which a float holds exactly
+    return int.from_bytes(digest[:6], "big") / 2**48

@@ -35,10 +35,12 @@ from vision.tasks.shapes_scene import (
     solve,
 )
 
-VERSION = 1  # raise when scenes, drawing or prompts change
+# Raise when scenes, drawing or prompts change.
+VERSION = 1
 Kind = Literal["perception", "reasoning", "answer", "unknown"]
 
-_N = "([0-9]{1,6})"  # bounded: Python refuses to read integers of thousands of digits
+# A number, bounded because Python refuses to read integers of thousands of digits.
+_N = "([0-9]{1,6})"
 _PERCEPTION = re.compile(f"([a-z]+(?: [a-z]+)?) = {_N}")
 _SUM = re.compile(rf"{_N}(?: \+ {_N})+ = {_N}")
 _GAP = re.compile(rf"\| {_N} - {_N} \| = {_N}")
@@ -47,7 +49,7 @@ _ANSWER = re.compile(f"answer {_N}")
 
 @dataclass(frozen=True)
 class CheckedStep:
-    """One written line: what it is by its form, and whether it holds."""
+    """One written line: its kind, by its form, and whether it is right."""
 
     kind: Kind
     right: bool
@@ -65,7 +67,7 @@ class ShapesTask:
     """
 
     rewards = ("shapes_answer",)
-    step_rewards = ("shapes_steps",)  # the name of the reward per step that fits
+    step_rewards = ("shapes_steps",)
 
     def __init__(
         self,
@@ -80,11 +82,18 @@ class ShapesTask:
         if not 2 <= terms <= len(WORDS):
             raise ValueError(f"task.terms={terms}: a question combines 2 to {len(WORDS)} counts")
         settings = {
-            "grid": grid, "filled": list(filled), "terms": terms, "seed": seed, "conjunctions": conjunctions,
-            "train": train, "held_out": held_out, "version": VERSION,
-        }  # fmt: skip
+            "grid": grid,
+            "filled": list(filled),
+            "terms": terms,
+            "seed": seed,
+            "conjunctions": conjunctions,
+            "train": train,
+            "held_out": held_out,
+            "version": VERSION,
+        }
         folder = _scenes(settings)
-        self.prompts, self.eval_prompts = (_read_prompts(folder, split) for split in ("train", "held_out"))
+        self.prompts = _read_prompts(folder, "train")
+        self.eval_prompts = _read_prompts(folder, "held_out")
 
     def answer(self, prompt: Prompt) -> Answer:
         """The last line of a right trace."""
@@ -92,20 +101,22 @@ class ShapesTask:
 
     @staticmethod
     def step_kind(text: str) -> Kind:
-        """What a line is by its form."""
+        """The kind of a line, by its form."""
         return _kind(text.strip())
 
     def judges(self, samples: Sequence[Sample]) -> dict[str, float]:
         """accuracy: share of right answers. steps: share of written steps that are right. format: share of traces
         of the asked form (each count, the arithmetic, the answer)."""
-        checked = [check_steps(split_steps(s.output), s.prompt.reference) for s in samples]
-        written = [step.right for trace in checked for step in trace]
-        formed = [is_well_formed(c, s.prompt.reference) for c, s in zip(checked, samples, strict=True)]
-        right = ShapesAnswer()(samples)
+        num_steps = num_right = num_well_formed = 0
+        for sample in samples:
+            checked = check_steps(split_steps(sample.output), sample.prompt.reference)
+            num_steps += len(checked)
+            num_right += sum(step.right for step in checked)
+            num_well_formed += is_well_formed(checked, sample.prompt.reference)
         return {
-            "accuracy": sum(right) / max(len(right), 1),
-            "steps": sum(written) / max(len(written), 1),
-            "format": sum(formed) / max(len(formed), 1),
+            "accuracy": sum(ShapesAnswer()(samples)) / max(len(samples), 1),
+            "steps": num_right / max(num_steps, 1),
+            "format": num_well_formed / max(len(samples), 1),
         }
 
 
@@ -115,7 +126,7 @@ class ShapesAnswer:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """One number per sample; `output` is the trace as text."""
-        return [float(final_answer(s.output) == s.prompt.reference["answer"]) for s in samples]
+        return [float(final_answer(sample.output) == sample.prompt.reference["answer"]) for sample in samples]
 
 
 @declares(reads=("texts",))
@@ -130,24 +141,29 @@ class ShapesSteps:
                 f"shapes steps: the rollout has {len(rollout.texts)} texts for {len(tree)} steps; this reward needs a "
                 "policy that writes (rollout.texts)"
             )
-        references = [p.reference for p in rollout.prompts]
-        return tree_rewards(rollout.texts, tree.parent.tolist(), [references[g] for g in tree.group.tolist()])
+        references = [rollout.prompts[group].reference for group in tree.group.tolist()]
+        return tree_rewards(rollout.texts, tree.parent.tolist(), references)
 
 
 def tree_rewards(texts: Sequence[str], parent: Sequence[int], references: Sequence[Mapping[str, Any]]) -> Tensor:
-    """(N,) float64, 1 where the step's text is right after its ancestors' texts. `parent` is -1 at roots and comes
-    before its children; `references` holds each step's own."""
-    before: list[list[str]] = []
-    out = torch.zeros(len(texts), dtype=torch.float64)
-    for i, (text, above) in enumerate(zip(texts, parent, strict=True)):
-        before.append([*before[above], texts[above]] if above >= 0 else [])
-        out[i] = check_step(before[i], text, references[i]).right
-    return out
+    """(N,) float64, 1 where a step's text is right after the texts before it.
+
+    Args:
+        parent: (N,) parent of each step, -1 at roots; parents come before children.
+        references: the reference of each step's prompt.
+    """
+    texts_before: list[list[str]] = []
+    rewards = torch.zeros(len(texts), dtype=torch.float64)
+    for step, (text, above) in enumerate(zip(texts, parent, strict=True)):
+        before = [*texts_before[above], texts[above]] if above >= 0 else []
+        texts_before.append(before)
+        rewards[step] = check_step(before, text, references[step]).right
+    return rewards
 
 
 def check_steps(steps: Sequence[str], reference: Mapping[str, Any]) -> list[CheckedStep]:
     """Judge every line of a trace, each after those before it; see `check_step`."""
-    return [check_step(steps[:i], step, reference) for i, step in enumerate(steps)]
+    return [check_step(steps[:number], step, reference) for number, step in enumerate(steps)]
 
 
 def check_step(before: Sequence[str], step: str, reference: Mapping[str, Any]) -> CheckedStep:
@@ -162,28 +178,32 @@ def check_step(before: Sequence[str], step: str, reference: Mapping[str, Any]) -
     """
     line = step.removesuffix("\n")
     kind = _kind(line)
-    seen = [text.removesuffix("\n") for text in before]
-    kinds = [_kind(text) for text in seen]
+    earlier = [text.removesuffix("\n") for text in before]
+    kinds = [_kind(text) for text in earlier]
     if kind == "unknown" or "answer" in kinds:
         return CheckedStep(kind, False)
     if kind == "answer":
         return CheckedStep(kind, final_answer(line) == reference["answer"])
     if kind == "reasoning":
-        return CheckedStep(kind, "reasoning" not in kinds and _follows(line, seen, reference))
+        return CheckedStep(kind, "reasoning" not in kinds and _follows(line, earlier, reference))
     term, _, number = line.partition(" = ")
-    fresh = term in reference["terms"] and not any(text.startswith(f"{term} = ") for text in seen)
-    return CheckedStep(kind, fresh and int(number) == count(reference["scene"], term))
+    is_new = not any(text.startswith(f"{term} = ") for text in earlier)
+    is_right = term in reference["terms"] and is_new and int(number) == count(reference["scene"], term)
+    return CheckedStep(kind, is_right)
 
 
 def is_well_formed(checked: Sequence[CheckedStep], reference: Mapping[str, Any]) -> bool:
-    """Whether a trace has the asked form: as many counts as terms, one line of arithmetic, the answer."""
-    return [c.kind for c in checked] == ["perception"] * len(reference["terms"]) + ["reasoning", "answer"]
+    """Whether a trace has the form of the task: as many counts as terms, one line of arithmetic, the answer."""
+    kinds = [step.kind for step in checked]
+    return kinds == ["perception"] * len(reference["terms"]) + ["reasoning", "answer"]
 
 
 def final_answer(text: str) -> str | None:
     """The number on the last line if that is an answer line, without leading zeros."""
-    found = _ANSWER.fullmatch(split_steps(text)[-1]) if text.strip("\n") else None
-    return str(int(found[1])) if found else None
+    if not text.strip("\n"):
+        return None
+    match = _ANSWER.fullmatch(split_steps(text)[-1])
+    return str(int(match[1])) if match else None
 
 
 def split_steps(text: str) -> list[str]:
@@ -197,13 +217,17 @@ def _kind(line: str) -> Kind:
         return "answer"
     if _SUM.fullmatch(line) or _GAP.fullmatch(line):
         return "reasoning"
-    found = _PERCEPTION.fullmatch(line)
-    return "perception" if found and found[1] in WORDS + KINDS else "unknown"
+    match = _PERCEPTION.fullmatch(line)
+    return "perception" if match and match[1] in WORDS + KINDS else "unknown"
 
 
-def _follows(line: str, seen: Sequence[str], reference: Mapping[str, Any]) -> bool:
-    """Whether the line is what `solve` would write from the counts stated so far."""
-    stated = {m[1]: int(m[2]) for m in map(_PERCEPTION.fullmatch, reversed(seen)) if m}  # the first statement counts
+def _follows(line: str, earlier: Sequence[str], reference: Mapping[str, Any]) -> bool:
+    """Whether the line is the one that `solve` would write from the counts stated before."""
+    stated: dict[str, int] = {}
+    for text in earlier:
+        match = _PERCEPTION.fullmatch(text)
+        if match:
+            stated.setdefault(match[1], int(match[2]))  # the first statement counts
     counts = [stated[term] for term in reference["terms"] if term in stated]
     if len(counts) < len(reference["terms"]):
         return False
@@ -218,14 +242,15 @@ def _scenes(settings: Mapping[str, Any]) -> Path:
 
 
 def _write_scenes(settings: Mapping[str, Any], work: Path) -> None:
+    """Write the pictures and prompts of both splits into a folder."""
     for split in ("train", "held_out"):
         rows = []
-        for i in range(settings[split]):
-            rng = numpy_generator("scene", settings["seed"], split, i)
+        for index in range(settings[split]):
+            rng = numpy_generator("scene", settings["seed"], split, index)
             cells = sample_scene(rng, split, grid=settings["grid"], filled=tuple(settings["filled"]))
             question = sample_question(rng, terms=settings["terms"], conjunctions=settings["conjunctions"])
-            Image.fromarray(draw(cells)).save(work / f"{split}-{i:05d}.png")
-            rows.append(_row(split, i, question, count_kinds(cells)))
+            Image.fromarray(draw(cells)).save(work / f"{split}-{index:05d}.png")
+            rows.append(_row(split, index, question, count_kinds(cells)))
         (work / f"{split}.json").write_text(json.dumps(rows))
     (work / "settings.json").write_text(json.dumps(dict(settings), indent=1) + "\n")
 
@@ -238,13 +263,21 @@ def _row(split: str, index: int, question: Question, scene: Mapping[str, int]) -
         "question": str(question),
         "image": f"{split}-{index:05d}.png",
         "reference": {
-            "answer": steps[-1].removeprefix("answer "), "steps": steps, "operation": question.operation,
-            "terms": list(question.terms), "scene": dict(scene),
+            "answer": steps[-1].removeprefix("answer "),
+            "steps": steps,
+            "operation": question.operation,
+            "terms": list(question.terms),
+            "scene": dict(scene),
         },
-    }  # fmt: skip
+    }
 
 
 def _read_prompts(folder: Path, split: str) -> list[Prompt]:
+    """The prompts of a split.
+
+    Raises:
+        RuntimeError: the folder is damaged.
+    """
     try:
         rows = json.loads((folder / f"{split}.json").read_text())
         missing = [row["image"] for row in rows if not (folder / row["image"]).is_file()]
@@ -255,7 +288,8 @@ def _read_prompts(folder: Path, split: str) -> list[Prompt]:
             f"the cached scenes in {folder} are damaged ({error}); delete that folder and run again, "
             "it is made anew in seconds"
         ) from error
-    return [
-        Prompt(r["id"], {"question": r["question"], "images": [str(folder / r["image"])]}, r["reference"])
-        for r in rows
-    ]
+    prompts = []
+    for row in rows:
+        inputs = {"question": row["question"], "images": [str(folder / row["image"])]}
+        prompts.append(Prompt(row["id"], inputs, row["reference"]))
+    return prompts

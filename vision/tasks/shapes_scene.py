@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmrl.seeding import numpy_generator
 
-CELL = 16  # pixels on a side
+CELL = 16  # side in pixels
 VARIANTS = 8  # jittered drawings of each kind
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 217), "yellow": (241, 196, 15)}
 SHAPES = ("circle", "square", "triangle")
@@ -24,7 +24,7 @@ KINDS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 WORDS = (*COLOURS, *SHAPES)
 OPERATIONS = ("sum", "gap")
 BACKGROUND = 232
-# which eighths of all layouts a split may draw from: no two splits can share a layout, whatever their seeds
+# The eighths of all layouts that a split may draw from: no two splits can share a layout, whatever their seeds.
 EIGHTHS = {"train": (0, 1, 2), "held_out": (3, 4), "sft": (5, 6, 7)}
 
 Cells = NDArray[np.int64]
@@ -51,10 +51,11 @@ def sample_scene(rng: np.random.Generator, split: str, *, grid: int, filled: tup
     low, high = filled
     if not 3 <= low <= high <= grid * grid:
         raise ValueError(f"filled={filled}: give (low, high) with 3 <= low <= high <= {grid * grid} cells")
-    while True:  # 12^3 layouts at the least, so that each eighth is found within a few draws
+    # There are 12^3 layouts at the least, so that each eighth comes up within a few draws.
+    while True:
         cells = np.full(grid * grid, -1, dtype=np.int64)
-        where = rng.permutation(grid * grid)[: rng.integers(low, high + 1)]
-        cells[where] = rng.integers(len(KINDS) * VARIANTS, size=len(where))
+        places = rng.permutation(grid * grid)[: rng.integers(low, high + 1)]
+        cells[places] = rng.integers(len(KINDS) * VARIANTS, size=len(places))
         if layout_eighth(cells) in EIGHTHS[split]:
             return cells.reshape(grid, grid)
 
@@ -68,19 +69,20 @@ def sample_question(rng: np.random.Generator, *, terms: int, conjunctions: bool 
     """Distinct terms, colours and shapes (with `conjunctions` also kinds); a gap has two terms, a sum any number."""
     pool = WORDS + KINDS if conjunctions else WORDS
     operation = OPERATIONS[int(rng.integers(2))] if terms == 2 else "sum"
-    return Question(operation, tuple(pool[i] for i in rng.permutation(len(pool))[:terms]))
+    chosen = rng.permutation(len(pool))[:terms]
+    return Question(operation, tuple(pool[index] for index in chosen))
 
 
 def count_kinds(cells: Cells) -> dict[str, int]:
-    """Kind -> how many, only those that occur, in the order of KINDS."""
+    """Kind -> its number, only of those that occur, in the order of KINDS."""
     counts = np.bincount(cells[cells >= 0] // VARIANTS, minlength=len(KINDS))
     return {kind: int(n) for kind, n in zip(KINDS, counts, strict=True) if n}
 
 
 def count(kinds: Mapping[str, int], term: str) -> int:
-    """How many sprites a term (`red`, `circle`, `red circle`) names."""
-    wanted = set(term.split())
-    return sum(n for kind, n in kinds.items() if wanted <= set(kind.split()))
+    """The number of sprites that a term (`red`, `circle`, `red circle`) names."""
+    words = set(term.split())
+    return sum(number for kind, number in kinds.items() if words <= set(kind.split()))
 
 
 def solve(question: Question, counts: Sequence[int]) -> list[str]:
@@ -91,25 +93,27 @@ def solve(question: Question, counts: Sequence[int]) -> list[str]:
     else:
         result = sum(counts)
         arithmetic = f"{' + '.join(map(str, counts))} = {result}"
-    seen = [f"{term} = {n}" for term, n in zip(question.terms, counts, strict=True)]
-    return [*seen, arithmetic, f"answer {result}"]
+    perception = [f"{term} = {number}" for term, number in zip(question.terms, counts, strict=True)]
+    return [*perception, arithmetic, f"answer {result}"]
 
 
 @lru_cache(maxsize=1)
 def sprites() -> Pixels:
     """(kinds * VARIANTS + 1, CELL, CELL, 3): every sprite, and the empty cell last, where index -1 finds it."""
-    out = np.full((len(KINDS) * VARIANTS + 1, CELL, CELL, 3), BACKGROUND, dtype=np.uint8)
-    for k, kind in enumerate(KINDS):
+    pictures = np.full((len(KINDS) * VARIANTS + 1, CELL, CELL, 3), BACKGROUND, dtype=np.uint8)
+    for index, kind in enumerate(KINDS):
         colour, shape = kind.split()
-        for v in range(VARIANTS):
-            out[k * VARIANTS + v] = _draw(shape, COLOURS[colour], numpy_generator("sprite", kind, v))
-    return out
+        for variant in range(VARIANTS):
+            rng = numpy_generator("sprite", kind, variant)
+            pictures[index * VARIANTS + variant] = _draw(shape, COLOURS[colour], rng)
+    return pictures
 
 
 def draw(cells: Cells) -> Pixels:
     """(n, n) cells -> (16 n, 16 n, 3) picture, RGB."""
-    n = len(cells)
-    return sprites()[cells].transpose(0, 2, 1, 3, 4).reshape(n * CELL, n * CELL, 3)
+    side = len(cells) * CELL
+    # (n, n, CELL, CELL, 3): cell row and column, then pixel row and column; rows and columns come together
+    return sprites()[cells].transpose(0, 2, 1, 3, 4).reshape(side, side, 3)
 
 
 def _draw(shape: str, colour: tuple[int, int, int], rng: np.random.Generator) -> Pixels:
@@ -117,6 +121,7 @@ def _draw(shape: str, colour: tuple[int, int, int], rng: np.random.Generator) ->
     x, y = np.meshgrid(np.arange(CELL) + 0.5, np.arange(CELL) + 0.5)
     x, y = x - CELL / 2 - rng.uniform(-1.5, 1.5), y - CELL / 2 - rng.uniform(-1.5, 1.5)
     radius = rng.uniform(4.5, 6.0)
+    # The distance of each pixel from the shape's edge, in pixels; negative inside.
     if shape == "circle":
         outside = np.hypot(x, y) - radius
     elif shape == "square":
