@@ -1,5 +1,10 @@
-"""What the tiny Qwen2.5-VL models of the built-in tasks share: words, tokenizer, processor, network, fast tower, and
-the small parts of their pre-training.
+"""Building blocks of the tiny Qwen2.5-VL models of the built-in tasks: words, tokenizer, processor, network, and the
+small parts of their pre-training.
+
+    words = Vocabulary((*SPECIAL, "\\n", "red", "=", "3"))
+    model = new_model(words, width=128, layers=3)
+    processor = new_processor(words, chat_template("image"))
+    words.encode("red = 3")  # [8, 9, 10]: a token per word
 
 A patch is one image token and 16 pixels wide; a vocabulary is a list of whole words.
 """
@@ -18,13 +23,14 @@ from torch import Tensor
 
 from vision.inputs.loading import image_only
 
-PATCH = 16  # pixels on a side
+PATCH = 16  # side in pixels
 END, PAD, UNKNOWN = "<|im_end|>", "<|pad|>", "<|unk|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 MARKS = ("<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO)
 SPECIAL = (PAD, UNKNOWN, END, *MARKS)
 
-Example = tuple[list[int], list[bool]]  # token ids, and which of them are learnt
+# Token ids, and for each of them whether it is learnt.
+Example = tuple[list[int], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,10 @@ class Vocabulary:
     @cached_property
     def ids(self) -> dict[str, int]:
         """Word -> token id."""
-        return {word: i for i, word in enumerate(self.words)}
+        return {word: index for index, word in enumerate(self.words)}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of known words, as the tokenizer gives them, in a tenth of its time.
+        """Token ids of a text, as the tokenizer gives them, in a tenth of its time.
 
         Raises:
             KeyError: a word outside the vocabulary.
@@ -48,8 +54,9 @@ class Vocabulary:
 
     def decode(self, ids: list[int]) -> str:
         """Words up to the first END, as the tokenizer would write them."""
-        ids = ids[: ids.index(self.ids[END])] if self.ids[END] in ids else ids
-        return " ".join(self.words[i] for i in ids).replace(" \n", "\n").replace("\n ", "\n")
+        if self.ids[END] in ids:
+            ids = ids[: ids.index(self.ids[END])]
+        return " ".join(self.words[token] for token in ids).replace(" \n", "\n").replace("\n ", "\n")
 
     def encode_media(self, kind: str, tokens: int) -> list[int]:
         """Marks around `tokens` placeholders of a kind: IMAGE or VIDEO."""
@@ -57,7 +64,7 @@ class Vocabulary:
 
 
 def chat_template(*kinds: str) -> str:
-    """The user's turn is media and words, the reply starts on a new line. kinds: `image`, `video`."""
+    """A chat template: the user's turn is media and words, the reply starts on a new line. kinds: `image`, `video`."""
     case = "if part.type == '{0}' %}}{{{{ '<|vision_start|><|{0}_pad|><|vision_end|>' }}}}"
     return _TEMPLATE.replace("MEDIA", "\n{%- el".join(case.format(kind) for kind in kinds))
 
@@ -80,7 +87,7 @@ _TEMPLATE = """
 
 
 def new_tokenizer(vocabulary: Vocabulary) -> Any:
-    """Lines of known words survive a round trip, also when every line is decoded alone."""
+    """A tokenizer of whole words. Lines of its words survive a round trip, also when every line is decoded alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -88,11 +95,12 @@ def new_tokenizer(vocabulary: Vocabulary) -> Any:
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
     )
-    spaced = decoders.WordPiece(prefix="##", cleanup=False)  # a blank before every word but the first
+    # A blank before every word but the first.
+    spaced = decoders.WordPiece(prefix="##", cleanup=False)
     words.decoder = decoders.Sequence(
         [spaced, decoders.Fuse(), decoders.Replace(" \n", "\n"), decoders.Replace("\n ", "\n")]
     )
-    # transformers 5 cuts marks into characters unless this object knows them
+    # transformers 5 cuts marks into characters unless this object has them.
     words.add_special_tokens(list(SPECIAL))
     return PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=END, pad_token=PAD, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
@@ -104,15 +112,18 @@ def new_processor(vocabulary: Vocabulary, template: str) -> Any:
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
     pictures = Qwen2VLImageProcessorPil(
-        patch_size=PATCH, merge_size=1, temporal_patch_size=2,
+        patch_size=PATCH,
+        merge_size=1,
+        temporal_patch_size=2,
+        # areas in pixels, in spite of their names
         size={"shortest_edge": PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH},
-    )  # fmt: skip
+    )
     kind = image_only(Qwen2_5_VLProcessor)
     return kind(image_processor=pictures, tokenizer=new_tokenizer(vocabulary), chat_template=template)
 
 
 def new_model(vocabulary: Vocabulary, *, width: int, layers: int, tokens_per_second: int = 4) -> Any:
-    """Untrained, float32, 0.6 M parameters at width 128 and 3 layers.
+    """An untrained Qwen2.5-VL, float32, 0.6 M parameters at width 128 and 3 layers.
 
     tokens_per_second: steps of the temporal position per second of film (4 is the library's default).
     With an initializer_range of .02 it does not learn to count.
@@ -121,24 +132,45 @@ def new_model(vocabulary: Vocabulary, *, width: int, layers: int, tokens_per_sec
 
     ids = vocabulary.ids
     text = {
-        "vocab_size": len(ids), "hidden_size": width, "intermediate_size": 2 * width,
-        "num_hidden_layers": layers, "num_attention_heads": width // 32, "num_key_value_heads": width // 64,
-        "max_position_embeddings": 1024, "initializer_range": 0.05, "tie_word_embeddings": True,
+        "vocab_size": len(ids),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "num_key_value_heads": width // 64,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        "bos_token_id": None, "eos_token_id": ids[END], "pad_token_id": ids[PAD],
-    }  # fmt: skip
+        "bos_token_id": None,
+        "eos_token_id": ids[END],
+        "pad_token_id": ids[PAD],
+    }
     vision = {
-        "depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": PATCH,
-        "spatial_merge_size": 1, "window_size": 4 * PATCH, "out_hidden_size": width, "fullatt_block_indexes": [0],
-        "initializer_range": 0.05, "tokens_per_second": tokens_per_second,
-    }  # fmt: skip
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": PATCH,
+        "spatial_merge_size": 1,
+        "window_size": 4 * PATCH,
+        "out_hidden_size": width,
+        "fullatt_block_indexes": [0],
+        "initializer_range": 0.05,
+        "tokens_per_second": tokens_per_second,
+    }
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True,
-        vision_start_token_id=ids[MARKS[0]], vision_end_token_id=ids[MARKS[1]],
-        image_token_id=ids[IMAGE], video_token_id=ids[VIDEO],
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        vision_start_token_id=ids[MARKS[0]],
+        vision_end_token_id=ids[MARKS[1]],
+        image_token_id=ids[IMAGE],
+        video_token_id=ids[VIDEO],
+    )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids[END], ids[PAD]
+    model.generation_config.eos_token_id = ids[END]
+    model.generation_config.pad_token_id = ids[PAD]
     return model
 
 
@@ -159,6 +191,7 @@ def tower_features(model: Any, x: Tensor) -> Tensor:
     batch, area = x.shape[:2]
     for block in tower.blocks:
         heads = block.attn.num_heads
+        # (3, B, heads, n*n, d)
         q, k, v = block.attn.qkv(block.norm1(x)).view(batch, area, 3, heads, -1).permute(2, 0, 3, 1, 4)
         cos, sin = _axial_angles(round(area**0.5), q.shape[-1])
         y = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
@@ -189,18 +222,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def pad_examples(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
     """(B, T) token ids, and which of them are learnt; padding stands behind and is causally invisible."""
     length = max(len(ids) for ids, _ in examples)
-    ids = [[*row, *[pad] * (length - len(row))] for row, _ in examples]
-    learn = [[*row, *[False] * (length - len(row))] for _, row in examples]
-    return torch.tensor(ids), torch.tensor(learn)
+    padded_ids = []
+    padded_learn = []
+    for ids, learn in examples:
+        # `learn` may be empty, where nothing is learnt and only the ids matter.
+        padded_ids.append([*ids, *[pad] * (length - len(ids))])
+        padded_learn.append([*learn, *[False] * (length - len(learn))])
+    return torch.tensor(padded_ids), torch.tensor(padded_learn)
 
 
 def optimizer_of(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    """AdamW as the base models are trained."""
+    """The AdamW optimizer that trains the base models."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
 
 def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step, gradients clipped to norm 1."""
+    """Make one optimizer step, gradients clipped to norm 1."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -208,13 +245,13 @@ def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of all groups."""
+    """Set the learning rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def cosine(done: float) -> float:
-    """1 at the start, 0.1 at the end."""
+    """A cosine from 1 at the start to 0.1 at the end. done: share of the steps, in [0, 1]."""
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 

@@ -1,4 +1,4 @@
-"""What the shapes task starts from: a tiny Qwen2.5-VL that reads sparse pictures well and dense ones half of the time.
+"""The base model of the shapes task: a tiny Qwen2.5-VL that reads sparse pictures well and every second dense one.
 
 Made once from random weights by a fixed recipe (no download) and kept in the user's cache folder, in the layout of any
 transformers model. Two stages: *align* (every image token names its cell) and imitation of correct traces, half of
@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,12 +49,14 @@ from vision.tasks.shapes_scene import (
     sample_scene,
     solve,
 )
+from vision.tiny_models import Example, cosine, optimizer_of, pad_examples, progress, set_lr, update
 
 log = logging.getLogger(__name__)
 
-Example = tuple[list[int], list[bool]]  # token ids, and which of them are learnt
-MOST_DRILLED = 8  # largest made-up count
-LONGEST_TRACE = 19  # tokens of a trace over two counts, the end mark included
+# The largest made-up count of a drill.
+MOST_DRILLED = 8
+# Tokens of a trace over two counts, the end mark included.
+LONGEST_TRACE = 19
 
 _ID = {word: i for i, word in enumerate(VOCABULARY)}
 
@@ -72,10 +73,12 @@ class Recipe:
 
     align_steps: int = 150
     align_batch: int = 64
-    steps: int = 600  # of imitation, the census included
+    # Steps of imitation, the census included; drills come behind them.
+    steps: int = 600
     census_steps: int = 150
     drill_steps: int = 150
-    drill_lr: float = 0.5  # of lr
+    # As a share of `lr`.
+    drill_lr: float = 0.5
     batch: int = 32
     grid: int = 4
     filled: tuple[int, int] = (3, 9)
@@ -83,7 +86,8 @@ class Recipe:
     layers: int = 3
     lr: float = 3e-3
     seed: int = 0
-    version: int = 2  # raise when the code below, the scenes or the network change what it makes
+    # Raise when the code below, the scenes or the network change the trained weights.
+    version: int = 2
 
     @property
     def key(self) -> str:
@@ -111,13 +115,13 @@ def shapes_base(recipe: Recipe | None = None) -> Path:
 
 
 def _make(recipe: Recipe, work: Path) -> None:
+    """Train the model and write it into a folder."""
     log.info("pre-training the shapes model (about 2 minutes on one core, once); cache: %s", work.parent)
     model = train_base(recipe)
     right = accuracy(model, filled=recipe.filled, grid=recipe.grid, number=64)
     level = logging.INFO if right >= 0.7 else logging.WARNING
-    log.log(
-        level, "the shapes model answers %.0f%% of 64 held-out questions right (usually 90%% or more)", 100 * right
-    )
+    message = "the shapes model answers %.0f%% of 64 held-out questions right (usually 90%% or more)"
+    log.log(level, message, 100 * right)
     save_model(model, new_processor(), work)
     (work / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
@@ -137,66 +141,79 @@ def train_base(recipe: Recipe) -> Any:
 def align(model: Any, table: Tensor, recipe: Recipe, rng: np.random.Generator) -> None:
     """Train the tower and the embeddings until each image token, read through the output matrix, names its cell:
     colour and shape at probability 1/2 each, or `empty`."""
-    names = torch.tensor([[_ID[w] for w in kind.split()] for kind in KINDS]).repeat_interleave(VARIANTS, dim=0)
-    names = torch.cat([names, torch.full((1, 2), _ID["empty"])])
+    # (sprites + 1, 2) ids of the colour and the shape of every sprite; the empty cell is last, where index -1 finds it
+    kind_names = torch.tensor([[_ID[word] for word in kind.split()] for kind in KINDS])
+    names = torch.cat([kind_names.repeat_interleave(VARIANTS, dim=0), torch.full((1, 2), _ID["empty"])])
     embedding = model.get_input_embeddings().weight
-    optimizer = _optimizer([*model.model.visual.parameters(), embedding], recipe.lr)
-    for _ in _progress(range(recipe.align_steps), "aligning pictures and words (shapes)"):
-        full = (recipe.filled[0], recipe.grid**2)  # any density: what a cell shows does not depend on the others
-        cells = _stack([sample_scene(rng, "sft", grid=recipe.grid, filled=full) for _ in range(recipe.align_batch)])
+    optimizer = optimizer_of([*model.model.visual.parameters(), embedding], recipe.lr)
+    for _ in progress(range(recipe.align_steps), "aligning pictures and words (shapes)"):
+        # Scenes of any density: the name of a cell does not depend on the others.
+        filled = (recipe.filled[0], recipe.grid**2)
+        scenes = [sample_scene(rng, "sft", grid=recipe.grid, filled=filled) for _ in range(recipe.align_batch)]
+        cells = _stack(scenes)
+        # (B, n * n, words)
         logits = cell_features(model, table, cells) @ embedding.T
         loss = -logits.log_softmax(-1).gather(-1, names[cells]).mean()
-        _update(model, optimizer, loss)
+        update(model, optimizer, loss)
 
 
 def imitate(model: Any, table: Tensor, recipe: Recipe, rng: np.random.Generator) -> None:
-    """Cross-entropy in three parts: counts of a census of the picture, mostly asked traces, then drills of arithmetic.
+    """Cross-entropy in three parts: counts of a census of the picture, mostly traces of questions, then drills of
+    arithmetic.
 
     Drills stand last: mixed in earlier they keep the model from learning to count.
     """
     embedding = model.get_input_embeddings().weight
-    optimizer = _optimizer(model.parameters(), recipe.lr)
-    for step in _progress(range(recipe.steps + recipe.drill_steps), "learning to count and to reason (shapes)"):
-        late = step - recipe.steps
-        if late < 0:
-            lr = min(1.0, (step + 1) / 50) * _cosine(step / recipe.steps)
+    optimizer = optimizer_of(model.parameters(), recipe.lr)
+    for step in progress(range(recipe.steps + recipe.drill_steps), "learning to count and to reason (shapes)"):
+        drill_step = step - recipe.steps
+        if drill_step < 0:
+            warm_up = min(1.0, (step + 1) / 50)
+            lr_share = warm_up * cosine(step / recipe.steps)
             p_census, p_drill = (1.0, 0.0) if step < recipe.census_steps else (0.2, 0.0)
         else:
-            lr = recipe.drill_lr * _cosine(late / recipe.drill_steps)
+            lr_share = recipe.drill_lr * cosine(drill_step / recipe.drill_steps)
             p_census, p_drill = 0.0, 0.6
-        _set_lr(optimizer, recipe.lr * lr)
+        set_lr(optimizer, recipe.lr * lr_share)
         scenes = [sample_scene(rng, "sft", grid=recipe.grid, filled=recipe.filled) for _ in range(recipe.batch)]
-        examples = [_example(c, rng, p_census, p_drill) for c in scenes]
-        ids, learn = _pad(examples)
+        examples = [_example(cells, rng, p_census, p_drill) for cells in scenes]
+        ids, learn = pad_examples(examples, _ID[PAD])
         hidden = hidden_states(model, table, _stack(scenes), ids[:, :-1])
-        loss = F.cross_entropy(hidden[learn[:, 1:]] @ embedding.T, ids[:, 1:][learn[:, 1:]])
-        _update(model, optimizer, loss)
+        # Position t predicts token t + 1, and only the tokens to be learnt count.
+        is_target = learn[:, 1:]
+        loss = F.cross_entropy(hidden[is_target] @ embedding.T, ids[:, 1:][is_target])
+        update(model, optimizer, loss)
 
 
 def _example(cells: Cells, rng: np.random.Generator, p_census: float, p_drill: float) -> Example:
-    kind = rng.random()
-    if kind < p_census:
+    """A census, a drill or else a question about a scene, by these probabilities."""
+    drawn = rng.random()
+    if drawn < p_census:
         return census(cells, rng)
-    return drill(cells, rng) if kind < p_census + p_drill else question(cells, rng)
+    if drawn < p_census + p_drill:
+        return drill(cells, rng)
+    return question(cells, rng)
 
 
 def question(cells: Cells, rng: np.random.Generator) -> Example:
     """A question with its correct trace; every token of the trace is learnt."""
-    scene, asked = count_kinds(cells), sample_question(rng, terms=2)
-    prompt = [*encode_picture(cells.size), *encode(f"{asked}\n")]
-    trace = [*encode("\n".join(solve(asked, [count(scene, t) for t in asked.terms]))), _ID[END]]
+    scene, drawn_question = count_kinds(cells), sample_question(rng, terms=2)
+    counts = [count(scene, term) for term in drawn_question.terms]
+    prompt = [*encode_picture(cells.size), *encode(f"{drawn_question}\n")]
+    trace = [*encode("\n".join(solve(drawn_question, counts))), _ID[END]]
     return [*prompt, *trace], [False] * len(prompt) + [True] * len(trace)
 
 
 def drill(cells: Cells, rng: np.random.Generator) -> Example:
-    """A question whose counts are made up; what follows from them is learnt, the counts are not.
+    """A question whose counts are made up; the lines that follow from them are learnt, the counts are not.
 
-    Sparse pictures alone never show a sum above their own number of sprites, and a policy cannot find by sampling
-    what it never says.
+    Sparse pictures alone never show a sum above their own number of sprites, and a policy never samples a sum that it
+    was not taught.
     """
-    asked, counts = sample_question(rng, terms=2), [int(n) for n in rng.integers(0, MOST_DRILLED + 1, 2)]
-    lines = solve(asked, counts)
-    given = [*encode_picture(cells.size), *encode(f"{asked}\n"), *encode("\n".join(lines[:2]) + "\n")]
+    drawn_question = sample_question(rng, terms=2)
+    counts = [int(number) for number in rng.integers(0, MOST_DRILLED + 1, 2)]
+    lines = solve(drawn_question, counts)
+    given = [*encode_picture(cells.size), *encode(f"{drawn_question}\n"), *encode("\n".join(lines[:2]) + "\n")]
     learnt = [*encode("\n".join(lines[2:])), _ID[END]]
     return [*given, *learnt], [False] * len(given) + [True] * len(learnt)
 
@@ -207,17 +224,20 @@ def census(cells: Cells, rng: np.random.Generator) -> Example:
     Only the counts are learnt: the order is noise, and learning it too costs twice the steps.
     """
     scene, words = count_kinds(cells), rng.permutation(list(WORDS))
-    prompt = [*encode_picture(cells.size), *encode("describe\n")]
-    lines = [encode(f"{word} = {count(scene, word)}\n") for word in words]
-    learn = [False, False, True, False] * len(lines)
-    return [*prompt, *(token for line in lines for token in line)], [False] * len(prompt) + learn
+    ids = [*encode_picture(cells.size), *encode("describe\n")]
+    learn = [False] * len(ids)
+    for word in words:
+        ids += encode(f"{word} = {count(scene, word)}\n")
+        learn += [False, False, True, False]  # word, =, count, line break
+    return ids, learn
 
 
 @torch.no_grad()
 def greedy(model: Any, table: Tensor, scenes: Sequence[Cells], questions: Sequence[Question]) -> list[str]:
     """The most likely trace for each picture and question of two terms."""
     cells = _stack(scenes)
-    ids = torch.tensor([[*encode_picture(cells.shape[1]), *encode(f"{asked}\n")] for asked in questions])
+    prompts = [[*encode_picture(cells.shape[1]), *encode(f"{one}\n")] for one in questions]
+    ids = torch.tensor(prompts)
     start, embedding = ids.shape[1], model.get_input_embeddings().weight
     for _ in range(LONGEST_TRACE):
         last = hidden_states(model, table, cells, ids)[:, -1]
@@ -230,49 +250,14 @@ def accuracy(model: Any, *, filled: tuple[int, int], grid: int = 4, number: int 
     rng = numpy_generator("shapes-accuracy", filled)
     scenes = [sample_scene(rng, "held_out", grid=grid, filled=filled) for _ in range(number)]
     questions = [sample_question(rng, terms=2) for _ in scenes]
+    traces = greedy(model, patch_table(), scenes, questions)
     right = 0
-    for trace, cells, asked in zip(greedy(model, patch_table(), scenes, questions), scenes, questions, strict=True):
-        counts = [count(count_kinds(cells), term) for term in asked.terms]
-        right += trace.split("\n")[-1] == solve(asked, counts)[-1]
+    for trace, cells, one in zip(traces, scenes, questions, strict=True):
+        counts = [count(count_kinds(cells), term) for term in one.terms]
+        right += trace.split("\n")[-1] == solve(one, counts)[-1]
     return right / number
 
 
 def _stack(scenes: Sequence[Cells]) -> Tensor:
     """(B, n * n) int64."""
     return torch.from_numpy(np.stack([cells.ravel() for cells in scenes]))
-
-
-def _pad(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """(B, T) token ids, and which of them are learnt; padding stands behind and is causally invisible."""
-    length = max(len(ids) for ids, _ in examples)
-    ids = [[*row, *[_ID[PAD]] * (length - len(row))] for row, _ in examples]
-    learn = [[*row, *[False] * (length - len(row))] for _, row in examples]
-    return torch.tensor(ids), torch.tensor(learn)
-
-
-def _optimizer(parameters: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-
-
-def _update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _cosine(done: float) -> float:
-    """1 at the start, 0.1 at the end."""
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
-
-def _progress(items: range, title: str) -> Iterator[int]:
-    from rich.progress import track
-
-    tracker: Callable[..., Iterator[int]] = track  # type: ignore[assignment]
-    return tracker(items, description=title)
