@@ -58,7 +58,7 @@ from vision.inputs.tokens import PromptTokens
 
 
 class VisionPolicy:
-    """Steps are cut by `rule` while they are sampled; actions are tokens.
+    """A policy whose actions are tokens, and whose steps are cut by `rule` while they are sampled.
 
     Args:
         hf: a transformers image-text or causal language model, or a PEFT model around one.
@@ -87,11 +87,13 @@ class VisionPolicy:
     ) -> None:
         self.rule, self.options = rule, options
         network = Network(hf)
+        # Replaced by whatever wraps it for training (DDP, FSDP); `_network` is the module inside.
         self.model: nn.Module = network
         self._engine = engine
         self._body = Backbone(network, processor, options, keep_images=engine is not None, encode=encode)
         self.encode, self.tokenizer, self.processor = self._body.encode, self._body.tokenizer, processor
         eos = eos_ids(bare(hf), self.tokenizer)
+        # A sampled image placeholder has no picture behind it, and the update would fail.
         banned = banned_ids(hf.config, self.tokenizer, keep=eos)
         self.sampling = SamplingOptions(
             options.temperature, options.max_new_tokens, options.max_steps, tuple(banned), tuple(sorted(eos))
@@ -207,20 +209,27 @@ class VisionPolicy:
         sampling: SamplingOptions,
         seeds: Sequence[int],
     ) -> GrowthRequest:
+        """A request for trees below `prompts`, encoded as `tokens`."""
         return GrowthRequest(tokens, plan, sampling, self.rule, seeds, self._dialogue.responders(prompts, tokens))
 
     def _grow(self, request: GrowthRequest) -> list[Node]:
+        """Sample with the current weights, by the engine where there is one."""
         if self._engine is not None:
             return self._engine.grow(self._network.hf, request)
         return self._grow_by(self._network, request)
 
     def _grow_by(self, network: nn.Module, request: GrowthRequest) -> list[Node]:
+        """Sample by a transformers model, the trained one or the reference."""
         with self._sampling(network):
             nodes: list[Node] = network(grow_in_parts, request, self._body.features, self.options.max_batch)
         return nodes
 
     def _sampling(self, network: nn.Module) -> AbstractContextManager[None]:
-        """The network, set to sample inside the block."""
+        """A block in which the network samples.
+
+        Raises:
+            RuntimeError: its weights are sharded.
+        """
         if is_sharded(network):
             raise RuntimeError(
                 "policy.engine: transformers cannot sample with sharded weights: every forward is a collective, and "
@@ -246,11 +255,15 @@ class VisionPolicy:
     def samples(self, rollout: Rollout) -> list[Sample]:
         """The completions, special tokens left out; of conversations the turns, a line break between them."""
         leaves = rollout.tree.is_leaf.nonzero().flatten().tolist()
-        group = rollout.tree.group.tolist()
-        return [Sample(rollout.prompts[group[s]], self._dialogue.text(rollout, s), s) for s in leaves]
+        groups = rollout.tree.group.tolist()
+        samples = []
+        for leaf in leaves:
+            samples.append(Sample(rollout.prompts[groups[leaf]], self._dialogue.text(rollout, leaf), leaf))
+        return samples
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int) -> list[Sample]:
         """One completion per prompt at the evaluation temperature."""
+        # Nothing reads the steps of an evaluation, so they are not cut.
         sampling = self._dialogue.whole(replace(self.sampling, temperature=self.options.eval_temperature))
         seeds = [named_generator(seed, "evaluation", p.id).initial_seed() for p in prompts]
         tokens = [self.encode(p) for p in prompts]
@@ -277,9 +290,11 @@ class VisionPolicy:
         if temperature is None:
             temperature = self.sampling.temperature
         sampling = replace(self.sampling, temperature=temperature, stop_after=steps)
-        tokens = [self.encode(s.prompt).followed_by(self._ids_of(s)) for s in states]
-        seeds = [named_generator(seed, s.prompt.id, s.text).initial_seed() for s in states]
-        nodes = self._grow(self._request([s.prompt for s in states], tokens, BranchPlan({0: n}), sampling, seeds))
+        # The text so far becomes part of the prompt: a state is a root, and nothing above it is trained.
+        prompts = [state.prompt for state in states]
+        tokens = [self.encode(state.prompt).followed_by(self._ids_of(state)) for state in states]
+        seeds = [named_generator(seed, state.prompt.id, state.text).initial_seed() for state in states]
+        nodes = self._grow(self._request(prompts, tokens, BranchPlan({0: n}), sampling, seeds))
         return self._rollouts.continuations(nodes, len(states))
 
     def _ids_of(self, state: State) -> Tensor:
@@ -336,13 +351,13 @@ class VisionPolicy:
 
         With `reference`, `ref_logp` of the initial model.
         """
-        trees, wanted, index = self._trees.of_steps(rollout, steps)
-        out = self._log_probs(trees, wanted, self.sampling.temperature)
-        ref = None
+        trees, wanted, actions = self._trees.of_steps(rollout, steps)
+        scores = self._log_probs(trees, wanted, self.sampling.temperature)
+        ref_logp = None
         if reference:
             with self._reference.applied(self.model, self._network.hf) as model:
-                ref = self._log_probs(trees, wanted, self.sampling.temperature, model)["logp"]
-        return ActionLogProbs(index, out["logp"], ref_logp=ref, entropy=out["entropy"])
+                ref_logp = self._log_probs(trees, wanted, self.sampling.temperature, model)["logp"]
+        return ActionLogProbs(actions, scores["logp"], ref_logp=ref_logp, entropy=scores["entropy"])
 
     def _log_probs(
         self, trees: Sequence[TokenTree], wanted: Sequence[Tensor], temperature: float, model: Any = None
@@ -352,9 +367,12 @@ class VisionPolicy:
         arguments = (run_job, self._job(trees, wanted), temperature, self.sampling.banned, body.features)
         if model is not None:
             return model(*arguments, None)
-        grad = torch.is_grad_enabled()
-        self._network.hf.train(grad and self.options.gradient_checkpointing)
-        return (self.model if grad else self._network)(*arguments, body.blank if grad else None)
+        if not torch.is_grad_enabled():
+            self._network.hf.train(False)
+            return self._network(*arguments, None)
+        # transformers checkpoints layers in train mode alone.
+        self._network.hf.train(self.options.gradient_checkpointing)
+        return self.model(*arguments, body.blank)
 
     def _job(self, trees: Sequence[TokenTree], wanted: Sequence[Tensor]) -> Job:
         """The cheapest layout that gives the packed tokens `wanted` their log-probs."""
@@ -389,7 +407,7 @@ class VisionPolicy:
     def _respelt(self, rollout: Rollout) -> Rollout:
         """The rollout in this policy's own tokens."""
         step_ids = [self._trees.ids(rollout, step) for step in range(len(rollout.tree))]
-        return self._rollouts.respelt(rollout, [self.encode(p) for p in rollout.prompts], step_ids)
+        return self._rollouts.respelt(rollout, step_ids, self.encode)
 
     @torch.no_grad()
     def answer_logps(
@@ -399,6 +417,7 @@ class VisionPolicy:
         self._need_whole_weights("answer_probability")
         rollout = self._with_sight(rollout, sight)
         answer_trees = AnswerTrees(self._trees, self._rollouts.ids_of, answers, self.options.max_tokens)
+        # (places,) sums over the tokens of each answer, and their numbers
         total = torch.zeros(len(places), dtype=torch.float64)
         count = torch.zeros_like(total)
         for trees, wanted, owner in answer_trees.parts(rollout, places, blank=sight == "blank"):
@@ -434,13 +453,13 @@ class VisionPolicy:
         `mmrl.capabilities.Instructable`."""
         prompts = [_with_instruction(p, instruction) for p in rollout.prompts]
         rollout = replace(rollout, prompts=prompts)
-        index, logps = [], []
+        actions, logps = [], []
         with self._reference.applied(self.model, self._network.hf) as model:
             for part in self.micro_batches(rollout, steps):
-                trees, wanted, actions = self._trees.of_steps(rollout, part, reworded=True)
-                index.append(actions)
+                trees, wanted, own = self._trees.of_steps(rollout, part, reworded=True)
+                actions.append(own)
                 logps.append(self._log_probs(trees, wanted, 1.0, model)["logp"].cpu())
-        return torch.cat(index), torch.cat(logps)
+        return torch.cat(actions), torch.cat(logps)
 
     def initial_samples(self, prompts: Sequence[Prompt], n: int, *, seed: int) -> list[list[Sample]]:
         """Texts by the initial weights, at the temperature of rollouts; see `mmrl.capabilities.InitialSampler`.
@@ -459,6 +478,7 @@ class VisionPolicy:
         return by_prompt
 
     def _need_whole_weights(self, reading: str) -> None:
+        """Raise RuntimeError where the weights are sharded."""
         if is_sharded(self._network):
             raise RuntimeError(
                 f"reading {reading!r} cannot run with sharded weights: every forward is a collective, and ranks make "
@@ -495,7 +515,8 @@ class VisionPolicy:
 
         state_dict: weights of `self.model` by name, in place of its own, which may be sharded.
         """
-        weights = state_dict and {name.removeprefix("hf."): w for name, w in state_dict.items()}
+        # `Network` has the model under this name.
+        weights = state_dict and {name.removeprefix("hf."): weight for name, weight in state_dict.items()}
         save_model(self._network.hf, self.processor, folder, weights)
 
 

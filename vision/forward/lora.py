@@ -1,4 +1,4 @@
-"""Which weights train: LoRA on the language model, a saved adapter that trains on, image encoder frozen or not."""
+"""The weights that train: LoRA on the language model, a saved adapter that trains on, image encoder frozen or not."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ class LoraOptions:
 def image_parameters(hf: Any) -> list[nn.Parameter]:
     """Parameters outside the language model and its output layer: image encoder and projector."""
     inner = bare(hf)
-    language = {id(p) for part in (inner.get_decoder(), inner.get_output_embeddings()) for p in part.parameters()}
-    return [p for p in inner.parameters() if id(p) not in language]
+    language: set[int] = set()
+    for part in (inner.get_decoder(), inner.get_output_embeddings()):
+        language |= {id(weight) for weight in part.parameters()}
+    return [weight for weight in inner.parameters() if id(weight) not in language]
 
 
 def add_lora(hf: Any, options: LoraOptions) -> Any:

@@ -6,7 +6,7 @@ node is a step of the `StepTree`, and the tokens of all steps lie one behind the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -149,11 +149,13 @@ class RolloutBuilder:
             logps.append([0.0] * len(own))
         return ids, logps
 
-    def respelt(self, rollout: Rollout, tokens: Sequence[PromptTokens], step_ids: Sequence[Tensor]) -> Rollout:
+    def respelt(
+        self, rollout: Rollout, step_ids: Sequence[Tensor], encode: Callable[[Prompt], PromptTokens]
+    ) -> Rollout:
         """The rollout in this policy's own tokens, where another tokenizer sampled it.
 
         Args:
-            tokens: the encoded prompts. step_ids: the ids of each step.
+            step_ids: the ids of each step. encode: prompts to tokens.
         Raises:
             ValueError: a conversation in other tokens, whose observations would be others too.
         """
@@ -169,6 +171,7 @@ class RolloutBuilder:
         for group, parent, depth, text in places:
             ids = self.ids_of(text).tolist()
             nodes.append(Node(group, parent, depth, ids, [0.0] * len(ids), "step"))
+        tokens = [encode(prompt) for prompt in rollout.prompts]
         return self.of_nodes(rollout.prompts, tokens, nodes, dict(rollout.about))
 
     def continuations(self, nodes: Sequence[Node], num_states: int) -> list[list[Continuation]]:
