@@ -334,6 +334,7 @@ class VisionPrm:
             return build_reading(read.trees, read.slots, mode, body.style, wanted)
 
         job = body.job(read.trees, build, sharded=is_sharded(self._network))
+        # Without gradient a wrapper (DDP) has nothing to do, and ranks may differ in their number of calls.
         grad = torch.is_grad_enabled()
         self._network.hf.train(grad and self.options.gradient_checkpointing)
         model = self.model if grad else self._network
@@ -478,7 +479,7 @@ class _StepTrees:
 
 
 def _tied(hf: Any) -> bool:
-    """Whether the output layer and the input embeddings are one matrix."""
+    """True where the output layer and the input embeddings are one matrix."""
     return hf.get_output_embeddings().weight is hf.get_input_embeddings().weight
 
 

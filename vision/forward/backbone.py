@@ -54,7 +54,9 @@ class Backbone:
         self.encode = encode or PromptEncoder(hf, processor, options, keep_images=keep_images, opening=opening)
         self.style = style_of(bare(hf))
         self.modes = _allowed(options.mode, self.style.plain, options.gradient_checkpointing, bare(hf))
-        trained_images = any(p.requires_grad for p in image_parameters(bare(hf)))
+        # A frozen encoder makes the same features every time, so they are kept. A trained one runs in every update,
+        # and on ranks without a picture it runs on a blank one: collectives need a gradient from every rank.
+        trained_images = any(weight.requires_grad for weight in image_parameters(bare(hf)))
         self.features = None if trained_images else ByteCache(FEATURE_BYTES, name="features of pictures")
         self.blank = self.encode.blank() if trained_images else None
         if self.blank is not None:
@@ -117,11 +119,12 @@ def trainable_model(
     if train_vision and (lora.rank or saved):
         rank = lora.rank or adapter_rank(folder)
         raise ValueError(f"lora_rank={rank} trains the language model alone; set train_vision: false")
+    # FlexAttention is switched on behind loading: only the language model has it, the image encoder keeps sdpa.
     hf = load_model(folder, dtype=dtype, attn="sdpa" if attn == FLEX else attn)
     if attn == FLEX:
         attend_by(hf, FLEX)
-    for p in image_parameters(hf):
-        p.requires_grad_(train_vision)
+    for weight in image_parameters(hf):
+        weight.requires_grad_(train_vision)
     if saved:
         hf = load_adapter(hf, folder, lora.rank)
     elif lora.rank:
@@ -151,6 +154,7 @@ def micro_batches(
         nodes, parent = closure(tree, own)
         lengths = [prompt_sizes[group], *(sizes[step] for step in nodes)]
         total = sum(lengths)
+        # Whole prompts share a part while they fit, as a prompt that is cut is run once in every part.
         if total > limit and not whole_prompts:
             place = {step: index for index, step in enumerate(nodes, 1)}
             for part in split(parent, lengths, [place[step] for step in own], limit):

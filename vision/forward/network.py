@@ -85,12 +85,13 @@ def encode_images(hf: Any, images: Iterable[Pixels], cache: ByteCache | None = N
 def freeze_idle(hf: Any, blank: Pixels, parameters: Iterable[nn.Parameter]) -> None:
     """Stop training the image weights that no feature depends on (LLaVA reads an inner layer of its tower): they
     would never have a gradient, and DDP waits for one."""
-    parameters = [p for p in parameters if p.requires_grad]
+    trained = [weight for weight in parameters if weight.requires_grad]
     with torch.enable_grad():
         features = encode_images(hf, [blank])[blank.key]
-        grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-    for p, grad in zip(parameters, grads, strict=True):
-        p.requires_grad_(grad is not None)
+        grads = torch.autograd.grad(features.sum(), trained, allow_unused=True)
+    # Without a path to the features there is no gradient, not even 0.
+    for weight, grad in zip(trained, grads, strict=True):
+        weight.requires_grad_(grad is not None)
 
 
 def _stackable(images: Sequence[Pixels]) -> list[list[Pixels]]:
@@ -104,7 +105,7 @@ def _stackable(images: Sequence[Pixels]) -> list[list[Pixels]]:
 
 
 def _by_tile(pixels: Pixels) -> bool:
-    """Whether pixels are (1, tiles, C, H, W), as those of Idefics3 and SmolVLM."""
+    """True for pixels of shape (1, tiles, C, H, W), as those of Idefics3 and SmolVLM."""
     return "pixel_attention_mask" in pixels.tensors
 
 

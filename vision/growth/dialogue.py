@@ -74,6 +74,7 @@ class Dialogue:
         index: of the prompt.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False)
+        # An empty text is one step that holds the end mark alone.
         steps = [ids[start:end] for start, end in spelling.rule.split_ids(ids)] or [[]]
         steps[-1] = [*steps[-1], spelling.end]
         nodes = []
@@ -181,6 +182,7 @@ class MultiTurn(Dialogue):
             observation = self._replay.after(prompt, len(tokens.ids), so_far).result.observation
             parent = first + depth - 1 if depth else -1
             logp = [0.0] * len(ids)
+            # The observation behind the last turn is not part of the rollout: no turn follows it.
             if observation is None or depth + 1 == len(turns):
                 nodes.append(Node(index, parent, depth, ids, logp, "eos"))
                 break
@@ -193,6 +195,7 @@ class MultiTurn(Dialogue):
         Raises:
             ValueError: the environment answers otherwise now.
         """
+        # An update on other observations than the policy saw would train on states that never were.
         expected = int(rollout.tree.tags["observed"][step])
         observation = self._after(rollout, self._path(rollout, step), step).result.observation
         if observation is None or len(observation.ids) != expected:
@@ -209,6 +212,7 @@ class MultiTurn(Dialogue):
         return [(rollout.texts[step].strip(), self._picture(rollout, step)) for step in steps.tolist()]
 
     def _picture(self, rollout: Rollout, step: int) -> Image.Image | None:
+        # The state in which the turn was taken, so without the turn itself.
         before = self._after(rollout, self._path(rollout, step)[:-1], step)
         return self._replay.environment.picture(before.result.state, rollout.texts[step])
 

@@ -226,6 +226,8 @@ def _short(tokenizer: Any, prompt: PromptTokens) -> list[int]:
     """Ids of a prompt with one placeholder for each picture."""
     if not prompt.images:
         return prompt.ids.tolist()
+    # vLLM expands the placeholders of the rendered text. Tokens behind it are given as sampled: tokenising their text
+    # again could give others.
     written = prompt.ids[len(prompt.ids) - prompt.written :].tolist()
     return [*tokenise(tokenizer, prompt.text).tolist(), *written]
 

@@ -81,6 +81,7 @@ class Replay:
         """
         if not turns:
             return TurnRecord(TurnResult(self.environment.start(prompt), None), start)
+        # By content besides the id: files of training and evaluation may use an id twice.
         key = (prompt.id, str(dict(prompt.inputs)), turns)
         record: TurnRecord | None = self._kept.get(key)
         if record is None:

@@ -30,7 +30,7 @@ _MEDIA_ID = re.compile(r"(image|video|audio|vision_\w+|boi|eoi|boa|eoa)_token_(i
 
 
 def is_vision(config: Any) -> bool:
-    """Whether a model with this configuration reads pictures."""
+    """True for the configuration of a model that reads pictures."""
     return attribute(config, "vision_config") is not None
 
 

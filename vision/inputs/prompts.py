@@ -57,7 +57,7 @@ class Turn:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all pictures stand before the texts."""
+        """True where all pictures stand before the texts."""
         num_pictures = self.parts.count(None)
         return None not in self.parts[num_pictures:]
 
@@ -248,6 +248,7 @@ class PromptEncoder:
         return self._placed(ids, types, pixels, text, pictures)
 
     def _check_length(self, name: str, types: Tensor, media: str) -> None:
+        """Raise PromptError for a prompt that is too long; a cut could fall into the placeholders of a picture."""
         if len(types) > self.options.max_prompt_tokens:
             raise PromptError(
                 f"prompt {name!r} has {len(types)} tokens, {int((types > 0).sum())} of them from {media}; the limit "
@@ -303,6 +304,7 @@ class PromptEncoder:
         Raises:
             PromptError: there is no template, or it refuses the messages.
         """
+        # Some folders keep the template with the processor, others with the tokenizer.
         owner = self.processor if attribute(self.processor, "chat_template") else self.tokenizer
         if not attribute(owner, "chat_template"):
             raise PromptError("the processor has no chat template; save one with it")
@@ -362,6 +364,7 @@ class PromptEncoder:
                 lines.append("")
             return "\n".join(lines)
         head = [Turn("system", (system,))] if system else []
+        # An open user's turn is the text before a mark at its end: the template would close the turn behind it.
         if self.opening is None:
             return self._template([*head, *before, last], True)
         return self._template([*head, *before, last.then(_CUT)], False).split(_CUT)[0]

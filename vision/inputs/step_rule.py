@@ -62,7 +62,7 @@ class StepRule:
         self._may_end: list[bool] = self.candidates.tolist()
 
     def ends_step(self, ids: Sequence[int]) -> bool:
-        """Whether the last of `ids`, the tokens sampled for the current step so far, completes it.
+        """True where the last of `ids`, the tokens sampled for the current step so far, completes it.
 
         Ask after every token, or after those in `candidates`; most calls cost one look into a table.
         """
@@ -90,7 +90,7 @@ class StepRule:
         return spans
 
     def is_blank(self, ids: Sequence[int]) -> bool:
-        """Whether `ids` bring no content: white space, separators, bos, eos and pad alone."""
+        """True where `ids` bring no content: white space, separators, bos, eos and pad alone."""
         return self._blank.fullmatch(self._text(ids)) is not None
 
 

@@ -57,6 +57,7 @@ class JsonlTask:
     ) -> None:
         columns = Columns(question, images, answer, options)
         self.rewards = tuple(rewards)
+        # Rows often share pictures, whose headers are read once.
         sizes: dict[Path, tuple[int, int]] = {}
 
         def make(row: Mapping[str, Any], name: str) -> Prompt:

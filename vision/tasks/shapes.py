@@ -79,6 +79,7 @@ class ShapesTask:
         seed: int = 0,
         conjunctions: bool = False,
     ) -> None:
+        # More terms than words could not all be distinct.
         if not 2 <= terms <= len(WORDS):
             raise ValueError(f"task.terms={terms}: a question combines 2 to {len(WORDS)} counts")
         settings = {
@@ -193,7 +194,7 @@ def check_step(before: Sequence[str], step: str, reference: Mapping[str, Any]) -
 
 
 def is_well_formed(checked: Sequence[CheckedStep], reference: Mapping[str, Any]) -> bool:
-    """Whether a trace has the form of the task: as many counts as terms, one line of arithmetic, the answer."""
+    """True for a trace of the form of the task: as many counts as terms, one line of arithmetic, the answer."""
     kinds = [step.kind for step in checked]
     return kinds == ["perception"] * len(reference["terms"]) + ["reasoning", "answer"]
 
@@ -222,7 +223,7 @@ def _kind(line: str) -> Kind:
 
 
 def _follows(line: str, earlier: Sequence[str], reference: Mapping[str, Any]) -> bool:
-    """Whether the line is the one that `solve` would write from the counts stated before."""
+    """True for a line that is the one that `solve` would write from the counts stated before."""
     stated: dict[str, int] = {}
     for text in earlier:
         match = _PERCEPTION.fullmatch(text)
@@ -231,6 +232,7 @@ def _follows(line: str, earlier: Sequence[str], reference: Mapping[str, Any]) ->
     counts = [stated[term] for term in reference["terms"] if term in stated]
     if len(counts) < len(reference["terms"]):
         return False
+    # The line before the answer, from these counts, whether they are right or not.
     question = Question(reference["operation"], tuple(reference["terms"]))
     return solve(question, counts)[-2] == line
 
