@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,14 +28,15 @@ from mmrl.registry import declares
 from mmrl.rollout import Prompt, Rollout
 from mmrl.scorers.scoring import RECORD, probabilities
 from mmrl.sharding import is_sharded
-from vision.forward.backbone import Backbone, by_prompt, closure, micro_batches, trainable_model
+from vision.forward.backbone import Backbone, closure, micro_batches, trainable_model
 from vision.forward.lora import LoraOptions, merged, trained_options
 from vision.forward.network import Network, StepHead, read_job
 from vision.forward.packing import Mode
-from vision.forward.passes import Job, TokenTree, build_reading
+from vision.forward.passes import Job, build_reading
 from vision.inputs.loading import banned_ids, eos_ids, load_processor, save_model
 from vision.inputs.options import PolicyOptions
 from vision.inputs.tokens import PromptTokens
+from vision.slot_trees import SlotTrees, StepTrees
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ class VisionPrm:
         self._verdict = tuple(self._encode_text(text)[0] for text in (format.positive, format.negative) if text)
         # Ids that no step may hold. A turn end written by a model would make turns of its own.
         ends = eos_ids(bare(hf), self._body.tokenizer)
-        self._refused = {*banned_ids(hf.config, self._body.tokenizer), *ends, *self._special_marker()}
-        self._step_cache: dict[str, list[int] | None] = {}
+        refused = {*banned_ids(hf.config, self._body.tokenizer), *ends, *self._special_marker()}
+        self._trees = SlotTrees(self._body.encode, self._encode_text, self._slots, refused)
         # Steps without score so far, each time they came up: too long, or with a marker inside.
         self.dropped = 0
 
@@ -208,7 +208,7 @@ class VisionPrm:
         readable = torch.zeros(len(tree), dtype=torch.bool)
         blank = 0
         for step, (parent, group) in enumerate(zip(tree.parent.tolist(), tree.group.tolist(), strict=True)):
-            ids = self._step_ids(rollout.texts[step])
+            ids = self._trees.step_ids(rollout.texts[step])
             if ids is None:
                 # More than fits, so that no step behind it can be read either.
                 used[step] = room[group] + 1
@@ -231,7 +231,7 @@ class VisionPrm:
 
     def micro_batches(self, rollout: Rollout, steps: Tensor, *, whole_prompts: bool = False) -> list[Tensor]:
         """Steps of whole prompts while their trees fit in `max_tokens`; a larger tree is cut along its branches."""
-        sizes = [len(self._step_ids(text) or ()) for text in rollout.texts]
+        sizes = [len(self._trees.step_ids(text) or ()) for text in rollout.texts]
         groups = rollout.tree.group[steps].unique().tolist()
         prompt_sizes = {group: len(self._body.encode(rollout.prompts[group]).ids) for group in groups}
         return micro_batches(rollout.tree, steps, sizes, prompt_sizes, self.options.max_tokens, whole_prompts)
@@ -242,12 +242,11 @@ class VisionPrm:
         Raises:
             ValueError: a step without a slot; see `readable`.
         """
-        return self._read(self._trees(rollout, steps))
+        return self._read(self._trees.of_steps(rollout, steps))
 
     def root_scores(self, rollout: Rollout) -> Tensor:
         """(G,) float64 score of every prompt with nothing written yet: read where an empty first step would be; NaN
         for one that cannot be encoded."""
-        closing = list(self._slots.closing)
         admitted = {p.id for p in self.admit(rollout.prompts)}
         groups = [group for group, prompt in enumerate(rollout.prompts) if prompt.id in admitted]
         scores = torch.full((len(rollout.prompts),), torch.nan, dtype=torch.float64)
@@ -258,30 +257,22 @@ class VisionPrm:
         used = 0
         for group in groups:
             encoded = self._body.encode(rollout.prompts[group])
-            size = len(encoded.ids) + len(closing)
+            size = len(encoded.ids) + len(self._slots.closing)
             if parts[-1] and used + size > self.options.max_tokens:
                 parts.append([])
                 used = 0
             parts[-1].append(encoded)
             used += size
-        logits = torch.cat([self._root_logits(part, closing) for part in parts])
+        logits = torch.cat([self._root_logits(part) for part in parts])
         values = good_logit(logits).sigmoid().double().cpu()
         check_finite(values, "the network of scorer VisionPrm", "prompts")
         scores[groups] = values
         return scores
 
     @torch.no_grad()
-    def _root_logits(self, prompts: Sequence[PromptTokens], closing: Sequence[int]) -> Tensor:
+    def _root_logits(self, prompts: Sequence[PromptTokens]) -> Tensor:
         """(P, C) outputs after each of a few prompts and the marks that close an empty step."""
-        trees, slots = [], []
-        for prompt in prompts:
-            if closing:
-                trees.append(TokenTree(prompt, [-1, 0], [prompt.ids, torch.tensor(closing)]))
-            else:
-                trees.append(TokenTree(prompt, [-1], [prompt.ids]))
-            slots.append(torch.tensor([len(prompt.ids) + len(closing) + self._slots.read]))
-        none = torch.empty(0, dtype=torch.int64)
-        return self._read(_StepTrees(trees, slots, [none] * len(trees), none, torch.arange(len(trees))))
+        return self._read(self._trees.of_prompts(prompts))
 
     def attributions(self, rollout: Rollout) -> Tensor:
         """(N,) float64 gradient times input: how much the embeddings of each step's tokens, its marks included, push
@@ -299,7 +290,7 @@ class VisionPrm:
 
     def _attribution(self, rollout: Rollout, last: int) -> tuple[list[int], Tensor]:
         """The steps to `last`, and the growth of its logit with the length of each one's embeddings."""
-        read = self._trees(rollout, torch.tensor([last]))
+        read = self._trees.of_steps(rollout, torch.tensor([last]))
         steps, _ = closure(rollout.tree, [last])
         wanted = read.tokens if self.head == "likelihood" else []
         job = build_reading(read.trees, read.slots, "rows", self._body.style, wanted)
@@ -325,7 +316,7 @@ class VisionPrm:
         total = torch.zeros(len(steps) + 1, dtype=torch.float64).index_add(0, node, gradient[0].double().cpu())
         return steps, total[1:]
 
-    def _read(self, read: _StepTrees) -> Tensor:
+    def _read(self, read: StepTrees) -> Tensor:
         """(S, C) outputs at the slots, in the caller's order."""
         body = self._body
         wanted = read.tokens if self.head == "likelihood" else []
@@ -401,81 +392,6 @@ class VisionPrm:
         recur."""
         added = self._body.tokenizer.get_added_vocab()
         return [added[self.format.marker]] if self.format.marker in added else []
-
-    def _step_ids(self, text: str) -> list[int] | None:
-        """The ids that a step adds to the context, its closing included; [] for a blank one, None when it holds a
-        marker or an image placeholder."""
-        if text not in self._step_cache:
-            if len(self._step_cache) > 200_000:
-                self._step_cache.clear()
-            ids = self._encode_text(text.strip()) if text.strip() else []
-            if self._refused & set(ids):
-                self._step_cache[text] = None
-            else:
-                self._step_cache[text] = self._slots.run(ids, first=True) if ids else []
-        return self._step_cache[text]
-
-    def _trees(self, rollout: Rollout, steps: Tensor) -> _StepTrees:
-        """The trees of the prompts of `steps`, with the steps before them."""
-        tree, closing = rollout.tree, len(self._slots.closing)
-        trees: list[TokenTree] = []
-        slots: list[Tensor] = []
-        tokens: list[Tensor] = []
-        owner: list[int] = []
-        num_slots = 0
-        for group, own in by_prompt(tree, steps):
-            one, node_of = self._tree_of_prompt(rollout, group, own)
-            ends = []
-            own_tokens = []
-            for number, step in enumerate(own, num_slots):
-                node = node_of[step]
-                end = int(one.packed.start[node]) + len(one.ids[node])
-                # A node begins with the marks between two steps, which are not the step's own.
-                start = end - len(self._step_ids(rollout.texts[step]) or ())
-                ends.append(end)
-                own_tokens.append(torch.arange(start, end - closing))
-                owner += [number] * len(own_tokens[-1])
-            trees.append(one)
-            slots.append(torch.tensor(ends) + self._slots.read)
-            tokens.append(torch.cat(own_tokens))
-            num_slots += len(own)
-        order = torch.argsort(tree.group[steps], stable=True)
-        return _StepTrees(trees, slots, tokens, torch.tensor(owner), order)
-
-    def _tree_of_prompt(self, rollout: Rollout, group: int, own: Sequence[int]) -> tuple[TokenTree, dict[int, int]]:
-        """The tree of a prompt's steps and of those before them, and the node of each.
-
-        Raises:
-            ValueError: a step with a marker inside.
-        """
-        nodes, parent = closure(rollout.tree, own)
-        prompt = self._body.encode(rollout.prompts[group])
-        ids = [prompt.ids]
-        # Blank steps take no place, so the first step that is written may have ancestors.
-        is_written = [False]
-        for step, above in zip(nodes, parent[1:], strict=True):
-            step_ids = self._step_ids(rollout.texts[step])
-            if step_ids is None:
-                raise ValueError(f"step {step} holds a marker: {rollout.texts[step][:60]!r}; score `readable` steps")
-            between = self._slots.between if step_ids and is_written[above] else ()
-            ids.append(torch.tensor([*between, *step_ids], dtype=torch.int64))
-            is_written.append(is_written[above] or bool(step_ids))
-        return TokenTree(prompt, parent, ids), {step: node for node, step in enumerate(nodes, 1)}
-
-
-@dataclass(frozen=True)
-class _StepTrees:
-    """The trees of some steps, and where these are in them.
-
-    slots, tokens: packed indices per tree of the steps' slots and own tokens. owner: (A,) the slot of each token,
-    counted over all trees. order: (S,) the caller's place of each slot.
-    """
-
-    trees: list[TokenTree]
-    slots: list[Tensor]
-    tokens: list[Tensor]
-    owner: Tensor
-    order: Tensor
 
 
 def _tied(hf: Any) -> bool:

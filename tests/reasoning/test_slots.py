@@ -199,7 +199,7 @@ def slots_of(prm, steps):
     wanted = good.nonzero().flatten()
     if not len(wanted):
         return good, [], []
-    asked = prm._trees(rollout, wanted)
+    asked = prm._trees.of_steps(rollout, wanted)
     (tree,), (reads,) = asked.trees, asked.slots
     return good, tree.packed.ids.tolist(), reads.tolist()
 

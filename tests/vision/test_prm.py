@@ -152,10 +152,10 @@ def test_the_filled_in_answer_of_a_turn_does_not_leak_into_its_own_score(family,
     """Flip + to - in the answer to step 1: p_0 and p_1 stay, later ones may change (vl_prm.md, 1.2 and 11.2)."""
     prm, p = make_prm(family, "turns"), prompt(pictures, family)
     before = scores(prm, [p], [[WHOLE]])
-    run = prm._step_ids(WHOLE[1])
+    run = prm._trees.step_ids(WHOLE[1])
     plus, minus = prm._verdict
     assert run[-1] == plus
-    prm._step_cache[WHOLE[1]] = [*run[:-1], minus]
+    prm._trees._cache[WHOLE[1]] = [*run[:-1], minus]
     after = scores(prm, [p], [[WHOLE]])
     check_close(after[:2], before[:2])
     assert (after[2:] - before[2:]).abs().min() > 1e-5
@@ -165,7 +165,7 @@ def test_inline_markers_are_the_same_for_every_step(pictures):
     """Nothing of a verdict enters the context: the ids do not hold + or - but for those of the texts."""
     prm = prm_of("qwen2_5_vl", "tokens")
     rollout, _ = solution_forest([prompt(pictures)], [[["a", "b", "c"]]])
-    asked = prm._trees(rollout, torch.arange(3))
+    asked = prm._trees.of_steps(rollout, torch.arange(3))
     (tree,), (reads,) = asked.trees, asked.slots
     ids = tree.packed.ids
     (marker,) = tokenizer_of(prm._body.processor).encode("#", add_special_tokens=False)
@@ -544,7 +544,7 @@ def test_the_tree_is_what_lay_out_joins(pictures):
         prm = prm_of("qwen2_5_vl", form)
         p = prompt(pictures)
         rollout, _ = solution_forest([p], [[WHOLE]])
-        asked = prm._trees(rollout, torch.arange(4))
+        asked = prm._trees.of_steps(rollout, torch.arange(4))
         (tree,), (reads,) = asked.trees, asked.slots
         encode = functools.partial(prm._body.tokenizer.encode, add_special_tokens=False)
         out = lay_out(prm._body.encode(p).ids.tolist(), [encode(s) for s in WHOLE], prm._slots)

@@ -103,7 +103,7 @@ def test_policy_reward_model_vllm_and_films_read_the_same_ids(tmp_path, image, c
         ids = tree[0].ids[0].tolist()
         assert ids.count(number) == 1 and ids[0] == number
         written = solution_forest([prompt], [[["a"]]])[0]
-        assert scorer._trees(written, torch.tensor([0])).trees[0].ids[0].tolist() == ids
+        assert scorer._trees.of_steps(written, torch.tensor([0])).trees[0].ids[0].tolist() == ids
         # a reply about other tokens than the policy trains on would be an error of the engine
         with_engine.rollout([prompt], BranchPlan({0: 1}), seed=0)
         request = vllm.requests[-1]
@@ -145,7 +145,7 @@ def test_steps_in_turns_begin_with_the_same_single_mark(tmp_path):
     format = {"markers": "turns", "read_offset": -1, "marker": "+", "positive": "+", "negative": "-"}
     scorer = VisionPrm.build(model=str(tmp_path / "m"), head="tokens", format=format)
     written = solution_forest([Prompt("p", {"question": "hi"})], [[["a", "b"]]])[0]
-    [tree] = scorer._trees(written, torch.tensor([0, 1])).trees
+    [tree] = scorer._trees.of_steps(written, torch.tensor([0, 1])).trees
     assert torch.cat(tree.ids).tolist().count(number) == 1 and int(tree.ids[0][0]) == number
 
 
