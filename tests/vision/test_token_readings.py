@@ -416,6 +416,7 @@ def test_preference_losses_run_from_recipes(loss, reading, tmp_path):
     metrics = StepPreferenceTrainer(parse_config(tree, model=StepPreferenceConfig)).train()
     assert metrics["policy/grad_norm"] > 0 and metrics["preference/pairs"] > 0
     del tree["readings"]
+    tree["run"] = tree["run"] | {"output": tmp_path / "without_reading"}
     with pytest.raises(ValueError, match=f"readings {reading}[, ]"):
         StepPreferenceTrainer(parse_config(tree, model=StepPreferenceConfig))
 
