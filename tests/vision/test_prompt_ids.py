@@ -249,7 +249,10 @@ class NoAnswers:
 
 @pytest.mark.parametrize("bad", [1, 3])
 def test_rows_that_no_reward_can_score_are_told_before_a_model_is_loaded(tmp_path, bad):
-    model = family_folder("text") if bad == 1 else tmp_path / "no model there"
+    model = family_folder("text")
+    if bad == 3:
+        model = tmp_path / "no model there"
+        model.mkdir()
     tree = vision_recipe(model, tmp_path, tmp_path / "run", run={"iterations": 1, "max_unusable": 0.5})
     tree["task"] = {"name": "test_prompt_ids:NoAnswers", "bad": bad}
     tree["rewards"] = [{"name": "math_answer"}]
