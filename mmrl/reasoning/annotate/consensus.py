@@ -1,4 +1,11 @@
-"""Keep what Monte-Carlo estimates and a judge agree on, and report what that costs."""
+"""Keep what Monte-Carlo estimates and a judge agree on, and report what that costs.
+
+Both say where a solution's first error is (-1 = nowhere, None = unknown); `consensus` makes labels of the two:
+
+    Monte Carlo 2, judge 2, 4 steps, rule exact     ->  1, 1, 0, None
+    Monte Carlo 1, judge 2, 4 steps, rule within_1  ->  1, None, 0, None
+    Monte Carlo 1, judge 2, 4 steps, rule exact     ->  None, the solution is dropped
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,9 @@ Rule = Literal["exact", "within_1", "step", "agree_on_correct"]
 
 @dataclass(frozen=True)
 class ConsensusReport:
-    """What a rule did to `total` solutions. Shares are in [0, 1], None without anything to count.
+    """Counts and shares of the `total` solutions that a rule was applied to.
+
+    Shares are in [0, 1], None without anything to count.
 
     agreement: equal first errors among the solutions for which both are known. unparsed: the judge's is unknown.
     confusion: (Monte-Carlo first error, judge's first error) -> solutions. right_frac: label 1 among labelled steps
@@ -56,17 +65,24 @@ def consensus(mc: int | None, judge: int | None, num_steps: int, rule: Rule = "e
     if mc is None or (mc != judge and not _tolerated(mc, judge, rule)):
         return None
     labels = _agreed(mc, judge, num_steps)
-    return labels if any(y is not None for y in labels) else None
+    nothing_left = all(label is None for label in labels)
+    return None if nothing_left else labels
 
 
 def _tolerated(mc: int, judge: int, rule: Rule) -> bool:
-    return rule == "step" or (rule == "within_1" and min(mc, judge) >= 0 and abs(mc - judge) <= 1)
+    """True where two different first errors do not drop the solution."""
+    if rule == "within_1":
+        return min(mc, judge) >= 0 and abs(mc - judge) <= 1
+    return rule == "step"
 
 
-def _agreed(a: int, b: int, num_steps: int) -> Labels:
-    low, high = sorted(num_steps if e < 0 else e for e in (a, b))
-    later = labels_up_to(-1 if high == num_steps else high, num_steps)
-    return tuple(None if low <= t < high else y for t, y in enumerate(later))
+def _agreed(mc: int, judge: int, num_steps: int) -> Labels:
+    """Labels by the later of two first errors, unlabelled from the earlier one up to the step before it."""
+    # No error (-1) is later than any error.
+    earlier, later = sorted(num_steps if first < 0 else first for first in (mc, judge))
+    labels = list(labels_up_to(-1 if later == num_steps else later, num_steps))
+    labels[earlier:later] = [None] * (later - earlier)
+    return tuple(labels)
 
 
 def vote(votes: Sequence[Sequence[float | None]]) -> Labels:
@@ -78,10 +94,14 @@ def vote(votes: Sequence[Sequence[float | None]]) -> Labels:
     Raises:
         ValueError: no votes, or rows of different lengths.
     """
-    if not votes or len({len(v) for v in votes}) != 1:
-        raise ValueError(f"votes must be k >= 1 rows of one length, not of lengths {[len(v) for v in votes]}")
-    columns = [[v for v in step if v is not None] for step in zip(*votes, strict=True)]
-    return tuple(float(2 * sum(step) > len(step)) if step else None for step in columns)
+    lengths = [len(row) for row in votes]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"votes must be k >= 1 rows of one length, not of lengths {lengths}")
+    majority: list[float | None] = []
+    for step in zip(*votes, strict=True):
+        verdicts = [verdict for verdict in step if verdict is not None]
+        majority.append(float(2 * sum(verdicts) > len(verdicts)) if verdicts else None)
+    return tuple(majority)
 
 
 def consensus_report(
@@ -92,17 +112,23 @@ def consensus_report(
     Raises:
         ValueError: the three differ in length.
     """
-    pairs = [(a, b) for a, b, _ in zip(mc, judge, labels, strict=True)]
-    known = [a == b for a, b in pairs if a is not None and b is not None]
-    kept = [y for y in labels if y is not None]
-    labelled = [y for row in kept for y in row if y is not None]
+    pairs: list[tuple[int | None, int | None]] = []
+    agreements: list[float] = []
+    kept: list[Labels] = []
+    for mc_error, judge_error, row in zip(mc, judge, labels, strict=True):
+        pairs.append((mc_error, judge_error))
+        if mc_error is not None and judge_error is not None:
+            agreements.append(float(mc_error == judge_error))
+        if row is not None:
+            kept.append(row)
+    step_labels = [label for row in kept for label in row if label is not None]
     return ConsensusReport(
         total=len(pairs),
         kept=len(kept),
-        unparsed=sum(b is None for _, b in pairs),
-        kept_frac=_mean([float(y is not None) for y in labels]),
-        agreement=_mean([float(x) for x in known]),
-        right_frac=_mean(labelled),
+        unparsed=sum(judge_error is None for _, judge_error in pairs),
+        kept_frac=len(kept) / len(pairs) if pairs else None,
+        agreement=_mean(agreements),
+        right_frac=_mean(step_labels),
         mean_steps=_mean([float(len(row)) for row in kept]),
         confusion=dict(Counter(pairs)),
     )
@@ -119,18 +145,25 @@ def filter_records(
     Raises:
         ValueError: a record without one count per step; `judge` of another length.
     """
-    found: list[int | None] = []
-    for r in records:
-        if r.mc is None or len(r.mc) != len(r.steps):
-            raise ValueError(f"record {r.id!r} has no Monte-Carlo count for each of its {len(r.steps)} steps")
-        found.append(mc_first_error(mc_values(r.mc), threshold))
-    pairs = list(zip(records, found, judge, strict=True))
-    labels = [consensus(a, b, len(r.steps), rule) for r, a, b in pairs]
-    kept = [_labelled(r, y, a, b, rule) for (r, a, b), y in zip(pairs, labels, strict=True) if y is not None]
-    return kept, consensus_report(found, judge, labels)
+    mc_errors: list[int | None] = []
+    for record in records:
+        if record.mc is None or len(record.mc) != len(record.steps):
+            raise ValueError(
+                f"record {record.id!r} has no Monte-Carlo count for each of its {len(record.steps)} steps"
+            )
+        mc_errors.append(mc_first_error(mc_values(record.mc), threshold))
+    all_labels: list[Labels | None] = []
+    kept = []
+    for record, mc_error, judge_error in zip(records, mc_errors, judge, strict=True):
+        labels = consensus(mc_error, judge_error, len(record.steps), rule)
+        all_labels.append(labels)
+        if labels is not None:
+            kept.append(_labelled(record, labels, mc_error, judge_error, rule))
+    return kept, consensus_report(mc_errors, judge, all_labels)
 
 
 def _labelled(record: SolutionRecord, labels: Labels, mc: int | None, judge: int | None, rule: Rule) -> SolutionRecord:
+    """The record with the rule's labels; its first error is unknown where the two differ about it."""
     first = judge if mc == judge or rule == "agree_on_correct" else None
     return replace(record, labels=labels, label_kind="hard", scope="prefix", first_error=first)
 

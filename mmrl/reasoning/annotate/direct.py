@@ -1,4 +1,11 @@
-"""Labels that cost no completions: a scorer's or a judge's opinion of every step, or the outcome for all of them."""
+"""Labels without completions: a scorer's or a judge's opinion of every step, or the outcome for all of them.
+
+A `Labeller` takes solutions and returns the labels of each one's steps, None for a solution that cannot be labelled:
+
+    [record of 3 steps, record of 2 steps]  ->  [(1.0, 0.0, None), None]
+
+`annotate_directly` samples the solutions where only questions are given, and writes the same files as `run.annotate`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +40,7 @@ from mmrl.workdir import WorkDir, publish_lines, write_json
 log = logging.getLogger(__name__)
 
 LabelAsk = Literal["first_error", "critique", "reference"]
-Labeller = Callable[[Sequence[SolutionRecord]], list[Labels | None]]  # None = this solution cannot be labelled
+Labeller = Callable[[Sequence[SolutionRecord]], list[Labels | None]]
 
 
 def by_scorer(scorer: StepReward, *, threshold: float | None = None) -> Labeller:
@@ -43,10 +50,13 @@ def by_scorer(scorer: StepReward, *, threshold: float | None = None) -> Labeller
     """
 
     def label(records: Sequence[SolutionRecord]) -> list[Labels | None]:
-        return [None if row is None else tuple(map(one, row)) for row in score_records(scorer, records)]
+        labels: list[Labels | None] = []
+        for scores in score_records(scorer, records):
+            labels.append(None if scores is None else tuple(map(label_of, scores)))
+        return labels
 
-    def one(score: float) -> float | None:
-        if score != score:
+    def label_of(score: float) -> float | None:
+        if math.isnan(score):
             return None
         if threshold is None and not 0 <= score <= 1:
             raise ValueError(f"score {score:.6g} is no label in [0, 1]; give a threshold to make hard labels of it")
@@ -57,7 +67,11 @@ def by_scorer(scorer: StepReward, *, threshold: float | None = None) -> Labeller
 
 def by_outcome(records: Sequence[SolutionRecord]) -> list[Labels | None]:
     """FreePRM: every step gets the outcome; a solution without verdict is left out."""
-    return [None if r.final_correct is None else pseudo_labels(float(r.final_correct), len(r.steps)) for r in records]
+    labels: list[Labels | None] = []
+    for record in records:
+        outcome = record.final_correct
+        labels.append(None if outcome is None else pseudo_labels(float(outcome), len(record.steps)))
+    return labels
 
 
 def by_judge(
@@ -78,25 +92,37 @@ def by_judge(
     """
 
     def label(records: Sequence[SolutionRecord]) -> list[Labels | None]:
-        asked = {r.id: p for r in records if (p := _question(r, ask)) is not None}
-        taken = {p.id for p in admitted(extender, list(asked.values()))}
-        steps = {asked[r.id].id: r.steps for r in records if r.id in asked}
+        questions: dict[str, Prompt] = {}  # by the id of a record
+        steps: dict[str, Sequence[Step]] = {}  # by the id of a question to the judge
+        for record in records:
+            question = _question(record, ask)
+            if question is not None:
+                questions[record.id] = question
+                steps[question.id] = record.steps
+        admitted_ids = {prompt.id for prompt in admitted(extender, list(questions.values()))}
+        states = {name: State(prompt) for name, prompt in questions.items() if prompt.id in admitted_ids}
 
+        # In place of a verifier: a reply that can be parsed has the verdict 1, any other is unscored.
         def parsed(samples: Sequence[Sample]) -> list[float | None]:
-            said = [parse_labels(s.output, steps[s.prompt.id], ask) for s in samples]
-            return [None if y is None else 1.0 for y in said]
+            verdicts: list[float | None] = []
+            for sample in samples:
+                labels = parse_labels(sample.output, steps[sample.prompt.id], ask)
+                verdicts.append(None if labels is None else 1.0)
+            return verdicts
 
-        states = {i: State(p) for i, p in asked.items() if p.id in taken}
-        Estimator(extender, parsed, store, seed=seed, batch=batch, max_unscored=1.0).estimate(
-            list(states.values()), votes
-        )
-        return [_voted(store, states[r.id], r.steps, votes, ask) if r.id in states else None for r in records]
+        estimator = Estimator(extender, parsed, store, seed=seed, batch=batch, max_unscored=1.0)
+        estimator.estimate(list(states.values()), votes)
+        labels: list[Labels | None] = []
+        for record in records:
+            state = states.get(record.id)
+            labels.append(None if state is None else _voted(store, state, record.steps, votes, ask))
+        return labels
 
     return label
 
 
 class LabelContext(Protocol):
-    """What a labeller of a recipe may ask the job for."""
+    """The parts of an annotation job that a labeller uses."""
 
     policy: Any
     seed: int
@@ -104,7 +130,7 @@ class LabelContext(Protocol):
 
     @property
     def readings(self) -> CompletionStore:
-        """Where a judge's answers are kept."""
+        """The store of a judge's replies."""
 
     def scorer(self, name: str | Mapping[str, Any]) -> StepReward:
         """A step reward or saved scorer, on the job's device."""
@@ -135,16 +161,21 @@ def outcome_labels() -> Labeller:
 
 
 def _voted(store: CompletionStore, state: State, steps: Sequence[Step], votes: int, ask: LabelAsk) -> Labels | None:
-    parsed = [parse_labels("".join(c.written.steps), steps, ask) for c in store.completions(state)[:votes]]
-    known = [p for p in parsed if p is not None]
-    return vote(known) if known else None
+    """The majority of the first `votes` replies that can be parsed; None without any."""
+    parsed = []
+    for reply in store.completions(state)[:votes]:
+        labels = parse_labels("".join(reply.written.steps), steps, ask)
+        if labels is not None:
+            parsed.append(labels)
+    return vote(parsed) if parsed else None
 
 
 def parse_labels(text: str, steps: Sequence[Step], ask: LabelAsk) -> Labels | None:
     """Labels of the steps (1 right, 0 wrong, None without opinion) in a judge's reply; None when it cannot be read."""
     if ask == "critique":
         critique = parse_critique(text, len(steps), [step.kind for step in steps])
-        return critique.labels if any(y is not None for y in critique.labels) else None
+        without_opinion = all(label is None for label in critique.labels)
+        return None if without_opinion else critique.labels
     if ask == "reference":
         return read_spare(text, len(steps))
     first = parse_first_error(text, len(steps))
@@ -152,13 +183,14 @@ def parse_labels(text: str, steps: Sequence[Step], ask: LabelAsk) -> Labels | No
 
 
 def _question(record: SolutionRecord, ask: LabelAsk) -> Prompt | None:
-    """What the judge is asked, None for a solution that cannot be put to it."""
+    """The prompt to the judge about a solution, None for a solution that it cannot be asked about."""
     try:
         text = judge_prompt(record.question, record.texts, ask, reference_solution(record.prompt) or "")
     except ValueError as error:
         log.warning("record %r is not judged: %s", record.id, error)
         return None
     inputs = {**record.prompt.inputs, "question": text}
+    # The options of a choice belong to the question; the judge chooses among other words.
     inputs.pop("options", None)
     return Prompt(f"{record.id}/judge", inputs)
 
@@ -185,8 +217,6 @@ def annotate_directly(
     verdicts as outcomes and the labels as step rewards.
     """
     folder = Path(folder)
-    prompts = [i for i in items if isinstance(i, Prompt)]
-    given = [(i, as_state(i, separator)) for i in items if isinstance(i, SolutionRecord)]
     bad: list[dict[str, str]] = []
     with (
         WorkDir(folder).owned(),
@@ -194,26 +224,16 @@ def annotate_directly(
         progress_bar(len(items), progress) as advance,
     ):
         estimator = Estimator(extender, verifier, store, seed=seed, batch=batch)
-        with publish_lines(folder / "records.jsonl") as add:
-            for a in range(0, len(items), batch):
-                part = given[a : a + batch]
-                if prompts:
-                    found = sample_solutions(estimator, prompts[a : a + batch], solutions, separator=separator)
-                    written = [solution for own in found for solution in own]
-                    part = [(r, s) for r, s in written if r.steps]
-                    bad += [
-                        {"id": r.id, "reason": "no step: the policy wrote nothing"} for r, _ in written if not r.steps
-                    ]
-                labelled: list[Solution] = []
-                for (record, state), labels in zip(part, labeller([r for r, _ in part]), strict=True):
-                    labelled.append((replace(record, labels=labels), state))
-                    if labels is None or all(y is None for y in labels):
-                        bad.append({"id": record.id, "reason": "no label could be made of what the labeller said"})
-                        continue
-                    add(json.dumps(_row(record, labels), allow_nan=False))
-                if rollouts is not None and (trees := solution_trees(store, labelled)):
-                    rollouts.save(rollout_for(extender, trees, {"grown_by": "solutions", "seed": seed}), a // batch)
-                advance(len(part) if given else min(batch, len(prompts) - a), estimator.cost)
+        with publish_lines(folder / "records.jsonl") as add_line:
+            for start in range(0, len(items), batch):
+                part = items[start : start + batch]
+                written = _written(estimator, part, solutions, separator, bad)
+                labelled = _label(written, labeller, add_line, bad)
+                trees = [] if rollouts is None else solution_trees(store, labelled)
+                if rollouts is not None and trees:
+                    rollout = rollout_for(extender, trees, {"grown_by": "solutions", "seed": seed})
+                    rollouts.save(rollout, start // batch)
+                advance(len(part), estimator.cost)
         if rollouts is not None:
             rollouts.trim(math.ceil(len(items) / batch))
         store.export(folder / "store.jsonl")
@@ -224,11 +244,51 @@ def annotate_directly(
     return report
 
 
+def _written(
+    estimator: Estimator,
+    items: Sequence[Prompt | SolutionRecord],
+    num_solutions: int,
+    separator: str,
+    bad: list[dict[str, str]],
+) -> list[Solution]:
+    """The solutions among the items, or those sampled for the questions; empty ones go to `bad`."""
+    given = [(item, as_state(item, separator)) for item in items if isinstance(item, SolutionRecord)]
+    prompts = [item for item in items if isinstance(item, Prompt)]
+    if not prompts:
+        return given
+    written = []
+    for of_question in sample_solutions(estimator, prompts, num_solutions, separator=separator):
+        for record, state in of_question:
+            if record.steps:
+                written.append((record, state))
+            else:
+                bad.append({"id": record.id, "reason": "no step: the policy wrote nothing"})
+    return written
+
+
+def _label(
+    solutions: Sequence[Solution], labeller: Labeller, add_line: Callable[[str], None], bad: list[dict[str, str]]
+) -> list[Solution]:
+    """The solutions with their labels, each added to the records; those without a label go to `bad` instead."""
+    labelled: list[Solution] = []
+    all_labels = labeller([record for record, _ in solutions])
+    for (record, state), labels in zip(solutions, all_labels, strict=True):
+        labelled.append((replace(record, labels=labels), state))
+        if labels is None or all(label is None for label in labels):
+            bad.append({"id": record.id, "reason": "no label could be made of what the labeller said"})
+            continue
+        add_line(json.dumps(_row(record, labels), allow_nan=False))
+    return labelled
+
+
 def _row(record: SolutionRecord, labels: Labels) -> dict[str, Any]:
     """The record with its labels, as it is written."""
-    soft = any(y not in (0.0, 1.0, None) for y in labels)
+    is_hard = all(label in (0.0, 1.0, None) for label in labels)
     labelled = replace(
-        record, labels=labels, label_kind="soft" if soft else "hard", scope="local",
-        first_error=None if soft else local_first_error(labels),
-    )  # fmt: skip
+        record,
+        labels=labels,
+        label_kind="hard" if is_hard else "soft",
+        scope="local",
+        first_error=local_first_error(labels) if is_hard else None,
+    )
     return record_to_json(check_record(labelled))

@@ -1,4 +1,10 @@
-r"""Asking a judge about steps and reading its answer. What cannot be read is None, never a verdict."""
+r"""Prompts to a judge about the steps of a solution, and its replies read. An unreadable reply is None, no verdict.
+
+`judge_prompt` writes the prompt for one kind of question (`ask`), a `parse_*` function reads the reply to it:
+
+    first_error   "... \boxed{2}"                                     -> parse_first_error: 2
+    critique      "<analysis_0>.. \boxed{correct}</analysis_0> ..."    -> parse_critique: labels per step
+"""
 
 from __future__ import annotations
 
@@ -83,7 +89,8 @@ Whether the solution is right is not asked. Judge one aspect of it alone: {aspec
 )
 
 Ask = Literal["first_error", "critique", "step", "reference", "severity", "aspect"]
-SEVERITIES = ("none", "minor", "major", "critical")  # MQM's classes; their index is the class
+# MQM's classes; their index is the class.
+SEVERITIES = ("none", "minor", "major", "critical")
 BEST_GRADE = 10
 
 _PROMPTS = {
@@ -156,8 +163,10 @@ def parse_first_error(text: str, num_steps: int | None = None) -> int | None:
 
 
 def parse_verdict(text: str) -> bool | None:
-    r"""Whether the last `\boxed{..}` of the reply, or `<conclusion>..</conclusion>` where there is no box, says yes /
-    correct or no / incorrect; None when it says neither."""
+    r"""The verdict in the last `\boxed{..}` of the reply, or in `<conclusion>..</conclusion>` where there is no box.
+
+    True for yes or correct, False for no or incorrect, None for anything else.
+    """
     reply = without_thinking(text)
     inner = boxed(reply)
     if inner is None:
@@ -168,13 +177,18 @@ def parse_verdict(text: str) -> bool | None:
 def parse_severities(text: str, num_steps: int) -> tuple[int | None, ...] | None:
     """Per step the class of its errors, an index into `SEVERITIES`; None for a step without one single analysis that
     ends in a class, and None altogether when no step has one."""
-    said: dict[int, list[int | None]] = {}
+    classes: dict[int, list[int | None]] = {}  # by the number of a step
     analyses, _ = _analyses(without_thinking(text))
     for analysis in analyses:
         word = normalise(boxed(analysis.text) or "")
-        said.setdefault(analysis.number, []).append(SEVERITIES.index(word) if word in SEVERITIES else None)
-    out = tuple(said[t][0] if len(said.get(t, [])) == 1 else None for t in range(num_steps))
-    return out if any(y is not None for y in out) else None
+        severity = SEVERITIES.index(word) if word in SEVERITIES else None
+        classes.setdefault(analysis.number, []).append(severity)
+    per_step: list[int | None] = []
+    for step in range(num_steps):
+        of_step = classes.get(step, [])
+        per_step.append(of_step[0] if len(of_step) == 1 else None)
+    nothing_said = all(severity is None for severity in per_step)
+    return None if nothing_said else tuple(per_step)
 
 
 def parse_grade(text: str) -> int | None:
@@ -190,19 +204,21 @@ def _boxed_number(reply: str) -> int | None:
 
 
 def _conclusion(reply: str) -> str | None:
-    """What stands in the last `<conclusion>..</conclusion>`, None without one."""
+    """The text in the last `<conclusion>..</conclusion>`, None without one."""
     spans = [span for _, span in between(reply, "<conclusion>", "</conclusion>")]
     return reply[slice(*spans[-1])] if spans else None
 
 
 class _Analysis(NamedTuple):
+    """One analysis; `section` is the title that it stands below."""
+
     number: int
-    section: str | None  # the title that it stands below
+    section: str | None
     text: str
 
 
 def _analyses(reply: str) -> tuple[list[_Analysis], str]:
-    """What stands in `<analysis_i>..</analysis_i>`, in order, and the text around that."""
+    """The analyses in `<analysis_i>..</analysis_i>`, in order, and the text around them."""
     analyses: list[_Analysis] = []
     around: list[str] = []
     section, done = None, 0
@@ -246,21 +262,22 @@ def parse_critique(text: str, num_steps: int, kinds: Sequence[Kind] = ()) -> Cri
     """
     analyses, around = _analyses(without_thinking(text))
     overall = parse_verdict(around)
+    # VL-PRM300K's form: one verdict in <conclusion>, analyses counted from 1 below each title.
     concluded = boxed(around) is None and _conclusion(around) is not None
-    restarts = concluded or any(a.section for a in analyses)
-    base = int(restarts and all(a.number > 0 for a in analyses))
-    places = [_place(a.number - base, a.section, kinds) for a in analyses]
-    own = [parse_verdict(a.text) for a in analyses]
-    if concluded and all(v is None for v in own):
-        own = _by_conclusion(places, overall)
-    verdicts: dict[int, set[bool | None]] = {}
-    for place, verdict in zip(places, own, strict=True):
+    restarts = concluded or any(analysis.section for analysis in analyses)
+    base = int(restarts and all(analysis.number > 0 for analysis in analyses))
+    places = [_place(analysis.number - base, analysis.section, kinds) for analysis in analyses]
+    step_verdicts = [parse_verdict(analysis.text) for analysis in analyses]
+    if concluded and all(verdict is None for verdict in step_verdicts):
+        step_verdicts = _by_conclusion(places, overall)
+    by_step: dict[int, set[bool | None]] = {}
+    for place, verdict in zip(places, step_verdicts, strict=True):
         if place is not None:
-            verdicts.setdefault(place, set()).add(verdict)
-    labels = tuple(_single(verdicts.get(t, set())) for t in range(num_steps))
-    if concluded and overall and not verdicts:
+            by_step.setdefault(place, set()).add(verdict)
+    labels = tuple(_single(by_step.get(t, set())) for t in range(num_steps))
+    if concluded and overall and not by_step:
         labels = (1.0,) * num_steps
-    ignored = sum(t >= num_steps for t in verdicts) + places.count(None)
+    ignored = sum(t >= num_steps for t in by_step) + places.count(None)
     return Critique(labels, overall, _first_error(labels, overall), ignored)
 
 
@@ -276,17 +293,22 @@ def _by_conclusion(places: Sequence[int | None], overall: bool | None) -> list[b
     """Verdicts of analyses that say none themselves, by a judge that stops at the first error."""
     known = [place for place in places if place is not None]
     if overall is None or any(later <= earlier for earlier, later in pairwise(known)):
-        return [None] * len(places)  # not in the order of the steps: which one is the last?
+        # Out of the order of the steps it is open which analysis is that of the first error.
+        return [None] * len(places)
     before: list[bool | None] = [True] * (len(places) - 1)
     return [*before, overall] if places else []
 
 
 def _single(verdicts: set[bool | None]) -> float | None:
-    (verdict,) = verdicts if len(verdicts) == 1 else (None,)
+    """The label by the analyses of one step, None where they differ or say nothing."""
+    if len(verdicts) != 1:
+        return None
+    (verdict,) = verdicts
     return None if verdict is None else float(verdict)
 
 
 def _first_error(labels: Labels, overall: bool | None) -> int | None:
+    """The first error by the labels, None where the verdict on the whole solution contradicts them."""
     first = local_first_error(labels)
     if overall is None:
         return first

@@ -2,12 +2,18 @@
 
 Math-Shepherd; VisualPRM with `early_stop`. A value is the probability to recover, not the rightness of a step: a
 completer that repairs errors finds the first one too late, a weak one too early.
+
+A solution is a record and a state. The record has texts without separators; the state has the steps as the policy
+wrote them, from which it can go on:
+
+    record.texts ("2 + 2 = 4", "So 4.")    state.steps ("2 + 2 = 4\\n", "So 4.")
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from mmrl.reasoning.annotate.store import Completion, Estimator
@@ -15,7 +21,7 @@ from mmrl.reasoning.records import Counts, SolutionRecord, record_of
 from mmrl.registry import register
 from mmrl.rollout import Prompt, Sample, State
 
-Solution = tuple[SolutionRecord, State]  # what is known of it, and what the policy goes on from
+Solution = tuple[SolutionRecord, State]
 
 
 @register("annotations", "monte_carlo", source="Math-Shepherd, VisualPRM, MM-PRM")
@@ -40,7 +46,7 @@ def as_state(record: SolutionRecord, separator: str = "\n") -> State:
     if not record.steps:
         return State(record.prompt)
     *before, last = record.texts
-    return State(record.prompt, (*(t + separator for t in before), last))
+    return State(record.prompt, (*(text + separator for text in before), last))
 
 
 def whole_steps(state: State, separator: str = "\n") -> State:
@@ -48,21 +54,24 @@ def whole_steps(state: State, separator: str = "\n") -> State:
 
     Before the first step they join it. Nothing but separators gives no steps.
     """
-    ends: list[int] = []  # of each whole step, how many of the written ones it ends after
-    for i, piece in enumerate(state.steps, 1):
-        if step_text(piece, separator):
-            ends.append(i)
+    # For each whole step the number of written steps up to its end.
+    ends: list[int] = []
+    for count, written in enumerate(state.steps, start=1):
+        if step_text(written, separator):
+            ends.append(count)
         elif ends:
-            ends[-1] = i
-    starts = [0, *ends][: len(ends)]
-    steps = tuple("".join(state.steps[a:b]) for a, b in zip(starts, ends, strict=True))
-    ids = tuple(tuple(i for own in state.ids[a:b] for i in own) for a, b in zip(starts, ends, strict=True))
-    path = tuple(state.path[b - 1] for b in ends) if state.path else ()
-    return State(state.prompt, steps, state.done, ids if state.ids else (), path)
+            ends[-1] = count
+    starts = [0, *ends[:-1]]
+    steps, ids = [], []
+    for start, end in zip(starts, ends, strict=False):
+        steps.append("".join(state.steps[start:end]))
+        ids.append(tuple(chain.from_iterable(state.ids[start:end])))
+    path = tuple(state.path[end - 1] for end in ends) if state.path else ()
+    return State(state.prompt, tuple(steps), state.done, tuple(ids) if state.ids else (), path)
 
 
 def step_text(written: str, separator: str = "\n") -> str:
-    """What a step says, without white space and separators around it."""
+    """The text of a step without white space and separators around it."""
     mark = separator.strip()
     return written.strip().removeprefix(mark).removesuffix(mark).strip()
 
@@ -75,26 +84,30 @@ def sample_solutions(
     A record's `meta` has the prompt's columns, `question_id`, `draws` (how many of the n said the same), `truncated`,
     and `root`, the counts of the empty prefix: [correct, total].
     """
-    tallies = estimator.estimate([State(p) for p in prompts], n)
-    out: list[list[Solution]] = []
+    tallies = estimator.estimate([State(prompt) for prompt in prompts], n)
+    solutions: list[list[Solution]] = []
     for prompt, tally in zip(prompts, tallies, strict=True):
-        found: dict[tuple[str, ...], list[tuple[int, Completion, State]]] = {}
+        # By the written steps, since equal solutions count once: the index of each draw, its completion and state.
+        distinct: dict[tuple[str, ...], list[tuple[int, Completion, State]]] = {}
         for i, completion in enumerate(estimator.store.completions(State(prompt))[:n]):
             state = whole_steps(State(prompt).then(completion.written), separator)
-            found.setdefault(state.steps, []).append((i, completion, state))
-        out.append([])
-        for steps, draws in found.items():
+            distinct.setdefault(state.steps, []).append((i, completion, state))
+        of_prompt = []
+        for steps, draws in distinct.items():
             i, completion, state = draws[0]
-            cut = completion.written.truncated
-            about: dict[str, Any] = {"question_id": prompt.id, "draws": len(draws), "truncated": cut}
-            about["root"] = [tally.correct, tally.total]
+            record = record_of(prompt, [step_text(step, separator) for step in steps])
+            about: dict[str, Any] = {
+                "question_id": prompt.id,
+                "draws": len(draws),
+                "truncated": completion.written.truncated,
+                "root": [tally.correct, tally.total],
+            }
             record = replace(
-                record_of(prompt, [step_text(s, separator) for s in steps]),
-                id=f"{prompt.id}/{i}",
-                final_correct=completion.correct,
+                record, id=f"{prompt.id}/{i}", final_correct=completion.correct, meta=dict(record.meta) | about
             )
-            out[-1].append((replace(record, meta=dict(record.meta) | about), state))
-    return out
+            of_prompt.append((record, state))
+        solutions.append(of_prompt)
+    return solutions
 
 
 def estimate_steps(
@@ -109,26 +122,39 @@ def estimate_steps(
     finals = _outcomes(estimator, solutions)
     states = [state for _, state in solutions]
     counts: list[list[Counts]] = [[] for _ in solutions]
+    longest = max((len(state.steps) for state in states), default=0)
+    # Solutions that are sampled further; a solution leaves before its last step, or after its first value 0.
     live = list(range(len(solutions)))
-    for t in range(max((len(s.steps) for s in states), default=0) - 1):
+    for t in range(longest - 1):
         live = [i for i in live if t < len(states[i].steps) - 1]
         tallies = estimator.estimate([states[i].upto(t + 1) for i in live], k)
         for i, tally in zip(live, tallies, strict=True):
             counts[i].append(tally.counts)
         if early_stop:
-            live = [i for i in live if counts[i][t].correct or not counts[i][t].total]
-    done = []
-    for (record, state), final, seen in zip(solutions, finals, counts, strict=True):
-        missing = len(state.steps) - len(seen)
-        ended = Counts(int(bool(final)), int(final is not None))
-        stopped = early_stop and any(c.total and not c.correct for c in seen)
-        seen += [Counts(0, 0)] * (missing if stopped else missing - 1)
-        done.append(replace(record, mc=(*seen, *([] if stopped else [ended])), final_correct=final))
-    return done
+            live = [i for i in live if not _is_zero(counts[i][t])]
+    labelled = []
+    for (record, state), final, sampled in zip(solutions, finals, counts, strict=True):
+        num_missing = len(state.steps) - len(sampled)
+        if early_stop and any(map(_is_zero, sampled)):
+            rest = [Counts(0, 0)] * num_missing
+        else:
+            outcome = Counts(int(bool(final)), int(final is not None))
+            rest = [Counts(0, 0)] * (num_missing - 1) + [outcome]
+        labelled.append(replace(record, mc=(*sampled, *rest), final_correct=final))
+    return labelled
+
+
+def _is_zero(counts: Counts) -> bool:
+    """True where completions were scored and none of them is right."""
+    return counts.total > 0 and counts.correct == 0
 
 
 def _outcomes(estimator: Estimator, solutions: Sequence[Solution]) -> list[bool | None]:
-    """Whether each answer is right: as the record says, else as the verifier finds."""
+    """The outcome of each solution: as its record says, else by the verifier, None without a verdict."""
     unknown = [state for record, state in solutions if record.final_correct is None]
-    verdicts = iter(estimator.verify([Sample(s.prompt, s.text, len(s.steps) - 1) for s in unknown]))
-    return [next(verdicts) if r.final_correct is None else r.final_correct for r, _ in solutions]
+    samples = [Sample(state.prompt, state.text, len(state.steps) - 1) for state in unknown]
+    verdicts = iter(estimator.verify(samples))
+    outcomes = []
+    for record, _ in solutions:
+        outcomes.append(next(verdicts) if record.final_correct is None else record.final_correct)
+    return outcomes

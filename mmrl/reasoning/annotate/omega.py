@@ -3,6 +3,12 @@
 OmegaPRM with the settings of MM-PRM and openr. A state is a prefix; its wrong rollouts are candidates while some, not
 all, of its rollouts are right. The best candidate is searched, and each prefix probed becomes a state of its own.
 Costs O(k log T) completions per error instead of O(k T).
+
+A wrong rollout of 8 steps: the prefix of 4 steps has a value above 0, so the error is behind it; that of 6 steps has
+the value 0, that of 5 steps one above 0: step 5 (counted from 0) is the first wrong one, after three probes.
+
+Everything that needs completions is a generator: it yields the state to sample and is sent the answer. `omega_trees`
+runs the generators of many questions side by side, so that one call of the policy serves all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from mmrl.reasoning.records import Counts, SolutionRecord, record_of
 from mmrl.registry import register
 from mmrl.rollout import Prompt, State
 
+# The reply to a state that a search yields: its counts and its completions.
 Answer = tuple[Tally, list[Completion]]
 
 
@@ -62,30 +69,31 @@ def exploration(visits: int, all_visits: int, c_puct: float = 0.125) -> float:
 def locate_error(first: int, last: int) -> Generator[int, float | None, int]:
     """Binary search for the first wrong step among `first`..`last`; -1 when the last one is right.
 
-    A generator: yields the step t to probe and is sent MC after it, None = unknown. It is taken that MC before `first`
-    is above 0. The boundary is checked, MC[t* - 1] > 0 and MC[t*] = 0; where unknown values leave none, all steps are
-    probed from the first on, the known ones not again.
+    A generator: yields the step t to probe and is sent MC after it, None = unknown. MC before `first` must be above 0.
+    The boundary is checked, MC[t* - 1] > 0 and MC[t*] = 0; where unknown values leave none, all steps are probed from
+    the first on, none of them twice.
     """
-    seen: dict[int, float | None] = {}
+    values: dict[int, float | None] = {}
     low, high = first, last
     while low <= high:
-        mid = (low + high) // 2
-        seen[mid] = yield mid
-        if seen[mid] is None:
+        middle = (low + high) // 2
+        values[middle] = yield middle
+        if values[middle] is None:
             break
-        if seen[mid] == 0:
-            high = mid - 1
+        if values[middle] == 0:
+            high = middle - 1
         else:
-            low = mid + 1
-    if low > last and seen[last]:
+            low = middle + 1
+    if low > last and values[last]:
         return -1
-    before = 1.0 if low == first else seen.get(low - 1)
-    if before and seen.get(low) == 0:
+    value_before = 1.0 if low == first else values.get(low - 1)
+    if value_before and values.get(low) == 0:
         return low
+    # An unknown value broke the search off: look at every step.
     for t in range(first, last + 1):
-        if t not in seen:
-            seen[t] = yield t
-        if seen[t] == 0:
+        if t not in values:
+            values[t] = yield t
+        if values[t] == 0:
             return t
     return -1
 
@@ -146,17 +154,19 @@ class OmegaTree:
         node, rollout = self.pop()
         self.visits[node] += 1
         entry: dict[str, Any] = {"after": self._whole(node), "rollout": list(rollout.steps), "probes": []}
-        above = {0: node}  # number of steps of the rollout -> state after them, for those with a value above 0
+        # Number of steps of the rollout -> the state after them, where its value is above 0. A probed state becomes a
+        # child of the longest of these that it goes on from.
+        above = {0: node}
         finding = locate_error(0, len(rollout.steps) - 1)
         try:
             t = next(finding)
             while True:
-                start = max(n for n in above if n <= t)
-                found = yield from self._probe(rollout, above[start], start, t)
-                value = None if found is None else self.value(found)
+                start = max(num_steps for num_steps in above if num_steps <= t)
+                state = yield from self._probe(rollout, above[start], start, t)
+                value = None if state is None else self.value(state)
                 entry["probes"].append([t, value])
-                if found is not None and value:
-                    above[t + 1] = found
+                if state is not None and value:
+                    above[t + 1] = state
                 t = finding.send(value)
         except StopIteration as end:
             entry["first_error"] = end.value
@@ -164,10 +174,10 @@ class OmegaTree:
 
     def _probe(self, rollout: State, parent: int, start: int, t: int) -> Generator[State, Answer, int | None]:
         """The state after step t of a wrong rollout; the rollout's last step has its own outcome, no completions."""
-        at, piece = rollout.path[t], rollout.steps[start : t + 1]
+        node, piece = rollout.path[t], rollout.steps[start : t + 1]
         if t == len(rollout.steps) - 1:
-            return self._add(at, Counts(0, 1), piece, parent)
-        return (yield from self.reach(self.steps.state(at), parent, piece))
+            return self._add(node, Counts(0, 1), piece, parent)
+        return (yield from self.reach(self.steps.state(node), parent, piece))
 
     def reach(
         self, state: State, parent: int | None, piece: tuple[str, ...] = ()
@@ -177,31 +187,38 @@ class OmegaTree:
             return self.states[state.text]
         tally, completions = yield state
         self.rollouts += tally.drawn
-        at = self.steps.node(state)
-        chains = attach(self.steps, at, completions)
+        node = self.steps.node(state)
+        chains = attach(self.steps, node, completions)
         if not tally.total:
             return None
-        self._add(at, tally.counts, piece, parent)
-        for verdict, rollouts in ((True, self.right[at]), (False, self.wrong[at])):
-            drawn = [c for c, completion in zip(chains, completions, strict=True) if completion.correct is verdict]
-            rollouts += self._distinct(drawn)
-        for rollout in self.right[at]:
+        self._add(node, tally.counts, piece, parent)
+        right, wrong = [], []
+        for chain, completion in zip(chains, completions, strict=True):
+            if completion.correct is True:
+                right.append(chain)
+            elif completion.correct is False:
+                wrong.append(chain)
+        self.right[node] += self._distinct(right)
+        self.wrong[node] += self._distinct(wrong)
+        for rollout in self.right[node]:
             leaf = rollout.path[-1]
             self.counts[leaf], self.pieces[leaf] = Counts(1, 1), rollout.steps
-            self.below[at].append(leaf)
-        if 0 < self.value(at) < 1:
-            self.candidates += [(at, r) for r in self.wrong[at]]
-        return at
+            self.below[node].append(leaf)
+        if 0 < self.value(node) < 1:
+            self.candidates += [(node, rollout) for rollout in self.wrong[node]]
+        return node
 
     def _distinct(self, chains: Sequence[Sequence[int]]) -> list[State]:
-        found: dict[tuple[str, ...], State] = {}
+        """Chains of nodes as rollouts of whole steps, the first of equal ones; those that say nothing are left out."""
+        rollouts: dict[tuple[str, ...], State] = {}
         for chain in chains:
-            written = State(self.prompt, tuple(self.steps.texts[v] for v in chain), path=tuple(chain))
+            written = State(self.prompt, tuple(self.steps.texts[node] for node in chain), path=tuple(chain))
             rollout = whole_steps(written, self.separator)
-            found.setdefault(rollout.steps, rollout)
-        return [r for steps, r in found.items() if steps]
+            rollouts.setdefault(rollout.steps, rollout)
+        return [rollout for steps, rollout in rollouts.items() if steps]
 
     def _add(self, node: int, counts: Counts, piece: tuple[str, ...], parent: int | None) -> int:
+        """The state with the text of `node`: the one there is, else `node` itself, a child of `parent` from now on."""
         text = self.steps.text(node)
         if text not in self.states:
             self.states[text] = node
@@ -216,13 +233,16 @@ class OmegaTree:
 
     def pop(self) -> tuple[int, State]:
         """Take out the candidate with the highest priority."""
-        visits = sum(self.visits.values())
+        options, all_visits = self.options, sum(self.visits.values())
 
-        def rank(i: int) -> tuple[float, int, tuple[str, ...], int]:
-            node, rollout = self.candidates[i]
-            words, o = len(rollout.text.split()), self.options
-            q = quality(self.value(node), words, alpha=o.alpha, beta=o.beta, max_words=o.max_words)
-            return -(q + exploration(self.visits[node], visits, o.c_puct)), self.visits[node], rollout.steps, i
+        # The smallest rank is taken: the highest priority first, then the order for ties that `grow` names.
+        def rank(index: int) -> tuple[float, int, tuple[str, ...], int]:
+            node, rollout = self.candidates[index]
+            num_words = len(rollout.text.split())
+            priority = quality(
+                self.value(node), num_words, alpha=options.alpha, beta=options.beta, max_words=options.max_words
+            ) + exploration(self.visits[node], all_visits, options.c_puct)
+            return -priority, self.visits[node], rollout.steps, index
 
         return self.candidates.pop(min(range(len(self.candidates)), key=rank))
 
@@ -231,16 +251,17 @@ def omega_trees(
     estimator: Estimator, prompts: Sequence[Prompt], options: Omega, *, separator: str = "\n"
 ) -> list[OmegaTree]:
     """The trees of some questions, grown side by side: each call of the policy has one state of every open tree."""
-    growing = [grow(p, options, separator) for p in prompts]
+    searches = [grow(prompt, options, separator) for prompt in prompts]
     trees: dict[int, OmegaTree] = {}
-    waiting = {i: next(g) for i, g in enumerate(growing)}
+    # By the index of an open search: the state that it waits for.
+    waiting = {i: next(search) for i, search in enumerate(searches)}
     while waiting:
         tallies = estimator.estimate(list(waiting.values()), options.k)
         answers = list(zip(waiting.items(), tallies, strict=True))
         waiting = {}
         for (i, state), tally in answers:
             try:
-                waiting[i] = growing[i].send((tally, estimator.store.completions(state)))
+                waiting[i] = searches[i].send((tally, estimator.store.completions(state)))
             except StopIteration as end:
                 trees[i] = end.value
     return [trees[i] for i in range(len(prompts))]
@@ -250,10 +271,13 @@ def tree_json(tree: OmegaTree, separator: str = "\n") -> dict[str, Any]:
     """The tree in MM-PRM's node format, with `counts` ([correct, total]) in every node and the log at the root."""
     record = record_of(tree.prompt, ())
     about = {
-        "id": tree.prompt.id, "question": record.question, "answer": record.answer,
+        "id": tree.prompt.id,
+        "question": record.question,
+        "answer": record.answer,
         "image_path": record.images[0] if len(record.images) == 1 else list(record.images),
-        "rollouts": tree.rollouts, "log": tree.log,
-    }  # fmt: skip
+        "rollouts": tree.rollouts,
+        "log": tree.log,
+    }
     if tree.root is None:
         return about | {"mc_value": None, "children": []}
     return about | _node_json(tree, tree.root, separator)
@@ -261,16 +285,16 @@ def tree_json(tree: OmegaTree, separator: str = "\n") -> dict[str, Any]:
 
 def _node_json(tree: OmegaTree, node: int, separator: str) -> dict[str, Any]:
     def texts(steps: Sequence[str]) -> list[str]:
-        return [step_text(s, separator) for s in steps]
+        return [step_text(step, separator) for step in steps]
 
     return {
         "partial_solution": texts(tree.pieces[node]),
         "mc_value": tree.value(node),
         "counts": [tree.counts[node].correct, tree.counts[node].total],
         "visit_count": tree.visits[node],
-        "correct_rollouts": [texts(r.steps) for r in tree.right[node]],
-        "incorrect_rollouts": [texts(r.steps) for r in tree.wrong[node]],
-        "children": [_node_json(tree, c, separator) for c in tree.below[node]],
+        "correct_rollouts": [texts(rollout.steps) for rollout in tree.right[node]],
+        "incorrect_rollouts": [texts(rollout.steps) for rollout in tree.wrong[node]],
+        "children": [_node_json(tree, child, separator) for child in tree.below[node]],
     }
 
 
@@ -288,35 +312,48 @@ def traverse(tree: OmegaTree, *, min_words: int = 10, seed: int = 0, separator: 
         text = tree.steps.text(path[-1])
         if len(text.split()) > min_words:
             paths.setdefault(text, path)
-    negatives = [t for t, path in paths.items() if tree.value(path[-1]) == 0]
-    positives = [t for t in paths if t not in set(negatives)]
+    negatives, positives = [], []
+    for text, path in paths.items():
+        if tree.value(path[-1]) == 0:
+            negatives.append(text)
+        else:
+            positives.append(text)
     rng = random.Random(f"{seed}/{tree.prompt.id}")
     kept = set(negatives) | set(rng.sample(positives, min(len(positives), len(negatives))))
-    return [
-        _record(tree, paths[text], f"{tree.prompt.id}/{i}", separator)
-        for i, text in enumerate(t for t in paths if t in kept)
-    ]
+    records: list[SolutionRecord] = []
+    for text, path in paths.items():
+        if text in kept:
+            records.append(_record(tree, path, f"{tree.prompt.id}/{len(records)}", separator))
+    return records
 
 
 def _paths(tree: OmegaTree) -> list[list[int]]:
     """Paths from below the root to the nodes where they end, depth first, the older child first."""
-    found, stack = [], [[child] for child in reversed(tree.below[ROOT])]
+    paths, stack = [], [[child] for child in reversed(tree.below[ROOT])]
     while stack:
         path = stack.pop()
         node = path[-1]
         if tree.value(node) == 0 or not tree.below[node]:
-            found.append(path)
+            paths.append(path)
         else:
             stack += [[*path, child] for child in reversed(tree.below[node])]
-    return found
+    return paths
 
 
 def _record(tree: OmegaTree, path: Sequence[int], name: str, separator: str) -> SolutionRecord:
-    pieces = ["\n\n".join(step_text(s, separator) for s in tree.pieces[node]) for node in path]
-    record = record_of(tree.prompt, pieces)
-    root = [tree.counts[ROOT].correct, tree.counts[ROOT].total]
-    about: dict[str, Any] = {"question_id": tree.prompt.id, "root": root}
-    about["pieces"] = [len(tree.pieces[node]) for node in path]  # steps of the policy in each step of the record
-    right = tree.value(path[-1]) == 1 or None  # a prefix without a right completion has no answer of its own
-    mc = tuple(tree.counts[node] for node in path)
-    return replace(record, id=name, mc=mc, final_correct=right, meta=dict(record.meta) | about)
+    """The record of a path: one step per node, with the counts of the node."""
+    texts = []
+    for node in path:
+        steps = [step_text(step, separator) for step in tree.pieces[node]]
+        texts.append("\n\n".join(steps))
+    record = record_of(tree.prompt, texts)
+    about: dict[str, Any] = {
+        "question_id": tree.prompt.id,
+        "root": [tree.counts[ROOT].correct, tree.counts[ROOT].total],
+        # For each step of the record the number of steps of the policy in it.
+        "pieces": [len(tree.pieces[node]) for node in path],
+    }
+    # A path that ends at value 0 is a prefix, not an answer: it has no outcome of its own.
+    final_correct = tree.value(path[-1]) == 1 or None
+    counts = tuple(tree.counts[node] for node in path)
+    return replace(record, id=name, mc=counts, final_correct=final_correct, meta=dict(record.meta) | about)

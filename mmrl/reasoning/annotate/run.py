@@ -1,15 +1,23 @@
-"""What `mmrl annotate` does: questions or solutions in, labelled solution records, the store and a report out."""
+"""Labels from completions: questions or solutions in, labelled records, the store and a report out.
+
+A prefix of a solution is completed k times; the share of completions that reach the right answer is its value, and a
+label rule turns the values into labels:
+
+    prefix of 0, 1, 2 steps  ->  4 of 8, 3 of 8, 0 of 8 right  ->  hard_gt: labels 1, 0  (first error: step 1)
+
+`annotate` works on a batch of items at a time. All that it pays for lies in `store.sqlite`, so a run that was killed
+samples only what is missing, and the files at the end are written from the store.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmrl.capabilities import Extender, begin_iteration
 from mmrl.growth import GrowingTree, rollout_for
@@ -28,7 +36,12 @@ from mmrl.rollout_folder import RolloutFolder
 from mmrl.workdir import WorkDir, publish_lines, write_json
 
 Item = Prompt | SolutionRecord
-Bad = dict[str, str]  # id, reason
+
+# An item or record that was set aside: its "id" and the "reason".
+SetAside = dict[str, str]
+
+# The file of a row ("records" or "trees"), and the row: a record with counts, or a tree as JSON.
+Row = tuple[str, SolutionRecord | dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class LabelRule:
 
     @property
     def needs_start(self) -> bool:
-        """Whether it needs the value of the empty prefix, in `meta["root"]`."""
+        """True for rules that compare with the value of the empty prefix, in `meta["root"]`."""
         return "start" in inspect.signature(find("label_rules", self.name).target).parameters
 
     def __call__(self, record: SolutionRecord) -> SolutionRecord:
@@ -61,14 +74,17 @@ class LabelRule:
         Raises:
             RowError: the empty prefix has no value.
         """
-        given = {}
+        start = {}
         if self.needs_start:
             correct, total = record.meta["root"]
             if not total:
                 raise RowError("no value before the first step: no completion of the question could be scored")
-            given["start"] = correct / total
-        rule = find("label_rules", self.name).build(self.options, "label", **given)
-        threshold = self.options.get("threshold", 0.0) if self.name == "hard_gt" else 0.0
+            start["start"] = correct / total
+        rule = find("label_rules", self.name).build(self.options, "label", **start)
+        # The first error is where the value is 0; only hard_gt moves that limit together with its labels.
+        threshold = 0.0
+        if self.name == "hard_gt":
+            threshold = self.options.get("threshold", 0.0)
         return label_mc(record, rule, after=self.after, threshold=threshold)
 
 
@@ -121,62 +137,98 @@ def annotate(
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is outside 0..{world - 1}")
-    good, bad = _admit(items, method, max_bad)
-    good = [i for i in good if int(prefix_key(State(_prompt(i)))[:8], 16) % world == rank]
-    folder, records = Path(folder), Path(folder) / "records.jsonl"
+    usable, bad = _admit(items, method, max_bad)
+    total = len(usable) + len(bad)
+    usable = [item for item in usable if _rank_of(item, world) == rank]
+    folder = Path(folder)
     sampling = fingerprint if temperature is None else f"{fingerprint} temperature {temperature}"
     keep = keep or isinstance(method, Omega) or rollouts is not None
     with (
         WorkDir(folder, rank).owned(),
         CompletionStore(folder / STORE, fingerprint=sampling, keep=keep, rank=rank) as store,
-        progress_bar(len(good), progress and rank == 0) as advance,
-        ExitStack() as files,
+        progress_bar(len(usable), progress and rank == 0) as advance,
     ):
         estimator = Estimator(
             extender, verifier, store, seed=seed, temperature=temperature, batch=batch, max_unscored=max_unscored,
             on_call=lambda: advance(0, estimator.cost),
         )  # fmt: skip
-        adders = {}
-        if world == 1:
-            (folder / "report.json").unlink(missing_ok=True)
-            for name in ("records", "trees") if isinstance(method, Omega) else ("records",):
-                adders[name] = files.enter_context(publish_lines(folder / f"{name}.jsonl"))
-        for i in range(0, len(good), batch):
-            part = good[i : i + batch]
-            begin_iteration(extender)
-            rows, solutions, trees = _work(estimator, part, method, rule, separator)
-            advance(len(part), estimator.cost)
-            if world > 1:
-                continue
-            _write(adders, rows, rule, bad)
-            if rollouts is not None:
-                trees += solution_trees(store, solutions)
-            if rollouts is not None and trees:
-                told: dict[str, Any] = {"grown_by": type(method).__name__.lower(), "seed": seed}
-                told |= {} if temperature is None else {"temperature": temperature}
-                rollouts.save(rollout_for(extender, trees, told), i // batch)
-        costs = {"run": estimator.cost, "paid": store.spent}
+        results = _results(estimator, usable, method, rule, separator, advance)
         if world > 1:
-            return {"cost": costs}
-        files.close()
-        if rollouts is not None:
-            rollouts.trim(math.ceil(len(good) / batch))
-        store.export(folder / "store.jsonl")
-        about = {"method": type(method).__name__, **asdict(method), "rule": asdict(rule)}
-        with records.open() as lines:
-            report = summary(about, len(good) + len(bad), lines, bad, costs)
-        write_json(folder / "report.json", report)
+            # This rank only pays: its results lie in the store, from which one rank writes the files of all.
+            for _ in results:
+                pass
+            return {"cost": {"run": estimator.cost, "paid": store.spent}}
+        _publish(results, estimator, method, folder, rule, bad, rollouts)
+        report = _report(estimator, method, folder, rule, total, bad)
     return report
 
 
-def _write(
-    adders: Mapping[str, Callable[[str], None]], rows: Iterable[tuple[str, Any]], rule: LabelRule, bad: list[Bad]
+def _rank_of(item: Item, world: int) -> int:
+    """The rank that pays for an item. Solutions of one question go to one rank, since they share prefixes."""
+    return int(prefix_key(State(_prompt(item)))[:8], 16) % world
+
+
+def _publish(
+    results: Iterable[BatchResult],
+    estimator: Estimator,
+    method: MonteCarlo | Omega,
+    folder: Path,
+    rule: LabelRule,
+    bad: list[SetAside],
+    rollouts: RolloutFolder | None,
 ) -> None:
-    """What was made into its files, records with their labels; those without any go to `bad`."""
-    for name, item in rows:
-        row = _labelled(item, rule, bad) if isinstance(item, SolutionRecord) else item
+    """Write the results batch by batch: labelled records and trees as lines, and a rollout of each batch.
+
+    Records without any label are added to `bad`.
+    """
+    # A report tells that an annotation is complete, so an earlier one must not stand beside unfinished files.
+    (folder / "report.json").unlink(missing_ok=True)
+    names = ("records", "trees") if isinstance(method, Omega) else ("records",)
+    origin: dict[str, Any] = {"grown_by": type(method).__name__.lower(), "seed": estimator.seed}
+    if estimator.temperature is not None:
+        origin["temperature"] = estimator.temperature
+    num_batches = 0
+    with ExitStack() as files:
+        add_line = {name: files.enter_context(publish_lines(folder / f"{name}.jsonl")) for name in names}
+        for index, result in enumerate(results):
+            _write(add_line, result.rows, rule, bad)
+            num_batches = index + 1
+            if rollouts is None:
+                continue
+            trees = result.trees + solution_trees(estimator.store, result.solutions)
+            if trees:
+                rollouts.save(rollout_for(estimator.extender, trees, origin), index)
+    if rollouts is not None:
+        # An earlier run of more items has left batches behind the last one of this run.
+        rollouts.trim(num_batches)
+
+
+def _write(
+    add_line: Mapping[str, Callable[[str], None]], rows: Iterable[Row], rule: LabelRule, bad: list[SetAside]
+) -> None:
+    """Add rows to their files, records with their labels; records without any label go to `bad`."""
+    for name, content in rows:
+        row = _labelled(content, rule, bad) if isinstance(content, SolutionRecord) else content
         if row is not None:
-            adders[name](json.dumps(row, allow_nan=False))
+            add_line[name](json.dumps(row, allow_nan=False))
+
+
+def _report(
+    estimator: Estimator,
+    method: MonteCarlo | Omega,
+    folder: Path,
+    rule: LabelRule,
+    total: int,
+    bad: Sequence[SetAside],
+) -> dict[str, Any]:
+    """Export the store, and write and return the report over `records.jsonl`."""
+    estimator.store.export(folder / "store.jsonl")
+    settings = {"method": type(method).__name__, **asdict(method), "rule": asdict(rule)}
+    costs = {"run": estimator.cost, "paid": estimator.store.spent}
+    with (folder / "records.jsonl").open() as lines:
+        report = summary(settings, total, lines, bad, costs)
+    write_json(folder / "report.json", report)
+    return report
 
 
 # ---- the work on one batch of items ---------------------------------------------------------------------------------
@@ -186,69 +238,110 @@ def _prompt(item: Item) -> Prompt:
     return item if isinstance(item, Prompt) else item.prompt
 
 
-def _admit(items: Sequence[Item], method: MonteCarlo | Omega, max_bad: float) -> tuple[list[Item], list[Bad]]:
+def _admit(items: Sequence[Item], method: MonteCarlo | Omega, max_bad: float) -> tuple[list[Item], list[SetAside]]:
     """The items that can be annotated, and the others with their reason; ValueError when those are too many."""
-    good: list[Item] = []
-    bad: list[Bad] = []
-    seen: set[str] = set()
+    usable: list[Item] = []
+    bad: list[SetAside] = []
+    ids: set[str] = set()
     for item in items:
         if isinstance(method, Omega) and not isinstance(item, Prompt):
             raise ValueError(f"{item.id!r} is a solution; omega grows trees from questions, use monte_carlo for it")
         try:
-            if item.id in seen:
+            if item.id in ids:
                 raise RowError("its id occurs before")
             if isinstance(item, Prompt):
                 record_of(item, ())
             else:
                 check_record(item, unlabelled=True)
-            seen.add(item.id)
-            good.append(item)
-        except ValueError as error:  # RowError is one
+            ids.add(item.id)
+            usable.append(item)
+        except ValueError as error:
             bad.append({"id": item.id, "reason": str(error)})
     if len(bad) > max_bad * len(items) or not items:
-        first = "; ".join(f"{b['id']}: {b['reason']}" for b in bad[:3]) or "no items were given"
+        first = "; ".join(f"{row['id']}: {row['reason']}" for row in bad[:3]) or "no items were given"
         raise ValueError(f"{len(bad)} of {len(items)} items cannot be annotated (max_bad={max_bad}); {first}")
-    return good, bad
+    return usable, bad
 
 
-def _work(
-    estimator: Estimator, items: Sequence[Item], method: MonteCarlo | Omega, rule: LabelRule, separator: str
-) -> tuple[list[tuple[str, SolutionRecord | dict[str, Any]]], list[Solution], list[GrowingTree]]:
-    """(file, what to write there): records with counts, and trees as JSON; the solutions; the trees that grew."""
-    prompts = [i for i in items if isinstance(i, Prompt)]
-    rows: list[tuple[str, SolutionRecord | dict[str, Any]]] = []
-    if isinstance(method, Omega):
-        grown = omega_trees(estimator, prompts, method, separator=separator)
-        for tree in grown:
-            rows.append(("trees", tree_json(tree, separator)))
-            records = traverse(tree, min_words=method.min_words, seed=estimator.seed, separator=separator)
-            rows += [("records", r) for r in records]
-        return rows, [], [tree.steps for tree in grown if len(tree.steps)]
-    found = sample_solutions(estimator, prompts, method.solutions, separator=separator)
-    solutions = [s for of_one in found for s in of_one]
-    given = [(i, as_state(i, separator)) for i in items if isinstance(i, SolutionRecord)]
+class BatchResult(NamedTuple):
+    """One batch of items after its completions are paid for.
+
+    solutions: those that Monte Carlo labelled, with their counts. trees: those that OmegaPRM grew.
+    """
+
+    rows: list[Row]
+    solutions: list[Solution]
+    trees: list[GrowingTree]
+
+
+def _results(
+    estimator: Estimator,
+    items: Sequence[Item],
+    method: MonteCarlo | Omega,
+    rule: LabelRule,
+    separator: str,
+    advance: Callable[[int, Mapping[str, int]], None],
+) -> Iterator[BatchResult]:
+    """Work on the items, `estimator.batch` of them side by side, and move the progress bar."""
+    for start in range(0, len(items), estimator.batch):
+        part = items[start : start + estimator.batch]
+        begin_iteration(estimator.extender)
+        if isinstance(method, Omega):
+            questions = [item for item in part if isinstance(item, Prompt)]
+            result = _grow_trees(estimator, questions, method, separator)
+        else:
+            result = _label_solutions(estimator, part, method, rule, separator)
+        advance(len(part), estimator.cost)
+        yield result
+
+
+def _grow_trees(estimator: Estimator, prompts: Sequence[Prompt], method: Omega, separator: str) -> BatchResult:
+    """OmegaPRM: a tree per question, and the training records along its paths."""
+    rows: list[Row] = []
+    trees = []
+    for tree in omega_trees(estimator, prompts, method, separator=separator):
+        rows.append(("trees", tree_json(tree, separator)))
+        for record in traverse(tree, min_words=method.min_words, seed=estimator.seed, separator=separator):
+            rows.append(("records", record))
+        # A question for which nothing was written has a tree without a step, which no rollout can hold.
+        if len(tree.steps):
+            trees.append(tree.steps)
+    return BatchResult(rows, [], trees)
+
+
+def _label_solutions(
+    estimator: Estimator, items: Sequence[Item], method: MonteCarlo, rule: LabelRule, separator: str
+) -> BatchResult:
+    """Monte Carlo: counts for every step of the solutions, sampled ones of the questions among the items first."""
+    prompts = [item for item in items if isinstance(item, Prompt)]
+    solutions: list[Solution] = []
+    for sampled in sample_solutions(estimator, prompts, method.solutions, separator=separator):
+        solutions += sampled
+    given = [(item, as_state(item, separator)) for item in items if isinstance(item, SolutionRecord)]
     if rule.needs_start:
+        # Sampled solutions have the counts of the empty prefix already: they are its completions.
         given = _with_roots(estimator, given, method.k)
     solutions += given
-    labelled = estimate_steps(estimator, solutions, method.k, early_stop=method.early_stop)
-    rows += [("records", r) for r in labelled]
-    return rows, [(r, state) for r, (_, state) in zip(labelled, solutions, strict=True)], []
+    records = estimate_steps(estimator, solutions, method.k, early_stop=method.early_stop)
+    states = [state for _, state in solutions]
+    rows: list[Row] = [("records", record) for record in records]
+    return BatchResult(rows, list(zip(records, states, strict=True)), [])
 
 
 def _with_roots(estimator: Estimator, solutions: Sequence[Solution], k: int) -> list[Solution]:
     """The solutions with the counts of their empty prefix in `meta`."""
-    tallies = estimator.estimate([State(s.prompt) for _, s in solutions], k)
-    out = []
+    tallies = estimator.estimate([State(state.prompt) for _, state in solutions], k)
+    with_roots = []
     for (record, state), tally in zip(solutions, tallies, strict=True):
         meta = dict(record.meta) | {"root": [tally.correct, tally.total]}
-        out.append((replace(record, meta=meta), state))
-    return out
+        with_roots.append((replace(record, meta=meta), state))
+    return with_roots
 
 
-def _labelled(record: SolutionRecord, rule: LabelRule, bad: list[Bad]) -> dict[str, Any] | None:
+def _labelled(record: SolutionRecord, rule: LabelRule, bad: list[SetAside]) -> dict[str, Any] | None:
     """The row of a record, or None when it was set aside."""
     try:
-        if record.steps and not any(c.total for c in record.mc or ()):
+        if record.steps and not any(counts.total for counts in record.mc or ()):
             raise RowError("the verifier could score neither the solution nor a completion of it")
         return record_to_json(check_record(rule(check_record(record, unlabelled=True))))
     except RowError as error:

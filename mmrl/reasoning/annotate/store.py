@@ -27,7 +27,9 @@ from mmrl.workdir import open_database, write_lines
 log = logging.getLogger(__name__)
 
 STORE = "store.sqlite"  # in the folder of an annotation
-_ENOUGH = 200  # completions after which a share of unscored ones means something
+
+# Completions after which the share of unscored ones is a reason to stop; of a few, one may be many.
+_ENOUGH = 200
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Tally:
-    """What is known of a prefix: `correct` of `total` scored completions, `drawn` in all, `tokens` they took."""
+    """Counts of a prefix: `correct` of `total` scored completions, `drawn` in all, `tokens` they took."""
 
     correct: int = 0
     total: int = 0
@@ -67,8 +69,8 @@ def prefix_key(state: State, fingerprint: str = "") -> str:
     """
     reference = state.prompt.reference
     answer = reference["answer"] if isinstance(reference, Mapping) and "answer" in reference else reference
-    what = json.dumps([fingerprint, dict(state.prompt.inputs), answer, state.text], sort_keys=True)
-    return hashlib.sha256(what.encode()).hexdigest()[:32]
+    identity = json.dumps([fingerprint, dict(state.prompt.inputs), answer, state.text], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 _SCHEMA = """
@@ -116,7 +118,7 @@ class CompletionStore:
         return prefix_key(state, self.fingerprint)
 
     def get(self, state: State) -> Tally:
-        """What is known of a state; all zeros when nothing is."""
+        """The counts of a state; all zeros when nothing was sampled."""
         numbers = self.database.execute(
             "SELECT total(correct), count(correct), count(*), total(tokens) FROM completions WHERE key = ?",
             (self.key(state),),
@@ -148,19 +150,17 @@ class CompletionStore:
         """
         start = self.get(state).drawn if first is None else first
         kept = self.keep or not state.text
-        rows = [
-            (
-                self.key(state), start + i, state.prompt.id, len(state.steps), c.correct, c.tokens,
-                json.dumps(_entry(c)) if kept else None,
-            )
-            for i, c in enumerate(new)
-        ]  # fmt: skip
+        key, num_steps = self.key(state), len(state.steps)
+        rows = []
+        for draw, completion in enumerate(new, start):
+            entry = json.dumps(_entry(completion)) if kept else None
+            rows.append((key, draw, state.prompt.id, num_steps, completion.correct, completion.tokens, entry))
         with self.database:
             self.database.executemany(_ADD, rows)
 
     @property
     def spent(self) -> dict[str, int]:
-        """What is in the store: prefixes, completions, unscored, tokens."""
+        """Totals of the store: prefixes, completions, unscored, tokens."""
         numbers = self.database.execute(
             "SELECT count(DISTINCT key), count(*), count(*) - count(correct), total(tokens) FROM completions"
         ).fetchone()
@@ -176,19 +176,21 @@ class CompletionStore:
             log.info("the completions of %s are taken into %s", file, self.file)
             with file.open("rb") as f:
                 for number, line in enumerate(f, start=1):
+                    # The last line may have been cut by a kill.
                     if not line.endswith(b"\n"):
-                        break  # cut by a kill
+                        break
                     try:
                         database.executemany(_ADD, _earlier_rows(json.loads(line)))
                     except (ValueError, KeyError, TypeError) as error:
                         raise ValueError(
                             f"{file} line {number} is broken ({error}); delete that line and run again"
                         ) from error
-        # draws that follow on none, since the file of another rank is gone
-        behind = (
+        # Where the file of a rank is gone, draws are missing in the middle. Later draws are counted from the number of
+        # those there are, so what lies behind a gap has to go, until draws are 0, 1, 2 ... again.
+        delete_behind_gap = (
             "DELETE FROM completions WHERE draw >= (SELECT count(*) FROM completions c WHERE c.key = completions.key)"
         )
-        while database.execute(behind).rowcount:
+        while database.execute(delete_behind_gap).rowcount:
             pass
 
 
@@ -206,16 +208,20 @@ FROM (SELECT * FROM completions ORDER BY key, draw) GROUP BY key ORDER BY key
 def _earlier_rows(row: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The rows of a line: `drawn` completions of a prefix from `start` on, or, without texts, rows that add up so."""
     entries = row["completions"]
+    verdicts: list[bool | None]
     if entries is None:
-        wrong, unscored = row["total"] - row["correct"], row["drawn"] - row["total"]
-        verdicts = [True] * row["correct"] + [False] * wrong + [None] * unscored
-        entries = [None] * row["drawn"]
+        num_wrong, num_unscored = row["total"] - row["correct"], row["drawn"] - row["total"]
+        verdicts = [True] * row["correct"] + [False] * num_wrong + [None] * num_unscored
+        texts: list[str | None] = [None] * row["drawn"]
+        # Only the sum of the tokens is stored; the first row gets all of it.
         tokens = [row["tokens"], *[0] * (row["drawn"] - 1)]
     else:
-        verdicts, tokens = [e[1] for e in entries], [e[2] for e in entries]
+        # An entry is as `_entry` makes it: steps, verdict, tokens ...
+        verdicts = [entry[1] for entry in entries]
+        tokens = [entry[2] for entry in entries]
+        texts = [json.dumps(entry) for entry in entries]
     rows = []
-    for i, (correct, cost, entry) in enumerate(zip(verdicts, tokens, entries, strict=True)):
-        text = None if entry is None else json.dumps(entry)
+    for i, (correct, cost, text) in enumerate(zip(verdicts, tokens, texts, strict=True)):
         rows.append((row["key"], row["start"] + i, row["prompt"], row["after"], correct, cost, text))
     return rows
 
@@ -226,14 +232,18 @@ def _entry(completion: Completion) -> list[Any]:
     entry = [written.steps, completion.correct, completion.tokens, written.truncated]
     if not written.ids:
         return entry
-    # nine digits are a float32
-    logps = [[float(f"{x:.9g}") for x in step] for step in written.logps]
+    # Nine digits tell any two float32 numbers apart.
+    logps = [[float(f"{logp:.9g}") for logp in step] for step in written.logps]
     return [*entry, written.ids, logps]
 
 
 def _completion(entry: Sequence[Any]) -> Completion:
-    steps, correct, tokens, truncated, *sampled = entry
-    ids, logps = (tuple(map(tuple, x)) for x in sampled) if sampled else ((), ())
+    """The completion that `_entry` has written."""
+    steps, correct, tokens, truncated, *rest = entry
+    ids: tuple[tuple[int, ...], ...] = ()
+    logps: tuple[tuple[float, ...], ...] = ()
+    if rest:
+        ids, logps = (tuple(map(tuple, per_step)) for per_step in rest)
     return Completion(Continuation(tuple(steps), logps, True, truncated, ids), correct, tokens)
 
 
@@ -282,22 +292,24 @@ class Estimator:
         """
         if k < 1:
             raise ValueError(f"k={k}: an estimate needs at least 1 completion")
-        first: dict[str, State] = {}
+        distinct: dict[str, State] = {}
         for state in states:
             if state.done:
                 raise ValueError(f"prompt {state.prompt.id!r}: a solution that has ended cannot be completed")
-            first.setdefault(self.store.key(state), state)
-        jobs: dict[tuple[int, int], list[State]] = {}
-        for state in first.values():
+            distinct.setdefault(self.store.key(state), state)
+        # One call of the policy draws the same number for all its states, and its seed depends on how many there are.
+        groups: dict[tuple[int, int], list[State]] = {}
+        for state in distinct.values():
             drawn = self.store.get(state).drawn
             if drawn < k:
-                jobs.setdefault((drawn, k - drawn), []).append(state)
-        before = self.cost["completions"]
-        for (drawn, missing), group in sorted(jobs.items(), key=lambda job: job[0]):
-            for i in range(0, len(group), self.batch):
-                self._draw(group[i : i + self.batch], missing, drawn)
-        self.cost["reused"] += k * len(states) - (self.cost["completions"] - before)
-        return [self.store.get(s) for s in states]
+                groups.setdefault((drawn, k - drawn), []).append(state)
+        paid_before = self.cost["completions"]
+        for drawn, missing in sorted(groups):
+            group = groups[drawn, missing]
+            for start in range(0, len(group), self.batch):
+                self._draw(group[start : start + self.batch], missing, drawn)
+        self.cost["reused"] += k * len(states) - (self.cost["completions"] - paid_before)
+        return [self.store.get(state) for state in states]
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """The verifier's verdicts; None where it has none.
@@ -308,29 +320,34 @@ class Estimator:
         values = list(self.verifier(samples)) if samples else []
         if len(values) != len(samples):
             raise RewardError(wrong_count("verifier", len(values), len(samples)))
-        return [None if v is None or math.isnan(v) else v >= 0.5 for v in values]
+        return [None if value is None or math.isnan(value) else value >= 0.5 for value in values]
 
     def _draw(self, states: Sequence[State], n: int, drawn: int) -> None:
+        """Sample and verify `n` completions of each state that has `drawn` so far, and keep them."""
         seed = _seed_of(self.seed, drawn)
-        found = self.extender.extend(states, n, seed=seed, temperature=self.temperature)
-        sizes = [len(row) for row in found]
+        continuations = self.extender.extend(states, n, seed=seed, temperature=self.temperature)
+        sizes = [len(row) for row in continuations]
         if sizes != [n] * len(states):
             raise ValueError(f"the policy returned {sizes[:8]} continuations for {len(states)} states; {n} were asked")
-        samples = [
-            Sample(s.prompt, s.then(c).text, len(s.steps) + len(c.steps) - 1)
-            for s, row in zip(states, found, strict=True)
-            for c in row
-        ]
+        samples = []
+        for state, row in zip(states, continuations, strict=True):
+            for written in row:
+                last_step = len(state.steps) + len(written.steps) - 1
+                samples.append(Sample(state.prompt, state.then(written).text, last_step))
+        # In the order of the samples: state by state.
         verdicts = iter(self.verify(samples))
-        scored = [[Completion(c, next(verdicts), c.tokens) for c in row] for row in found]
-        flat = [c for row in scored for c in row]
+        completions: list[list[Completion]] = []
+        for row in continuations:
+            completions.append([Completion(written, next(verdicts), written.tokens) for written in row])
         self.cost["calls"] += 1
-        self.cost["completions"] += len(flat)
-        self.cost["tokens"] += sum(c.tokens for c in flat)
-        self.cost["unscored"] += sum(c.correct is None for c in flat)
+        for row_of_state in completions:
+            self.cost["completions"] += len(row_of_state)
+            self.cost["tokens"] += sum(completion.tokens for completion in row_of_state)
+            self.cost["unscored"] += sum(completion.correct is None for completion in row_of_state)
+        # Before anything is kept: what a broken verifier has not scored must not lie in the store.
         self._check_unscored(states[0])
-        for state, completions in zip(states, scored, strict=True):
-            self.store.add(state, completions, drawn)
+        for state, row_of_state in zip(states, completions, strict=True):
+            self.store.add(state, row_of_state, drawn)
         if self.on_call:
             self.on_call()
 

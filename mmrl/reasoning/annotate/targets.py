@@ -1,4 +1,9 @@
-"""Monte-Carlo values of steps and the training targets made of them. None = not sampled, and stays None."""
+"""Monte-Carlo values of steps and the training targets made of them: the label rules of `mmrl annotate`.
+
+A value m_t is the share of right completions after step t, in [0, 1]. None = not sampled, and stays None:
+
+    values .5, .25, 0, None  ->  hard_gt 1, 1, 0, None    soft .5, .25, 0, None
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,15 @@ from mmrl.registry import register
 Values = Sequence[float | None]  # per step in [0, 1]
 Targets = tuple[float | None, ...]
 
-_Z95 = 1.96  # two-sided 95 % of a normal variable, rounded as usual
-_SLACK = 1e-9  # 0.6 / 0.75 is 0.7999999999999999
+# Two-sided 95 % of a normal variable, rounded as usual.
+_Z95 = 1.96
+# Without it a step would fail its limit by rounding: 0.6 / 0.75 is 0.7999999999999999, below a ratio of 0.8.
+_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
 class ValueEstimate:
-    """What `correct` of `total` says about a step's value, all in [0, 1]."""
+    """The value of a step and how sure it is, from `correct` of `total` completions; all in [0, 1]."""
 
     value: float  # m = c/k
     stderr: float  # sqrt(m (1 - m) / k)
@@ -36,16 +43,22 @@ def estimate(counts: Counts) -> ValueEstimate:
     m, k = _value(counts), counts.total
     if m is None:
         raise ValueError("no completions were sampled (total 0), so there is no estimate; keep the step unlabelled")
+    # Wilson's interval: centre and half width, both divided by 1 + z^2 / k.
     z2 = _Z95**2
-    middle, scale = (m + z2 / (2 * k)) / (1 + z2 / k), _Z95 / (1 + z2 / k)
-    half = scale * math.sqrt(m * (1 - m) / k + z2 / (4 * k * k))
-    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
-    return ValueEstimate(m, math.sqrt(m * (1 - m) / k), (counts.correct + 1) / (k + 2), low, high)
+    centre = (m + z2 / (2 * k)) / (1 + z2 / k)
+    half = _Z95 / (1 + z2 / k) * math.sqrt(m * (1 - m) / k + z2 / (4 * k * k))
+    return ValueEstimate(
+        value=m,
+        stderr=math.sqrt(m * (1 - m) / k),
+        beta_mean=(counts.correct + 1) / (k + 2),
+        low=max(centre - half, 0.0),
+        high=min(centre + half, 1.0),
+    )
 
 
 def mc_values(mc: Sequence[Counts]) -> Targets:
     """m_t = correct / total per step, None where total is 0 (an early stop leaves such steps, they are no zeros)."""
-    return tuple(_value(c) for c in mc)
+    return tuple(_value(counts) for counts in mc)
 
 
 def _value(counts: Counts) -> float | None:
@@ -106,14 +119,19 @@ def rel_effective(values: Values, start: float, gamma: float, threshold: float =
 
 
 def _each(values: Values, rule: Callable[[float], float]) -> Targets:
-    for t, v in enumerate(values):
-        if v is not None and not 0 <= v <= 1:
-            raise ValueError(f"step {t} has value {v}; Monte-Carlo values lie in [0, 1], None = not sampled")
-    return tuple(None if v is None else float(rule(v)) for v in values)
+    """`rule(value after the step)` per sampled step."""
+    for t, value in enumerate(values):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"step {t} has value {value}; Monte-Carlo values lie in [0, 1], None = not sampled")
+    return tuple(None if value is None else float(rule(value)) for value in values)
 
 
 def _from_pairs(values: Values, start: float, rule: Callable[[float, float], float]) -> Targets:
-    """`rule(value before the step, value after it)` per step."""
-    (first,), rest = soft((start,)), soft(values)
-    pairs = zip((first, *rest), rest, strict=False)
-    return tuple(None if before is None or m is None else float(rule(before, m)) for before, m in pairs)
+    """`rule(value before the step, value after it)` per step for which both are known."""
+    # `soft` checks that they are values.
+    after = soft(values)
+    before = (*soft((start,)), *after[:-1])
+    targets: list[float | None] = []
+    for m_before, m in zip(before, after, strict=False):
+        targets.append(None if m_before is None or m is None else float(rule(m_before, m)))
+    return tuple(targets)
