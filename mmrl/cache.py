@@ -1,4 +1,4 @@
-"""Where made-once files lie: pre-trained tiny models, rendered pictures."""
+"""The cache of files that are made once and kept: pre-trained tiny models, rendered pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mmrl.workdir import publish
 
 log = logging.getLogger(__name__)
 
-SIZES = ".sizes.json"  # in every made folder: its files, and how long they are
+# In every folder of the cache: its files with their sizes in bytes, to recognise a damaged one.
+SIZES = ".sizes.json"
 
 
 def cache_root() -> Path:
@@ -34,19 +35,23 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        # Another process may have made it while this one waited.
         if not _is_whole(folder):
             if folder.exists():
                 log.warning("%s is damaged and made anew", folder)
             with publish(folder) as work:
                 work.mkdir()
                 make(work)
-                sizes = {str(f.relative_to(work)): f.stat().st_size for f in work.rglob("*") if f.is_file()}
+                sizes = {}
+                for file in work.rglob("*"):
+                    if file.is_file():
+                        sizes[str(file.relative_to(work))] = file.stat().st_size
                 (work / SIZES).write_text(json.dumps(sizes))
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a made folder has every file, in the size that was written."""
+    """True for a folder that has every file, in the size that was written."""
     try:
         sizes = json.loads((folder / SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())

@@ -14,8 +14,12 @@ import typer
 
 from mmrl.extras import how_to_install
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=(
-    "Train models from rewards on steps: vision-language, diffusion, video."))  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=("Train models from rewards on steps: vision-language, diffusion, video."),
+)
 
 Format = Annotated[str, typer.Option("--format", help="Of the data: `mmrl list formats`, or module:function")]
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as configs/diffusion/digits_branch.yaml")]
@@ -124,8 +128,10 @@ def rollouts(
 
     told = run_rollouts(config, out)
     if told:
-        typer.echo(f"{told['rollouts']} rollouts, {told['prompts']} prompts, {told['leaves']} leaves, "
-                   f"mean reward {told['reward']:.3f}: {out}")  # fmt: skip
+        typer.echo(
+            f"{told['rollouts']} rollouts, {told['prompts']} prompts, {told['leaves']} leaves, "
+            f"mean reward {told['reward']:.3f}: {out}"
+        )
 
 
 @app.command()
@@ -203,9 +209,15 @@ def bench(
 
     chosen = _section(scorer)
     run_benchmark(
-        name, data, chosen, out, threshold=threshold, tune_on=tune_on, media_root=media_root,
+        name,
+        data,
+        chosen,
+        out,
+        threshold=threshold,
+        tune_on=tune_on,
+        media_root=media_root,
         aggregate=aggregate or aggregate_of(chosen),
-    )  # fmt: skip
+    )
 
 
 @app.command()

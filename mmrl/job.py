@@ -1,4 +1,8 @@
-"""The components of a recipe that is not training: annotation and search start from a `Job`."""
+"""The components of a recipe that is not training: annotation and search start from a `Job`.
+
+A job builds task, policy and verifier, puts them on their device, and says what decides their results (`fingerprint`),
+so that what was stored by another model or other settings is not taken for its own.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ class Job:
         policy_row.check(config.policy.options, "policy")
         if config.verifier is not None:
             find("rewards", config.verifier.name).check(config.verifier.options, "verifier")
-        # imported here: a recipe that cannot run is refused without waiting for torch
+        # Imported here: a recipe that cannot run is refused without waiting for torch
         import torch
         from accelerate import PartialState
 
@@ -53,9 +57,9 @@ class Job:
         self.reward = config.verifier or RewardConfig(name=_first_reward(self.task, config.task.name))
         self.verifier: OutcomeReward = build_reward(self.reward, "verifier")
         self.seed, self.batch = config.seed, config.batch
-        # prompts that the policy cannot take; the log says why
+        # Prompts that the policy cannot take; the log says why.
         self.lost = 0
-        # what stays open until the job has ended: locks of folders, stores
+        # Resources that stay open until the job has ended: locks of folders, stores.
         self.files = ExitStack()
         settings = [
             config.policy.model_dump(),
@@ -68,14 +72,14 @@ class Job:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The task's, as many as the recipe asks for and the policy can take."""
-        every = self.task.prompts if self.config.split == "train" else self.task.eval_prompts
-        first = list(every)[: self.config.prompts]
-        usable: list[Prompt] = self.policy.admit(first)
-        self.lost += len(first) - len(usable)
+        of_split = self.task.prompts if self.config.split == "train" else self.task.eval_prompts
+        prompts = list(of_split)[: self.config.prompts]
+        usable: list[Prompt] = self.policy.admit(prompts)
+        self.lost += len(prompts) - len(usable)
         return usable
 
     def rollouts(self, about: Mapping[str, Any] | None = None) -> RolloutFolder | None:
-        """Where the recipe wants its trees, None when it does not. about: what else decides their contents."""
+        """The folder for the recipe's trees, None where it names none. about: what else decides their contents."""
         config = self.config
         if config.rollouts is None:
             return None
@@ -94,7 +98,7 @@ class Job:
         return RolloutFolder(config.rollouts, record)
 
     def alone(self, verb: str) -> None:
-        """ConfigError when several processes were started for what one does."""
+        """Raise ConfigError when several processes were started for what one does."""
         if self.world > 1:
             raise ConfigError(f"{verb} runs in one process, but {self.world} were started; leave the launcher out")
 
@@ -112,7 +116,7 @@ def _first_reward(task: Task, name: str) -> str:
 def parameters(component: Any) -> int:
     """Number of weights of a component's model, 0 without one."""
     model = model_of(component)
-    return 0 if model is None else sum(p.numel() for p in model.parameters())
+    return 0 if model is None else sum(weight.numel() for weight in model.parameters())
 
 
 def on_device(component: Any, cpu: bool = False) -> Any:
@@ -134,7 +138,7 @@ def stamp(component: str | Mapping[str, Any]) -> str:
     for text in _texts(component):
         if text and Path(text).is_dir():
             files += sorted(Path(text).glob("*.safetensors"))
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return json.dumps([component, *weights])
 
 

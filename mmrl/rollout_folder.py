@@ -1,4 +1,4 @@
-"""A folder of stored rollouts as it is written: what made them, and a folder per batch, each complete or absent."""
+"""A folder of stored rollouts as it is written: the recipe of them, and a folder per batch, complete or absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from mmrl.config import ConfigError
 from mmrl.rollout import Rollout
 from mmrl.workdir import WorkDir, discard, publish, tidy
 
-RECIPE = "recipe.json"  # beside the rollouts: what made them
+# The file beside the rollouts with the recipe that they were made by.
+RECIPE = "recipe.json"
 
 
 class RolloutFolder:
@@ -50,29 +51,34 @@ class RolloutFolder:
     @property
     def batches(self) -> list[Path]:
         """The folders of all batches, in order."""
-        return sorted(f.parent for f in self.root.glob("[!.]*/rollout.json"))
+        return sorted(file.parent for file in self.root.glob("[!.]*/rollout.json"))
 
     def append(self, rollout: Rollout) -> Path:
         """Save as the batch after the last one."""
-        taken = [int(f.name.partition("-")[0]) for f in self.batches]
+        taken = [_batch_of(folder) for folder in self.batches]
         return self.save(rollout, max(taken, default=-1) + 1)
 
     def trim(self, batches: int, rank: int = 0) -> None:
-        """Drop what a rank wrote behind its first so many batches."""
+        """Keep the first `batches` batches of a rank and drop its later ones."""
         for folder in self.batches:
-            batch, _, own = folder.name.partition("-")
-            if int(own) == rank and int(batch) >= batches:
+            rank_of_folder = int(folder.name.partition("-")[2])
+            if rank_of_folder == rank and _batch_of(folder) >= batches:
                 discard(folder)
 
     def keep(self, ids: Collection[str]) -> set[str]:
         """Drop the trees of all other prompts; returns the ids of those that are there."""
-        found: set[str] = set()
+        kept_ids: set[str] = set()
         for folder in self.batches:
             rollout = Rollout.load(folder)
-            kept = [i for i, p in enumerate(rollout.prompts) if p.id in ids]
-            found |= {rollout.prompts[i].id for i in kept}
+            kept = [i for i, prompt in enumerate(rollout.prompts) if prompt.id in ids]
+            kept_ids |= {rollout.prompts[i].id for i in kept}
             if not kept:
                 discard(folder)
             elif len(kept) < len(rollout.prompts):
-                self.save(rollout.select(kept), int(folder.name.partition("-")[0]))
-        return found
+                self.save(rollout.select(kept), _batch_of(folder))
+        return kept_ids
+
+
+def _batch_of(folder: Path) -> int:
+    """The number of the batch in a folder that `RolloutFolder.place` has named."""
+    return int(folder.name.partition("-")[0])

@@ -26,8 +26,10 @@ from mmrl.config import ConfigError
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 30.0  # NFS clients look for new files every so many seconds
-_PART, _OLD, _GONE = ".part", ".old", ".gone"  # being written, moved aside for a new one, being removed
+# NFS clients look for new files only every few seconds.
+PATIENCE_S = 30.0
+# Suffixes of what is being written, moved aside for a new one, being removed.
+_PART, _OLD, _GONE = ".part", ".old", ".gone"
 
 
 # ---- whose folder ---------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ class WorkDir:
 
     def __init__(self, root: str | Path, rank: int = 0) -> None:
         self.root = Path(root)
-        # one lock per path: a process that holds it may claim the folder again in an inner block
+        # One lock per path: a process that holds it may claim the folder again in an inner block
         self._lock = FileLock(self.root / (f".lock-{rank}" if rank else ".lock"), is_singleton=True)
 
     def claim(self) -> str:
@@ -62,12 +64,12 @@ class WorkDir:
                 f"another process writes into {self.root}; wait until it has ended, or name another folder"
             ) from None
         except OSError as error:
-            why = "it is a file" if self.root.is_file() else error.strerror
-            raise ConfigError(f"nothing can be written into {self.root}: {why}; name another folder") from error
+            reason = "it is a file" if self.root.is_file() else error.strerror
+            raise ConfigError(f"nothing can be written into {self.root}: {reason}; name another folder") from error
         return token
 
     def shows(self, token: str) -> bool:
-        """Whether this process sees the token that the first one wrote; network disks may take a while."""
+        """True once this process reads the token that the first one wrote; network disks may take a while."""
         file = self.root / ".token"
         deadline = time.monotonic() + PATIENCE_S
         while not (file.is_file() and file.read_text() == token):
@@ -125,20 +127,21 @@ def _read_settings(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is damaged ({error}); use another folder") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} is damaged (it holds no sections); use another folder")
-    return json.loads(json.dumps(settings, default=str))  # keys become texts, as in the settings compared with it
+    # Through JSON keys become texts, as in the settings that are compared with these.
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str], within: str = "") -> list[str]:
     """`path: old -> new` of every setting that differs; one that is not there counts as null."""
     changed = []
     for key in sorted(old.keys() | new.keys()):
-        path, a, b = f"{within}{key}", old.get(key), new.get(key)
-        if path in free or a == b:
+        path, before, after = f"{within}{key}", old.get(key), new.get(key)
+        if path in free or before == after:
             continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += _differences(a, b, free, f"{path}.")
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += _differences(before, after, free, f"{path}.")
         else:
-            changed.append(f"{path}: {a} -> {b}")
+            changed.append(f"{path}: {before} -> {after}")
     return changed
 
 
@@ -169,6 +172,7 @@ def publish(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         _remove(part)
         raise
+    # A folder cannot take the place of another one in one step. After a kill between the two, `tidy` moves it back.
     if part.is_dir() and path.exists():
         old = _beside(path, _OLD)
         _remove(old)
@@ -288,7 +292,7 @@ def cut_half_line(file: Path) -> None:
 
 # ---- what several processes write at once ---------------------------------------------------------------------------
 
-# SQLite's write-ahead log needs memory that all its processes share, which machines do not
+# Here SQLite cannot be shared: its write-ahead log needs memory that all its processes share, machines do not.
 _NETWORK_DISKS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "beegfs", "gpfs", "glusterfs", "orangefs",
     "fuse.sshfs", "fuse.glusterfs", "fuse.juicefs", "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse",
@@ -316,17 +320,19 @@ def open_database(
     if alone and rank:
         file = file.with_name(f"{file.stem}-{rank}{file.suffix}")
         log.warning("%s is on a network disk: this rank keeps what it writes in a file of its own", file)
-    with FileLock(f"{file}.lock"):  # one process makes it, others wait
+    # One process makes the database, the others wait.
+    with FileLock(f"{file}.lock"):
         database = sqlite3.connect(file, timeout=1.0 if alone else 60.0)
         try:
             if alone:
                 database.execute("PRAGMA locking_mode = EXCLUSIVE")
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")
-            (found,) = database.execute("PRAGMA user_version").fetchone()
-            if found > _DATABASE_FORMAT:
+            # 0 until the tables and the first rows are there.
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version > _DATABASE_FORMAT:
                 raise sqlite3.DatabaseError("a later version of mmrl wrote it")
-            if not found:
+            if not version:
                 database.executescript(schema)
                 with database:
                     if fill is not None:
@@ -363,11 +369,12 @@ def filesystem(folder: Path) -> str:
     mounts = Path("/proc/mounts")
     if not mounts.exists():
         return ""
-    real, longest, kind = os.path.realpath(folder), -1, ""
+    real, longest, kind = Path(os.path.realpath(folder)), -1, ""
     for line in mounts.read_text().splitlines():
-        _, point, this_kind, *_ = line.split(" ")
+        _, point, kind_of_mount, *_ = line.split(" ")
+        # A space in a path is written as an octal number.
         point = point.replace("\\040", " ")
-        # of two mounts at one place the later one covers the earlier
-        if Path(real).is_relative_to(point) and len(point) >= longest:
-            longest, kind = len(point), this_kind
+        # Of two mounts at one place the later one covers the earlier.
+        if real.is_relative_to(point) and len(point) >= longest:
+            longest, kind = len(point), kind_of_mount
     return kind

@@ -1,4 +1,8 @@
-"""A generative process reward model: a policy reads a step, may reason about it; its verdict token is the score."""
+"""A generative process reward model: a policy reads a step, may reason about it; its verdict token is the score.
+
+Without an analysis the model is asked for its next word after "\\boxed{": the score is p(Yes) / (p(Yes) + p(No)). With
+analyses the score is read in the same way where each of them states its verdict, and averaged.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ ASK = (
     "Is the last step right, given what stands before it? End with \\boxed{{Yes}} or \\boxed{{No}}."
 )
 VERDICT = "\\boxed{"
-# the words between which an analysis chooses at its verdict: in a box, or as VL-PRM300K's judge in its conclusion
+# The words between which an analysis chooses at its verdict: in a box, or as VL-PRM300K's judge in its conclusion.
 CHOICES = (("Yes", "No"), ("yes", "no"), ("Correct", "Incorrect"), ("correct", "incorrect"))
 _VERDICT = re.compile(
     r"(?:\\(?:boxed|fbox)\s*+\{|<conclusion>)[\s$*]*+(?:\\[a-z]++\s*+\{\s*+)?+(?P<word>\w*+)\s*+(?P<end>\}|</conclusion>)?"
@@ -85,29 +89,34 @@ class GenerativePrm:
         return cls(build_policy("scorer.policy", policy, Chooser), **options, section=policy)
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The policy in its ecosystem's format, and a record of how it is asked."""
+        """Save the policy in its ecosystem's format, and the settings of this scorer beside it."""
         self.policy.save(folder, state_dict)
         record = {
-            "scorer": "generative_prm", "policy": dict(self._section or {}), "samples": self.samples,
-            "stop": self.stop, "seed": self.seed, "format": {"aggregate": "min"},
-        }  # fmt: skip
+            "scorer": "generative_prm",
+            "policy": dict(self._section or {}),
+            "samples": self.samples,
+            "stop": self.stop,
+            "seed": self.seed,
+            "format": {"aggregate": "min"},
+        }
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(N,) float64 in [0, 1]; NaN for blank steps, where the policy cannot take the question about a step (too
         long, or with a placeholder in it), and after the first wrong one with `stop`."""
         views = step_views(rollout)
-        asked = {}
+        questions: dict[int, Prompt] = {}  # by the index of a step
         for i, view in enumerate(views):
             if view.text.strip():
-                steps = [t.strip() for t in (*view.before, view.text) if t.strip()]
-                asked[i] = self._prompt(view.prompt, steps)
-        taken = {id(p) for p in self.policy.admit(list(asked.values()))}
-        asked = {i: p for i, p in asked.items() if id(p) in taken}
-        out = torch.full((len(views),), torch.nan, dtype=torch.float64)
-        if asked:
-            out[list(asked)] = self._scores([State(p) for p in asked.values()])
-        return self._stopped(out, rollout) if self.stop else out
+                steps = [text.strip() for text in (*view.before, view.text) if text.strip()]
+                questions[i] = self._prompt(view.prompt, steps)
+        # By object, since the questions about one prompt's steps have the same id.
+        admitted = {id(prompt) for prompt in self.policy.admit(list(questions.values()))}
+        questions = {i: prompt for i, prompt in questions.items() if id(prompt) in admitted}
+        scores = torch.full((len(views),), torch.nan, dtype=torch.float64)
+        if questions:
+            scores[list(questions)] = self._scores([State(prompt) for prompt in questions.values()])
+        return self._stopped(scores, rollout) if self.stop else scores
 
     def begin_iteration(self) -> None:
         """The policy's; see `mmrl.capabilities.EncodingCache`."""
@@ -118,24 +127,28 @@ class GenerativePrm:
         return self.policy.admit(prompts)
 
     def _scores(self, states: Sequence[State]) -> Tensor:
-        """(S,) of the questions about single steps."""
+        """(S,) scores in [0, 1] of S questions about single steps."""
         if not self.samples:
-            return self._verdicts([State(s.prompt, (VERDICT,)) for s in states])
-        readings = self.policy.extend(states, self.samples, seed=self.seed)
-        analyses = [(i, "".join(c.steps)) for i, said in enumerate(readings) for c in said]
-        read: dict[tuple[str, str], list[tuple[int, State]]] = {}
-        for i, text in analyses:
-            stated = stated_verdict(text)
-            if stated is not None:
-                start, choices = stated
-                read.setdefault(choices, []).append((i, State(states[i].prompt, (text[:start],))))
+            return self._verdicts([State(state.prompt, (VERDICT,)) for state in states])
+        analyses = self.policy.extend(states, self.samples, seed=self.seed)
+        # By the two words to choose between: the index of a question, and the state right before the verdict.
+        verdicts: dict[tuple[str, str], list[tuple[int, State]]] = {}
+        for i, of_question in enumerate(analyses):
+            for analysis in of_question:
+                text = "".join(analysis.steps)
+                stated = stated_verdict(text)
+                if stated is not None:
+                    start, choices = stated
+                    verdicts.setdefault(choices, []).append((i, State(states[i].prompt, (text[:start],))))
+        # The divisor is the number of analyses: one without a verdict adds 0, as one that says No.
         total = torch.zeros(len(states), dtype=torch.float64)
-        for choices, found in read.items():
-            p = self._verdicts([state for _, state in found], choices)
-            total.index_add_(0, torch.tensor([i for i, _ in found]), p)
+        for choices, places in verdicts.items():
+            p_right = self._verdicts([state for _, state in places], choices)
+            total.index_add_(0, torch.tensor([i for i, _ in places]), p_right)
         return total / self.samples
 
     def _verdicts(self, states: Sequence[State], choices: tuple[str, str] = CHOICES[0]) -> Tensor:
+        """(S,) probability of the first word of `choices` against the second, float64."""
         logp = self.policy.choice_logps(states, choices).double()
         return logp.softmax(1)[:, 0]
 
@@ -145,20 +158,26 @@ class GenerativePrm:
 
     @staticmethod
     def _stopped(scores: Tensor, rollout: Rollout) -> Tensor:
+        """The scores (N,), NaN below every step that is wrong."""
+        # True for a step that is wrong or has a wrong step above it; parents come before their children.
         wrong: list[bool] = []
-        for v, parent in enumerate(rollout.tree.parent.tolist()):
-            after = parent >= 0 and wrong[parent]
-            wrong.append(after or bool(scores[v] < 0.5))
-            if after:
-                scores[v] = torch.nan
+        for step, parent in enumerate(rollout.tree.parent.tolist()):
+            below_wrong = parent >= 0 and wrong[parent]
+            wrong.append(below_wrong or bool(scores[step] < 0.5))
+            if below_wrong:
+                scores[step] = torch.nan
         return scores
 
 
 def stated_verdict(text: str) -> tuple[int, tuple[str, str]] | None:
-    """Where the verdict of an analysis begins, and the two words of `CHOICES` that stand to choice there; None unless
-    its reply, the text without the thinking, holds exactly one box or conclusion and that is a verdict."""
-    found = [mark for start, end in reply_spans(text) for mark in _VERDICT.finditer(text, start, end)]
-    if len(found) != 1 or found[0]["end"] is None:
+    """The place where the verdict of an analysis begins, and the pair of `CHOICES` that it is one of.
+
+    None unless its reply, the text without the thinking, holds exactly one box or conclusion and that is a verdict.
+    """
+    marks = [mark for start, end in reply_spans(text) for mark in _VERDICT.finditer(text, start, end)]
+    if len(marks) != 1 or marks[0]["end"] is None:
         return None
-    choices = next((pair for pair in CHOICES if found[0]["word"] in pair), None)
-    return None if choices is None else (found[0].start("word"), choices)
+    for choices in CHOICES:
+        if marks[0]["word"] in choices:
+            return marks[0].start("word"), choices
+    return None

@@ -41,11 +41,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class SolutionRecord:
-    """A solution and what is known about its steps (all sequences per step have as many entries as `steps`).
+    """A solution with the labels and counts of its steps; all sequences per step have as many entries as `steps`.
 
     labels: per step in [0, 1] (soft) or {0, 1} (hard), None = unlabelled; None as a whole = nothing labelled.
     scope: "local", each step judged on its own, or "prefix", wrong from the first error on.
-    first_error: 0-based, -1 = no error, None = unknown. final_correct: whether the answer is right.
+    first_error: 0-based, -1 = no error, None = unknown. final_correct: the answer is right, None = unknown.
     mc: Monte-Carlo counts per step, kept beside the labels made of them.
     images, videos: paths. history: turns before the question, as in `mmrl.reasoning.questions.Question`. meta:
     anything else that came with it, JSON values.
@@ -71,8 +71,8 @@ class SolutionRecord:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What the steps say."""
-        return tuple(s.text for s in self.steps)
+        """The texts of the steps."""
+        return tuple(step.text for step in self.steps)
 
     @property
     def prompt(self) -> Prompt:
@@ -101,8 +101,8 @@ def record_of(prompt: Prompt, texts: Sequence[str]) -> SolutionRecord:
     inputs, reference = prompt.inputs, prompt.reference
     if not isinstance(inputs.get("question"), str):
         raise ValueError(f"prompt {prompt.id!r} has no text `question` in its inputs, only {sorted(inputs)}")
-    known: dict[str, Any] = dict(reference) if isinstance(reference, Mapping) else {"answer": reference}
-    answer = known.pop("answer", None)
+    columns: dict[str, Any] = dict(reference) if isinstance(reference, Mapping) else {"answer": reference}
+    answer = columns.pop("answer", None)
     return SolutionRecord(
         prompt.id,
         inputs["question"],
@@ -112,5 +112,5 @@ def record_of(prompt: Prompt, texts: Sequence[str]) -> SolutionRecord:
         history=tuple(inputs.get("history") or ()),
         options=tuple(inputs.get("options") or ()),
         answer=None if answer is None else str(answer),
-        meta=known,
+        meta=columns,
     )

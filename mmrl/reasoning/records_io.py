@@ -54,7 +54,7 @@ def read_records(
         check_markers(record, markers)
         return [with_media(record, Path(path).parent, media_root, sizes)]
 
-    return read_rows(path, make, max_bad=max_bad, key=lambda r: r.id)
+    return read_rows(path, make, max_bad=max_bad, key=lambda record: record.id)
 
 
 def write_records(path: str | Path, records: Iterable[SolutionRecord], media_root: str | Path | None = None) -> int:
@@ -67,7 +67,7 @@ def write_records(path: str | Path, records: Iterable[SolutionRecord], media_roo
         row = record_to_json(check_record(record, unlabelled=True))
         if media_root is not None:
             for kind in ("images", "videos"):
-                row[kind] = [_relative(p, Path(media_root)) for p in row[kind]]
+                row[kind] = [_relative(path, Path(media_root)) for path in row[kind]]
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
     return write_lines(path, map(line, records))
@@ -79,7 +79,7 @@ def record_to_json(record: SolutionRecord) -> dict[str, Any]:
     return {
         "id": record.id,
         "question": record.question,
-        "steps": [{"text": s.text, "kind": s.kind} for s in record.steps],
+        "steps": [{"text": step.text, "kind": step.kind} for step in record.steps],
         "images": list(record.images),
         "videos": list(record.videos),
         "history": [dict(turn) for turn in record.history],
@@ -90,8 +90,8 @@ def record_to_json(record: SolutionRecord) -> dict[str, Any]:
         "scope": record.scope,
         "first_error": record.first_error,
         "final_correct": record.final_correct,
-        "mc": None if mc is None else [_counts_row(c) for c in mc],
-        "judge": [dict(j) for j in record.judge],
+        "mc": None if mc is None else [_counts_row(counts) for counts in mc],
+        "judge": [dict(judgement) for judgement in record.judge],
         "source": record.source,
         "meta": dict(record.meta),
     }
@@ -111,23 +111,23 @@ def record_from_json(row: Mapping[str, Any], *, unlabelled: bool = False) -> Sol
     labels = _typed(row, "labels", list, None)
     mc = _typed(row, "mc", list, None)
     judge = _typed(row, "judge", list, [])
-    if not all(isinstance(j, Mapping) for j in judge):
+    if not all(isinstance(judgement, Mapping) for judgement in judge):
         raise RowError(f"bad judge: {str(judge)[:80]!r} is no list of objects")
     record = SolutionRecord(
         id=optional_text(row, "id") or "",
         question=_typed(row, "question", str, ""),
-        steps=tuple(_step(s, i) for i, s in enumerate(steps or ())),
+        steps=tuple(_step(step, i) for i, step in enumerate(steps or ())),
         images=images(row, "images"),
         videos=media_paths(row.get("videos"), "videos", "video"),
         history=tuple(_turn(turn, i) for i, turn in enumerate(_typed(row, "history", list, []))),
-        options=tuple(plain_text(o, f"options[{i}]") for i, o in enumerate(options)),
+        options=tuple(plain_text(option, f"options[{i}]") for i, option in enumerate(options)),
         answer=optional_text(row, "answer"),
-        labels=None if labels is None else tuple(_label(v, i) for i, v in enumerate(labels)),
+        labels=None if labels is None else tuple(_label(label, i) for i, label in enumerate(labels)),
         label_kind=row.get("label_kind", "hard"),
         scope=row.get("scope", "local"),
         first_error=_typed(row, "first_error", int, None),
         final_correct=_typed(row, "final_correct", bool, None),
-        mc=None if mc is None else tuple(_counts(c, i) for i, c in enumerate(mc)),
+        mc=None if mc is None else tuple(_counts(counts, i) for i, counts in enumerate(mc)),
         judge=tuple(judge),
         source=_typed(row, "source", str, ""),
         meta=_typed(row, "meta", dict, {}),
@@ -150,11 +150,12 @@ def check_record(record: SolutionRecord, *, unlabelled: bool = False) -> Solutio
         raise RowError("no question")
     if not n:
         raise RowError("no step: a solution needs at least one")
-    for i, s in enumerate(record.steps):
-        if not s.text.strip():
+    for i, step in enumerate(record.steps):
+        if not step.text.strip():
             raise RowError(f"empty step: step {i} of {n} has no text")
     for text in (record.id, record.question, record.answer or "", *record.options, *record.texts):
-        if fault := broken_text(text):
+        fault = broken_text(text)
+        if fault:
             raise RowError(f"broken text: a text {fault}")
     _check_labels(record, unlabelled)
     if record.scope not in ("local", "prefix"):
@@ -163,9 +164,9 @@ def check_record(record: SolutionRecord, *, unlabelled: bool = False) -> Solutio
         raise RowError(f"first_error outside the steps: {record.first_error} for {n} steps (0-based, -1 = none)")
     if record.mc is not None and len(record.mc) != n:
         raise RowError(f"counts and steps differ: {len(record.mc)} counts for {n} steps")
-    for i, c in enumerate(record.mc or ()):
-        if not 0 <= c.correct <= c.total:
-            raise RowError(f"impossible counts: step {i} has {c.correct} correct of {c.total}")
+    for i, counts in enumerate(record.mc or ()):
+        if not 0 <= counts.correct <= counts.total:
+            raise RowError(f"impossible counts: step {i} has {counts.correct} correct of {counts.total}")
     return record
 
 
@@ -175,20 +176,23 @@ def _check_labels(record: SolutionRecord, unlabelled: bool) -> None:
         raise RowError(f"bad label_kind: {record.label_kind!r} is neither 'hard' nor 'soft'")
     if labels is not None and len(labels) != n:
         raise RowError(f"labels and steps differ: {len(labels)} labels for {n} steps")
-    for i, y in enumerate(labels or ()):
-        if y is not None and not 0 <= y <= 1:  # False for NaN too
-            raise RowError(f"label outside [0, 1]: step {i} has {y}")
-        if y is not None and record.label_kind == "hard" and y not in (0, 1):
-            raise RowError(f"soft label in a hard record: step {i} has {y}; set label_kind to 'soft'")
-    if not unlabelled and all(y is None for y in labels or ()):
+    for i, label in enumerate(labels or ()):
+        if label is None:
+            continue
+        # The comparison is False for NaN too.
+        if not 0 <= label <= 1:
+            raise RowError(f"label outside [0, 1]: step {i} has {label}")
+        if record.label_kind == "hard" and label not in (0, 1):
+            raise RowError(f"soft label in a hard record: step {i} has {label}; set label_kind to 'soft'")
+    if not unlabelled and all(label is None for label in labels or ()):
         raise RowError("all labels null: nothing is labelled; give labels, or read with unlabelled=True")
 
 
 def check_markers(record: SolutionRecord, markers: Sequence[str]) -> None:
     """RowError when a marker stands in a text of the record, where it would be scored like a real one."""
     texts = [("the question", record.question)]
-    texts += [(f"option {i}", o) for i, o in enumerate(record.options)]
-    texts += [(f"step {i}", s) for i, s in enumerate(record.texts)]
+    texts += [(f"option {i}", option) for i, option in enumerate(record.options)]
+    texts += [(f"step {i}", step) for i, step in enumerate(record.texts)]
     for where, text in texts:
         for marker in markers:
             if marker in text:
@@ -266,7 +270,8 @@ def _step(value: Any, i: int) -> Step:
 def _label(value: Any, i: int) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, bool) and not is_number(value):  # True and False are labels too
+    # True and False are labels too.
+    if not isinstance(value, bool) and not is_number(value):
         raise RowError(f"bad label: step {i} has {str(value)[:40]!r}, no number")
     return float(value)
 
@@ -274,8 +279,11 @@ def _label(value: Any, i: int) -> float | None:
 def _counts(value: Any, i: int) -> Counts:
     if not isinstance(value, Mapping):
         raise RowError(f"bad counts: step {i} of 'mc' needs whole numbers 'correct' and 'total'")
-    return Counts(*(integer(value.get(k), f"counts: step {i}, {k!r}") for k in ("correct", "total")))
+    correct = integer(value.get("correct"), f"counts: step {i}, 'correct'")
+    total = integer(value.get("total"), f"counts: step {i}, 'total'")
+    return Counts(correct, total)
 
 
-def _counts_row(c: Counts) -> dict[str, Any]:
-    return {"value": c.correct / c.total if c.total else None, "correct": c.correct, "total": c.total}
+def _counts_row(counts: Counts) -> dict[str, Any]:
+    value = counts.correct / counts.total if counts.total else None
+    return {"value": value, "correct": counts.correct, "total": counts.total}

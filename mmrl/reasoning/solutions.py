@@ -21,22 +21,37 @@ from mmrl.scorers.scoring import score_solutions
 
 log = logging.getLogger(__name__)
 
-# a scorer keeps what it made of the pictures of so many questions until it has scored them
+# A scorer keeps the encoded pictures of this many questions until it has scored them.
 QUESTIONS_AT_ONCE = 64
 
 
 def labelled_forest(prompts: Sequence[Prompt], records: Sequence[Sequence[SolutionRecord]]) -> Labelled:
-    """The labelled solutions of each prompt."""
-    rollout, paths = solution_forest(prompts, [[r.texts for r in own] for own in records])
-    flat = [(r, p) for own, ps in zip(records, paths, strict=True) for r, p in zip(own, ps, strict=True)]
-    label = [torch.nan if y is None else y for r, _ in flat for y in (r.labels or [None] * len(r.steps))]
-    sizes = torch.tensor([len(p) for _, p in flat], dtype=torch.int64)
+    """The labelled solutions of each prompt as one forest.
+
+    Args:
+        prompts: P prompts. records: (P, solutions) of each.
+    """
+    rollout, paths = solution_forest(prompts, [[record.texts for record in group] for group in records])
+    # One entry per step of a solution; a node that several solutions share has one entry in each of them.
+    nodes: list[int] = []
+    labels: list[float] = []
+    solution: list[int] = []
+    kinds: list[Kind] = []
+    num_solutions = 0
+    for group, group_paths in zip(records, paths, strict=True):
+        for record, path in zip(group, group_paths, strict=True):
+            step_labels = record.labels or [None] * len(record.steps)
+            nodes += path
+            labels += [torch.nan if label is None else label for label in step_labels]
+            solution += [num_solutions] * len(path)
+            kinds += [step.kind for step in record.steps]
+            num_solutions += 1
     return Labelled(
         rollout,
-        torch.tensor([v for _, p in flat for v in p], dtype=torch.int64),
-        torch.tensor(label, dtype=torch.float32),
-        torch.repeat_interleave(torch.arange(len(flat)), sizes),
-        [s.kind for r, _ in flat for s in r.steps],
+        torch.tensor(nodes, dtype=torch.int64),
+        torch.tensor(labels, dtype=torch.float32),
+        torch.tensor(solution, dtype=torch.int64),
+        kinds,
     )
 
 
@@ -63,38 +78,45 @@ class StepRecords:
     ) -> None:
         self._records: dict[str, list[SolutionRecord]] = {}
         self.quarantined: list[Quarantined] = []
-        taken, tested = (self._read(f, format, media_root, max_bad) for f in (train, eval))
-        self.prompts = self._group([without_labels(r, ignore_kinds) for r in taken])
-        self.eval_prompts = self._group(tested)
+        train_records = self._read(train, format, media_root, max_bad)
+        eval_records = self._read(eval, format, media_root, max_bad)
+        self.prompts = self._group([without_labels(record, ignore_kinds) for record in train_records])
+        self.eval_prompts = self._group(eval_records)
 
     def _read(
         self, file: str, format: str | dict[str, Any], media_root: str | None, max_bad: float
     ) -> list[SolutionRecord]:
         records, bad = read_format(Path(file), format, media_root=media_root, max_bad=max_bad)
         self.quarantined += bad
-        for reason, n in count_reasons(bad).items():
-            log.warning("%s: %d rows set aside: %s", file, n, reason)
+        for reason, count in count_reasons(bad).items():
+            log.warning("%s: %d rows set aside: %s", file, count, reason)
         return records
 
     def _group(self, records: Sequence[SolutionRecord]) -> list[Prompt]:
+        """One prompt per question, and its solutions by the prompt's id."""
         groups: dict[str, list[SolutionRecord]] = {}
-        for r in records:
-            groups.setdefault(r.asked, []).append(r)
-        prompts = [own[0].prompt for own in groups.values()]
-        self._records |= {p.id: own for p, own in zip(prompts, groups.values(), strict=True)}
+        for record in records:
+            groups.setdefault(record.asked, []).append(record)
+        prompts = []
+        for group in groups.values():
+            prompt = group[0].prompt
+            prompts.append(prompt)
+            self._records[prompt.id] = group
         return prompts
 
     def labelled(self, prompts: Sequence[Prompt]) -> Labelled:
         """The solutions of these questions."""
-        return labelled_forest(prompts, [self._records[p.id] for p in prompts])
+        return labelled_forest(prompts, [self._records[prompt.id] for prompt in prompts])
 
 
 def without_labels(record: SolutionRecord, kinds: Sequence[Kind]) -> SolutionRecord:
     """The record with the labels of steps of these kinds taken away."""
     if not kinds or record.labels is None:
         return record
-    pairs = zip(record.steps, record.labels, strict=True)
-    return replace(record, labels=tuple(None if s.kind in kinds else y for s, y in pairs))
+    labels = []
+    for step, label in zip(record.steps, record.labels, strict=True):
+        labels.append(None if step.kind in kinds else label)
+    return replace(record, labels=tuple(labels))
 
 
 def score_records(scorer: StepReward, records: Sequence[SolutionRecord]) -> list[list[float] | None]:
@@ -102,19 +124,19 @@ def score_records(scorer: StepReward, records: Sequence[SolutionRecord]) -> list
 
     Records of one question on the same media are scored together, `QUESTIONS_AT_ONCE` of these in a call.
     """
+    # By question: the indices of its records.
     groups: dict[str, list[int]] = {}
-    for i, r in enumerate(records):
-        groups.setdefault(r.asked, []).append(i)
-    heads = [records[own[0]].prompt for own in groups.values()]
-    check_prompts(heads)
-    owned = {p.id: own for p, own in zip(heads, groups.values(), strict=True)}
-    out: list[list[float] | None] = [None] * len(records)
-    for first in range(0, len(heads), QUESTIONS_AT_ONCE):
+    for i, record in enumerate(records):
+        groups.setdefault(record.asked, []).append(i)
+    questions = [records[indices[0]].prompt for indices in groups.values()]
+    check_prompts(questions)
+    indices_of = {prompt.id: indices for prompt, indices in zip(questions, groups.values(), strict=True)}
+    scores: list[list[float] | None] = [None] * len(records)
+    for start in range(0, len(questions), QUESTIONS_AT_ONCE):
         begin_iteration(scorer)
-        prompts = admitted(scorer, heads[first : first + QUESTIONS_AT_ONCE])
-        kept = [owned[p.id] for p in prompts]
-        rows = score_solutions(scorer, prompts, [[records[i].texts for i in own] for own in kept])
-        for own, scores in zip(kept, rows, strict=True):
-            for i, s in zip(own, scores, strict=True):
-                out[i] = s
-    return out
+        prompts = admitted(scorer, questions[start : start + QUESTIONS_AT_ONCE])
+        texts = [[records[i].texts for i in indices_of[prompt.id]] for prompt in prompts]
+        for prompt, rows in zip(prompts, score_solutions(scorer, prompts, texts), strict=True):
+            for i, row in zip(indices_of[prompt.id], rows, strict=True):
+                scores[i] = row
+    return scores

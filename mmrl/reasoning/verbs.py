@@ -23,32 +23,38 @@ def run_score(
 ) -> dict[str, Any]:
     """Scores of the solutions in a file, one row each: id, scores (null where a question cannot be taken)."""
     records, bad = read_format(data, format, unlabelled=True)
-    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before anything is scored
+    # Before anything is scored, so that a folder that cannot be made is an error at once.
+    out.parent.mkdir(parents=True, exist_ok=True)
     scores = score_records(on_device(load_scorer(scorer)), records)
     rows = []
     for record, values in zip(records, scores, strict=True):
-        # JSON has no NaN: a step without a score is null, and so is a solution without any
-        known = None if values is None else [None if math.isnan(x) else x for x in values]
-        rows.append(json.dumps({"id": record.id, "scores": known}))
+        # JSON has no NaN: a step without a score is null, and so is a solution without any.
+        row = None
+        if values is not None:
+            row = [None if math.isnan(value) else value for value in values]
+        rows.append(json.dumps({"id": record.id, "scores": row}))
     write_lines(out, rows)
     return {
-        "records": len(records), "unscored": sum(s is None for s in scores), "quarantined": len(bad),
+        "records": len(records),
+        "unscored": sum(values is None for values in scores),
+        "quarantined": len(bad),
         "unreadable_rows": count_reasons(bad),
-    }  # fmt: skip
+    }
 
 
 def run_benchmark(
     name: str, data: Path, scorer: str | Mapping[str, Any], out: Path | None, **options: Any
 ) -> dict[str, Any]:
     """A scorer, by name, folder or section, on a public benchmark's file; prints the table."""
-    lenient = find_bench(name).lenient  # what has no score counts against the scorer
+    # Where a benchmark is lenient, a solution without scores counts against the scorer.
+    lenient = find_bench(name).lenient
     model = on_device(load_scorer(scorer))
 
     def score(records: Sequence[SolutionRecord]) -> list[list[float]]:
         scores = score_records(model, records)
-        lost = [r.id for r, s in zip(records, scores, strict=True) if s is None]
-        if lost and not lenient:
-            raise ValueError(f"{len(lost)} questions cannot be scored (reasons above), the first: {lost[:3]}")
-        return [s or [] for s in scores]
+        unscored = [record.id for record, values in zip(records, scores, strict=True) if values is None]
+        if unscored and not lenient:
+            raise ValueError(f"{len(unscored)} questions cannot be scored (reasons above), the first: {unscored[:3]}")
+        return [values or [] for values in scores]
 
     return run_bench(name, data, score, out=out, **options)

@@ -1,10 +1,14 @@
-"""`mmrl search`: a recipe in, results.jsonl and report.json out."""
+"""`mmrl search`: a recipe in, results.jsonl and report.json out.
+
+There are two kinds of searches: over steps that a policy writes (`searches`: best-of-n, beams, MCTS ...), and over the
+noisy samples of a diffusion model (`sample_searches`). Both score candidates by the recipe's `scorer`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import PositiveInt
@@ -14,7 +18,7 @@ from mmrl.config import ConfigError, Section, parse_config
 from mmrl.job import Job, parameters, stamp
 from mmrl.registry import find, names
 from mmrl.report.search_panel import disagreements
-from mmrl.rollout import State, StepReward
+from mmrl.rollout import Prompt, State, StepReward
 from mmrl.scorers.scoring import check_scorer, check_trained, score_states, scorer_row
 from mmrl.search.budget import Budget
 from mmrl.search.recipe import SearchConfig
@@ -35,16 +39,17 @@ def run_search(config: SearchConfig) -> dict[str, Any]:
 
 
 def _search_texts(config: SearchConfig) -> dict[str, Any]:
-    """For a policy that writes its steps."""
+    """Search with a policy that writes its steps."""
     if config.scorer is not None:
         check_trained(check_scorer(config.scorer))
     find("searches", config.method.name).check(config.method.options, "method")
     job = Job(config, Extender, f"{', '.join(names('sample_searches'))}: for policies without text")
     job.alone("mmrl search")
-    scorer = job.scorer(config.scorer) if config.scorer else None
-    prompts = admitted(scorer, job.prompts) if scorer else job.prompts
-    scores = None if scorer is None else _StateScores(scorer)
-    encode = job.policy.encode if isinstance(job.policy, PromptEncoder) else None
+    scorer, scores, prompts = None, None, job.prompts
+    if config.scorer:
+        scorer = job.scorer(config.scorer)
+        scores = _StateScores(scorer)
+        prompts = admitted(scorer, job.prompts)
     with job.files, WorkDir(config.output).owned():
         report = search(
             prompts,
@@ -58,7 +63,7 @@ def _search_texts(config: SearchConfig) -> dict[str, Any]:
             seed=config.seed,
             prompts_per_batch=config.batch,
             budget=Budget(config.max_tokens, parameters(job.policy), parameters(scorer)),
-            prompt_tokens=(lambda p: len(encode(p).ids)) if encode else None,
+            prompt_tokens=_prompt_tokens(job.policy),
             about={"policy": job.fingerprint, "scorer": stamp(config.scorer or "")},
             canonical=find("answer_forms", config.answers).target,
             rollouts=job.rollouts({"scorer": config.scorer}),
@@ -71,10 +76,17 @@ def _search_texts(config: SearchConfig) -> dict[str, Any]:
     return report
 
 
+def _prompt_tokens(policy: Any) -> Callable[[Prompt], int] | None:
+    """The number of tokens of a prompt, for the budget; None where the policy does not give its ids."""
+    if not isinstance(policy, PromptEncoder):
+        return None
+    return lambda prompt: len(policy.encode(prompt).ids)
+
+
 class _StateScores:
     """Step scores along states; an unreadable step (too long, or with a marker inside) has 0 and ranks last.
 
-    unreadable: how many there were in this run.
+    unreadable: number of such steps in this run.
     """
 
     def __init__(self, scorer: StepReward) -> None:
@@ -84,7 +96,7 @@ class _StateScores:
         rows = []
         for row in score_states(self._scorer, states):
             self.unreadable += sum(map(math.isnan, row))
-            rows.append([0.0 if math.isnan(x) else x for x in row])
+            rows.append([0.0 if math.isnan(score) else score for score in row])
         return rows
 
 
@@ -96,7 +108,7 @@ class SampleOptions(Section):
 
 
 def _search_samples(config: SearchConfig) -> dict[str, Any]:
-    """For a policy that searches along its own steps, which are no texts."""
+    """Search with a policy whose steps are no texts."""
     if config.scorer is None or config.max_tokens is not None:
         raise ConfigError(
             f"method.name={config.method.name!r} needs a `scorer` that ranks candidates, and has no tokens to limit"

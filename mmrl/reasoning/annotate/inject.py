@@ -14,14 +14,14 @@ from mmrl.reasoning.records import Kind, SolutionRecord, Step
 Value = Literal["number", "colour", "relation"]
 VALUES: tuple[Value, ...] = ("number", "colour", "relation")
 
-# not a step's own number: "Step 3", "2. Then", "(1)"; not a part of something else: x_2, 3rd, 10:05, 1,200
+# Not a step's own number: "Step 3", "2. Then", "(1)"; not a part of something else: x_2, 3rd, 10:05, 1,200
 _NUMBER = re.compile(r"(?<![\w.])(?<!\d,)(?<!step )(?:0|[1-9]\d*)(?:\.\d+)?(?!\w|[.,]\d)", re.IGNORECASE)
 _LIST_MARK = re.compile(r"^\s*\(?\d+[.):](?=\s|$)", re.MULTILINE)
 _COLOURS = (
     ("red",), ("blue",), ("green",), ("yellow",), ("orange",), ("purple", "violet"), ("pink",), ("brown",),
     ("black",), ("white",), ("gray", "grey"), ("cyan",),
 )  # fmt: skip
-# phrases rather than words: "right", "above" and "more" mostly say something else
+# Phrases rather than words: "right", "above" and "more" mostly say something else
 _OPPOSITES = (
     ("to the left", "to the right"), ("left of", "right of"), ("left side", "right side"), ("above the", "below the"),
     ("at the top", "at the bottom"), ("inside", "outside"), ("larger", "smaller"), ("largest", "smallest"),
@@ -33,10 +33,11 @@ _OPPOSITES = (
 
 
 def _opposites() -> dict[str, str]:
+    """Phrase -> its opposite; of a phrase with several the first ("largest" gives "smallest")."""
     table: dict[str, str] = {}
-    for a, b in _OPPOSITES:
-        table.setdefault(a, b)
-        table.setdefault(b, a)
+    for phrase, opposite in _OPPOSITES:
+        table.setdefault(phrase, opposite)
+        table.setdefault(opposite, phrase)
     return table
 
 
@@ -45,7 +46,7 @@ _SAME_COLOUR = {name: names for names in _COLOURS for name in names}
 
 
 def _words(table: Collection[str]) -> re.Pattern[str]:
-    # no hyphen in front: "anti-clockwise" is no "clockwise"
+    # No hyphen in front: "anti-clockwise" is no "clockwise"
     longest_first = sorted(table, key=len, reverse=True)
     return re.compile(r"(?<![\w-])(?:" + "|".join(longest_first) + r")\b", re.IGNORECASE)
 
@@ -64,11 +65,14 @@ class Place:
 
 def places(text: str, values: Sequence[Value] = VALUES) -> list[Place]:
     """Numbers, colour words and relation words of a text, in order; no list marks, ordinals or parts of names."""
-    marks = [m.span() for m in _LIST_MARK.finditer(text)]
+    list_marks = [match.span() for match in _LIST_MARK.finditer(text)]
     patterns = {"number": _NUMBER, "colour": _COLOUR, "relation": _RELATION}
-    found = [Place(v, m.start(), m[0]) for v in values for m in patterns[v].finditer(text)]
-    outside = [p for p in found if not any(a <= p.start < b for a, b in marks)]
-    return sorted(outside, key=lambda p: p.start)
+    changeable = []
+    for value in values:
+        for match in patterns[value].finditer(text):
+            if not any(start <= match.start() < end for start, end in list_marks):
+                changeable.append(Place(value, match.start(), match[0]))
+    return sorted(changeable, key=lambda place: place.start)
 
 
 def inject_error(
@@ -92,19 +96,23 @@ def inject_error(
     Raises:
         ValueError: the record is not known to be right, or no such step has a value to change.
     """
-    if record.first_error != -1 and not (record.labels and all(y == 1 for y in record.labels)):
+    if not _known_right(record):
         raise ValueError(
             f"record {record.id!r} is not known to be right (first_error {record.first_error}); inject only into "
             "solutions with first_error -1 or labels of 1 on every step"
         )
-    wanted = [t for t, s in enumerate(record.steps) if step_kinds is None or s.kind in step_kinds]
-    found = {t: p for t in wanted if (p := places(record.steps[t].text, values))}
-    if not found:
+    by_step: dict[int, list[Place]] = {}
+    for t, step in enumerate(record.steps):
+        if step_kinds is None or step.kind in step_kinds:
+            changeable = places(step.text, values)
+            if changeable:
+                by_step[t] = changeable
+    if not by_step:
         kinds = "any kind" if step_kinds is None else f"kind {sorted(step_kinds)}"
         raise ValueError(f"record {record.id!r}: no step of {kinds} has a {', '.join(values)} to change; skip it")
     rng = random.Random(f"{seed}/{record.id}")
-    t = rng.choice(list(found))
-    place = rng.choice(found[t])
+    t = rng.choice(list(by_step))
+    place = rng.choice(by_step[t])
     new = _changed(place, record.steps[t].text, rng)
     return _edited(record, t, place, new, seed)
 
@@ -121,18 +129,26 @@ def with_errors(
 
     Solutions without such a step or value are left out.
     """
-    out = []
-    for r in records:
-        known = r.first_error == -1 or (r.labels and all(y == 1 for y in r.labels))
-        if not known or not r.final_correct:
+    edited: list[SolutionRecord] = []
+    for record in records:
+        if not _known_right(record) or not record.final_correct:
             continue
-        wanted = [s for s in r.steps if kinds is None or s.kind in kinds]
-        if any(places(s.text, values) for s in wanted):
-            out += [inject_error(r, seed * copies + i, step_kinds=kinds, values=values) for i in range(copies)]
-    return out
+        steps = [step for step in record.steps if kinds is None or step.kind in kinds]
+        if any(places(step.text, values) for step in steps):
+            for copy in range(copies):
+                edited.append(inject_error(record, seed * copies + copy, step_kinds=kinds, values=values))
+    return edited
+
+
+def _known_right(record: SolutionRecord) -> bool:
+    """True for a solution that is known to have no wrong step."""
+    if record.first_error == -1:
+        return True
+    return bool(record.labels) and all(label == 1 for label in record.labels or ())
 
 
 def _edited(record: SolutionRecord, t: int, place: Place, new: str, seed: int) -> SolutionRecord:
+    """The record with `new` at a place of step t, labels that say so, and without what was known of the old text."""
     old = record.steps[t]
     text = old.text[: place.start] + new + old.text[place.start + len(place.old) :]
     edit = {"step": t, "value": place.value, "start": place.start, "old": place.old, "new": new}
@@ -159,13 +175,16 @@ def _changed(place: Place, text: str, rng: random.Random) -> str:
     if place.value == "relation":
         new = _OPPOSITE[old]
     else:
-        named = {name for word in _COLOUR.findall(text) for name in _SAME_COLOUR[word.lower()]}
-        free = [names[0] for names in _COLOURS if names[0] not in named]
+        # A colour that the step names already could make another right statement.
+        in_text: set[str] = set()
+        for word in _COLOUR.findall(text):
+            in_text.update(_SAME_COLOUR[word.lower()])
+        free = [names[0] for names in _COLOURS if names[0] not in in_text]
         new = rng.choice(free or [names[0] for names in _COLOURS if old not in names])
     return new.capitalize() if place.old[0].isupper() else new
 
 
 def _other_number(old: str, rng: random.Random) -> str:
     whole, dot, part = old.partition(".")
-    new = int(whole) + rng.choice([d for d in (-3, -2, -1, 1, 2, 3) if int(whole) + d >= 0])
-    return str(new) + dot + part
+    offsets = [offset for offset in (-3, -2, -1, 1, 2, 3) if int(whole) + offset >= 0]
+    return str(int(whole) + rng.choice(offsets)) + dot + part

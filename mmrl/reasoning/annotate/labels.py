@@ -32,10 +32,10 @@ def local_first_error(labels: Sequence[float | None]) -> int | None:
         ValueError: no steps, or a soft label.
     """
     _check_hard(labels)
-    for t, y in enumerate(labels):
-        if y is None:
+    for t, label in enumerate(labels):
+        if label is None:
             return None
-        if y == 0:
+        if label == 0:
             return t
     return -1
 
@@ -47,8 +47,9 @@ def labels_up_to(first_error: int, num_steps: int) -> Labels:
         ValueError: no steps, or a first error outside -1..num_steps-1.
     """
     check_first_error(first_error, num_steps)
-    right = num_steps if first_error < 0 else first_error
-    return tuple(1.0 if t < right else 0.0 if t == right else None for t in range(num_steps))
+    if first_error < 0:
+        return (1.0,) * num_steps
+    return (1.0,) * first_error + (0.0,) + (None,) * (num_steps - first_error - 1)
 
 
 def after_error(labels: Sequence[float | None], first_error: int, how: After = "mask") -> Labels:
@@ -63,7 +64,7 @@ def after_error(labels: Sequence[float | None], first_error: int, how: After = "
     if first_error < 0 or how == "keep":
         return tuple(labels)
     rest = None if how == "mask" else 0.0
-    return tuple(y if t <= first_error else rest for t, y in enumerate(labels))
+    return (*labels[: first_error + 1], *[rest] * (len(labels) - first_error - 1))
 
 
 def label_mc(
@@ -88,14 +89,14 @@ def label_mc(
     first, labels = mc_first_error(values, threshold), target(values)
     if first is not None:
         labels = after_error(labels, first, after)
-    hard = all(y in (0, 1, None) for y in labels)
+    hard = all(label in (0, 1, None) for label in labels)
     return replace(record, labels=labels, label_kind="hard" if hard else "soft", scope="prefix", first_error=first)
 
 
 def _check_hard(labels: Sequence[float | None]) -> None:
     if not labels:
         raise ValueError("no steps; a solution without steps has no labels")
-    soft = [t for t, y in enumerate(labels) if y not in (0, 1, None)]
+    soft = [t for t, label in enumerate(labels) if label not in (0, 1, None)]
     if soft:
         raise ValueError(f"step {soft[0]} has the soft label {labels[soft[0]]}; make labels hard (0, 1 or None) first")
 

@@ -1,4 +1,4 @@
-"""Second looks at Monte-Carlo labels: SCAN's denoising, keeping what a judge agrees with, or what tells most."""
+"""Second looks at Monte-Carlo labels: SCAN's denoising, a judge's agreement, the most informative solutions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from mmrl.reasoning.annotate.targets import mc_values
 from mmrl.reasoning.records import SolutionRecord
 from mmrl.registry import build, register
 
-Refined = tuple[list[SolutionRecord], dict[str, Any]]  # what is left, and a report
+# The records that are left, and a report.
+Refined = tuple[list[SolutionRecord], dict[str, Any]]
 
 
 @register("refinements", "scan", source="SCAN")
@@ -34,24 +35,26 @@ def scan(records: Sequence[SolutionRecord], *, eps: float = 0.5, window: int = 2
     """
     kept: list[SolutionRecord] = []
     used = dict.fromkeys(("positive", "estimate", "drop", "unverified"), 0)
-    for r in records:
-        correct, total = r.meta.get("root") or (0, 0)
-        if r.mc is None or not r.meta.get("root"):
-            raise ValueError(f"record {r.id!r} lacks mc or meta.root; annotate questions by monte_carlo")
-        if r.final_correct is None or not total:
+    for record in records:
+        correct, total = record.meta.get("root") or (0, 0)
+        if record.mc is None or not record.meta.get("root"):
+            raise ValueError(f"record {record.id!r} lacks mc or meta.root; annotate questions by monte_carlo")
+        if record.final_correct is None or not total:
             used["unverified"] += 1
             continue
         consistency = correct / total
-        use = scan_use(r.final_correct, consistency, eps)
+        use = scan_use(record.final_correct, consistency, eps)
         used[use] += 1
         if use == "positive":
-            ones = labels_up_to(-1, len(r.steps))
-            kept.append(replace(r, labels=ones, label_kind="hard", scope="prefix", first_error=-1))
+            ones = labels_up_to(-1, len(record.steps))
+            kept.append(replace(record, labels=ones, label_kind="hard", scope="prefix", first_error=-1))
         elif use == "estimate":
-            first = mc_first_error(mc_values(r.mc))
+            values = mc_values(record.mc)
+            first = mc_first_error(values)
+            # Without a step of value 0 there is no error to put the window before.
             if first is not None and first >= 0:
-                labels = scan_labels(mc_values(r.mc), first, consistency, window=window)
-                kept.append(replace(r, labels=labels, label_kind="soft", scope="prefix", first_error=first))
+                labels = scan_labels(values, first, consistency, window=window)
+                kept.append(replace(record, labels=labels, label_kind="soft", scope="prefix", first_error=first))
     return kept, {"refine": "scan", "kept_frac": len(kept) / max(len(records), 1), **used}
 
 
@@ -63,11 +66,14 @@ def consensus(
     threshold: Monte-Carlo values up to it are errors. The judge's hard labels give its first error; a solution it
     cannot label counts as unparsed.
     """
-    found = [None if y is None else local_first_error(y) for y in judge(records)]
-    kept, report = filter_records(records, found, rule, threshold=threshold)
-    told: Mapping[str, Any] = asdict(report)
-    confusion = {f"{a},{b}": n for (a, b), n in report.confusion.items()}
-    return kept, {"refine": "consensus", "rule": rule, **told, "confusion": confusion}
+    first_errors: list[int | None] = []
+    for labels in judge(records):
+        first_errors.append(None if labels is None else local_first_error(labels))
+    kept, report = filter_records(records, first_errors, rule, threshold=threshold)
+    measures: Mapping[str, Any] = asdict(report)
+    # JSON has no pairs as keys.
+    confusion = {f"{mc_error},{judge_error}": count for (mc_error, judge_error), count in report.confusion.items()}
+    return kept, {"refine": "consensus", "rule": rule, **measures, "confusion": confusion}
 
 
 @register("refinements", "consensus", source="The Lessons of Developing PRMs; VL-PRM")
@@ -97,12 +103,13 @@ def balanced_information(
     """
     by_source: dict[str, list[tuple[float, int]]] = {}
     for i, record in enumerate(records):
-        values = [v for v in mc_values(record.mc or ()) if v is not None]
+        values = [value for value in mc_values(record.mc or ()) if value is not None]
         if values:
             by_source.setdefault(record.source, []).append((-information(values, alpha), i))
     kept: list[int] = []
     for rows in by_source.values():
-        count = math.ceil(share * len(rows) - 1e-9)  # 0.07 * 100 is 7.000000000000001
+        # Without the small number 0.07 * 100, which is 7.000000000000001, would become 8.
+        count = math.ceil(share * len(rows) - 1e-9)
         kept += [i for _, i in sorted(rows)[:count]]
     report = {"refine": "balanced_information", "kept_frac": len(kept) / max(len(records), 1)}
     return [records[i] for i in sorted(kept)], report
@@ -110,6 +117,6 @@ def balanced_information(
 
 def information(values: Sequence[float], alpha: float = 0.05) -> float:
     """(p (1 - p) + alpha) R of one solution's sampled values, see `balanced_information`."""
-    above = [v for v in values if v > 0]
+    above = [value for value in values if value > 0]
     p = len(above) / len(values)
     return (p * (1 - p) + alpha) * (fmean(above) if above else 1.0)

@@ -149,9 +149,15 @@ def annotate(
         progress_bar(len(usable), progress and rank == 0) as advance,
     ):
         estimator = Estimator(
-            extender, verifier, store, seed=seed, temperature=temperature, batch=batch, max_unscored=max_unscored,
+            extender,
+            verifier,
+            store,
+            seed=seed,
+            temperature=temperature,
+            batch=batch,
+            max_unscored=max_unscored,
             on_call=lambda: advance(0, estimator.cost),
-        )  # fmt: skip
+        )
         results = _results(estimator, usable, method, rule, separator, advance)
         if world > 1:
             # This rank only pays: its results lie in the store, from which one rank writes the files of all.

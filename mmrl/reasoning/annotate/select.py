@@ -1,7 +1,8 @@
-"""Which solutions are worth an annotator's time: those that an ensemble of scorers is not sure of (ActPRM)."""
+"""Active selection: only the solutions that an ensemble of scorers is not sure of are annotated (ActPRM)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
@@ -29,17 +30,18 @@ def unsure(
 
     The choice shifts the share of right labels.
     """
-    scored = zip(*(score_records(s, records) for s in scorers), strict=True)
+    # Per record its scores by every scorer.
+    scored = zip(*(score_records(scorer, records) for scorer in scorers), strict=True)
     kept = []
     for record, rows in zip(records, scored, strict=True):
-        heads = [row for row in rows if row is not None and all(p == p for p in row)]
+        heads = [row for row in rows if row is not None and not any(map(math.isnan, row))]
         if len(heads) < len(rows) or not is_confident(heads, d_p=d_p, d_std=d_std):
             kept.append(record)
     return kept
 
 
 def is_confident(heads: Sequence[Sequence[float]], *, d_p: float = 0.9, d_std: float = 0.01) -> bool:
-    """Whether n scorers agree and are sure on every step up to the first they call wrong.
+    """True where n scorers agree and are sure on every step up to the first they call wrong.
 
     u = first t with mean < 1/2, else the last; confident iff for all t <= u: std <= d_std and (mean >= d_p or mean <=
     1 - d_p).
@@ -50,8 +52,9 @@ def is_confident(heads: Sequence[Sequence[float]], *, d_p: float = 0.9, d_std: f
     Raises:
         ValueError: fewer than two, rows of different lengths, no steps.
     """
-    if len(heads) < 2 or len({len(h) for h in heads}) != 1 or not heads[0]:
-        raise ValueError(f"heads must be n >= 2 rows of one length T >= 1, not of lengths {[len(h) for h in heads]}")
+    lengths = [len(row) for row in heads]
+    if len(heads) < 2 or len(set(lengths)) != 1 or not heads[0]:
+        raise ValueError(f"heads must be n >= 2 rows of one length T >= 1, not of lengths {lengths}")
     for step in zip(*heads, strict=True):
         mean = fmean(step)
         if stdev(step) > d_std or not (mean >= d_p or mean <= 1 - d_p):

@@ -10,7 +10,8 @@ from typing import Any
 from mmrl.reasoning.annotate.labels import Labels
 from mmrl.reasoning.answer_text import without_thinking
 
-_OBJECT = re.compile(r"\{[^{}]*")  # up to the next brace: a reply that was cut off still gives its last item
+# Up to the next brace, so that a reply that was cut off still gives its last item.
+_OBJECT = re.compile(r"\{[^{}]*")
 _STEP = re.compile(r"""["']?student_step["']?\s*[:=]\s*["']?(?:step\s*)?(\d{1,6})\b""", re.IGNORECASE)
 _LABEL = re.compile(r"""["']?label["']?\s*[:=]\s*["']?([A-Za-z_]+)""", re.IGNORECASE)
 
@@ -23,12 +24,14 @@ def read_spare(text: str, num_steps: int) -> Labels | None:
     or label, or for a step that does not exist, are left out. When no item is left the reply is unparsed: None, never
     all wrong.
     """
-    found: dict[int, bool] = {}
+    right: dict[int, bool] = {}  # by step, 1-based
     for item in _items(without_thinking(text)):
         step, label = _step(item.get("student_step")), item.get("label")
         if step is not None and 1 <= step <= num_steps and isinstance(label, str):
-            found[step] = found.get(step, True) and label.strip().upper() == "CORRECT"
-    return tuple(float(found.get(t, False)) for t in range(1, num_steps + 1)) if found else None
+            right[step] = right.get(step, True) and label.strip().upper() == "CORRECT"
+    if not right:
+        return None
+    return tuple(float(right.get(step, False)) for step in range(1, num_steps + 1))
 
 
 def _items(text: str) -> list[Mapping[str, Any]]:
@@ -36,18 +39,21 @@ def _items(text: str) -> list[Mapping[str, Any]]:
         parsed = json.loads(text[text.index("[") : text.rindex("]") + 1])
         if all(isinstance(item, dict) for item in parsed):
             return list(parsed)
-    except (ValueError, RecursionError):  # no brackets, or broken JSON
+    except (ValueError, RecursionError):
+        # No brackets, or broken JSON: the items are read one by one below.
         pass
     return [_loose_item(chunk) for chunk in _OBJECT.findall(text)]
 
 
 def _loose_item(chunk: str) -> dict[str, Any]:
-    found = {"student_step": _STEP.search(chunk), "label": _LABEL.search(chunk)}
-    return {key: match.group(1) for key, match in found.items() if match}
+    matches = {"student_step": _STEP.search(chunk), "label": _LABEL.search(chunk)}
+    return {key: match.group(1) for key, match in matches.items() if match}
 
 
 def _step(value: object) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    number = re.fullmatch(r"\s*(?:step\s*)?(\d{1,6})\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    number = re.fullmatch(r"\s*(?:step\s*)?(\d{1,6})\s*", value, re.IGNORECASE)
     return int(number.group(1)) if number else None

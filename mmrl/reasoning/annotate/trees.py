@@ -1,4 +1,4 @@
-"""What an annotation has paid for as trees: every completion below the state that it goes on from, and its verdict."""
+"""The completions of an annotation as trees: each one below the state that it goes on from, with its verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmrl.rollout import Continuation, State
 
 
 def attach(tree: GrowingTree, node: int, completions: Sequence[Completion]) -> list[list[int]]:
-    """Completions below a node, each as a chain of its own whose end has the verdict as its outcome; their nodes."""
+    """Grow completions below a node, each as a chain whose end has the verdict as outcome; the nodes of the chains."""
     chains = []
     for completion in completions:
         chains.append(tree.grow(node, completion.written))
@@ -30,11 +30,12 @@ def end(tree: GrowingTree, node: int, correct: bool | None) -> None:
 def note_counts(tree: GrowingTree, counts: Mapping[str, Counts]) -> None:
     """Write Monte-Carlo counts, by what has been written, to every node there: value, visits and q_sum."""
     for node in range(len(tree.parent)):
-        found = counts.get(tree.text(node))
-        if found is not None and found.total and node not in tree.numbers["outcome"]:
-            tree.numbers["visits"][node] = found.total
-            tree.numbers["q_sum"][node] = found.correct
-            tree.numbers["value"][node] = found.correct / found.total
+        of_text = counts.get(tree.text(node))
+        # A finished solution keeps its outcome as its value.
+        if of_text is not None and of_text.total and node not in tree.numbers["outcome"]:
+            tree.numbers["visits"][node] = of_text.total
+            tree.numbers["q_sum"][node] = of_text.correct
+            tree.numbers["value"][node] = of_text.correct / of_text.total
 
 
 def sampled_tree(store: CompletionStore, states: Iterable[State]) -> GrowingTree:
@@ -44,10 +45,10 @@ def sampled_tree(store: CompletionStore, states: Iterable[State]) -> GrowingTree
         states: at least one, shorter ones first. The first steps that say the same get the completions; a state that
             no completion leads to (of a solution from elsewhere) becomes a path of its own.
     """
-    every = list(states)
-    tree = GrowingTree(every[0].prompt)
+    states = list(states)
+    tree = GrowingTree(states[0].prompt)
     counts: dict[str, Counts] = {}
-    for state in every:
+    for state in states:
         tally = store.get(state)
         if state.text in counts or not tally.drawn:
             continue
@@ -66,18 +67,22 @@ def solution_trees(store: CompletionStore, solutions: Sequence[Solution]) -> lis
     for record, state in solutions:
         questions.setdefault(prefix_key(State(state.prompt)), []).append((record, state))
     trees = []
-    for own in questions.values():
-        prompt = own[0][1].prompt
-        prefixes = [replace(s.upto(t), prompt=prompt) for _, s in own for t in range(len(s.steps))]
-        known = [State(prompt), *sorted(prefixes, key=lambda s: len(s.text))]
-        tree = sampled_tree(store, known)
-        for record, state in own:
+    for of_question in questions.values():
+        prompt = of_question[0][1].prompt
+        prefixes = []
+        for _, state in of_question:
+            prefixes += [replace(state.upto(t), prompt=prompt) for t in range(len(state.steps))]
+        prefixes.sort(key=lambda prefix: len(prefix.text))
+        tree = sampled_tree(store, [State(prompt), *prefixes])
+        for record, state in of_question:
             _place_solution(tree, record, state)
-        trees.append(tree)
-    return [t for t in trees if len(t)]
+        if len(tree):
+            trees.append(tree)
+    return trees
 
 
 def _place_solution(tree: GrowingTree, record: SolutionRecord, state: State) -> None:
+    """Add a solution to its tree: the labels as rewards of its steps, its outcome at its end."""
     if not state.steps:
         return
     for t, label in enumerate(record.labels or ()):
@@ -90,9 +95,11 @@ def _place_solution(tree: GrowingTree, record: SolutionRecord, state: State) -> 
 
 
 def place(tree: GrowingTree, state: State) -> int:
-    """The first node that says what a state says; the steps that are missing are written."""
+    """The first node with the text of a state; steps that the tree lacks are added."""
     node = ROOT
     for text in state.steps:
-        found = tree.first(tree.text(node) + text)
-        node = tree.grow(node, Continuation((text,), (), False))[-1] if found is None else found
+        child = tree.first(tree.text(node) + text)
+        if child is None:
+            child = tree.grow(node, Continuation((text,), (), False))[-1]
+        node = child
     return node

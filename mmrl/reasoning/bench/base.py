@@ -1,4 +1,4 @@
-"""What the benchmarks share: items to score, reading files of them, calling a scorer, tuning a threshold elsewhere.
+"""The common parts of the benchmarks: items to score, their files, calls of a scorer, a threshold tuned elsewhere.
 
 A benchmark is a `Benchmark`: how a row becomes items, and a pure `measure` from items and step scores to numbers.
 """
@@ -20,7 +20,8 @@ from mmrl.reasoning.records_io import check_record, with_media
 from mmrl.scorers.aggregate import aggregate as find_aggregate
 
 Score = Callable[[Sequence[SolutionRecord]], Sequence[Sequence[float]]]
-Steps = Sequence[float] | None  # scores of one solution, None where the scorer gave none
+# Scores of one solution's steps, None where the scorer gave none.
+Steps = Sequence[float] | None
 
 _FILES = (".jsonl", ".json", ".parquet")
 
@@ -51,8 +52,11 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
-Read = Callable[[Mapping[str, Any], str, str], list[Item]]  # row, "file:row", name of the file without suffix
-Measure = Callable[[Sequence[Scored], float, str], Result]  # scored items, threshold, aggregate
+# (row, "file:row", name of the file without suffix) -> items.
+Read = Callable[[Mapping[str, Any], str, str], list[Item]]
+# (scored items, threshold, aggregate) -> measures.
+Measure = Callable[[Sequence[Scored], float, str], Result]
+# (scored items, threshold) -> a function from (M,) item indices to the headline.
 Quick = Callable[[Sequence[Scored], float], Callable[[NDArray[np.intp]], float]]
 
 
@@ -61,7 +65,7 @@ class Benchmark:
     """A test set's file layout and its measures.
 
     headline: the metric that a threshold is tuned for and an interval is drawn for.
-    thresholded: whether `measure` looks at the threshold. stepwise: one solution with labelled steps per item.
+    thresholded: `measure` looks at the threshold. stepwise: one solution with labelled steps per item.
     lenient: a solution without scores counts against the scorer instead of being an error.
     quick: the headline of a resample, by item indices, with the work per item done once; for large sets.
     """
@@ -115,18 +119,20 @@ def data_files(path: Path) -> list[Path]:
 def _read_file(
     file: Path, read_row: Read, media_root: str | Path | None, max_bad: float
 ) -> tuple[list[Item], list[Quarantined]]:
-    seen: dict[Path, None] = {}
+    pictures: dict[Path, None] = {}
 
     def make(row: Mapping[str, Any], name: str) -> list[Item]:
         items = read_row(row, name, file.stem)
         for item in items:
-            for r in item.records:
-                check_record(r, unlabelled=True)
-        return [
-            replace(i, records=tuple(with_media(r, file.parent, media_root, seen) for r in i.records)) for i in items
-        ]
+            for record in item.records:
+                check_record(record, unlabelled=True)
+        with_paths = []
+        for item in items:
+            records = [with_media(record, file.parent, media_root, pictures) for record in item.records]
+            with_paths.append(replace(item, records=tuple(records)))
+        return with_paths
 
-    return read_rows(file, make, max_bad=max_bad, key=lambda i: i.records[0].id)
+    return read_rows(file, make, max_bad=max_bad, key=lambda item: item.records[0].id)
 
 
 def score_items(items: Sequence[Item], score: Score, *, lenient: bool = False) -> list[Scored]:
@@ -136,16 +142,22 @@ def score_items(items: Sequence[Item], score: Score, *, lenient: bool = False) -
     """
     if not items:
         raise ValueError("no items to evaluate")
-    records = [r for i in items for r in i.records]
-    given = list(score(records))
-    if len(given) != len(records):
-        raise ValueError(f"the scorer returned {len(given)} lists for {len(records)} solutions; one each, in order")
-    checked = iter([_checked(r, s, lenient) for r, s in zip(records, given, strict=True)])
-    return [Scored(i, tuple(next(checked) for _ in i.records)) for i in items]
+    records = [record for item in items for record in item.records]
+    rows = list(score(records))
+    if len(rows) != len(records):
+        raise ValueError(f"the scorer returned {len(rows)} lists for {len(records)} solutions; one each, in order")
+    scores = [_checked(record, row, lenient) for record, row in zip(records, rows, strict=True)]
+    scored, start = [], 0
+    for item in items:
+        stop = start + len(item.records)
+        scored.append(Scored(item, tuple(scores[start:stop])))
+        start = stop
+    return scored
 
 
 def _checked(record: SolutionRecord, scores: Sequence[float], lenient: bool) -> Steps:
-    values = [float(s) for s in scores]
+    """The scores of a solution as floats, checked; None without scores where that is allowed."""
+    values = [float(score) for score in scores]
     if lenient and (not values or any(map(math.isnan, values))):
         return None
     if len(values) != len(record.steps) or not all(map(math.isfinite, values)):
@@ -158,14 +170,14 @@ def _checked(record: SolutionRecord, scores: Sequence[float], lenient: bool) -> 
 
 def remembered(score: Score) -> Score:
     """The scorer, asked once per record object."""
-    # the record is kept beside its scores: once it were freed, a new one could have its id
+    # By the id of a record. The record is kept beside its scores: were it freed, a new one could get its id.
     memo: dict[int, tuple[SolutionRecord, Sequence[float]]] = {}
 
     def call(records: Sequence[SolutionRecord]) -> list[Sequence[float]]:
-        new = [r for r in records if id(r) not in memo]
+        new = [record for record in records if id(record) not in memo]
         for record, scores in zip(new, score(new) if new else [], strict=True):
             memo[id(record)] = record, scores
-        return [memo[id(r)][1] for r in records]
+        return [memo[id(record)][1] for record in records]
 
     return call
 
@@ -176,9 +188,10 @@ def tune(bench: Benchmark, items: Sequence[Item], score: Score, *, aggregate: st
     Candidates: distinct scores rounded to 4 digits, thinned evenly to at most `most`.
     """
     scored = score_items(items, score, lenient=bench.lenient)
-    candidates = thresholds([s for x in scored for s in x.scores if s is not None], most)
-    values = [bench.measure(scored, t, aggregate).metrics[bench.headline] for t in candidates]
-    best = max((v for v in values if not math.isnan(v)), default=math.nan)
+    all_scores = [scores for item in scored for scores in item.scores if scores is not None]
+    candidates = thresholds(all_scores, most)
+    values = [bench.measure(scored, threshold, aggregate).metrics[bench.headline] for threshold in candidates]
+    best = max((value for value in values if not math.isnan(value)), default=math.nan)
     if math.isnan(best):
         raise ValueError(f"{bench.headline} is undefined on the tuning items; give a threshold instead")
     return candidates[values.index(best)]
@@ -186,7 +199,7 @@ def tune(bench: Benchmark, items: Sequence[Item], score: Score, *, aggregate: st
 
 def thresholds(scores: Sequence[Sequence[float]], most: int) -> list[float]:
     """Distinct scores rounded to 4 digits, ascending, every k-th so that at most `most` are left."""
-    distinct = sorted({round(p, 4) for s in scores for p in s})
+    distinct = sorted({round(score, 4) for of_solution in scores for score in of_solution})
     return distinct[:: math.ceil(len(distinct) / most)] if distinct else []
 
 
@@ -200,10 +213,10 @@ def total(scores: Steps, name: str) -> float:
 
 def of_groups(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
     """Scored items by group, in order of first appearance."""
-    found: dict[str, list[Scored]] = {}
-    for s in scored:
-        found.setdefault(s.item.group, []).append(s)
-    return found
+    groups: dict[str, list[Scored]] = {}
+    for entry in scored:
+        groups.setdefault(entry.item.group, []).append(entry)
+    return groups
 
 
 def mean(values: Sequence[float]) -> float:
@@ -213,7 +226,8 @@ def mean(values: Sequence[float]) -> float:
 
 def response_steps(text: Any, what: str) -> tuple[Step, ...]:
     """A whole response as steps, split at blank lines; RowError when it is empty."""
-    parts = [p for p in text.split("\n\n") if p.strip()] if isinstance(text, str) else []
+    paragraphs = text.split("\n\n") if isinstance(text, str) else []
+    parts = [paragraph for paragraph in paragraphs if paragraph.strip()]
     if not parts:
         raise RowError(f"empty candidate: {what} has no text")
     return tuple(map(Step, parts))

@@ -21,17 +21,22 @@ from mmrl.scorers.metrics import first_error
 
 def read_row(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
     """Labels become prefix labels: a step built on a wrong step is wrong."""
-    steps, given = rows(row, "model_response_by_step"), rows(row, "human_labels", (int, bool))
-    same_length(given, steps)
-    if not set(given) <= {0, 1}:
-        raise RowError(f"bad label: human_labels holds other values than 0 and 1: {given}")
-    labels = carried_forward([float(y) for y in given])
-    own = str(row.get("unique_id") or row.get("id") or name)
+    steps, human = rows(row, "model_response_by_step"), rows(row, "human_labels", (int, bool))
+    same_length(human, steps)
+    if not set(human) <= {0, 1}:
+        raise RowError(f"bad label: human_labels holds other values than 0 and 1: {human}")
+    labels = carried_forward([float(label) for label in human])
     first = first_zero(labels)
     record = SolutionRecord(
-        own, text(row, "question"), plain_steps(steps), labels=tuple(labels), scope="prefix", first_error=first,
-        final_correct=first == -1, source="hard2verify",
-    )  # fmt: skip
+        str(row.get("unique_id") or row.get("id") or name),
+        text(row, "question"),
+        plain_steps(steps),
+        labels=tuple(labels),
+        scope="prefix",
+        first_error=first,
+        final_correct=first == -1,
+        source="hard2verify",
+    )
     return [Item((record,), "", first)]
 
 
@@ -45,16 +50,28 @@ def measure(scored: Sequence[Scored], threshold: float, aggregate: str) -> Resul
 
     A step is called right iff its score is at least the threshold. A solution without scores is wrong everywhere.
     """
-    steps, responses, firsts = [], [], []
-    for s in scored:
-        labels, p = s.item.records[0].labels or (), s.scores[0]
-        called = [None] * len(labels) if p is None else [x >= threshold for x in p]
-        steps += [(c is not None and c == (y == 1), y == 1) for c, y in zip(called, labels, strict=True)]
-        right = s.item.truth == -1
-        responses.append((p is not None and all(called) == right, right))
-        firsts.append((p is not None and first_error(p, tau=threshold) == s.item.truth, right))
-    levels = {"step": balanced(steps), "response": balanced(responses), "first_error": balanced(firsts)}
-    return Result({f"{name}_{k}": v for name, g in levels.items() for k, v in g.items()}, levels)
+    steps: list[tuple[bool, bool]] = []
+    responses: list[tuple[bool, bool]] = []
+    first_errors: list[tuple[bool, bool]] = []
+    for entry in scored:
+        labels, scores = entry.item.records[0].labels or (), entry.scores[0]
+        response_right = entry.item.truth == -1
+        if scores is None:
+            steps += [(False, label == 1) for label in labels]
+            responses.append((False, response_right))
+            first_errors.append((False, response_right))
+            continue
+        called_right = [score >= threshold for score in scores]
+        for called, label in zip(called_right, labels, strict=True):
+            steps.append((called == (label == 1), label == 1))
+        responses.append((all(called_right) == response_right, response_right))
+        first_errors.append((first_error(scores, tau=threshold) == entry.item.truth, response_right))
+    levels = {"step": balanced(steps), "response": balanced(responses), "first_error": balanced(first_errors)}
+    metrics = {}
+    for level, measures in levels.items():
+        for name, value in measures.items():
+            metrics[f"{level}_{name}"] = value
+    return Result(metrics, levels)
 
 
 def balanced(hits: Sequence[tuple[bool, bool]]) -> dict[str, float]:

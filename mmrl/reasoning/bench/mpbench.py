@@ -37,37 +37,45 @@ def read_row(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
 
 
 def _correctness(row: Row, own: str, group: str) -> Item:
-    steps, given = rows(row, "steps"), rows(row, "labels", int)
-    same_length(given, steps)
-    if not set(given) <= {1, 0, -1}:
-        raise RowError(f"bad label: labels hold other numbers than 1, 0, -1: {given}")
-    labels = tuple(float(y == 1) for y in given)
+    """One solution with a label per step; the truth is its first error."""
+    steps, verdicts = rows(row, "steps"), rows(row, "labels", int)
+    same_length(verdicts, steps)
+    if not set(verdicts) <= {1, 0, -1}:
+        raise RowError(f"bad label: labels hold other numbers than 1, 0, -1: {verdicts}")
+    labels = tuple(float(verdict == 1) for verdict in verdicts)
     return Item((_record(row, own, steps, labels),), group, first_zero(labels))
 
 
 def _aggregation(row: Row, own: str, group: str) -> Item:
-    candidates = _candidates(row)
-    records = tuple(_record(row, f"{own}/{i}", _texts(c, i)) for i, c in enumerate(candidates))
-    return Item(records, group, [(normalise(str(c.get("answer", ""))), c["correct"]) for c in candidates])
+    """Several solutions; the truth is (answer, correct) of each."""
+    records, truth = [], []
+    for i, candidate in enumerate(_candidates(row)):
+        records.append(_record(row, f"{own}/{i}", _texts(candidate, i)))
+        truth.append((normalise(str(candidate.get("answer", ""))), candidate["correct"]))
+    return Item(tuple(records), group, truth)
 
 
 def _search(row: Row, own: str, group: str) -> Item:
+    """Several next steps after one prefix; the truth is whether each is right."""
     candidates, prefix = _candidates(row), rows(row, "prefix")
     check_total(len(candidates) * (len(prefix) + 1))
-    records = tuple(_record(row, f"{own}/{i}", [*prefix, text(c, "step")]) for i, c in enumerate(candidates))
-    return Item(records, group, [c["correct"] for c in candidates])
+    records, truth = [], []
+    for i, candidate in enumerate(candidates):
+        records.append(_record(row, f"{own}/{i}", [*prefix, text(candidate, "step")]))
+        truth.append(candidate["correct"])
+    return Item(tuple(records), group, truth)
 
 
 def _candidates(row: Row) -> list[dict[str, Any]]:
-    found = rows(row, "candidates", dict)
-    if not found or any(not isinstance(c.get("correct"), bool) for c in found):
+    candidates = rows(row, "candidates", dict)
+    if not candidates or any(not isinstance(candidate.get("correct"), bool) for candidate in candidates):
         raise RowError("bad candidates: there must be some, each with a true or false 'correct'")
-    return found
+    return candidates
 
 
 def _texts(candidate: Row, i: int) -> list[str]:
     steps = rows(candidate, "steps")
-    if not steps or not all(s.strip() for s in steps):
+    if not steps or not all(step.strip() for step in steps):
         raise RowError(f"empty candidate: candidate {i} has no step or an empty one")
     return steps
 
@@ -94,46 +102,68 @@ def measure(scored: Sequence[Scored], threshold: float, aggregate: str) -> Resul
     if "reasoning_process_search" in parts:
         groups["reasoning_process_search"] = search(parts["reasoning_process_search"], threshold)
     names = ("step_correctness", "answer_aggregation", "reasoning_process_search")
-    missing = [n for n in names if n not in groups]
+    missing = [name for name in names if name not in groups]
     notes = (f"overall leaves out {', '.join(missing)}: no such file",) if missing else ()
-    metrics = {"overall": mean([g["average"] for g in groups.values()])}
-    return Result(metrics | {n: g["average"] for n, g in groups.items()}, groups, notes)
+    averages = {name: measures["average"] for name, measures in groups.items()}
+    return Result({"overall": mean(list(averages.values()))} | averages, groups, notes)
 
 
 def correctness(scored: Sequence[Scored], threshold: float) -> dict[str, float]:
     """fei, aei and their average."""
-    fei = mean([first_error(_known(s.scores[0]), tau=threshold) == s.item.truth for s in scored])
-    called = [p >= threshold for s in scored for p in _known(s.scores[0])]
-    aei = macro_f1(called, [y == 1 for s in scored for y in s.item.records[0].labels or ()])
+    exact: list[bool] = []
+    called_right: list[bool] = []
+    truly_right: list[bool] = []
+    for entry in scored:
+        scores = _known(entry.scores[0])
+        exact.append(first_error(scores, tau=threshold) == entry.item.truth)
+        called_right += [score >= threshold for score in scores]
+        truly_right += [label == 1 for label in entry.item.records[0].labels or ()]
+    fei, aei = mean(exact), macro_f1(called_right, truly_right)
     return {"average": (fei + aei) / 2, "fei": fei, "aei": aei, "items": len(scored)}
 
 
 def aggregation(scored: Sequence[Scored], aggregate: str) -> dict[str, float]:
     """Accuracy of best-of-N and of the score-weighted vote; the vote is right iff its answer is one of a right one."""
     best, vote = [], []
-    for s in scored:
-        scores = [total(p, aggregate) for p in s.scores]
-        answers = [a or None for a, _ in s.item.truth]
-        right = {a for a, correct in s.item.truth if correct and a}
-        flags = [str(int(correct)) for _, correct in s.item.truth]
-        best.append(best_of_n(flags, scores) == "1")
-        vote.append(weighted(answers, scores) in right)
+    for entry in scored:
+        totals = [total(scores, aggregate) for scores in entry.scores]
+        # Voted on are answers, and an empty one has no vote; best-of-N chooses a candidate by its verdict as a text.
+        answers, verdicts, right_answers = [], [], set()
+        for answer, correct in entry.item.truth:
+            answers.append(answer or None)
+            verdicts.append(str(int(correct)))
+            if correct and answer:
+                right_answers.add(answer)
+        best.append(best_of_n(verdicts, totals) == "1")
+        vote.append(weighted(answers, totals) in right_answers)
     average = (mean(best) + mean(vote)) / 2
     return {"average": average, "best_of_n": mean(best), "weighted_vote": mean(vote), "items": len(scored)}
 
 
 def search(scored: Sequence[Scored], threshold: float) -> dict[str, float]:
     """F1 and MCC over all next steps, their average, and how often the best-scored next step is right."""
-    last = [[_known(p)[-1] for p in s.scores] for s in scored]
-    called = [p >= threshold for own in last for p in own]
-    right = [y for s in scored for y in s.item.truth]
-    chosen = mean([s.item.truth[own.index(max(own))] for s, own in zip(scored, last, strict=True)])
-    f, m = f1(called, right), mcc(called, right)
-    return {"average": (f + m) / 2, "f1": f, "mcc": m, "selected": chosen, "items": len(scored)}
+    called_right: list[bool] = []
+    truly_right: list[bool] = []
+    selected: list[float] = []
+    for entry in scored:
+        # The candidate step is the last one of its record, behind the prefix.
+        scores = [_known(row)[-1] for row in entry.scores]
+        called_right += [score >= threshold for score in scores]
+        truly_right += entry.item.truth
+        selected.append(entry.item.truth[scores.index(max(scores))])
+    f1_score, mcc_score = f1(called_right, truly_right), mcc(called_right, truly_right)
+    return {
+        "average": (f1_score + mcc_score) / 2,
+        "f1": f1_score,
+        "mcc": mcc_score,
+        "selected": mean(selected),
+        "items": len(scored),
+    }
 
 
 def _known(scores: Steps) -> Sequence[float]:
-    assert scores is not None  # only lenient benchmarks let unscored solutions pass
+    # Only lenient benchmarks let unscored solutions pass, and this one is not.
+    assert scores is not None
     return scores
 
 

@@ -32,22 +32,22 @@ SECTIONS = {
     ),
     "reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
 }  # fmt: skip
-# so that mathematics (447 pairs) weighs as much as six programming languages of 164 pairs
-WEIGHTS = {"math-prm": 984} | {s: 164 for s in SECTIONS["reasoning"] if s.startswith("hep-")}
+# So that mathematics (447 pairs) weighs as much as six programming languages of 164 pairs.
+WEIGHTS = {"math-prm": 984} | {name: 164 for name in SECTIONS["reasoning"] if name.startswith("hep-")}
 
 
 def pair(own: str, question: str, pictures: tuple[str, ...], chosen: Any, rejected: Any, group: str) -> Item:
     """An item of the better and the worse response; RowError if one is empty."""
-    records = tuple(
-        SolutionRecord(f"{own}/{which}", question, response_steps(response, which), images=pictures)
-        for which, response in (("chosen", chosen), ("rejected", rejected))
-    )
-    return Item(records, group)
+    records = []
+    for role, response in (("chosen", chosen), ("rejected", rejected)):
+        steps = response_steps(response, role)
+        records.append(SolutionRecord(f"{own}/{role}", question, steps, images=pictures))
+    return Item(tuple(records), group)
 
 
 def agreement(scored: Scored, aggregate: str) -> float:
     """1 if the better response scores higher, 0 if lower, one half if equal."""
-    better, worse = (total(s, aggregate) for s in scored.scores)
+    better, worse = (total(scores, aggregate) for scores in scored.scores)
     return 0.5 if better == worse else float(better > worse)
 
 
@@ -71,17 +71,26 @@ def vl_group(source: str) -> str:
     """general, hallucination or reasoning, from the name of the source."""
     plain = source.lower().replace("_", "-")
     for group, sources in VL_GROUPS.items():
-        if any(s in plain for s in sources):
+        if any(name in plain for name in sources):
             return group
     raise RowError(f"unknown source: {source!r} is of none of the groups {VL_GROUPS}")
 
 
 def measure_vl(scored: Sequence[Scored], threshold: float, aggregate: str) -> Result:
     """overall = accuracy over all pairs, macro = mean of the three groups."""
-    hits = {name: [agreement(s, aggregate) for s in part] for name, part in of_groups(scored).items()}
-    groups = {name: {"accuracy": mean(h), "items": len(h)} for name, h in hits.items()}
-    macro = mean([groups[g]["accuracy"] if g in groups else math.nan for g in VL_GROUPS])
-    return Result({"overall": mean([x for h in hits.values() for x in h]), "macro": macro}, groups)
+    groups = _accuracies(scored, aggregate)
+    overall = mean([agreement(entry, aggregate) for entry in scored])
+    macro = mean([groups[name]["accuracy"] if name in groups else math.nan for name in VL_GROUPS])
+    return Result({"overall": overall, "macro": macro}, groups)
+
+
+def _accuracies(scored: Sequence[Scored], aggregate: str) -> dict[str, dict[str, float]]:
+    """Accuracy and number of the pairs of each group."""
+    groups = {}
+    for name, part in of_groups(scored).items():
+        hits = [agreement(entry, aggregate) for entry in part]
+        groups[name] = {"accuracy": mean(hits), "items": len(hits)}
+    return groups
 
 
 # ---- RewardBench ------------------------------------------------------------------------------------------------
@@ -98,18 +107,20 @@ def read_rb(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
 
 def measure_rb(scored: Sequence[Scored], threshold: float, aggregate: str) -> Result:
     """Accuracy per subset, sections weighted by `section`, score = mean of the four sections."""
-    hits = {name: [agreement(s, aggregate) for s in part] for name, part in of_groups(scored).items()}
-    groups = {name: {"accuracy": mean(h), "items": float(len(h))} for name, h in hits.items()}
-    sections = {name: section({s: groups[s] for s in members if s in groups}) for name, members in SECTIONS.items()}
-    return Result({"score": mean(list(sections.values())), **sections}, groups)
+    subsets = _accuracies(scored, aggregate)
+    sections = {}
+    for name, members in SECTIONS.items():
+        sections[name] = section({member: subsets[member] for member in members if member in subsets})
+    return Result({"score": mean(list(sections.values())), **sections}, subsets)
 
 
 def section(subsets: Mapping[str, Mapping[str, float]]) -> float:
     """Mean accuracy of subsets weighted by their pairs, the reasoning subsets by `WEIGHTS`; NaN without any."""
-    weights = {name: WEIGHTS.get(name, s["items"]) for name, s in subsets.items()}
+    weights = {name: WEIGHTS.get(name, measures["items"]) for name, measures in subsets.items()}
     if not weights:
         return math.nan
-    return math.fsum(weights[n] * s["accuracy"] for n, s in subsets.items()) / math.fsum(weights.values())
+    weighted = [weights[name] * measures["accuracy"] for name, measures in subsets.items()]
+    return math.fsum(weighted) / math.fsum(weights.values())
 
 
 _TIES = {"ties": "count one half"}

@@ -25,9 +25,15 @@ CATEGORIES = {
     "soundness": ("counterfactual", "step_contradiction", "domain_inconsistency", "confidence"),
     "sensitivity": ("missing_condition", "deception", "multi_solutions"),
 }
-CLASSES = tuple(c for classes in CATEGORIES.values() for c in classes)
+CLASSES = tuple(name for classes in CATEGORIES.values() for name in classes)
+# The class of original solutions, to which the modified ones are compared.
 PARTNER = "correct"
-_ALL_RIGHT = ("multi_solutions", PARTNER)  # without error steps, so that negative F1 is undefined
+# Classes without error steps, so that negative F1 is undefined.
+_ALL_RIGHT = ("multi_solutions", PARTNER)
+
+
+# An item and which of its steps are called valid; None without scores.
+Pair = tuple[Item, Sequence[bool] | None]
 
 
 class Counts(NamedTuple):
@@ -56,80 +62,120 @@ def read_row(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
         steps = plain_steps(numbered(rows(row, "original_process")))
         meta = {"idx": own, "classification": PARTNER, "error_steps": []}
         partner = replace(
-            record, id=f"{PARTNER}_{own}", question=text(row, "original_question"), steps=steps,
-            labels=(1.0,) * len(steps), first_error=-1, meta=meta,
-        )  # fmt: skip
+            record,
+            id=f"{PARTNER}_{own}",
+            question=text(row, "original_question"),
+            steps=steps,
+            labels=(1.0,) * len(steps),
+            first_error=-1,
+            meta=meta,
+        )
         items.append(Item((partner,), PARTNER, own))
     return items
 
 
 def measure(scored: Sequence[Scored], threshold: float, aggregate: str) -> Result:
     """A step is called valid iff its score is above the threshold; solutions without scores lower the validity."""
-    valid = [None if s.scores[0] is None else [p > threshold for p in s.scores[0]] for s in scored]
-    return measure_valid([s.item for s in scored], valid)
+    valid: list[list[bool] | None] = []
+    for entry in scored:
+        scores = entry.scores[0]
+        valid.append(None if scores is None else [score > threshold for score in scores])
+    return measure_valid([entry.item for entry in scored], valid)
 
 
 def measure_valid(items: Sequence[Item], valid: Sequence[Sequence[bool] | None]) -> Result:
     """All measures from the steps called valid. Totals are pooled over steps and leave the `correct` items out."""
     pairs = list(zip(items, valid, strict=True))
-    partner = {i.truth: mean(v) for i, v in pairs if i.group == PARTNER and v is not None}
-    classes = [c for c in (PARTNER, *CLASSES) if any(i.group == c for i in items)]
-    groups = {c: _group([p for p in pairs if p[0].group == c], partner, c) for c in classes}
-    metrics = _group([p for p in pairs if p[0].group != PARTNER], partner, "")
+    by_class: dict[str, list[Pair]] = {}
+    modified: list[Pair] = []
+    # By the index of an original solution: the share of its steps that are called valid.
+    partner_valid: dict[str, float] = {}
+    num_beyond = 0
+    for item, steps_valid in pairs:
+        by_class.setdefault(item.group, []).append((item, steps_valid))
+        num_beyond += max(_errors(item), default=0) > len(item.records[0].steps)
+        if item.group != PARTNER:
+            modified.append((item, steps_valid))
+        elif steps_valid is not None:
+            partner_valid[item.truth] = mean(steps_valid)
+    groups = {}
+    for name in (PARTNER, *CLASSES):
+        if name in by_class:
+            groups[name] = _group(by_class[name], partner_valid, name)
+    metrics = _group(modified, partner_valid, "")
     for category, members in CATEGORIES.items():
-        metrics[category] = mean([groups[c]["prmscore"] if c in groups else math.nan for c in members])
-    beyond = sum(max(_errors(i), default=0) > len(i.records[0].steps) for i in items)
-    note = f"{beyond} items name error steps beyond the last step; those are ignored, as officially"
-    return Result(metrics, groups, (note,) if beyond else ())
+        metrics[category] = mean([groups[name]["prmscore"] if name in groups else math.nan for name in members])
+    note = f"{num_beyond} items name error steps beyond the last step; those are ignored, as officially"
+    return Result(metrics, groups, (note,) if num_beyond else ())
 
 
-def _group(
-    pairs: Sequence[tuple[Item, Sequence[bool] | None]], partner: Mapping[str, float], kind: str
-) -> dict[str, float]:
-    known = [(i, v) for i, v in pairs if v is not None]
-    c = sum((count(v, _errors(i)) for i, v in known), Counts())
-    first = [not v[e] for i, v in known if 0 <= (e := min(_errors(i), default=0) - 1) < len(v)]
-    apart = [abs(mean(v) - partner[i.truth]) for i, v in known if i.group != PARTNER and partner.get(i.truth)]
-    f1_, negative = f1(c), f1(c.swapped)
+def _group(pairs: Sequence[Pair], partner_valid: Mapping[str, float], kind: str) -> dict[str, float]:
+    """The measures of one class, or of all for the kind ""."""
+    total = Counts()
+    num_scored = 0
+    first_errors: list[bool] = []
+    distances: list[float] = []
+    for item, valid in pairs:
+        if valid is None:
+            continue
+        num_scored += 1
+        total += count(valid, _errors(item))
+        first_error = min(_errors(item), default=0) - 1
+        if 0 <= first_error < len(valid):
+            first_errors.append(not valid[first_error])
+        # A partner of which no step is called valid counts as missing, as officially.
+        if item.group != PARTNER and partner_valid.get(item.truth):
+            distances.append(abs(mean(valid) - partner_valid[item.truth]))
+    positive, negative = f1(total), f1(total.swapped)
     return {
-        "prmscore": f1_ if kind in _ALL_RIGHT else 0.5 * f1_ + 0.5 * negative,
-        "f1": f1_,
+        "prmscore": positive if kind in _ALL_RIGHT else 0.5 * positive + 0.5 * negative,
+        "f1": positive,
         "negative_f1": negative,
-        "step_acc": ratio(c.tp + c.tn, sum(c)),
-        "correct_step_acc": ratio(c.tp, c.tp + c.fn),
-        "wrong_step_acc": ratio(c.tn, c.tn + c.fp),
-        "first_error_acc": mean(first) if first else -1,
-        "similarity": 1 - mean(apart) if apart else -1,
-        "validity": len(known) / len(pairs) if pairs else math.nan,
+        "step_acc": ratio(total.tp + total.tn, sum(total)),
+        "correct_step_acc": ratio(total.tp, total.tp + total.fn),
+        "wrong_step_acc": ratio(total.tn, total.tn + total.fp),
+        "first_error_acc": mean(first_errors) if first_errors else -1,
+        "similarity": 1 - mean(distances) if distances else -1,
+        "validity": num_scored / len(pairs) if pairs else math.nan,
         "items": len(pairs),
     }
 
 
 def quick(scored: Sequence[Scored], threshold: float) -> Callable[[NDArray[np.intp]], float]:
     """Total PRMScore of items by index."""
+    # (items, 4): TP, FP, TN, FN of each.
     table = np.zeros((len(scored), 4), int)
-    for row, s in zip(table, scored, strict=True):
-        if s.item.group != PARTNER and s.scores[0] is not None:
-            row[:] = count([p > threshold for p in s.scores[0]], _errors(s.item))
+    for row, entry in zip(table, scored, strict=True):
+        scores = entry.scores[0]
+        if entry.item.group != PARTNER and scores is not None:
+            row[:] = count([score > threshold for score in scores], _errors(entry.item))
 
     def value(index: NDArray[np.intp]) -> float:
-        c = Counts(*table[index].sum(0).tolist())
-        return 0.5 * f1(c) + 0.5 * f1(c.swapped)
+        total = Counts(*table[index].sum(0).tolist())
+        return 0.5 * f1(total) + 0.5 * f1(total.swapped)
 
     return value
 
 
 def count(valid: Sequence[bool], error_steps: Sequence[int]) -> Counts:
     """Counts of one solution; `error_steps` are 1-based."""
-    right = [v for i, v in enumerate(valid, 1) if i not in error_steps]
-    wrong = [v for i, v in enumerate(valid, 1) if i in error_steps]
-    return Counts(sum(right), sum(wrong), len(wrong) - sum(wrong), len(right) - sum(right))
+    right, wrong = [], []
+    for number, called_valid in enumerate(valid, start=1):
+        if number in error_steps:
+            wrong.append(called_valid)
+        else:
+            right.append(called_valid)
+    return Counts(tp=sum(right), fp=sum(wrong), tn=len(wrong) - sum(wrong), fn=len(right) - sum(right))
 
 
-def f1(c: Counts) -> float:
+def f1(counts: Counts) -> float:
     """F1 of the positive class with the official -1: for an undefined ratio, and where precision + recall is 0."""
-    p, r = ratio(c.tp, c.tp + c.fp), ratio(c.tp, c.tp + c.fn)
-    return abs(2 * p * r) / (p + r) if p + r > 0 else 0.0 if p + r == -1 else -1.0
+    precision = ratio(counts.tp, counts.tp + counts.fp)
+    recall = ratio(counts.tp, counts.tp + counts.fn)
+    if precision + recall > 0:
+        return abs(2 * precision * recall) / (precision + recall)
+    # One of them undefined (-1) and the other 0.
+    return 0.0 if precision + recall == -1 else -1.0
 
 
 def ratio(part: int, whole: int) -> float:

@@ -26,19 +26,25 @@ def measure(scored: Sequence[Scored], threshold: float, aggregate: str) -> Resul
     A prediction is the first step with a score below the threshold; a solution without scores matches nothing.
     """
     groups = {name: _split(part, threshold) for name, part in of_groups(scored).items()}
-    keys = ("f1", "error_acc", "correct_acc")
-    return Result({k: mean([g[k] for g in groups.values()]) for k in keys}, groups)
+    metrics = {}
+    for name in ("f1", "error_acc", "correct_acc"):
+        metrics[name] = mean([measures[name] for measures in groups.values()])
+    return Result(metrics, groups)
 
 
 def _split(scored: Sequence[Scored], threshold: float) -> dict[str, float]:
-    predicted = [None if s.scores[0] is None else first_error(s.scores[0], tau=threshold) for s in scored]
-    return percent(predicted, [s.item.truth for s in scored]) | {"items": len(scored)}
+    """Measures of one split."""
+    predicted: list[int | None] = []
+    for entry in scored:
+        scores = entry.scores[0]
+        predicted.append(None if scores is None else first_error(scores, tau=threshold))
+    return percent(predicted, [entry.item.truth for entry in scored]) | {"items": len(scored)}
 
 
 def percent(predicted: Sequence[int | None], labels: Sequence[int]) -> dict[str, float]:
     """Accuracies and F1 in percent (F1 = 2ab / (a + b), 0 if both are 0); None matches nothing."""
-    s = first_error_score(predicted, labels)
-    return {"f1": 100 * s.f1, "error_acc": 100 * s.error_acc, "correct_acc": 100 * s.correct_acc}
+    score = first_error_score(predicted, labels)
+    return {"f1": 100 * score.f1, "error_acc": 100 * score.error_acc, "correct_acc": 100 * score.correct_acc}
 
 
 BENCH = register("benchmarks", "processbench")(Benchmark(read_row, measure, "f1", lenient=True))

@@ -51,27 +51,35 @@ def run_bench(
         ValueError: unknown benchmark, tune_on is the test data, no usable row, or scores that do not fit.
     """
     bench = find_bench(name)
+    # Where the tuning split is one of the files of `data`, its solutions are scored once.
     score = remembered(score)
-    source = "given"
+    threshold_source = "given"
     if tune_on is not None:
-        threshold, source = _tuned(bench, data, tune_on, score, aggregate, media_root, max_bad), f"tuned on {tune_on}"
+        threshold = _tuned(bench, data, tune_on, score, aggregate, media_root, max_bad)
+        threshold_source = f"tuned on {tune_on}"
     items, bad = bench.read(data, media_root=media_root, max_bad=max_bad)
     scored = score_items(items, score, lenient=bench.lenient)
     result = bench.measure(scored, threshold, aggregate)
-    if tune_on is not None and tune_on.resolve() in [f.resolve() for f in data_files(data)]:
-        result = replace(
-            result, notes=(*result.notes, f"{tune_on}, where the threshold was tuned, is part of the data")
-        )
+    if tune_on is not None and tune_on.resolve() in [file.resolve() for file in data_files(data)]:
+        note = f"{tune_on}, where the threshold was tuned, is part of the data"
+        result = replace(result, notes=(*result.notes, note))
     settings: dict[str, Any] = {"aggregate": aggregate, **bench.settings}
     if bench.thresholded:
-        settings |= {"threshold": threshold, "threshold_source": source}
+        settings |= {"threshold": threshold, "threshold_source": threshold_source}
     report = {
-        "benchmark": name, "data": str(data), "items": len(items), "headline": bench.headline,
-        "metrics": dict(result.metrics), "interval": interval(bench, scored, threshold, aggregate, resamples),
-        "groups": {k: dict(v) for k, v in result.groups.items()},
-        "steps": step_measures(scored, threshold) if bench.stepwise else {}, "settings": settings,
-        "notes": list(result.notes), "quarantined": [b._asdict() for b in bad], "reasons": count_reasons(bad),
-    }  # fmt: skip
+        "benchmark": name,
+        "data": str(data),
+        "items": len(items),
+        "headline": bench.headline,
+        "metrics": dict(result.metrics),
+        "interval": interval(bench, scored, threshold, aggregate, resamples),
+        "groups": {group: dict(measures) for group, measures in result.groups.items()},
+        "steps": step_measures(scored, threshold) if bench.stepwise else {},
+        "settings": settings,
+        "notes": list(result.notes),
+        "quarantined": [row._asdict() for row in bad],
+        "reasons": count_reasons(bad),
+    }
     report = _finite(report)
     if out is not None:
         write_text(out, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -102,14 +110,17 @@ def interval(
     """95 % bootstrap interval of the headline measure over problems (equal question and images)."""
     if not resamples:
         return {}
-    problem = [(s.item.records[0].question, s.item.records[0].images) for s in scored]
+    problems = []
+    for entry in scored:
+        record = entry.item.records[0]
+        problems.append((record.question, record.images))
 
     def headline(index: NDArray[np.intp]) -> float:
         return bench.measure([scored[i] for i in index], threshold, aggregate).metrics[bench.headline]
 
     statistic = headline if bench.quick is None else bench.quick(scored, threshold)
-    found = bootstrap(statistic, problem, resamples=resamples)
-    return {"low": found.low, "high": found.high, "resamples": resamples, "undefined": found.undefined}
+    bounds = bootstrap(statistic, problems, resamples=resamples)
+    return {"low": bounds.low, "high": bounds.high, "resamples": resamples, "undefined": bounds.undefined}
 
 
 def step_measures(scored: Sequence[Scored], threshold: float) -> dict[str, float]:
@@ -117,18 +128,32 @@ def step_measures(scored: Sequence[Scored], threshold: float) -> dict[str, float
 
     Empty when scores are no probabilities; solutions without scores are left out.
     """
-    kept = [(s.item, s.scores[0]) for s in scored if s.scores[0] is not None]
-    scores = [list(p) for _, p in kept]
-    if not kept or any(not 0 <= p <= 1 for own in scores for p in own):
+    scores: list[list[float]] = []
+    records = []
+    for entry in scored:
+        row = entry.scores[0]
+        if row is None:
+            continue
+        if any(not 0 <= score <= 1 for score in row):
+            return {}
+        scores.append(list(row))
+        records.append(entry.item.records[0])
+    if not records:
         return {}
-    records = [i.records[0] for i, _ in kept]
-    labels = [r.labels or (None,) * len(r.steps) for r in records]
-    thirds = [[("early", "middle", "late")[3 * t // len(r.steps)] for t in range(len(r.steps))] for r in records]
-    first = [r.first_error for r in records]
-    kinds = [[s.kind for s in r.steps] for r in records]
-    out = evaluate_steps(scores, labels, kinds, first_errors=first, tau=threshold)
-    by_third = evaluate_steps(scores, labels, thirds, first_errors=first, tau=threshold)
-    return out | {k: v for k, v in by_third.items() if "/" in k}
+    labels = [record.labels or (None,) * len(record.steps) for record in records]
+    first_errors = [record.first_error for record in records]
+    kinds = [[step.kind for step in record.steps] for record in records]
+    thirds = [_thirds(len(record.steps)) for record in records]
+    by_kind = evaluate_steps(scores, labels, kinds, first_errors=first_errors, tau=threshold)
+    by_third = evaluate_steps(scores, labels, thirds, first_errors=first_errors, tau=threshold)
+    # Names with a slash are measures of one third; the others are those of all steps again.
+    return by_kind | {name: value for name, value in by_third.items() if "/" in name}
+
+
+def _thirds(num_steps: int) -> list[str]:
+    """The third of a solution that each of its steps lies in."""
+    names = ("early", "middle", "late")
+    return [names[3 * step // num_steps] for step in range(num_steps)]
 
 
 def show(name: str, result: Result, settings: Mapping[str, Any], bad: Sequence[Quarantined]) -> None:
@@ -137,27 +162,34 @@ def show(name: str, result: Result, settings: Mapping[str, Any], bad: Sequence[Q
     from rich.table import Table
 
     console = Console()
-    columns = list(dict.fromkeys(k for g in result.groups.values() for k in g))[:6]  # the report has them all
-    about = ", ".join(f"{k}={v}" for k, v in settings.items())
-    console.print(f"[bold]{name}[/]  " + "  ".join(f"{k} {_cell(v)}" for k, v in result.metrics.items()))
-    table = Table("group", *(c.replace("_", " ") for c in columns), title=f"{name} ({about})")
+    columns: dict[str, None] = {}
+    for measures in result.groups.values():
+        columns |= dict.fromkeys(measures)
+    # More would not fit a terminal; the report has them all.
+    first_columns = list(columns)[:6]
+    about = ", ".join(f"{key}={value}" for key, value in settings.items())
+    headlines = "  ".join(f"{measure} {_cell(value)}" for measure, value in result.metrics.items())
+    console.print(f"[bold]{name}[/]  {headlines}")
+    table = Table("group", *(column.replace("_", " ") for column in first_columns), title=f"{name} ({about})")
     for group, row in result.groups.items():
-        table.add_row(group.replace("_", " ") or "all", *(_cell(row.get(c)) for c in columns))
+        table.add_row(group.replace("_", " ") or "all", *(_cell(row.get(column)) for column in first_columns))
     console.print(table)
     for note in result.notes:
         console.print(f"note: {note}", markup=False)
-    for reason, n in count_reasons(bad).items():
-        console.print(f"set aside: {n} x {reason}", markup=False)
+    for reason, count in count_reasons(bad).items():
+        console.print(f"set aside: {count} x {reason}", markup=False)
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None else "-" if math.isnan(value) else f"{value:.4g}"
+    if value is None:
+        return ""
+    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def _finite(value: Any) -> Any:
     """Undefined numbers as null, since JSON has none."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmrl.reasoning.formats.benches import visualprocessbench
 from mmrl.registry import register
 from mmrl.scorers.metrics import f1, macro_f1, roc_auc
 
+# Scores (T,) and labels (T,) of labelled steps, True = right.
 Array = NDArray[Any]
 
 
@@ -30,68 +32,81 @@ def measure(scored: Sequence[Scored], threshold: float, aggregate: str) -> Resul
     threshold that is best on this very set, an upper bound and no result.
     """
     parts = {name: pooled(part) for name, part in of_groups(scored).items()}
-    groups = {name: _measures(p, y, threshold) for name, (p, y) in parts.items()}
-    p, y = pooled(scored)
-    best = oracle(list(parts.values()))
-    metrics = {"micro_f1": weighted_f1(list(parts.values()), threshold), **_measures(p, y, threshold)}
-    metrics |= {"oracle_threshold": best, "oracle_micro_f1": weighted_f1(list(parts.values()), best)}
+    groups = {}
+    for name, (scores, labels) in parts.items():
+        groups[name] = _measures(scores, labels, threshold)
+    sources = list(parts.values())
+    best = oracle(sources)
+    metrics = {"micro_f1": weighted_f1(sources, threshold), **_measures(*pooled(scored), threshold)}
+    metrics |= {"oracle_threshold": best, "oracle_micro_f1": weighted_f1(sources, best)}
     return Result(metrics, groups, ("oracle_threshold is tuned on the test set itself: an upper bound, no result",))
 
 
 def pooled(scored: Sequence[Scored]) -> tuple[Array, Array]:
     """Scores and labels (True = right) of all steps that are labelled."""
-    pairs = [
-        (p, y == 1)
-        for s in scored
-        for p, y in zip(s.scores[0] or (), s.item.records[0].labels or (), strict=True)
-        if y is not None
-    ]
-    return np.array([p for p, _ in pairs], float), np.array([y for _, y in pairs], bool)
+    scores: list[float] = []
+    right: list[bool] = []
+    for entry in scored:
+        for score, label in zip(entry.scores[0] or (), entry.item.records[0].labels or (), strict=True):
+            if label is not None:
+                scores.append(score)
+                right.append(label == 1)
+    return np.array(scores, float), np.array(right, bool)
 
 
 def weighted_f1(parts: Sequence[tuple[Array, Array]], threshold: float) -> float:
     """Mean of the sources' macro F1, weighted by their labelled steps; NaN without any step."""
-    sizes = [p.size for p, _ in parts]
-    values = [macro_f1(p >= threshold, y) for p, y in parts]
-    return sum(n * v for n, v in zip(sizes, values, strict=True)) / sum(sizes) if sum(sizes) else math.nan
+    weighted, num_steps = 0.0, 0
+    for scores, labels in parts:
+        weighted += scores.size * macro_f1(scores >= threshold, labels)
+        num_steps += scores.size
+    return weighted / num_steps if num_steps else math.nan
 
 
 def oracle(parts: Sequence[tuple[Array, Array]], *, most: int = 1000) -> float:
     """The threshold that is best on the test set itself; the lowest on ties, NaN without steps."""
-    candidates = thresholds([p.tolist() for p, _ in parts], most)
-    return max(candidates, key=lambda t: weighted_f1(parts, t), default=math.nan)
+    candidates = thresholds([scores.tolist() for scores, _ in parts], most)
+    return max(candidates, key=partial(weighted_f1, parts), default=math.nan)
 
 
 def quick(scored: Sequence[Scored], threshold: float) -> Callable[[NDArray[np.intp]], float]:
     """`micro_f1` of items by index."""
     names = list(of_groups(scored))
-    source = np.array([names.index(s.item.group) for s in scored])
-    table = np.zeros((len(scored), 4), int)  # TP, FP, TN, FN
-    for row, s in zip(table, scored, strict=True):
-        p, y = pooled([s])
-        called = p >= threshold
-        row[:] = [(called & y).sum(), (called & ~y).sum(), (~called & ~y).sum(), (~called & y).sum()]
+    # (items,) the source of each, and (items, 4) its steps: TP, FP, TN, FN.
+    source = np.array([names.index(entry.item.group) for entry in scored])
+    table = np.zeros((len(scored), 4), int)
+    for row, entry in zip(table, scored, strict=True):
+        scores, labels = pooled([entry])
+        called = scores >= threshold
+        row[:] = [
+            (called & labels).sum(),
+            (called & ~labels).sum(),
+            (~called & ~labels).sum(),
+            (~called & labels).sum(),
+        ]
 
     def value(index: NDArray[np.intp]) -> float:
         counts = np.zeros((len(names), 4))
         np.add.at(counts, source[index], table[index])
         tp, fp, tn, fn = counts.T
-        right, wrong = (2 * t / np.maximum(2 * t + fp + fn, 1) for t in (tp, tn))
+        # (sources,) F1 = 2 TP / (2 TP + FP + FN) of right steps, and the same of wrong ones; 0 without any.
+        f1_right = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
+        f1_wrong = 2 * tn / np.maximum(2 * tn + fp + fn, 1)
         steps = counts.sum(1)
-        return float(steps @ (right + wrong) / 2 / steps.sum()) if steps.sum() else math.nan
+        return float(steps @ (f1_right + f1_wrong) / 2 / steps.sum()) if steps.sum() else math.nan
 
     return value
 
 
-def _measures(p: Array, y: Array, threshold: float) -> dict[str, float]:
-    called = p >= threshold
+def _measures(scores: Array, labels: Array, threshold: float) -> dict[str, float]:
+    called = scores >= threshold
     return {
-        "macro_f1": macro_f1(called, y),
-        "f1_right": f1(called, y),
-        "f1_wrong": f1(~called, ~y),
-        "auc": roc_auc(p, y),
-        "macro_f1_at_half": macro_f1(p >= 0.5, y),
-        "steps": float(p.size),
+        "macro_f1": macro_f1(called, labels),
+        "f1_right": f1(called, labels),
+        "f1_wrong": f1(~called, ~labels),
+        "auc": roc_auc(scores, labels),
+        "macro_f1_at_half": macro_f1(scores >= 0.5, labels),
+        "steps": float(scores.size),
     }
 
 

@@ -44,23 +44,24 @@ def read_format(
     """
     row = check_section("formats", "format", format)
     if "read" in row.facts:
-        found: tuple[list[SolutionRecord], list[Quarantined]] = row.facts["read"](
+        # A format that is no file of rows has a reader of its own.
+        result: tuple[list[SolutionRecord], list[Quarantined]] = row.facts["read"](
             path, markers=markers, max_bad=max_bad, unlabelled=unlabelled
         )
-        return found
+        return result
     reader = build_section("formats", "format", format)
     pictures: dict[Path, None] = {}
-
-    way = "this format reads others; rename or remove it"
+    remedy_films = "this format knows none; take format: records with `videos`, or remove it"
+    remedy_images = "this format reads others; rename or remove it"
 
     def make(row: Mapping[str, Any], at: str) -> list[SolutionRecord]:
         records = reader(row, at)
         for record in records:
             check_markers(check_record(record, unlabelled=unlabelled), markers)
-            check_unread(record.meta, "this format knows none; take format: records with `videos`, or remove it", way)
-        return [with_media(r, Path(path).parent, media_root, pictures) for r in records]
+            check_unread(record.meta, remedy_films, remedy_images)
+        return [with_media(record, Path(path).parent, media_root, pictures) for record in records]
 
-    return read_rows(path, make, max_bad=max_bad, key=lambda r: r.id)
+    return read_rows(path, make, max_bad=max_bad, key=lambda record: record.id)
 
 
 def convert(

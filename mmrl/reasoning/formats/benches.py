@@ -34,10 +34,16 @@ def processbench(row: Row, name: str) -> list[SolutionRecord]:
     steps, label = rows(row, "steps"), integer(row.get("label"), "label")
     correct = row.get("final_answer_correct")
     record = SolutionRecord(
-        row_id(row, name), text(row, "problem"), plain_steps(steps), labels=up_to_first_error(label, len(steps)),
-        scope="prefix", first_error=label, final_correct=correct if isinstance(correct, bool) else None,
-        source="processbench", meta=rest(row, "id", "problem", "steps", "label", "final_answer_correct"),
-    )  # fmt: skip
+        row_id(row, name),
+        text(row, "problem"),
+        plain_steps(steps),
+        labels=up_to_first_error(label, len(steps)),
+        scope="prefix",
+        first_error=label,
+        final_correct=correct if isinstance(correct, bool) else None,
+        source="processbench",
+        meta=rest(row, "id", "problem", "steps", "label", "final_answer_correct"),
+    )
     return [record]
 
 
@@ -69,20 +75,27 @@ def prmbench(row: Row, name: str) -> list[SolutionRecord]:
     if errors and (first_zero(labels) < 0 or min(errors) < 1):
         raise RowError(f"error_steps outside the steps: {errors} for {len(steps)} steps (1-based)")
     record = SolutionRecord(
-        f"{kind}_{own}", optional_text(row, "modified_question") or text(row, "question"), plain_steps(steps),
-        answer=optional_text(row, "ground_truth"), labels=labels, first_error=first_zero(labels), source="prmbench",
+        f"{kind}_{own}",
+        optional_text(row, "modified_question") or text(row, "question"),
+        plain_steps(steps),
+        answer=optional_text(row, "ground_truth"),
+        labels=labels,
+        first_error=first_zero(labels),
+        source="prmbench",
         meta={"idx": own, "classification": kind, "error_steps": errors},
-    )  # fmt: skip
+    )
     return [record]
 
 
 def numbered(steps: list[str]) -> list[str]:
     """Steps without their own number `k. ` in front."""
-    found = [_NUMBER.match(s) for s in steps]
-    return [
-        s[number.end() :] if number and number[1] == str(i) else s
-        for i, (s, number) in enumerate(zip(steps, found, strict=True), start=1)
-    ]
+    texts = []
+    for i, step in enumerate(steps, start=1):
+        number = _NUMBER.match(step)
+        if number and number[1] == str(i):
+            step = step[number.end() :]
+        texts.append(step)
+    return texts
 
 
 @register("formats", "visualprocessbench")
@@ -97,21 +110,28 @@ def visualprocessbench(row: Row, name: str) -> list[SolutionRecord]:
     same_length(verdicts, steps)
     if not set(verdicts) <= set(_VERDICT):
         raise RowError(f"bad label: process_correctness holds other numbers than 1, 0, -1: {verdicts}")
-    labels = tuple(_VERDICT[v] for v in verdicts)
+    labels = tuple(_VERDICT[verdict] for verdict in verdicts)
     record = SolutionRecord(
-        row_id(row, name), without_image_marks(text(row, "question")), plain_steps(steps), images=images(row, "image"),
-        answer=optional_text(row, "answer"), labels=labels, first_error=first_zero(labels),
-        source="visualprocessbench", meta=rest(row, "id", "question", "image", "answer", "response"),
-    )  # fmt: skip
+        row_id(row, name),
+        without_image_marks(text(row, "question")),
+        plain_steps(steps),
+        images=images(row, "image"),
+        answer=optional_text(row, "answer"),
+        labels=labels,
+        first_error=first_zero(labels),
+        source="visualprocessbench",
+        meta=rest(row, "id", "question", "image", "answer", "response"),
+    )
     return [record]
 
 
 @register("exporters", "visualprocessbench")
 def visualprocessbench_row(record: SolutionRecord) -> dict[str, Any]:
     """The row of a record with hard or no labels; an unlabelled step becomes neutral."""
-    if record.labels is None or any(y not in (0, 1, None) for y in record.labels):
+    if record.labels is None or any(label not in (0, 1, None) for label in record.labels):
         raise RowError(f"no hard labels: {record.id!r} needs 0, 1 or null per step")
-    verdicts = [0 if y is None else 1 if y == 1 else -1 for y in record.labels]
+    verdict_of = {label: verdict for verdict, label in _VERDICT.items()}
+    verdicts = [verdict_of[label] for label in record.labels]
     return {
         "id": record.id,
         "image": list(record.images),
@@ -127,11 +147,11 @@ def puzzlevqa_steps(row: Row, name: str) -> list[SolutionRecord]:
     texts, kinds = rows(row, "steps"), rows(row, "step_kinds")
     same_length(kinds, texts)
     same = ("question", "options", "answer", "labels", "first_error", "final_correct")
-    own = {k: row.get(k) for k in same} | {
+    record = {column: row.get(column) for column in same} | {
         "id": row_id(row, name),
         "images": list(images(row, "image")),
-        "steps": [{"text": t, "kind": k} for t, k in zip(texts, kinds, strict=True)],
+        "steps": [{"text": step, "kind": kind} for step, kind in zip(texts, kinds, strict=True)],
         "source": "puzzlevqa_steps",
         "meta": rest(row, "id", "image", "steps", "step_kinds", *same),
     }
-    return [record_from_json(own)]
+    return [record_from_json(record)]

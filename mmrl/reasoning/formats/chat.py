@@ -27,7 +27,7 @@ _QUESTION = re.compile(r"\A\s*### Question:\n(.*?)\n\n### Solution Process:\n(.*
 _SECTION = re.compile(rf"\A\[({'|'.join(SECTIONS)})\]\s*")
 _TAGGED = re.compile(r"\A\s*<step_(\d+)>(.*)</step_\1>\s*\Z", re.DOTALL)
 _VERDICT = {"+": 1.0, "-": 0.0}
-# a list or tuple of a section and a step as Python or JSON writes it
+# A list or tuple of a section and a step as Python or JSON writes it.
 _PLACE = re.compile(r"""\s*+[\[(]\s*+(["'])([^"']{0,40}+)\1\s*+,\s*+(-?[0-9]{1,9})\s*+[\])]\s*+""")
 
 
@@ -36,10 +36,16 @@ def visualprm(row: Row, name: str) -> list[SolutionRecord]:
     """VisualPRM400K: `id, image, conversations` with + or - after each step (hard Monte-Carlo labels, mc > 0)."""
     question, steps, labels = _turns(row)
     record = SolutionRecord(
-        row_id(row, name), question, plain_steps(steps), images=images(row, "image"), labels=tuple(labels),
-        scope="prefix", first_error=first_zero(labels), source="visualprm",
+        row_id(row, name),
+        question,
+        plain_steps(steps),
+        images=images(row, "image"),
+        labels=tuple(labels),
+        scope="prefix",
+        first_error=first_zero(labels),
+        source="visualprm",
         meta=rest(row, "id", "image", "conversations"),
-    )  # fmt: skip
+    )
     return [record]
 
 
@@ -47,15 +53,21 @@ def visualprm(row: Row, name: str) -> list[SolutionRecord]:
 def visualprm_raw(row: Row, name: str) -> list[SolutionRecord]:
     """VisualPRM400K raw: `steps_with_score` with counts. Steps after an early stop (total 0) are unlabelled, not 0."""
     scored = rows(row, "steps_with_score", dict)
-    counts = tuple(_counts(s, i) for i, s in enumerate(scored))
+    counts = tuple(_counts(step, i) for i, step in enumerate(scored))
     question = optional_text(row, "question_orig") or text(row, "question")
     record = SolutionRecord(
-        row_id(row, name), without_image_marks(question), plain_steps([text(s, "step") for s in scored]),
-        images=images(row, "image"), answer=optional_text(row, "answer"),
-        labels=tuple(c.correct / c.total if c.total else None for c in counts), label_kind="soft", scope="prefix",
-        mc=counts, source="visualprm_raw",
+        row_id(row, name),
+        without_image_marks(question),
+        plain_steps([text(step, "step") for step in scored]),
+        images=images(row, "image"),
+        answer=optional_text(row, "answer"),
+        labels=tuple(count.correct / count.total if count.total else None for count in counts),
+        label_kind="soft",
+        scope="prefix",
+        mc=counts,
+        source="visualprm_raw",
         meta=rest(row, "id", "question", "question_orig", "image", "answer", "steps_with_score"),
-    )  # fmt: skip
+    )
     return [record]
 
 
@@ -67,41 +79,57 @@ def vlprm(row: Row, name: str) -> list[SolutionRecord]:
     """
     question, turns, labels = _turns(row)
     steps = _sectioned(turns)
-    first = _first_incorrect(row.get("first_incorrect_step"), sum(s.kind == "perception" for s in steps))
+    first = _first_incorrect(row.get("first_incorrect_step"), sum(step.kind == "perception" for step in steps))
     if first != first_zero(labels):
         raise RowError(f"first errors differ: the turns say {first_zero(labels)}, first_incorrect_step says {first}")
     record = SolutionRecord(
-        row_id(row, name), question, steps, images=images(row, "image", "image_url"),
-        answer=optional_text(row, "rollout_ground_truth_answer"), labels=up_to_first_error(first, len(steps)),
-        scope="prefix", first_error=first, source="vlprm",
+        row_id(row, name),
+        question,
+        steps,
+        images=images(row, "image", "image_url"),
+        answer=optional_text(row, "rollout_ground_truth_answer"),
+        labels=up_to_first_error(first, len(steps)),
+        scope="prefix",
+        first_error=first,
+        source="vlprm",
         meta=rest(row, "id", "conversations", "image", "image_url", "question", "rollout_ground_truth_answer"),
-    )  # fmt: skip
+    )
     return [record]
 
 
 @register("formats", "rlhflow")
 def rlhflow(row: Row, name: str) -> list[SolutionRecord]:
     """RLHFlow PRM data: `conversations` of `role, content`; the first user turn is the question, then `Step 1: ..`."""
-    turns = [(t.get("role"), t.get("content")) for t in rows(row, "conversations", dict)]
+    turns = [(turn.get("role"), turn.get("content")) for turn in rows(row, "conversations", dict)]
     steps, labels = _pairs(turns, "user", "assistant")
     question, mark, first = steps[0].rpartition("Step 1:")
     if not mark:
         raise RowError("no first step: the first user turn holds no 'Step 1:' after the question")
     texts = [mark + first, *steps[1:]]
     record = SolutionRecord(
-        row_id(row, name), question.strip(), plain_steps([t.strip() for t in texts]), labels=tuple(labels),
-        scope="prefix", first_error=first_zero(labels), source="rlhflow", meta=rest(row, "id", "conversations"),
-    )  # fmt: skip
+        row_id(row, name),
+        question.strip(),
+        plain_steps([step.strip() for step in texts]),
+        labels=tuple(labels),
+        scope="prefix",
+        first_error=first_zero(labels),
+        source="rlhflow",
+        meta=rest(row, "id", "conversations"),
+    )
     return [record]
 
 
 def _turns(row: Row) -> tuple[str, list[str], list[float]]:
-    turns = [(t.get("from"), t.get("value")) for t in rows(row, "conversations", dict)]
-    steps, labels = _pairs([t for t in turns if t[0] != "system"], "human", "gpt")
-    found = _QUESTION.match(steps[0])
-    if not found:
+    """Question, steps and labels of a conversation whose first human turn has both the question and the first step."""
+    turns = []
+    for turn in rows(row, "conversations", dict):
+        if turn.get("from") != "system":
+            turns.append((turn.get("from"), turn.get("value")))
+    steps, labels = _pairs(turns, "human", "gpt")
+    parts = _QUESTION.match(steps[0])
+    if not parts:
         raise RowError("no question: the first human turn lacks '### Question:' or '### Solution Process:'")
-    return without_image_marks(found[1]).strip(), [found[2], *steps[1:]], labels
+    return without_image_marks(parts[1]).strip(), [parts[2], *steps[1:]], labels
 
 
 def _pairs(turns: list[tuple[Any, Any]], asks: str, answers: str) -> tuple[list[str], list[float]]:
@@ -110,9 +138,11 @@ def _pairs(turns: list[tuple[Any, Any]], asks: str, answers: str) -> tuple[list[
         raise RowError(f"labels and steps differ: {len(turns)} turns, which are no pairs of step and verdict")
     steps, labels = [], []
     for i in range(0, len(turns), 2):
-        (who, step), (judge, verdict) = turns[i : i + 2]
-        if (who, judge) != (asks, answers) or not isinstance(step, str):
-            raise RowError(f"bad turns: turns {i} and {i + 1} are from {who!r} and {judge!r}, not {asks}, {answers}")
+        (first, step), (second, verdict) = turns[i : i + 2]
+        if (first, second) != (asks, answers) or not isinstance(step, str):
+            raise RowError(
+                f"bad turns: turns {i} and {i + 1} are from {first!r} and {second!r}, not {asks}, {answers}"
+            )
         if not isinstance(verdict, str) or verdict.strip() not in _VERDICT:
             raise RowError(f"bad verdict: turn {i + 1} says {str(verdict)[:40]!r}, neither + nor -")
         steps.append(step)
@@ -122,7 +152,8 @@ def _pairs(turns: list[tuple[Any, Any]], asks: str, answers: str) -> tuple[list[
 
 def _counts(scored: Row, i: int) -> Counts:
     score = number(scored.get("score"), f"score of step {i}")
-    correct, total = (integer(scored.get(f"num_mc_{what}"), f"counts: step {i}") for what in ("correct", "total"))
+    correct = integer(scored.get("num_mc_correct"), f"counts: step {i}")
+    total = integer(scored.get("num_mc_total"), f"counts: step {i}")
     if total and abs(score - correct / total) > 1e-3:
         raise RowError(f"score and counts differ: step {i} has score {score} and {correct} of {total}")
     return Counts(correct, total)

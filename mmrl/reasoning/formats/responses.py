@@ -28,10 +28,14 @@ def responses(
         raise RowError(f"bad steps: {error}") from error
     kept = parsed if max_steps is None else merge(parsed, max_steps)
     record = SolutionRecord(
-        row_id(row, name), text(row, "question"), tuple(Step(s.text.strip(), s.kind) for s in kept if s.text.strip()),
-        images=images(row, "images", "image"), answer=optional_text(row, "answer"), source="responses",
+        row_id(row, name),
+        text(row, "question"),
+        tuple(Step(step.text.strip(), step.kind) for step in kept if step.text.strip()),
+        images=images(row, "images", "image"),
+        answer=optional_text(row, "answer"),
+        source="responses",
         meta=rest(row, "id", "question", "response", "images", "image", "answer"),
-    )  # fmt: skip
+    )
     return [record]
 
 
@@ -42,7 +46,7 @@ def response_row(record: SolutionRecord, *, steps: Layout = "double_newline") ->
     Raises:
         RowError: a step that this layout cannot hold.
     """
-    parts = [ParsedStep(s.text, i, s.kind, (0, 0)) for i, s in enumerate(record.steps)]
+    parts = [ParsedStep(step.text, i, step.kind, (0, 0)) for i, step in enumerate(record.steps)]
     try:
         response = join(parts, steps)
     except ValueError as error:

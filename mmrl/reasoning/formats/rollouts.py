@@ -1,4 +1,4 @@
-"""Stored rollouts read as solutions: every path to a leaf is a record, with what the tree knows of its steps."""
+"""Stored rollouts read as solutions: every path to a leaf is a record, with the values and counts of its steps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def solutions_of(rollout: Rollout, name: str) -> list[tuple[int, SolutionRecord]
     """(leaf, record) of every distinct path to a leaf, in node order; steps that say nothing are left out.
 
     labels: the value of the state after each step, where it has one, else the mean outcome below it. mc: visits and
-    q_sum where they are counts. final_correct: whether the outcome is at least 1/2. `meta.draws`: leaves that say so.
+    q_sum where they are counts. final_correct: the outcome is at least 1/2. `meta.draws`: leaves with the same texts.
 
     Args:
         name: of the rollout, the beginning of the records' ids.
@@ -58,28 +58,36 @@ def solutions_of(rollout: Rollout, name: str) -> list[tuple[int, SolutionRecord]
     if len(texts) != len(tree):
         raise ValueError(f"the rollout {name!r} has no texts; only steps that are written are solutions")
     parent, group = tree.parent.tolist(), tree.group.tolist()
-    paths: dict[tuple[Any, ...], list[list[int]]] = {}
+    # By prompt and texts, since equal solutions become one record: (nodes of the steps, leaf) of each.
+    draws: dict[tuple[Any, ...], list[tuple[list[int], int]]] = {}
     for leaf in tree.is_leaf.nonzero().flatten().tolist():
         path = [leaf]
         while parent[path[-1]] >= 0:
             path.append(parent[path[-1]])
-        said = [v for v in reversed(path) if texts[v].strip()]
-        paths.setdefault((group[leaf], *(texts[v].strip() for v in said)), []).append([*said, leaf])
-    below = torch.where(tree.valid, backup(tree), torch.nan)
-    value = torch.where(tree.value.isnan(), below, tree.value)
+        nodes = [node for node in reversed(path) if texts[node].strip()]
+        key = (group[leaf], *(texts[node].strip() for node in nodes))
+        draws.setdefault(key, []).append((nodes, leaf))
+    # (N,) the tree's value, else the mean outcome below a step, NaN where it has neither.
+    mean_below = torch.where(tree.valid, backup(tree), torch.nan)
+    value = torch.where(tree.value.isnan(), mean_below, tree.value)
     counts = _counts(rollout)
     records = []
-    for (g, *steps), draws in paths.items():
-        *said, leaf = draws[0]
-        record = record_of(rollout.prompts[g], steps)
+    for (prompt, *steps), of_path in draws.items():
+        nodes, leaf = of_path[0]
+        record = record_of(rollout.prompts[prompt], steps)
         outcome = float(tree.outcome[leaf])
-        made = replace(
-            record, id=f"{name}/{record.id}/{leaf}", final_correct=None if math.isnan(outcome) else outcome >= 0.5,
-            labels=tuple(None if math.isnan(y) else y for y in value[said].tolist()), label_kind="soft",
-            scope="prefix", mc=None if counts is None else tuple(counts[v] for v in said), source="rollouts",
-            meta=dict(record.meta) | {"question_id": record.id, "draws": len(draws)},
-        )  # fmt: skip
-        records.append((leaf, made))
+        record = replace(
+            record,
+            id=f"{name}/{record.id}/{leaf}",
+            final_correct=None if math.isnan(outcome) else outcome >= 0.5,
+            labels=tuple(None if math.isnan(label) else label for label in value[nodes].tolist()),
+            label_kind="soft",
+            scope="prefix",
+            mc=None if counts is None else tuple(counts[node] for node in nodes),
+            source="rollouts",
+            meta=dict(record.meta) | {"question_id": record.id, "draws": len(of_path)},
+        )
+        records.append((leaf, record))
     return records
 
 
@@ -89,6 +97,7 @@ def _counts(rollout: Rollout) -> list[Counts] | None:
     if "visits" not in tags or "q_sum" not in tags:
         return None
     total, right = tags["visits"].double(), tags["q_sum"].double()
-    if not bool(((right == right.round()) & (right >= 0) & (right <= total)).all()):
+    is_count = (right == right.round()) & (right >= 0) & (right <= total)
+    if not bool(is_count.all()):
         return None
-    return [Counts(int(c), int(n)) for c, n in zip(right.tolist(), total.tolist(), strict=True)]
+    return [Counts(int(correct), int(drawn)) for correct, drawn in zip(right.tolist(), total.tolist(), strict=True)]

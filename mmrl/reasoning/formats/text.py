@@ -41,13 +41,21 @@ def prm800k(row: Row, name: str, *, neutral: Neutral = "positive") -> list[Solut
     solutions = _expand(rows(label, "steps", dict), neutral)
     meta = {"finish_reason": label.get("finish_reason")}
     answer = optional_text(question, "ground_truth_answer")
-    return [
-        SolutionRecord(
-            f"{name}#{i}", text(question, "problem"), plain_steps([t for t, _ in s]), answer=answer,
-            labels=tuple(y for _, y in s), first_error=_first_known([y for _, y in s]), source="prm800k", meta=meta,
+    records = []
+    for i, solution in enumerate(solutions):
+        labels = [label for _, label in solution]
+        record = SolutionRecord(
+            f"{name}#{i}",
+            text(question, "problem"),
+            plain_steps([step for step, _ in solution]),
+            answer=answer,
+            labels=tuple(labels),
+            first_error=_first_known(labels),
+            source="prm800k",
+            meta=meta,
         )
-        for i, s in enumerate(solutions)
-    ]  # fmt: skip
+        records.append(record)
+    return records
 
 
 @register("formats", "math_shepherd")
@@ -58,11 +66,17 @@ def math_shepherd(row: Row, name: str) -> list[SolutionRecord]:
     question, mark, first = pieces[0].rpartition("Step 1:")
     if not mark:
         raise RowError("no first step: 'input' holds no 'Step 1:' after the question")
-    steps = [(mark + first).strip(), *(p.strip() for p in pieces[1:-1])]
+    steps = [(mark + first).strip(), *(piece.strip() for piece in pieces[1:-1])]
     record = SolutionRecord(
-        row_id(row, name), question.strip(), plain_steps(steps), labels=tuple(labels), scope="prefix",
-        first_error=first_zero(labels), source="math_shepherd", meta=rest(row, "id", "input", "label"),
-    )  # fmt: skip
+        row_id(row, name),
+        question.strip(),
+        plain_steps(steps),
+        labels=tuple(labels),
+        scope="prefix",
+        first_error=first_zero(labels),
+        source="math_shepherd",
+        meta=rest(row, "id", "input", "label"),
+    )
     return [record]
 
 
@@ -70,14 +84,22 @@ def math_shepherd(row: Row, name: str) -> list[SolutionRecord]:
 def trl(row: Row, name: str) -> list[SolutionRecord]:
     """TRL stepwise supervision: `prompt, completions, labels`; labels between 0 and 1 make a soft record."""
     steps = rows(row, "completions")
-    values = [float(v) if isinstance(v, bool) else number(v, "label") for v in rows(row, "labels", (bool, int, float))]
+    values = []
+    for value in rows(row, "labels", (bool, int, float)):
+        values.append(float(value) if isinstance(value, bool) else number(value, "label"))
     same_length(values, steps)
-    hard = all(v in (0, 1) for v in values)
+    hard = all(value in (0, 1) for value in values)
     record = SolutionRecord(
-        row_id(row, name), text(row, "prompt"), plain_steps(steps), images=images(row, "images"),
-        labels=tuple(values), label_kind="hard" if hard else "soft", first_error=first_zero(values) if hard else None,
-        source="trl", meta=rest(row, "id", "prompt", "completions", "labels", "images"),
-    )  # fmt: skip
+        row_id(row, name),
+        text(row, "prompt"),
+        plain_steps(steps),
+        images=images(row, "images"),
+        labels=tuple(values),
+        label_kind="hard" if hard else "soft",
+        first_error=first_zero(values) if hard else None,
+        source="trl",
+        meta=rest(row, "id", "prompt", "completions", "labels", "images"),
+    )
     return [record]
 
 
@@ -91,38 +113,55 @@ def trl_row(record: SolutionRecord) -> dict[str, Any]:
     labels = record.labels
     if labels is None or None in labels:
         raise RowError(f"unlabelled steps: {record.id!r} has some; TRL rows need a label per step")
-    if any(y not in (0, 1) for y in labels):
+    if any(label not in (0, 1) for label in labels):
         raise RowError(f"soft labels: {record.id!r} has some, which TRL cuts to 0 or 1; make them hard first")
-    row: dict[str, Any] = {"prompt": record.question, "completions": list(record.texts)}
-    row["labels"] = [y == 1 for y in labels]
-    return row | ({"images": list(record.images)} if record.images else {})
+    row: dict[str, Any] = {
+        "prompt": record.question,
+        "completions": list(record.texts),
+        "labels": [label == 1 for label in labels],
+    }
+    if record.images:
+        row["images"] = list(record.images)
+    return row
 
 
-def _expand(steps: list[Any], neutral: Neutral) -> list[list[tuple[str, float | None]]]:
-    prefix: list[tuple[str, float | None]] = []
-    found: list[list[tuple[str, float | None]]] = []
+# A step's text and its label, None = unlabelled.
+LabelledStep = tuple[str, float | None]
+
+
+def _expand(steps: list[Any], neutral: Neutral) -> list[list[LabelledStep]]:
+    """The solutions of a row: one per completion that was not chosen, and the chosen path where none goes on from it.
+
+    The chosen (or human) completion of each step joins the prefix that the completions of the next step go on from.
+    """
+    prefix: list[LabelledStep] = []
+    solutions: list[list[LabelledStep]] = []
     total = 0
     for step in steps:
         completions = rows(step, "completions", dict) if step.get("completions") is not None else []
         chosen = step.get("chosen_completion")
         total += len(completions) * (len(prefix) + 1)
         check_total(total)
-        for i, c in enumerate(completions):
+        for i, completion in enumerate(completions):
             if i != chosen:
-                found.append([*prefix, (text(c, "text"), _rating(c.get("rating"), neutral))])
+                solutions.append([*prefix, _labelled_step(completion, neutral)])
         if chosen is not None:
             if not 0 <= integer(chosen, "chosen_completion") < len(completions):
                 raise RowError(f"bad chosen_completion: {chosen} of {len(completions)} completions")
-            prefix.append((text(completions[chosen], "text"), _rating(completions[chosen].get("rating"), neutral)))
+            prefix.append(_labelled_step(completions[chosen], neutral))
         elif step.get("human_completion"):
             if not isinstance(step["human_completion"], dict):
                 raise RowError(f"bad human_completion: {str(step['human_completion'])[:80]!r} is no object")
             prefix.append((text(step["human_completion"], "text"), 1.0))
         else:
             break
-    if not any(f[: len(prefix)] == prefix for f in found):
-        found.append(prefix)
-    return found
+    if not any(solution[: len(prefix)] == prefix for solution in solutions):
+        solutions.append(prefix)
+    return solutions
+
+
+def _labelled_step(completion: Row, neutral: Neutral) -> LabelledStep:
+    return text(completion, "text"), _rating(completion.get("rating"), neutral)
 
 
 def _rating(value: Any, neutral: Neutral) -> float | None:
@@ -134,8 +173,9 @@ def _rating(value: Any, neutral: Neutral) -> float | None:
 
 
 def _first_known(labels: list[float | None]) -> int | None:
-    wrong = first_zero(labels)
-    return wrong if wrong >= 0 or None not in labels else None
+    """The first error, None where an unlabelled step may be wrong and no labelled one is."""
+    first = first_zero(labels)
+    return None if first < 0 and None in labels else first
 
 
 def _aligned(pieces: list[str], label: str) -> list[float]:

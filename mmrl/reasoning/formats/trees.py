@@ -17,14 +17,15 @@ from mmrl.reasoning.rows import Row, images, integer, number, optional_text, res
 from mmrl.registry import register
 
 PRM = "<prm>"
-Node = tuple[str, float, Counts | None]  # text, value, counts where the tree has them
+# Text, value, and counts where the tree has them.
+Node = tuple[str, float, Counts | None]
 
 
 @register("formats", "mm_prm")
 def mm_prm(row: Row, name: str) -> list[SolutionRecord]:
     """MM-PRM training row: `Question: q\\nProcess: s1<prm>\\n\\ns2<prm>` and a list of values, one per marker."""
     turns = rows(row, "conversations", dict)
-    if [t.get("from") for t in turns] != ["human", "gpt"]:
+    if [turn.get("from") for turn in turns] != ["human", "gpt"]:
         raise RowError("bad turns: expected one human and one gpt turn")
     question, mark, process = text(turns[0], "value").partition("\nProcess: ")
     if not mark or not question.startswith("Question: "):
@@ -32,14 +33,21 @@ def mm_prm(row: Row, name: str) -> list[SolutionRecord]:
     *steps, tail = process.split(PRM)
     if tail.strip():
         raise RowError(f"text after the last marker: {tail[:40]!r}")
-    values = [number(v, "value") for v in rows(turns[1], "value", (int, float))]
+    values = [number(value, "value") for value in rows(turns[1], "value", (int, float))]
     same_length(values, steps)
+    # Steps after the first are written behind an empty line.
+    texts = [steps[0], *(step.removeprefix("\n\n") for step in steps[1:])] if steps else []
     record = SolutionRecord(
-        row_id(row, name), question.removeprefix("Question: "),
-        plain_steps([s.removeprefix("\n\n") if i else s for i, s in enumerate(steps)]), images=images(row, "image"),
-        labels=tuple(values), label_kind="soft", scope="prefix", source="mm_prm",
+        row_id(row, name),
+        question.removeprefix("Question: "),
+        plain_steps(texts),
+        images=images(row, "image"),
+        labels=tuple(values),
+        label_kind="soft",
+        scope="prefix",
+        source="mm_prm",
         meta=rest(row, "id", "image", "conversations"),
-    )  # fmt: skip
+    )
     return [record]
 
 
@@ -51,7 +59,7 @@ def mm_prm_row(record: SolutionRecord) -> dict[str, Any]:
         raise RowError("marker in the text: the question holds a line 'Process: ', where this format ends it")
     if record.labels is None or None in record.labels:
         raise RowError(f"unlabelled steps: {record.id!r} has some; MM-PRM rows need a value per step")
-    process = "\n\n".join(s + PRM for s in record.texts)
+    process = "\n\n".join(step + PRM for step in record.texts)
     image: Any = record.images[0] if len(record.images) == 1 else list(record.images)
     turns = [
         {"from": "human", "value": f"Question: {record.question}\nProcess: {process}"},
@@ -64,7 +72,7 @@ def mm_prm_row(record: SolutionRecord) -> dict[str, Any]:
 def mm_prm_tree(row: Row, name: str) -> list[SolutionRecord]:
     """MM-PRM tree: nodes `partial_solution, mc_value, children`; the root adds question, answer, image_path, id."""
     meta = {"root_value": number(row.get("mc_value"), "mc_value")}
-    paths = _paths([(_mm_node(c), c) for c in rows(row, "children", dict)], _mm_node)
+    paths = _paths([(_mm_node(child), child) for child in rows(row, "children", dict)], _mm_node)
     own, question = row_id(row, name), text(row, "question")
     return _records(own, question, paths, "mm_prm_tree", optional_text(row, "answer"), images(row, "image_path"), meta)
 
@@ -76,7 +84,7 @@ def math_aps_tree(row: Row, name: str) -> list[SolutionRecord]:
     if not isinstance(root, dict):
         raise RowError("no tree: 'reasoning_steps' is no node with text, mc_value, children")
     meta = {"root_value": number(root.get("mc_value"), "mc_value")}
-    paths = _paths([(_aps_node(c), c) for c in rows(root, "children", dict)], _aps_node)
+    paths = _paths([(_aps_node(child), child) for child in rows(root, "children", dict)], _aps_node)
     own, answer = row_id(row, name), optional_text(row, "final_answer")
     return _records(own, text(row, "question"), paths, "math_aps_tree", answer, (), meta)
 
@@ -94,11 +102,12 @@ def math_aps_flat(row: Row, name: str) -> list[SolutionRecord]:
         if not prefix.startswith(question):
             raise RowError("prefix without question: a solution_prefix does not start with the question")
         estimates.setdefault(prefix[len(question) :].strip(), []).append(value)
-    values = {prefix: sum(v) / len(v) for prefix, v in estimates.items()}
+    values = {prefix: sum(of_prefix) / len(of_prefix) for prefix, of_prefix in estimates.items()}
     meta = {"root_value": values.pop("", None)}
     leaves = _leaves(values)
-    # longest first, as they are listed
-    paths = sorted(dict.fromkeys(leaves[p] for p in values if p in leaves), key=len, reverse=True)
+    # Longest first, in the order of the list where lengths are equal; paths that end at one node of value 0 once.
+    distinct = dict.fromkeys(leaves[prefix] for prefix in values if prefix in leaves)
+    paths = sorted(distinct, key=len, reverse=True)
     own, answer = row_id(row, name), optional_text(row, "final_answer")
     return _records(own, question, paths, "math_aps_flat", answer, (), meta)
 
@@ -112,7 +121,8 @@ def _paths(children: Sequence[tuple[Node, Row]], read: Any) -> Iterator[list[Nod
         below = rows(node, "children", dict) if value > 0 else []
         if not below:
             yield [step for step, _ in path]
-        stack += [[*path, (read(c), c)] for c in reversed(below)]
+        for child in reversed(below):
+            stack.append([*path, (read(child), child)])
 
 
 def _leaves(values: dict[str, float]) -> dict[str, tuple[Node, ...]]:
@@ -120,7 +130,8 @@ def _leaves(values: dict[str, float]) -> dict[str, tuple[Node, ...]]:
 
     Of every prefix that no other one extends.
     """
-    order = sorted(values)  # what extends a prefix follows it
+    # In this order the prefixes that extend another follow it at once.
+    order = sorted(values)
     path: list[str] = []
     leaves: dict[str, tuple[Node, ...]] = {}
     for prefix, following in zip_longest(order, order[1:]):
@@ -150,9 +161,18 @@ def _records(
     for i, path in enumerate(paths):
         texts, values, counts = zip(*path, strict=True)
         record = SolutionRecord(
-            f"{own}#{i}", question, plain_steps(texts), images=pictures, answer=answer, labels=values,
-            label_kind="soft", scope="prefix", mc=None if None in counts else counts, source=source, meta=meta,
-        )  # fmt: skip
+            f"{own}#{i}",
+            question,
+            plain_steps(texts),
+            images=pictures,
+            answer=answer,
+            labels=values,
+            label_kind="soft",
+            scope="prefix",
+            mc=None if None in counts else counts,
+            source=source,
+            meta=meta,
+        )
         records.append(record)
     if not records:
         raise RowError("no step: the tree has no node below its root")
@@ -160,11 +180,14 @@ def _records(
 
 
 def _mm_node(node: Row) -> Node:
-    counts = None if node.get("counts") is None else [integer(c, "counts") for c in rows(node, "counts", int)]
-    if counts is not None and len(counts) != 2:
-        raise RowError(f"bad counts: {str(counts)[:80]} is no pair of correct and total")
+    counts = None
+    if node.get("counts") is not None:
+        pair = [integer(count, "counts") for count in rows(node, "counts", int)]
+        if len(pair) != 2:
+            raise RowError(f"bad counts: {str(pair)[:80]} is no pair of correct and total")
+        counts = Counts(*pair)
     value = number(node.get("mc_value"), "mc_value")
-    return "\n\n".join(rows(node, "partial_solution")), value, Counts(*counts) if counts else None
+    return "\n\n".join(rows(node, "partial_solution")), value, counts
 
 
 def _aps_node(node: Row) -> Node:

@@ -1,6 +1,9 @@
-"""How likely the right answer is after every step, teacher-forced: what the policy already knows."""
+"""The probability of the right answer after every step, teacher-forced."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +16,29 @@ from mmrl.rollout import Answer, Place, Prompt, Rollout, Sight
 from mmrl.tree_ops import before
 
 
+def _reads(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A value at an end is its outcome."""
+    return ("outcome",) if options["into"] == "value" else ()
+
+
+def _writes(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("value", "root_value") if options["into"] == "value" else (options["into"],)
+
+
+def _task(options: Mapping[str, Any]) -> type | None:
+    """Without a `lead` of its own the reading takes the task's."""
+    return AnswerGiver if options["lead"] is None else None
+
+
 @register(
     "readings",
     "answer_probability",
-    reads=lambda options: ("outcome",) if options["into"] == "value" else (),
-    writes=lambda options: ("value", "root_value") if options["into"] == "value" else (options["into"],),
+    reads=_reads,
+    writes=_writes,
     fits="policies that write",
     source="IGPO; potentials of answer probability",
     policy=AnswerReader,
-    task=lambda options: AnswerGiver if options["lead"] is None else None,
+    task=_task,
 )
 class AnswerProbability:
     """exp of the mean log-prob of the right answer's tokens, behind every step and behind the prompt.
@@ -48,20 +65,22 @@ class AnswerProbability:
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """The fields of a rollout."""
-        tree, prompts = rollout.tree, len(rollout.prompts)
+        tree, num_prompts = rollout.tree, len(rollout.prompts)
         policy: AnswerReader = require("reading 'answer_probability'", AnswerReader, context.policy, "policies")
-        answers = [self._answer(p, context) for p in rollout.prompts]
-        places = [Place(g) for g in range(prompts)]
-        places += [Place(g, v) for v, g in enumerate(tree.group.tolist())]
+        answers = [self._answer(prompt, context) for prompt in rollout.prompts]
+        # The answer is read behind every prompt, then behind every step.
+        places = [Place(prompt) for prompt in range(num_prompts)]
+        places += [Place(prompt, step) for step, prompt in enumerate(tree.group.tolist())]
+        place_answers = [answers[place.prompt] for place in places]
 
         def probability(sight: Sight) -> Tensor:
-            told = [answers[p.prompt] for p in places]
-            return policy.answer_logps(rollout, places, told, sight=sight).exp()
+            return policy.answer_logps(rollout, places, place_answers, sight=sight).exp()
 
-        p = probability(self._sight)
+        # (prompts + N,)
+        probabilities = probability(self._sight)
         if self._minus is not None:
-            p = p - probability(self._minus)
-        root, steps = p[:prompts], p[prompts:]
+            probabilities = probabilities - probability(self._minus)
+        root, steps = probabilities[:num_prompts], probabilities[num_prompts:]
         if self._into != "value":
             return {self._into: steps}
         value = torch.where(tree.is_finished, tree.outcome, steps)

@@ -20,7 +20,8 @@ from mmrl.registry import of_kind, register
 from mmrl.rollout import Prompt, Rollout, State, reference_solution
 from mmrl.seeding import named_generator
 
-Verdicts = Sequence[float | None]  # of the steps of one solution, None = no opinion
+# Of the steps of one solution, None = no opinion.
+Verdicts = Sequence[float | None]
 
 
 @register(
@@ -34,7 +35,7 @@ Verdicts = Sequence[float | None]  # of the steps of one solution, None = no opi
     costs=("judge_readings", "judge_unread"),
 )
 class JudgeReading:
-    """What a judge says of every solution, the path of steps to a leaf; a shared step hears what is said of each.
+    """Verdicts of a judge on every solution, the path of steps to a leaf; a shared step gets those on each of them.
 
     ask wrong: tags.wrong, 1 where the votes call the step wrong by `rule`, else 0. severity: tags.severity, the median
     of the classes they give it (0 none, 1 minor, 2 major, 3 critical; of two in the middle the lower). aspect:
@@ -76,36 +77,42 @@ class JudgeReading:
         """The tag that `ask` names."""
         judge: Extender = require("reading 'judge'", Extender, self._judge or context.policy, "policies")
         paths = _written_paths(rollout)
-        asked = {leaf: p for leaf, path in paths.items() if (p := self._question(rollout, leaf, path)) is not None}
-        taken = {p.id for p in admitted(judge, list(asked.values()))}
-        leaves = [leaf for leaf, p in asked.items() if p.id in taken]
+        questions: dict[int, Prompt] = {}  # by leaf
+        for leaf, path in paths.items():
+            question = self._question(rollout, leaf, path)
+            if question is not None:
+                questions[leaf] = question
+        admitted_ids = {prompt.id for prompt in admitted(judge, list(questions.values()))}
+        leaves = [leaf for leaf, prompt in questions.items() if prompt.id in admitted_ids]
         seed = named_generator("judge", context.seed, context.iteration).initial_seed()
-        replies = judge.extend([State(asked[v]) for v in leaves], self.votes, seed=seed) if leaves else []
-        said: list[list[float]] = [[] for _ in rollout.texts]  # of every step
-        unread = self.votes * (len(paths) - len(leaves))
-        for leaf, own in zip(leaves, replies, strict=True):
-            for reply in own:
+        states = [State(questions[leaf]) for leaf in leaves]
+        replies = judge.extend(states, self.votes, seed=seed) if leaves else []
+        step_verdicts: list[list[float]] = [[] for _ in rollout.texts]
+        # A solution that the judge cannot be asked about counts as if none of its replies could be read.
+        num_unread = self.votes * (len(paths) - len(leaves))
+        for leaf, leaf_replies in zip(leaves, replies, strict=True):
+            for reply in leaf_replies:
                 verdicts = self._read("".join(reply.steps), leaf, paths[leaf], rollout.texts)
-                unread += not verdicts
+                num_unread += not verdicts
                 for step, verdict in verdicts.items():
-                    said[step].append(verdict)
+                    step_verdicts[step].append(verdict)
         context.cost["judge_readings"] += self.votes * len(paths)
-        context.cost["judge_unread"] += unread
-        return {f"tags.{self.ask}": self._summary(said)}
+        context.cost["judge_unread"] += num_unread
+        return {f"tags.{self.ask}": self._summary(step_verdicts)}
 
     def _question(self, rollout: Rollout, leaf: int, path: Sequence[int]) -> Prompt | None:
-        """What the judge is asked about the solution that ends at a leaf; None when it cannot be put to a judge."""
+        """The prompt to the judge about the solution that ends at a leaf; None when it cannot be asked about it."""
         prompt = rollout.prompts[int(rollout.tree.group[leaf])]
-        texts = [rollout.texts[v].strip() for v in path]
+        texts = [rollout.texts[step].strip() for step in path]
         ask = self.form if self.ask == "wrong" else self.ask
         try:
             reference = reference_solution(prompt) or ""
             text = judge_prompt(str(prompt.inputs.get("question", "")), texts, ask, reference, self.aspect)
-        except ValueError:  # nothing written, or a step with the judge's own tags in it
+        except ValueError:
+            # Nothing was written, or a step holds the judge's own tags.
             return None
-        place = int(
-            (rollout.tree.group[:leaf] == rollout.tree.group[leaf]).sum()
-        )  # within its prompt, whoever is near
+        # Counted within the prompt, so that the judge's sample does not depend on the other prompts of the rollout.
+        place = int((rollout.tree.group[:leaf] == rollout.tree.group[leaf]).sum())
         return Prompt(f"{prompt.id}/judge/{place}", {**prompt.inputs, "question": text})
 
     def _read(self, reply: str, leaf: int, path: Sequence[int], texts: Sequence[str]) -> dict[int, float]:
@@ -117,15 +124,20 @@ class JudgeReading:
         if self.ask == "severity":
             verdicts = parse_severities(reply, len(path))
         else:
-            labels = parse_labels(reply, plain_steps([texts[v] for v in path]), self.form)
-            verdicts = None if labels is None else [None if y is None else 1.0 - y for y in labels]
-        return {v: float(y) for v, y in zip(path, verdicts or [None] * len(path), strict=True) if y is not None}
+            # Labels are 1 for right steps, this tag is 1 for wrong ones.
+            labels = parse_labels(reply, plain_steps([texts[step] for step in path]), self.form)
+            verdicts = None if labels is None else [None if label is None else 1.0 - label for label in labels]
+        if not verdicts:
+            return {}
+        return {step: float(verdict) for step, verdict in zip(path, verdicts, strict=True) if verdict is not None}
 
-    def _summary(self, said: Sequence[Sequence[float]]) -> Tensor:
-        """(N,) one number per step of what was said of it."""
-        votes = torch.full((len(said), max(1, *map(len, said))), torch.nan, dtype=torch.float64)
-        for step, own in enumerate(said):
-            votes[step, : len(own)] = torch.tensor(own, dtype=torch.float64)
+    def _summary(self, step_verdicts: Sequence[Sequence[float]]) -> Tensor:
+        """(N,) one number per step from all verdicts on it."""
+        # (N, most verdicts on a step), NaN behind the last verdict of a step.
+        most = max(1, *map(len, step_verdicts))
+        votes = torch.full((len(step_verdicts), most), torch.nan, dtype=torch.float64)
+        for step, verdicts in enumerate(step_verdicts):
+            votes[step, : len(verdicts)] = torch.tensor(verdicts, dtype=torch.float64)
         if self.ask == "severity":
             return votes.nanmedian(1).values
         if self.ask == "aspect":
@@ -137,12 +149,12 @@ def _written_paths(rollout: Rollout) -> dict[int, list[int]]:
     """Leaf -> the steps to it that say something, first steps first."""
     tree = rollout.tree
     parent = tree.parent.tolist()
-    out: dict[int, list[int]] = {}
+    paths: dict[int, list[int]] = {}
     for leaf in tree.is_leaf.nonzero().flatten().tolist():
         path, step = [], leaf
         while step >= 0:
             if rollout.texts[step].strip():
                 path.append(step)
             step = parent[step]
-        out[leaf] = path[::-1]
-    return out
+        paths[leaf] = path[::-1]
+    return paths
