@@ -126,11 +126,11 @@ def rollouts(
     config = load_config(recipe, overrides or [])
     from mmrl.trainers.rollouts import run_rollouts
 
-    told = run_rollouts(config, out)
-    if told:
+    numbers = run_rollouts(config, out)
+    if numbers:
         typer.echo(
-            f"{told['rollouts']} rollouts, {told['prompts']} prompts, {told['leaves']} leaves, "
-            f"mean reward {told['reward']:.3f}: {out}"
+            f"{numbers['rollouts']} rollouts, {numbers['prompts']} prompts, {numbers['leaves']} leaves, "
+            f"mean reward {numbers['reward']:.3f}: {out}"
         )
 
 
@@ -146,8 +146,10 @@ def score(
     """Score every step of written solutions."""
     from mmrl.reasoning.verbs import run_score
 
-    told = run_score(_section(scorer), data, out, _section(format_))
-    typer.echo(f"{told['records']} solutions, {told['unscored']} unscored, {told['quarantined']} set aside: {out}")
+    numbers = run_score(_section(scorer), data, out, _section(format_))
+    typer.echo(
+        f"{numbers['records']} solutions, {numbers['unscored']} unscored, {numbers['quarantined']} set aside: {out}"
+    )
 
 
 @app.command()
@@ -235,7 +237,7 @@ def demo(
 
 
 def _section(text: str) -> str | dict[str, Any]:
-    """A name or folder as it is, or the section that a text in braces says in YAML."""
+    """A name or folder as it is, or the section in a text in braces, which is YAML."""
     if not text.startswith("{"):
         return text
     import yaml
@@ -250,8 +252,11 @@ def _section(text: str) -> str | dict[str, Any]:
 
 def _unused(folder: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3 ... that does not exist: a demo can be repeated."""
-    names = (folder if i == 1 else folder.with_name(f"{folder.name}-{i}") for i in range(1, 10_000))
-    return next(f for f in names if not f.exists())
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
 
 
 def main() -> None:
@@ -272,7 +277,7 @@ def main() -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """What a user needs to know of an error; None for a mistake of the program, which wants its traceback."""
+    """The message of an error that a user can mend; None for a mistake of the program, which needs its traceback."""
     from safetensors import SafetensorError
 
     text = str(error)
@@ -281,10 +286,11 @@ def _message(error: Exception) -> str | None:
         return text + remedy if remedy else None
     if not isinstance(error, ValueError | RuntimeError | OSError | SafetensorError):
         return None
-    # gloo's words, with a stack, for a process that has ended
+    # The message of gloo, which has a stack, when another process has ended.
     if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", text):
         return "another process of this run has ended; its own message says why"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in text:
+    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Libraries that write by themselves raise errors of their own with this text.
+    if disk_full or "No space left on device" in text:
         return f"{text}; make room and repeat the command, with run.resume=true where it trained"
     return text

@@ -16,10 +16,17 @@ Overrides = Sequence[str]
 
 @dataclass(frozen=True)
 class Demo:
-    """title: of its section in the report. shown: the recipe whose run is shown, beside: runs with the same budget to
-    compare with. after: the demo whose model it starts from. judge: title and recipe of the step reward that is
-    trained first and has a section of its own. seeds: each recipe runs once per seed from 0 on. run: does the work
-    in place of training the recipes."""
+    """A built-in job and the runs that its section of the report compares.
+
+    Args:
+        title: of its section in the report.
+        shown: the recipe whose run the section is about.
+        beside: recipes whose runs have the same budget and are compared with it.
+        after: the demo whose model it starts from.
+        judge: title and recipe of the step reward that is trained first and has a section of its own.
+        seeds: each recipe runs once per seed from 0 on.
+        run: does the work in place of training the recipes.
+    """
 
     title: str
     shown: str
@@ -31,7 +38,7 @@ class Demo:
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        """(recipe, seed) of every run, the shown one first."""
+        """(recipe, seed) of every run; the first one is what the section is about."""
         return [(recipe, seed) for seed in range(self.seeds) for recipe in (self.shown, *self.beside)]
 
 
@@ -40,7 +47,7 @@ class DemoError(RuntimeError):
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe that ships with mmrl: inside the package when installed, beside it in a checkout."""
+    """The file of a recipe that ships with mmrl: inside the package when installed, beside it in a checkout."""
     here = Path(__file__).parent
     for root in (here / "configs", here.parent / "configs"):
         if (root / name).is_file():
@@ -73,14 +80,17 @@ def run_all(folder: Path, overrides: Overrides = ()) -> Path:
     from mmrl.report.page import write_overview
 
     demos = {name: _demo(name) for name in names("demos")}
-    jobs = {name: _start(name, folder, overrides) for name, demo in demos.items() if demo.after is None}
+    processes = {name: _start(name, folder, overrides) for name, demo in demos.items() if demo.after is None}
     for name, demo in demos.items():
-        if demo.after is not None and jobs[demo.after].wait() == 0:
-            jobs[name] = _start(name, folder, overrides)
-    failed = [name for name in demos if name not in jobs or jobs[name].wait() != 0]
+        if demo.after is not None and processes[demo.after].wait() == 0:
+            processes[name] = _start(name, folder, overrides)
+    # A demo without a process has waited for one that failed.
+    failed = [name for name in demos if name not in processes or processes[name].wait() != 0]
     if failed:
         raise DemoError(f"demo {', '.join(failed)} failed; its messages are above. Alone: mmrl demo {failed[0]}")
-    sections = [section for demo in demos.values() for section in _sections(demo, folder)]
+    sections = []
+    for demo in demos.values():
+        sections += _sections(demo, folder)
     return write_overview(sections, folder / "report.html")
 
 
@@ -89,13 +99,18 @@ def _start(name: str, folder: Path, overrides: Overrides) -> subprocess.Popen[by
 
 
 def _sections(demo: Demo, folder: Path) -> list[tuple[str, Path, list[Path]]]:
-    shown, *beside = (_run(folder, recipe, seed) for recipe, seed in demo.runs)
-    own = [(demo.title, shown, beside)]
-    return own if demo.judge is None else [(demo.judge[0], _run(folder, demo.judge[1]), []), *own]
+    """(title, run folder, folders of the runs to compare with) of each section of a demo."""
+    first, *beside = (_run(folder, recipe, seed) for recipe, seed in demo.runs)
+    sections: list[tuple[str, Path, list[Path]]] = []
+    if demo.judge is not None:
+        title, recipe = demo.judge
+        sections.append((title, _run(folder, recipe), []))
+    sections.append((demo.title, first, beside))
+    return sections
 
 
 def _run(folder: Path, recipe: str, seed: int = 0) -> Path:
-    """Where a recipe's run lies."""
+    """The folder of a recipe's run."""
     return folder / (Path(recipe).stem + (f"_seed{seed}" if seed else ""))
 
 
@@ -124,14 +139,15 @@ def _prm(demo: Demo, folder: Path, overrides: Overrides) -> None:
     from mmrl.search.recipe import SearchConfig
     from mmrl.search.verb import run_search
 
-    train, test, found = (_run(folder, name) for name in ("shapes_annotate", "shapes_exact", "shapes_search"))
+    train, test = _run(folder, "shapes_annotate"), _run(folder, "shapes_exact")
     policy = f"policy.model={_run(folder, 'vision/shapes_steps.yaml') / 'model'}"
     for name, output in (("shapes_annotate", train), ("shapes_exact", test)):
         run_annotate(load_section(recipe_path(f"vision/{name}.yaml"), AnnotateConfig, [policy, f"output={output}"]))
     data = [f"task.train={train / 'records.jsonl'}", f"task.eval={test / 'records.jsonl'}"]
     _train(demo.shown, folder, [*data, policy.replace("policy", "scorer"), *overrides])
-    told = [policy, f"scorer={_run(folder, demo.shown) / 'model'}", f"output={found}"]
-    report = run_search(load_section(recipe_path("vision/shapes_search.yaml"), SearchConfig, told))
+    scorer = f"scorer={_run(folder, demo.shown) / 'model'}"
+    settings = [policy, scorer, f"output={_run(folder, 'shapes_search')}"]
+    report = run_search(load_section(recipe_path("vision/shapes_search.yaml"), SearchConfig, settings))
     write_json(_run(folder, demo.shown) / "search.json", report)
 
 

@@ -46,7 +46,8 @@ _ROLES = {
 # `A. red`, `(A) red`, `A) red`, `A: red`
 _LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(\S.*)", re.DOTALL)
 
-Turn = Mapping[str, str]  # role: system, user or assistant; content: a text with a mark per picture
+# role: system, user or assistant; content: a text with a mark per picture.
+Turn = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Columns:
 
 @dataclass(frozen=True)
 class Question:
-    """What one row asks.
+    """The question of one row.
 
     text: the last question, without its options; `<image>` where a picture stands between words.
-    images, videos: paths, in the order in which they are shown, pictures of `history` first. `history`: what was said
-    before. options: without letters. answer: as the row has it, else the assistant's last turn. others: the columns
+    images, videos: paths, in the order in which they are shown, pictures of `history` first. `history`: the turns
+    before it. options: without letters. answer: as the row has it, else the assistant's last turn. others: the columns
     that were not read, and that turn where the row has an answer besides.
     """
 
@@ -80,10 +81,14 @@ class Question:
     @property
     def inputs(self) -> dict[str, Any]:
         """`Prompt.inputs`: the question ends with its options as lettered lines."""
-        out: dict[str, Any] = {"question": with_options(self.text, self.options), "images": list(self.images)}
-        out |= {"videos": list(self.videos)} if self.videos else {}
-        out |= {"options": list(self.options)} if self.options else {}
-        return out | ({"history": [dict(turn) for turn in self.history]} if self.history else {})
+        inputs: dict[str, Any] = {"question": with_options(self.text, self.options), "images": list(self.images)}
+        if self.videos:
+            inputs["videos"] = list(self.videos)
+        if self.options:
+            inputs["options"] = list(self.options)
+        if self.history:
+            inputs["history"] = [dict(turn) for turn in self.history]
+        return inputs
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def read_question(row: Row, columns: Columns, *, films: bool = False) -> Questio
     before. A last turn of the assistant is the answer, or a written solution where the row has an answer besides.
 
     Args:
-        films: whether the caller shows films.
+        films: the caller can show films.
     Raises:
         RowError: no text, turns or media that nobody can show, a column of media that nobody reads, more or fewer
             `<image>` than pictures, a model's own placeholder in a text.
@@ -109,19 +114,20 @@ def read_question(row: Row, columns: Columns, *, films: bool = False) -> Questio
     images, image_column = _column_media(row, columns.images, "image")
     videos, video_column = _column_media(row, "videos", "video") if films else ((), "")
     used = {"id", column, "history", image_column, video_column, columns.options, columns.answer}
-    others = {k: v for k, v in row.items() if k not in used}
-    way = "name it `video`" if films else "this task shows pictures; take task: {{name: video_jsonl}}"
-    check_unread(others, f"{way}, or remove the column", "name it as task.images: {column}, or remove it")
+    others = {name: value for name, value in row.items() if name not in used}
+    remedy = "name it `video`" if films else "this task shows pictures; take task: {{name: video_jsonl}}"
+    check_unread(others, f"{remedy}, or remove the column", "name it as task.images: {column}, or remove it")
     if talk.images and images:
         raise RowError(f"pictures twice: in {column!r} and in {image_column!r}; leave one of them out")
     if talk.videos and not films:
         raise RowError(f"a film in {column!r}: this task shows pictures; take task: {{name: video_jsonl}}")
-    shown = tuple(talk.images) or images
-    every_film = videos + tuple(talk.videos)
-    if every_film:
+    images = tuple(talk.images) or images
+    videos += tuple(talk.videos)
+    if videos:
+        # Films are put before the first turn of the user, so its own mark would be one too many.
         first = next(turn for turn in talk.turns if turn["role"] == "user")
         first["content"] = _without_film_marks(first["content"])
-    *history, last = _placed(talk, len(shown))
+    *history, last = _placed(talk, len(images))
     options = _options(row.get(columns.options), columns.options)
     texts = [turn["content"].replace(IMAGE_MARK, "") for turn in (*history, last)]
     check_text("\n".join([*texts, *options]))
@@ -129,9 +135,10 @@ def read_question(row: Row, columns: Columns, *, films: bool = False) -> Questio
     if answer is None:
         answer = talk.written
     elif talk.written is not None:
+        # The row has an answer besides, so the assistant's last turn is a written solution: kept, not compared with.
         others["completion" if others.get("solution") else "solution"] = talk.written
     check_json(others | {columns.answer: answer})
-    return Question(last["content"], shown, every_film, tuple(history), options, answer, others)
+    return Question(last["content"], images, videos, tuple(history), options, answer, others)
 
 
 def last_question(value: Any, column: str) -> str:
@@ -147,18 +154,19 @@ def last_question(value: Any, column: str) -> str:
 
 
 def told_columns(prompts: Sequence[Prompt], columns: Columns) -> list[str]:
-    """What to say about columns that nobody reads: those that resemble one that every row lacks, and conversations."""
-    references = [p.reference for p in prompts]
+    """Warnings about columns that nobody reads: those that resemble one that every row lacks, and conversations."""
+    references = [prompt.reference for prompt in prompts]
     lines = []
     for name in _CONVERSATIONS:
-        if unread := sum(bool(reference.get(name)) for reference in references):
+        unread = sum(bool(reference.get(name)) for reference in references)
+        if unread:
             lines.append(
                 f"{name!r} ({unread} rows) is not read beside {columns.question!r}; take task.question: {name}, if it "
                 "holds the question"
             )
     has = {
         "answer": any(reference["answer"] is not None for reference in references),
-        "options": any(p.inputs.get("options") for p in prompts),
+        "options": any(prompt.inputs.get("options") for prompt in prompts),
     }
     for field in has:
         named = getattr(columns, field)
@@ -184,11 +192,14 @@ def with_options(question: str, options: Sequence[str]) -> str:
 
 def plain_options(options: Sequence[str]) -> tuple[str, ...]:
     """Options without letters, when all carry A, B, C .. in order ("A. red", "(B) blue"); else as they are."""
-    found = [_LETTERED.match(option) for option in options]
-    letters = "".join(m[1] or m[2] for m in found if m)
-    if len(letters) < len(options) or letters != string.ascii_uppercase[: len(letters)]:
-        return tuple(options)
-    return tuple(m[3].strip() for m in found if m)
+    plain = []
+    for option, letter in zip(options, string.ascii_uppercase, strict=False):
+        parts = _LETTERED.match(option)
+        if parts is None or (parts[1] or parts[2]) != letter:
+            return tuple(options)
+        plain.append(parts[3].strip())
+    # More options than letters cannot all have one.
+    return tuple(plain) if len(plain) == len(options) else tuple(options)
 
 
 def _options(value: Any, column: str) -> tuple[str, ...]:
@@ -202,17 +213,21 @@ def _options(value: Any, column: str) -> tuple[str, ...]:
     elif isinstance(value, dict) and isinstance(value.get("label"), list) and isinstance(value.get("text"), list):
         entries = [f"{label}. {text}" for label, text in zip(value["label"], value["text"], strict=False)]
     elif isinstance(value, dict):
-        # a table has every column in every row: options that a row lacks are null at its end
+        # A table has every column in every row: options that a row lacks are null at its end.
         entries = [f"{letter}. {text}" for letter, text in value.items() if text is not None]
         entries = entries if plain_options(entries) != tuple(entries) else None
-    if not isinstance(entries, list) or not all(isinstance(o, str | int | float) and str(o).strip() for o in entries):
+    if not isinstance(entries, list) or not all(map(_is_option, entries)):
         raise RowError(
             f"column {column!r} is no list of texts or numbers: {str(value)[:80]!r}; lettered lines and an object of "
             "A, B, C .. are read too"
         )
     if len(entries) > len(string.ascii_uppercase):
         raise RowError(f"{len(entries)} options; there are letters for {len(string.ascii_uppercase)}")
-    return plain_options([str(o) for o in entries])
+    return plain_options([str(entry) for entry in entries])
+
+
+def _is_option(entry: Any) -> bool:
+    return isinstance(entry, str | int | float) and bool(str(entry).strip())
 
 
 def check_answer(answer: Any, options: Sequence[str]) -> None:
@@ -234,8 +249,8 @@ class _Talk:
 
     Attributes:
         turns: role and content, the last one of the user. images, videos: paths in their order.
-        written: the assistant's last turn, None without one. in_parts: whether turns are lists of parts, where the
-        place of a picture is meant.
+        written: the assistant's last turn, None without one. in_parts: turns are lists of parts, in which the
+        place of a picture has a meaning.
     """
 
     def __init__(self, column: str, value: Any, history: Any = None) -> None:
@@ -245,9 +260,9 @@ class _Talk:
         self.written: str | None = None
         self.in_parts = False
         entries = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
             raise RowError(f"column {column!r} is no text and no list of turns: {str(value)[:80]!r}")
-        self.turns: list[dict[str, str]] = [self._turn(e) for e in (*_history(history), *entries)]
+        self.turns: list[dict[str, str]] = [self._turn(entry) for entry in (*_history(history), *entries)]
         if self.turns and self.turns[-1]["role"] == "assistant":
             if column == "prompt":
                 raise RowError("'prompt' ends with a turn of the assistant, which no policy here goes on with")
@@ -260,6 +275,7 @@ class _Talk:
             raise RowError(f"column {column!r} has a system turn inside; only the first turn may be one")
 
     def _turn(self, entry: Row) -> dict[str, str]:
+        """One turn as role and text; its media are noted."""
         name = entry.get("role") or entry.get("from")
         role = _ROLES.get(str(name))
         if role is None:
@@ -284,13 +300,14 @@ class _Talk:
             return part
         if not isinstance(part, Mapping):
             raise RowError(f"a turn of {self.column!r} holds {str(part)[:60]!r}, no part with a type")
-        filled = {k: v for k, v in part.items() if v is not None}
+        filled = {key: value for key, value in part.items() if value is not None}
         kind = str(filled.pop("type", next(iter(filled), ""))).removeprefix("input_").removesuffix("_url")
         if kind == "text" and isinstance(filled.get("text"), str):
             return str(filled["text"])
         if kind not in ("image", "video"):
             raise RowError(f"a part {kind!r} in {self.column!r}, which nobody here shows")
-        source = next((filled[k] for k in (kind, f"{kind}_url", "path", "url", "bytes") if filled.get(k)), None)
+        keys = (kind, f"{kind}_url", "path", "url", "bytes")
+        source = next((filled[key] for key in keys if filled.get(key)), None)
         if kind == "video":
             if source is None:
                 raise RowError(f"a film without a path in {self.column!r}")
@@ -298,7 +315,7 @@ class _Talk:
             return _FILM_MARK
         if source is not None:
             self.images.append(medium_path(source, self.column))
-        # without a source the picture stands in the column of pictures
+        # Without a source the picture stands in the column of pictures.
         return IMAGE_MARK
 
 
@@ -353,12 +370,12 @@ def _question_column(row: Row, columns: Columns) -> str:
     value = row.get(columns.question)
     if isinstance(value, list) or (isinstance(value, str) and value.strip()):
         return columns.question
-    filled = [c for c in _CONVERSATIONS if row.get(c)]
+    filled = [column for column in _CONVERSATIONS if row.get(column)]
     if filled and columns.question == Columns.question and not value:
         return filled[0]
-    similar = [c for c in _LIKE["question"] if row.get(c)]
-    way = f"; name it as task.question: {similar[0]}" if similar else ""
-    raise RowError(f"no text in column {columns.question!r}; columns are {sorted(row)}{way}")
+    similar = [column for column in _LIKE["question"] if row.get(column)]
+    remedy = f"; name it as task.question: {similar[0]}" if similar else ""
+    raise RowError(f"no text in column {columns.question!r}; columns are {sorted(row)}{remedy}")
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------
@@ -366,7 +383,7 @@ def _question_column(row: Row, columns: Columns) -> str:
 
 def _column_media(row: Row, named: str, single: str) -> tuple[tuple[str, ...], str]:
     """Paths of the named column, or of `single` where that is empty, and the column's name."""
-    column = next((c for c in (named, single) if row.get(c)), named)
+    column = next((name for name in (named, single) if row.get(name)), named)
     return media_paths(row.get(column), column, single), column
 
 
@@ -402,7 +419,7 @@ def check_json(others: Mapping[str, Any]) -> None:
 
 
 def check_marks(texts: Sequence[str], images: int) -> int:
-    """How many places of pictures the turns' texts mark; RowError unless all pictures have one.
+    """The number of places of pictures that the turns' texts mark; RowError unless all pictures have one.
 
     Those of the last text may be left out together: they stand in front of it.
     """
@@ -414,7 +431,9 @@ def check_marks(texts: Sequence[str], images: int) -> int:
 
 
 def check_text(text: str) -> None:
-    """Raises RowError when a text holds what a model reads as a picture, a film or a turn."""
-    found = _PLACEHOLDER.search(text)
-    if found:
-        raise RowError(f"the text holds the placeholder {found[0]!r}; remove it, media are given by their column")
+    """Raise RowError for a text with a placeholder that a model reads as a picture, a film or a turn."""
+    placeholder = _PLACEHOLDER.search(text)
+    if placeholder:
+        raise RowError(
+            f"the text holds the placeholder {placeholder[0]!r}; remove it, media are given by their column"
+        )

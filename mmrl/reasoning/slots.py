@@ -1,4 +1,9 @@
-"""Where a process reward model reads its scores: one slot per step, its position recorded while ids are joined.
+"""Slots, the positions at which a process reward model is read: one per step, recorded while ids are joined.
+
+    prompt | step 1 | marker | joiner | step 2 | marker
+                           ^                          ^
+
+A slot is the last token of a step's marker, or the token before it, where the marker is predicted.
 
 Nothing is ever searched for in finished ids: a marker may also occur in the question, and padding may equal it.
 """
@@ -15,7 +20,8 @@ from mmrl.registry import of_kind
 
 IGNORED = -100.0
 
-Encode = Callable[[str], list[int]]  # text -> token ids, no special tokens added
+# Text -> token ids, no special tokens added.
+Encode = Callable[[str], list[int]]
 
 
 class SlotError(ValueError):
@@ -78,8 +84,11 @@ class StepFormat:
 
 @dataclass(frozen=True)
 class SlotIds:
-    """A format in token ids. between: before every step but the first. closing: after every step; its last token is
-    the marker. read: slot counted from the end of a step's run, -1 = its last token."""
+    """A format in token ids.
+
+    between: before every step but the first. closing: after every step; its last token is the marker. read: the slot
+    counted from the end of a step's run, -1 = its last token.
+    """
 
     between: tuple[int, ...]
     closing: tuple[int, ...]
@@ -92,8 +101,11 @@ class SlotIds:
 
 @dataclass(frozen=True)
 class Slots:
-    """One laid-out solution. ids (L,). starts (T + 1,): where each step's run begins, then L. slots (T,): where each
-    step is read. labels (T,): None = unlabelled. T counts the steps that fit; `dropped` the others."""
+    """One laid-out solution of L tokens; T is the number of steps that fit, `dropped` that of the others.
+
+    ids: (L,). starts: (T + 1,) the first position of each step's run, then L. slots: (T,) the position at which each
+    step is read. labels: (T,), None = unlabelled.
+    """
 
     ids: list[int]
     starts: list[int]
@@ -148,22 +160,23 @@ def lay_out(
     """
     if not steps:
         raise SlotError("the solution has no step")
-    known: Sequence[float | None] = labels if labels is not None else [None] * len(steps)
-    if len(known) != len(steps):
-        raise SlotError(f"{len(known)} labels for {len(steps)} steps")
-    ids = [*([] if bos is None else [bos]), *prompt]
+    step_labels: Sequence[float | None] = labels if labels is not None else [None] * len(steps)
+    if len(step_labels) != len(steps):
+        raise SlotError(f"{len(step_labels)} labels for {len(steps)} steps")
+    ids = list(prompt) if bos is None else [bos, *prompt]
     starts, slots = [], []
     for t, step in enumerate(steps):
         if not step:
             raise SlotError(f"step {t} is empty")
-        own = format.run(step, first=t == 0)
-        if max_length is not None and len(ids) + len(own) > max_length:
+        run = format.run(step, first=t == 0)
+        if max_length is not None and len(ids) + len(run) > max_length:
             break
         starts.append(len(ids))
-        ids += own
+        ids += run
         slots.append(len(ids) + format.read)
     if not slots:
         raise SlotError(f"the prompt ({len(prompt)} tokens) and the first step do not fit in max_length={max_length}")
-    hidden = len(slots) - 1 if last_only else 0
-    kept = [None if t < hidden else y for t, y in enumerate(known[: len(slots)])]
+    kept = list(step_labels[: len(slots)])
+    if last_only:
+        kept[:-1] = [None] * (len(slots) - 1)
     return Slots(ids, [*starts, len(ids)], slots, kept, len(steps) - len(slots))

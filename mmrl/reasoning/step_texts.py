@@ -6,6 +6,7 @@ differently once their neighbours are known, so spans are never found by tokenis
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def join(steps: Sequence[ParsedStep], format: Layout) -> str:
     out = writer(steps)
     if format in ("double_newline", "newline"):
         return out
-    if [s.text for s in reader(out)] != [s.text for s in steps]:
+    if [step.text for step in reader(out)] != [step.text for step in steps]:
         raise ValueError(f"a step's text holds markers of {format} or outer white space; it would not be read back")
     return out
 
@@ -92,19 +93,24 @@ def merge(steps: Sequence[ParsedStep], max_steps: int, *, separator: str = "\n\n
     """
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps}: at least 1 step must be left")
-    size = -(-len(steps) // max_steps)
-    groups = [steps[i : i + size] for i in range(0, len(steps), size)] if steps else []
-    return [
-        ParsedStep(
-            separator.join(s.text for s in group),
-            index,
-            group[0].kind if len({s.kind for s in group}) == 1 else "unknown",
-            (group[0].char_span[0], group[-1].char_span[1]),
-            group[0].section if len({s.section for s in group}) == 1 else None,
-            group[0].name if len({s.name for s in group}) == 1 else None,
+    size = math.ceil(len(steps) / max_steps)
+    merged: list[ParsedStep] = []
+    for start in range(0, len(steps), max(size, 1)):
+        group = steps[start : start + size]
+        # What differs inside a group has no single value.
+        same_kind = len({step.kind for step in group}) == 1
+        same_section = len({step.section for step in group}) == 1
+        same_name = len({step.name for step in group}) == 1
+        step = ParsedStep(
+            text=separator.join(step.text for step in group),
+            index=len(merged),
+            kind=group[0].kind if same_kind else "unknown",
+            char_span=(group[0].char_span[0], group[-1].char_span[1]),
+            section=group[0].section if same_section else None,
+            name=group[0].name if same_name else None,
         )
-        for index, group in enumerate(groups)
-    ]
+        merged.append(step)
+    return merged
 
 
 def read_numbered_tags(text: str, tag: str) -> dict[int, str]:
@@ -115,12 +121,12 @@ def read_numbered_tags(text: str, tag: str) -> dict[int, str]:
     Raises:
         StepParseError: a number occurs twice, so its text is ambiguous.
     """
-    out: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for number, start, end in _numbered_tags(text, tag, 0, len(text)):
-        if number in out:
+        if number in texts:
             raise StepParseError(f"<{tag}_{number}> occurs twice; which one holds is unknown")
-        out[number] = text[start:end]
-    return out
+        texts[number] = text[start:end]
+    return texts
 
 
 def header_parts(text: str) -> list[tuple[str, str]]:
@@ -139,7 +145,7 @@ def header_parts(text: str) -> list[tuple[str, str]]:
 # --- readers and writers, one pair per format ----------------------------------------------------------------------
 
 _LETS_THINK = "Let's think step by step."
-# headers stand on a line of their own or, where a model writes no line breaks, inside one
+# Headers stand on a line of their own or, where a model writes no line breaks, inside one.
 _HEADER = re.compile(
     r"(?<!#)### (?:(?P<name>Image Description|Rationales|Step (?P<k>[0-9]{1,6})|The final answer is):"
     rf"|{re.escape(_LETS_THINK)})"
@@ -155,8 +161,14 @@ def _trim(text: str, start: int, end: int, what: str) -> tuple[int, int]:
     return start + len(inner) - len(inner.lstrip()), end - len(inner) + len(inner.rstrip())
 
 
-def _step(text: str, span: tuple[int, int], index: int, kind: Kind, section: str | None = None,
-          name: str | None = None) -> ParsedStep:  # fmt: skip
+def _step(
+    text: str,
+    span: tuple[int, int],
+    index: int,
+    kind: Kind,
+    section: str | None = None,
+    name: str | None = None,
+) -> ParsedStep:
     return ParsedStep(text[slice(*span)], index, kind, span, section, name)
 
 
@@ -184,12 +196,14 @@ def _read_split(separator: str, glue: bool) -> Callable[[str], Iterator[ParsedSt
 
 
 def _read_numbered(text: str) -> Iterator[ParsedStep]:
-    starts: list[tuple[int, int, Kind, str | None]] = []  # start, end of the header, kind, name
+    # Per step: its start, the end of its header, its kind and its name.
+    starts: list[tuple[int, int, Kind, str | None]] = []
     number = 0
     for match in _NUMBER.finditer(text):
         if match["k"] and int(match["k"]) != number + 1:
+            # Inside a line another number than the next is a mention in a sentence.
             if match["line"] is None:
-                continue  # a mention inside a sentence
+                continue
             raise StepParseError(f"Step {match['k']} follows Step {number}; expected 1, 2, .. without gaps")
         if starts and starts[-1][2] == "answer":
             raise StepParseError(f"{match[0]} stands after the answer")
@@ -207,11 +221,11 @@ def _read_numbered(text: str) -> Iterator[ParsedStep]:
 
 
 def _read_tags(text: str) -> Iterator[ParsedStep]:
-    found = list(between(text, "<(step|answer)>", "</(step|answer)>"))
-    kinds = [name for name, _ in found]
+    parts = list(between(text, "<(step|answer)>", "</(step|answer)>"))
+    kinds = [name for name, _ in parts]
     if "step" not in kinds or kinds.count("answer") != 1 or kinds[-1] != "answer":
         raise StepParseError(f"tags hold {kinds}; expected one or more <step> and then one <answer>, each closed")
-    for index, (name, span) in enumerate(found):
+    for index, (name, span) in enumerate(parts):
         kind: Kind = "answer" if name == "answer" else "reasoning"
         yield _step(text, _trim(text, *span, f"<{name}> {index}"), index, kind)
 
@@ -219,8 +233,8 @@ def _read_tags(text: str) -> Iterator[ParsedStep]:
 def _numbered_tags(text: str, tag: str, start: int, end: int) -> list[tuple[int, int, int]]:
     """(number, start, end) of `<tag_k>..</tag_k>` in text[start:end], both with the same number."""
     name = rf"{re.escape(tag)}_([0-9]{{1,6}})"
-    found = between(text, f"<{name}>", f"</{name}>", start, end)
-    return [(int(number), *_trim(text, *span, f"<{tag}_{number}>")) for number, span in found]
+    parts = between(text, f"<{name}>", f"</{name}>", start, end)
+    return [(int(number), *_trim(text, *span, f"<{tag}_{number}>")) for number, span in parts]
 
 
 def _read_sectioned(text: str) -> Iterator[ParsedStep]:
@@ -236,41 +250,39 @@ def _read_sectioned(text: str) -> Iterator[ParsedStep]:
         ("Reasoning", "reasoning", reasoning, answer[0]),
     )
     for section, kind, start, end in sections:
-        found = sorted(_numbered_tags(text, "step", start, end))
-        if not found:
+        steps = sorted(_numbered_tags(text, "step", start, end))
+        if not steps:
             raise StepParseError(f"[{section}] has no step")
-        _check_numbers([k for k, _, _ in found], f"[{section}]")
-        for _, a, b in found:
-            yield _step(text, (a, b), index, kind, section)
+        _check_numbers([number for number, _, _ in steps], f"[{section}]")
+        for _, step_start, step_end in steps:
+            yield _step(text, (step_start, step_end), index, kind, section)
             index += 1
     yield _step(text, _trim(text, *answer, "<correct_answer>"), index, "answer")
 
 
 def _read_headers(text: str) -> Iterator[ParsedStep]:
-    found = list(_HEADER.finditer(text))
-    names = [m["name"] or _LETS_THINK for m in found]
-    if (
-        not names
-        or names[0] != "Image Description"
-        or names[-1] != "The final answer is"
-        or len(set(names)) != len(names)
-    ):
+    headers = list(_HEADER.finditer(text))
+    names = [header["name"] or _LETS_THINK for header in headers]
+    has_ends = bool(names) and names[0] == "Image Description" and names[-1] == "The final answer is"
+    if not has_ends or len(set(names)) != len(names):
         raise StepParseError(
             f"headers are {names}; expected Image Description first, The final answer is last, each once"
         )
-    if text[: found[0].start()].strip():
+    if text[: headers[0].start()].strip():
         raise StepParseError(f"text before the first header: {text[:80]!r}")
-    numbers = [int(m["k"]) for m in found if m["k"]]
+    numbers = [int(header["k"]) for header in headers if header["k"]]
     if not numbers:
         raise StepParseError("no `### Step 1:`")
     _check_numbers(numbers, "headers")
     index = 0
-    ends = [m.start() for m in found[1:]] + [len(text)]
-    for name, match, end in zip(names, found, ends, strict=True):
-        if name == _LETS_THINK and not text[match.end() : end].strip():
-            continue  # a heading of the steps below it
-        kind: Kind = "perception" if name == names[0] else "answer" if name == names[-1] else "reasoning"
-        yield _step(text, _trim(text, match.end(), end, f"### {name}"), index, kind, name=name)
+    ends = [header.start() for header in headers[1:]] + [len(text)]
+    kinds: dict[str, Kind] = {names[0]: "perception", names[-1]: "answer"}
+    for name, header, end in zip(names, headers, ends, strict=True):
+        # A heading of the steps below it, which has no text of its own.
+        if name == _LETS_THINK and not text[header.end() : end].strip():
+            continue
+        kind = kinds.get(name, "reasoning")
+        yield _step(text, _trim(text, header.end(), end, f"### {name}"), index, kind, name=name)
         index += 1
 
 
@@ -281,7 +293,7 @@ def _marks(part: str) -> tuple[str, str]:
 def _read_special(text: str) -> Iterator[ParsedStep]:
     _, chain = next(between(text, *_marks("reasoning")), ("", (-1, 0)))
     _, answer = next(between(text, *_marks("answer"), chain[1]), ("", (0, 0)))
-    # only blanks stand between the two
+    # Only blanks may stand between the two.
     if "".join(text[chain[1] : answer[0]].split()) != "<|reasoning_end|><|answer_start|>":
         raise StepParseError("expected <|reasoning_start|>..<|reasoning_end|> and <|answer_start|>..<|answer_end|>")
     index = 0
@@ -302,33 +314,39 @@ def _read_special(text: str) -> Iterator[ParsedStep]:
 
 
 def _read_paragraphs(text: str) -> Iterator[ParsedStep]:
-    read_numbered_tags(text, "paragraph")  # twice the same number is an error
+    # It raises the error for a number that occurs twice.
+    read_numbered_tags(text, "paragraph")
     for number, start, end in sorted(_numbered_tags(text, "paragraph", 0, len(text))):
         yield _step(text, (start, end), number, "unknown")
 
 
 def _write_tags(steps: Sequence[ParsedStep]) -> str:
-    tags = ["answer" if s.kind == "answer" else "step" for s in steps]
-    return "\n".join(f"<{tag}>{s.text}</{tag}>" for tag, s in zip(tags, steps, strict=True))
+    lines = []
+    for step in steps:
+        tag = "answer" if step.kind == "answer" else "step"
+        lines.append(f"<{tag}>{step.text}</{tag}>")
+    return "\n".join(lines)
 
 
 def _write_sectioned(steps: Sequence[ParsedStep]) -> str:
     def block(kind: Kind) -> str:
-        texts = [s.text for s in steps if s.kind == kind]
-        return "\n".join(f"<step_{k}>\n{t}\n</step_{k}>" for k, t in enumerate(texts, start=1))
+        texts = [step.text for step in steps if step.kind == kind]
+        return "\n".join(f"<step_{number}>\n{text}\n</step_{number}>" for number, text in enumerate(texts, start=1))
 
-    answer = "".join(f"<correct_answer>\n{s.text}\n</correct_answer>" for s in steps if s.kind == "answer")
+    answers = [step.text for step in steps if step.kind == "answer"]
+    answer = "".join(f"<correct_answer>\n{text}\n</correct_answer>" for text in answers)
     return f"[Visual Elements]\n{block('perception')}\n\n[Reasoning]\n{block('reasoning')}\n\n{answer}"
 
 
 def _write_headers(steps: Sequence[ParsedStep]) -> str:
     blocks = []
-    heading = _LETS_THINK not in [s.name for s in steps]
-    for s in steps:
-        if s.name == "Step 1" and heading:
+    heading = _LETS_THINK not in [step.name for step in steps]
+    for step in steps:
+        if step.name == "Step 1" and heading:
             blocks.append(f"### {_LETS_THINK}")
-        gap = " " if s.kind == "answer" else "\n"
-        blocks.append(f"### {s.name}{'' if s.name == _LETS_THINK else ':'}{gap}{s.text}")
+        colon = "" if step.name == _LETS_THINK else ":"
+        gap = " " if step.kind == "answer" else "\n"
+        blocks.append(f"### {step.name}{colon}{gap}{step.text}")
     return "\n\n".join(blocks)
 
 
@@ -337,23 +355,24 @@ def _write_special(steps: Sequence[ParsedStep]) -> str:
         return f"<|{part}_start|>{text}<|{part}_end|>"
 
     written = []
-    for _, group in groupby((s for s in steps if s.kind != "answer"), key=lambda s: s.section):
+    reasoning = [step for step in steps if step.kind != "answer"]
+    for _, group in groupby(reasoning, key=lambda step: step.section):
         parts = list(group)
         body = pair("reasoning_step_name", parts[0].name or "")
-        body += "".join(
-            pair(f"reasoning_step_{'reflection' if s.kind == 'reflection' else 'thought'}", s.text) for s in parts
-        )
+        for part in parts:
+            role = "reflection" if part.kind == "reflection" else "thought"
+            body += pair(f"reasoning_step_{role}", part.text)
         written.append(pair("reasoning_step", body))
-    answer = "".join(pair("answer", s.text) for s in steps if s.kind == "answer")
+    answer = "".join(pair("answer", step.text) for step in steps if step.kind == "answer")
     return pair("reasoning", "<|reasoning_proceed|>".join(written)) + answer
 
 
 def _write_split(separator: str) -> Callable[[Sequence[ParsedStep]], str]:
-    return lambda steps: separator.join(s.text for s in steps)
+    return lambda steps: separator.join(step.text for step in steps)
 
 
 def _write_paragraphs(steps: Sequence[ParsedStep]) -> str:
-    return "\n\n".join(f"<paragraph_{s.index}>\n{s.text}\n</paragraph_{s.index}>" for s in steps)
+    return "\n\n".join(f"<paragraph_{step.index}>\n{step.text}\n</paragraph_{step.index}>" for step in steps)
 
 
 _Pair = tuple[Callable[[str], Iterator[ParsedStep]], Callable[[Sequence[ParsedStep]], str]]

@@ -1,4 +1,4 @@
-"""Readings of what steps say: events by regular expressions, and evidence beside a prompt's gold texts."""
+"""Readings of the texts of steps: events by regular expressions, and evidence beside a prompt's gold texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORD = re.compile(r"\w+")
     "readings", "events", reads=("texts",), writes=("tags.events",), source="events of Hierarchies of Reward Machines"
 )
 class Events:
-    """tags.events (N, E): whether each step says what an event's regular expression finds, for `reward_machine`.
+    """tags.events (N, E): True where an event's regular expression matches in a step's text, for `reward_machine`.
 
     Args:
         patterns: event -> expression, searched in the step's text (one line break and case matter; write (?i) or
@@ -42,11 +42,11 @@ class Events:
 
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """tags.events."""
-        found = torch.zeros((len(rollout.tree), len(self.patterns)), dtype=torch.bool)
+        events = torch.zeros((len(rollout.tree), len(self.patterns)), dtype=torch.bool)
         for step, text in enumerate(rollout.texts):
             for column, expression in enumerate(self.patterns.values()):
-                found[step, column] = expression.search(text) is not None
-        return {"tags.events": found}
+                events[step, column] = expression.search(text) is not None
+        return {"tags.events": events}
 
 
 @register(
@@ -57,11 +57,11 @@ class Events:
     source="StepSearch; similarity without its inverse document frequencies",
 )
 class Evidence:
-    """How close each step comes to the gold texts of its prompt, and which retrieved items it shows.
+    """Similarity of each step to the gold texts of its prompt, and the retrieved items in it.
 
     tags.similarity (N, max_golds): cosine of word counts of the step and each gold text, in [0, 1]; NaN in the columns
     that a prompt with fewer gold texts does not use. tags.documents (N, max_items): the prompt's items in the order in
-    which they are first shown.
+    which they first occur.
 
     Args:
         golds: key of the prompt's reference that lists the gold texts.
@@ -87,8 +87,10 @@ class Evidence:
     def __call__(self, rollout: Rollout, context: ReadingContext) -> Values:
         """tags.similarity and tags.documents."""
         tree = rollout.tree
-        golds = [self._golds(p) for p in rollout.prompts]
+        golds = [self._golds(prompt) for prompt in rollout.prompts]
+        # Per prompt the names of its items so far: an item's column is its place there.
         items: list[list[str]] = [[] for _ in rollout.prompts]
+        # (step, column) of every occurrence of an item.
         rows: list[int] = []
         columns: list[int] = []
         similarity = torch.full((len(tree), self.max_golds), torch.nan, dtype=torch.float64)
@@ -110,11 +112,11 @@ class Evidence:
         texts = reference.get(self.golds) if isinstance(reference, Mapping) else None
         if texts is None:
             return []
-        if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompt {prompt.id!r}: reference.{self.golds} is no list of texts: {str(texts)[:60]!r}")
         if len(texts) > self.max_golds:
             raise ValueError(f"prompt {prompt.id!r} has {len(texts)} gold texts; raise max_golds={self.max_golds}")
-        return [word_counts(t) for t in texts]
+        return [word_counts(text) for text in texts]
 
 
 def item_table(steps: int, columns: int, rows: list[int], places: list[int]) -> Tensor:
@@ -137,6 +139,6 @@ def word_counts(text: str) -> Counter[str]:
 
 def cosine(a: Counter[str], b: Counter[str]) -> float:
     """Cosine of two word counts, 0 where one has no words."""
-    product = sum(n * b[word] for word, n in a.items())
-    length = math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values()))
+    product = sum(count * b[word] for word, count in a.items())
+    length = math.sqrt(sum(count**2 for count in a.values()) * sum(count**2 for count in b.values()))
     return min(product / length, 1.0) if length else 0.0
