@@ -20,7 +20,7 @@ class Demo:
 
     Args:
         title: of its section in the report.
-        shown: the recipe whose run the section is about.
+        recipe: the one whose run the section is about.
         beside: recipes whose runs have the same budget and are compared with it.
         after: the demo whose model it starts from.
         judge: title and recipe of the step reward that is trained first and has a section of its own.
@@ -29,7 +29,7 @@ class Demo:
     """
 
     title: str
-    shown: str
+    recipe: str
     beside: tuple[str, ...] = ()
     after: str | None = None
     judge: tuple[str, str] | None = None
@@ -39,7 +39,7 @@ class Demo:
     @property
     def runs(self) -> list[tuple[str, int]]:
         """(recipe, seed) of every run; the first one is what the section is about."""
-        return [(recipe, seed) for seed in range(self.seeds) for recipe in (self.shown, *self.beside)]
+        return [(recipe, seed) for seed in range(self.seeds) for recipe in (self.recipe, *self.beside)]
 
 
 class DemoError(RuntimeError):
@@ -65,10 +65,10 @@ def run_demo(name: str, folder: Path, overrides: Overrides = ()) -> Path:
     from mmrl.report.page import write_overview
 
     demo = _demo(name)
-    if demo.after is not None and not (_run(folder, _demo(demo.after).shown) / "model").is_dir():
-        _train(_demo(demo.after).shown, folder, overrides)
+    if demo.after is not None and not (_run(folder, _demo(demo.after).recipe) / "model").is_dir():
+        _train(_demo(demo.after).recipe, folder, overrides)
     (demo.run or _train_all)(demo, folder, overrides)
-    return write_overview(_sections(demo, folder), _run(folder, demo.shown) / "report.html")
+    return write_overview(_sections(demo, folder), _run(folder, demo.recipe) / "report.html")
 
 
 def run_all(folder: Path, overrides: Overrides = ()) -> Path:
@@ -144,11 +144,11 @@ def _prm(demo: Demo, folder: Path, overrides: Overrides) -> None:
     for name, output in (("shapes_annotate", train), ("shapes_exact", test)):
         run_annotate(load_section(recipe_path(f"vision/{name}.yaml"), AnnotateConfig, [policy, f"output={output}"]))
     data = [f"task.train={train / 'records.jsonl'}", f"task.eval={test / 'records.jsonl'}"]
-    _train(demo.shown, folder, [*data, policy.replace("policy", "scorer"), *overrides])
-    scorer = f"scorer={_run(folder, demo.shown) / 'model'}"
+    _train(demo.recipe, folder, [*data, policy.replace("policy", "scorer"), *overrides])
+    scorer = f"scorer={_run(folder, demo.recipe) / 'model'}"
     settings = [policy, scorer, f"output={_run(folder, 'shapes_search')}"]
     report = run_search(load_section(recipe_path("vision/shapes_search.yaml"), SearchConfig, settings))
-    write_json(_run(folder, demo.shown) / "search.json", report)
+    write_json(_run(folder, demo.recipe) / "search.json", report)
 
 
 for _name, _built_in in {

@@ -55,8 +55,8 @@ class RolloutFolder:
 
     def append(self, rollout: Rollout) -> Path:
         """Save as the batch after the last one."""
-        taken = [_batch_of(folder) for folder in self.batches]
-        return self.save(rollout, max(taken, default=-1) + 1)
+        batches = [_batch_of(folder) for folder in self.batches]
+        return self.save(rollout, max(batches, default=-1) + 1)
 
     def trim(self, batches: int, rank: int = 0) -> None:
         """Keep the first `batches` batches of a rank and drop its later ones."""

@@ -92,7 +92,7 @@ def boxed(text: str) -> str | None:
 
 
 def answer_in_tags(reply: str) -> str | None:
-    """What stands in the last closed `<answer>..</answer>` of a reply, None without one."""
+    """The text in the last closed `<answer>..</answer>` of a reply, None without one."""
     return _inside(reply, *_ANSWER_TAGS)
 
 
@@ -137,7 +137,8 @@ _GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\\,|\\!|\{,\})\d{3})+)(?!\d)"
 _GROUPED_BY_COMMA = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _NUMBER = re.compile(r"([+-]?)(\d*)(?:\.(\d*))?")
 _SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d*)?|[+-]?\.\d+)[eE]([+-]?\d+)")
-_LARGEST_EXPONENT = 999  # beyond it a number is not spelt out
+# A number with a larger exponent is not spelt out.
+_LARGEST_EXPONENT = 999
 
 
 def normalise(answer: str) -> str:
@@ -154,7 +155,8 @@ def normalise(answer: str) -> str:
     for token in _SPACES:
         text = re.sub(re.escape(token) + r"(?![a-z])", " ", text) if token[-1].isalpha() else text.replace(token, " ")
     text = unwrapped(text)
-    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)  # a mixed number, not a product
+    # A digit before a fraction makes a mixed number, not a product.
+    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)
     text = re.sub(r"\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))", _fraction, text)
     text = re.sub(r"\\[dt]frac(?![a-z])", r"\\frac", text)
     text = " ".join(text.split()).removesuffix(".").lower()
@@ -214,7 +216,7 @@ _TWO_SIDED = re.compile(rf"{_BOUND}(<=|<)[a-z](<=|<){_BOUND}")
 
 
 def compare(answer: str, reference: str) -> bool | None:
-    """Whether two answers are equal, as far as their text tells; None where only algebra can.
+    """True for equal answers, False for different ones, None where their texts do not tell and only algebra can.
 
     Plain numbers are compared exactly. A unit on one side alone does not count, two different units differ. Digits
     with a base, such as 101_2, have the value that they spell. Inequalities equal their intervals.
@@ -223,7 +225,8 @@ def compare(answer: str, reference: str) -> bool | None:
     if a == b:
         return True
     if _SCIENTIFIC.fullmatch(a) or _SCIENTIFIC.fullmatch(b):
-        return False  # a number too large to spell out equals itself alone
+        # A number too large to spell out equals itself alone.
+        return False
     if _number(a) is not None and _number(b) is not None:
         return _number(a) == _number(b)
     for decide in (_compare_based, _compare_quantities, _compare_intervals):
@@ -263,7 +266,8 @@ def _compare_quantities(a: str, b: str) -> bool | None:
         return None
     units = _unit(one.group(2)), _unit(other.group(2))
     if "%" in units:
-        return None  # a percentage is another number without its sign
+        # A percentage is another number without its sign.
+        return None
     if one.group(1) != other.group(1):
         return None
     return units[0] == units[1] or not all(units)
@@ -343,7 +347,7 @@ def _whole(text: str, texts: Sequence[str]) -> list[str]:
 
 
 def _said(text: str, texts: Sequence[str]) -> list[str]:
-    # only the words are free in case: "the answer is a cat" names no option
+    # Only the words are free in case: "the answer is a cat" names no option
     return [x for x in _LETTER_SAID.findall(text.replace("*", "")) if x.isupper()]
 
 

@@ -32,7 +32,7 @@ class NoAnswerError(ValueError):
 
 
 class AnswerReward:
-    """What the rewards of answers share: a sample whose reference holds no answer is None and punishes no other.
+    """The base of the rewards of answers: a sample whose reference holds no answer is None and punishes no other.
 
     Attributes:
         last_error: about the last such sample of a call, None without one.
@@ -119,7 +119,8 @@ class MathAnswer(AnswerReward):
             raise ValueError(f"math_answer: verify_s={verify_s} must be above 0")
         self.verify_s = verify_s
         self.failures: Counter[str] = Counter()
-        self._verdicts: dict[tuple[str, str], float | None] = {}  # of the present batch
+        # Of the present batch, by reference and answer.
+        self._verdicts: dict[tuple[str, str], float | None] = {}
         self._worker = Worker(partial(_load_verifier, verifier))
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -159,7 +160,8 @@ class MathAnswer(AnswerReward):
 
 def _load_verifier(path: str) -> Target:
     verifier = find("rewards", path).target
-    verifier([("1", "2")])  # imports and tables of grammars, which are not on the clock of the first answer
+    # Its imports and grammars are loaded here, not in the time of the first answer.
+    verifier([("1", "2")])
     return numbers_from(verifier)
 
 
@@ -167,13 +169,14 @@ def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """math-verify's verdict on (reference, answer) pairs, without its own time limits: run it in a `Worker`."""
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that nothing limits its time; the worker does
+    # It warns that nothing limits its time; the worker does.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def read(text: str) -> list[Any]:
         plain = text.replace("\\$", "").replace("$", "")
         return parse(f"${plain}$", parsing_timeout=None) or parse(plain, parsing_timeout=None)
 
-    return [bool(verify(read(r), read(a), timeout_seconds=None)) for r, a in pairs]
+    return [bool(verify(read(reference), read(answer), timeout_seconds=None)) for reference, answer in pairs]
 
 
 def completion(sample: Sample) -> str:
@@ -210,11 +213,12 @@ def right_answer(prompt: Prompt) -> str:
     blank = isinstance(answer, str) and not answer.strip()
     endless = isinstance(answer, float) and not math.isfinite(answer)
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or blank or endless:
-        columns = [k for k in LIKE_ANSWERS if isinstance(reference, Mapping) and reference.get(k) is not None]
-        way = (
-            f"name its column, such as task.answer: {columns[0]}" if columns else 'give a text or a number as "answer"'
-        )
-        raise NoAnswerError(f"prompt {prompt.id!r}: the reference {_short(reference)} holds no answer; {way}")
+        remedy = 'give a text or a number as "answer"'
+        if isinstance(reference, Mapping):
+            columns = [name for name in LIKE_ANSWERS if reference.get(name) is not None]
+            if columns:
+                remedy = f"name its column, such as task.answer: {columns[0]}"
+        raise NoAnswerError(f"prompt {prompt.id!r}: the reference {_short(reference)} holds no answer; {remedy}")
     return str(answer)
 
 

@@ -26,7 +26,7 @@ def canonical_answer(prompt: Prompt, text: str) -> str | None:
     if stated is None:
         return None
     plain = normalise(stated)
-    # matched before Fraction reads it: an exponent written by a policy could ask for a number of a billion digits
+    # Matched before Fraction reads it: an exponent written by a policy could ask for a number of a billion digits
     if not _NUMBER.fullmatch(plain) or re.search(r"/0+$", plain):
         return plain
     value = Fraction(plain)

@@ -47,7 +47,9 @@ def media_paths(value: object, where: str, kind: str = "image") -> tuple[str, ..
     Raises:
         RowError: an entry is no medium, see `medium_path`.
     """
-    entries = value if isinstance(value, list) else [] if value is None or value == "" else [value]
+    if value is None or value == "":
+        return ()
+    entries = value if isinstance(value, list) else [value]
     return tuple(medium_path(entry, where, kind) for entry in entries)
 
 
@@ -57,14 +59,14 @@ def embedded_folder() -> Path:
 
 
 def is_embedded(path: str | Path) -> bool:
-    """Whether a path leads to a medium that was taken out of a row, which no media root holds."""
+    """True for the path of a medium that was taken out of a row, which no media root holds."""
     return Path(path).parent == embedded_folder()
 
 
 def _stored(data: bytes) -> Path:
     file = embedded_folder() / hashlib.sha256(data).hexdigest()
     if not file.exists():
-        # several processes may store one picture, and whoever comes last writes the same bytes
+        # Several processes may store one picture; the last one writes the same bytes.
         with publish(file, shared=True) as part:
             part.write_bytes(data)
     return file

@@ -13,7 +13,7 @@ from PIL import Image
 from mmrl.jsonl import RowError
 from mmrl.reasoning.embedded import is_embedded
 
-# raster formats only: PIL would hand e.g. PostScript to an external program
+# Raster formats only: PIL would hand e.g. PostScript to an external program
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
@@ -23,7 +23,10 @@ class ImageError(RowError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused before decoding. The aspect ratio is long side / short side, as in Qwen's processor."""
+    """Limits beyond which a picture is refused before it is decoded.
+
+    The aspect ratio is long side / short side, as in Qwen's processor.
+    """
 
     max_pixels: int = 64_000_000
     max_bytes: int = 64 * 2**20
@@ -66,7 +69,8 @@ def check_image(path: str | Path, limits: Limits | None = None, *, verify: bool 
         if verify:
             try:
                 image.verify()
-            except Exception as error:  # checks raise OSError, SyntaxError and others
+            except Exception as error:
+                # Checks raise OSError, SyntaxError and others.
                 raise broken(str(path), error) from error
         return image.size
 
@@ -93,7 +97,8 @@ def open_picture(path: Path, limits: Limits) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: {error}; scale it down before use") from error
-    except Exception as error:  # header parsers raise struct.error, SyntaxError, KeyError and others
+    except Exception as error:
+        # Header parsers raise struct.error, SyntaxError, KeyError and others.
         raise broken(str(path), error) from error
     try:
         check_size(str(path), image.size, limits)
@@ -122,7 +127,7 @@ def check_size(name: str, size: tuple[int, int], limits: Limits) -> None:
 
 def check_frames(name: str, image: Image.Image) -> None:
     """ImageError for an animation, or a file of several pages."""
-    # the further pictures of a multi-picture JPEG are previews or depth maps of the first
+    # The further pictures of a multi-picture JPEG are previews or depth maps of the first
     if image.format == "MPO":
         return
     try:

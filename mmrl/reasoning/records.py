@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mmrl.rollout import Prompt
 
 Kind = Literal["perception", "reasoning", "answer", "reflection", "unknown"]
-# titles of a solution's sections (VL-PRM300K); steps and analyses of them are numbered from 1 in each
+# Titles of a solution's sections (VL-PRM300K); their steps and analyses are numbered from 1 in each.
 SECTIONS: Mapping[str, Kind] = {
     "Visual Elements": "perception",
     "Perception": "perception",

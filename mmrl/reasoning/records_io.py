@@ -200,9 +200,9 @@ def check_markers(record: SolutionRecord, markers: Sequence[str]) -> None:
 
 
 def with_media(
-    record: SolutionRecord, folder: Path, media_root: str | Path | None, seen: dict[Path, None]
+    record: SolutionRecord, folder: Path, media_root: str | Path | None, pictures: dict[Path, None]
 ) -> SolutionRecord:
-    """The record with absolute paths; `seen` holds pictures already looked into. Films only have to be there.
+    """The record with absolute paths; `pictures` holds pictures already looked into. Films only have to be there.
 
     Raises:
         RowError: a picture or film is missing or outside of `media_root`, or policies refuse the picture
@@ -211,12 +211,12 @@ def with_media(
     paths = []
     for name in record.images:
         path = _locate(name, folder, media_root, "image")
-        if path not in seen:
+        if path not in pictures:
             try:
                 check_image(path, verify=True)
             except ImageError as error:
                 raise RowError(f"bad image: {error}") from error
-            seen[path] = None
+            pictures[path] = None
         paths.append(str(path))
     films = tuple(str(_locate(name, folder, media_root, "video")) for name in record.videos)
     return replace(record, images=tuple(paths), videos=films)

@@ -1,4 +1,4 @@
-"""What readers of published files share: typed columns of a row, and labels from the position of the first error."""
+"""Helpers of the readers of published files: typed columns of a row, and labels that a first error implies."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def text(row: Row, key: str) -> str:
 
 def optional_text(row: Row, *keys: str) -> str | None:
     """The first of the columns that is there, as text: a text, a number or a truth value."""
-    key = next((k for k in keys if row.get(k) is not None), None)
-    return None if key is None else plain_text(row[key], key)
+    for key in keys:
+        if row.get(key) is not None:
+            return plain_text(row[key], key)
+    return None
 
 
 def plain_text(value: Any, what: str) -> str:
@@ -42,14 +44,14 @@ def plain_text(value: Any, what: str) -> str:
 def rows(row: Row, key: str, kind: type | tuple[type, ...] = (str,)) -> list[Any]:
     """A list whose entries are all of `kind`."""
     value = row.get(key)
-    if not isinstance(value, list) or not all(isinstance(v, kind) for v in value):
+    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
         raise RowError(f"bad {key}: column {key!r} is no list of the expected entries: {str(value)[:80]!r}")
     return value
 
 
 def images(row: Row, *keys: str) -> tuple[str, ...]:
     """Picture paths of the first of the columns that is not empty; embedded pictures become files."""
-    column = next((k for k in keys if row.get(k)), keys[0])
+    column = next((key for key in keys if row.get(key)), keys[0])
     return media_paths(row.get(column), column)
 
 
@@ -60,7 +62,7 @@ def row_id(row: Row, name: str, key: str = "id") -> str:
 
 def rest(row: Row, *used: str) -> dict[str, Any]:
     """The columns that were not used, for `meta`."""
-    return {k: v for k, v in row.items() if k not in used}
+    return {column: value for column, value in row.items() if column not in used}
 
 
 def is_number(value: Any) -> bool:
@@ -127,4 +129,4 @@ def up_to_first_error(first_error: int, n: int) -> tuple[float | None, ...]:
 
 def first_zero(labels: Sequence[float | None]) -> int:
     """Index of the first label 0, -1 without one."""
-    return next((i for i, y in enumerate(labels) if y == 0), -1)
+    return next((i for i, label in enumerate(labels) if label == 0), -1)

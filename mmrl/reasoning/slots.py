@@ -43,7 +43,7 @@ class FormatOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StepFormat:
-    """How a checkpoint reads steps; saved with it, since another layout gives plausible but meaningless scores.
+    """The layout in which a checkpoint reads steps. Saved with it, as another one gives plausible, meaningless scores.
 
     marker: text after every step, tokenised apart from it. joiner: text between a marker and the next step.
     markers: "inline", all steps stand in the model's turn (Math-Shepherd, MM-PRM, Qwen2.5-Math-PRM); "turns", each

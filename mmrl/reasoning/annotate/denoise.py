@@ -9,7 +9,7 @@ from mmrl.reasoning.annotate.targets import Values, soft
 
 
 def scan_use(final_correct: bool, consistency: float, eps: float = 0.5) -> Literal["positive", "estimate", "drop"]:
-    """What SCAN does with a response: take it as all right, estimate its steps, or leave it out.
+    """The use of a response by SCAN: take it as all right, estimate its steps, or leave it out.
 
     consistency: share in [0, 1] of right answers among the annotator's own samples. Only above `eps` does it know the
     question well enough; the one threshold for both uses is as defined here.
@@ -32,6 +32,7 @@ def scan_labels(values: Values, first_error: int, consistency: float, *, window:
         raise ValueError(f"scan: consistency {consistency} must be in (0, 1] and window {window} >= 0")
     labels = list(labels_up_to(first_error, len(values)))
     for t in range(max(first_error - window, 0), max(first_error, 0)):
+        # `soft` also checks that it is a value.
         (m,) = soft(values[t : t + 1])
         labels[t] = None if m is None else min(m / consistency, 1.0)
     return tuple(labels)

@@ -291,8 +291,8 @@ def _place(index: int, section: str | None, kinds: Sequence[Kind]) -> int | None
 
 def _by_conclusion(places: Sequence[int | None], overall: bool | None) -> list[bool | None]:
     """Verdicts of analyses that say none themselves, by a judge that stops at the first error."""
-    known = [place for place in places if place is not None]
-    if overall is None or any(later <= earlier for earlier, later in pairwise(known)):
+    steps = [place for place in places if place is not None]
+    if overall is None or any(later <= earlier for earlier, later in pairwise(steps)):
         # Out of the order of the steps it is open which analysis is that of the first error.
         return [None] * len(places)
     before: list[bool | None] = [True] * (len(places) - 1)

@@ -228,7 +228,7 @@ class OmegaTree:
         return self.states[text]
 
     def _whole(self, node: int) -> int:
-        """How many whole steps lead to a state."""
+        """The number of whole steps that lead to a state."""
         return len(whole_steps(self.steps.state(node), self.separator).steps)
 
     def pop(self) -> tuple[int, State]:

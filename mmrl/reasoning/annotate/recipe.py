@@ -15,7 +15,7 @@ from mmrl.registry import of_kind
 
 
 class LabelConfig(Component):
-    """How counts become labels: a rule of `mmrl.reasoning.annotate.targets` with its numbers."""
+    """The way from counts to labels: a rule of `mmrl.reasoning.annotate.targets` with its numbers."""
 
     name: str = "hard_gt"
     after: Literal["mask", "zero", "keep"] = "mask"  # what becomes of the steps after the first error

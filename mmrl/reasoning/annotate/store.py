@@ -1,4 +1,4 @@
-"""What annotation has paid for: completions of prefixes with their verdicts, in a database that only grows.
+"""The store of an annotation: completions of prefixes with their verdicts, in a database that only grows.
 
 A prefix is known by what decides its value: the question, its answer, the text written so far, and a fingerprint of
 policy and sampling. Whoever asks for the value of a prefix again, later, in another solution or after a kill, gets

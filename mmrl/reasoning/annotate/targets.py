@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from mmrl.reasoning.records import Counts
 from mmrl.registry import register
 
-Values = Sequence[float | None]  # per step in [0, 1]
+# Per step in [0, 1], None = not sampled.
+Values = Sequence[float | None]
 Targets = tuple[float | None, ...]
 
 # Two-sided 95 % of a normal variable, rounded as usual.

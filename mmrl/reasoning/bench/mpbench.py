@@ -36,32 +36,32 @@ def read_row(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
     return [readers[stem](row, f"{stem}/{row_id(row, name)}", stem)]
 
 
-def _correctness(row: Row, own: str, group: str) -> Item:
+def _correctness(row: Row, record_id: str, group: str) -> Item:
     """One solution with a label per step; the truth is its first error."""
     steps, verdicts = rows(row, "steps"), rows(row, "labels", int)
     same_length(verdicts, steps)
     if not set(verdicts) <= {1, 0, -1}:
         raise RowError(f"bad label: labels hold other numbers than 1, 0, -1: {verdicts}")
     labels = tuple(float(verdict == 1) for verdict in verdicts)
-    return Item((_record(row, own, steps, labels),), group, first_zero(labels))
+    return Item((_record(row, record_id, steps, labels),), group, first_zero(labels))
 
 
-def _aggregation(row: Row, own: str, group: str) -> Item:
+def _aggregation(row: Row, record_id: str, group: str) -> Item:
     """Several solutions; the truth is (answer, correct) of each."""
     records, truth = [], []
     for i, candidate in enumerate(_candidates(row)):
-        records.append(_record(row, f"{own}/{i}", _texts(candidate, i)))
+        records.append(_record(row, f"{record_id}/{i}", _texts(candidate, i)))
         truth.append((normalise(str(candidate.get("answer", ""))), candidate["correct"]))
     return Item(tuple(records), group, truth)
 
 
-def _search(row: Row, own: str, group: str) -> Item:
+def _search(row: Row, record_id: str, group: str) -> Item:
     """Several next steps after one prefix; the truth is whether each is right."""
     candidates, prefix = _candidates(row), rows(row, "prefix")
     check_total(len(candidates) * (len(prefix) + 1))
     records, truth = [], []
     for i, candidate in enumerate(candidates):
-        records.append(_record(row, f"{own}/{i}", [*prefix, text(candidate, "step")]))
+        records.append(_record(row, f"{record_id}/{i}", [*prefix, text(candidate, "step")]))
         truth.append(candidate["correct"])
     return Item(tuple(records), group, truth)
 
@@ -80,9 +80,14 @@ def _texts(candidate: Row, i: int) -> list[str]:
     return steps
 
 
-def _record(row: Row, own: str, steps: Sequence[str], labels: tuple[float, ...] | None = None) -> SolutionRecord:
+def _record(row: Row, record_id: str, steps: Sequence[str], labels: tuple[float, ...] | None = None) -> SolutionRecord:
     return SolutionRecord(
-        own, text(row, "question"), plain_steps(steps), images=images(row, "image"), labels=labels, source="mpbench"
+        record_id,
+        text(row, "question"),
+        plain_steps(steps),
+        images=images(row, "image"),
+        labels=labels,
+        source="mpbench",
     )
 
 

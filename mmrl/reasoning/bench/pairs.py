@@ -36,12 +36,12 @@ SECTIONS = {
 WEIGHTS = {"math-prm": 984} | {name: 164 for name in SECTIONS["reasoning"] if name.startswith("hep-")}
 
 
-def pair(own: str, question: str, pictures: tuple[str, ...], chosen: Any, rejected: Any, group: str) -> Item:
+def pair(record_id: str, question: str, pictures: tuple[str, ...], chosen: Any, rejected: Any, group: str) -> Item:
     """An item of the better and the worse response; RowError if one is empty."""
     records = []
     for role, response in (("chosen", chosen), ("rejected", rejected)):
         steps = response_steps(response, role)
-        records.append(SolutionRecord(f"{own}/{role}", question, steps, images=pictures))
+        records.append(SolutionRecord(f"{record_id}/{role}", question, steps, images=pictures))
     return Item(tuple(records), group)
 
 
@@ -61,10 +61,10 @@ def read_vl(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
         raise RowError(f"no pair: expected two responses and a ranking of 0 and 1, found {ranking!r}")
     assert isinstance(ranking, list)
     chosen, rejected = (responses[ranking.index(rank)] for rank in (0, 1))
-    own = row_id(row, name)
-    source = str(row.get("query_source") or own)
+    record_id = row_id(row, name)
+    source = str(row.get("query_source") or record_id)
     question = without_image_marks(text(row, "query"))
-    return [pair(own, question, images(row, "image"), chosen, rejected, vl_group(source))]
+    return [pair(record_id, question, images(row, "image"), chosen, rejected, vl_group(source))]
 
 
 def vl_group(source: str) -> str:
@@ -101,8 +101,8 @@ def read_rb(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
     subset = text(row, "subset")
     if not any(subset in members for members in SECTIONS.values()):
         raise RowError(f"unknown source: subset {subset!r} is of none of the sections {', '.join(SECTIONS)}")
-    own = f"{subset}/{row_id(row, name)}"
-    return [pair(own, text(row, "prompt"), (), row.get("chosen"), row.get("rejected"), subset)]
+    record_id = f"{subset}/{row_id(row, name)}"
+    return [pair(record_id, text(row, "prompt"), (), row.get("chosen"), row.get("rejected"), subset)]
 
 
 def measure_rb(scored: Sequence[Scored], threshold: float, aggregate: str) -> Result:

@@ -56,21 +56,21 @@ class Counts(NamedTuple):
 def read_row(row: Mapping[str, Any], name: str, stem: str) -> list[Item]:
     """The modified solution and, of a redundency row, also the original one as `correct_idx`."""
     (record,) = prmbench(row, name)
-    kind, own = record.meta["classification"], record.meta["idx"]
-    items = [Item((record,), kind, own)]
+    kind, index = record.meta["classification"], record.meta["idx"]
+    items = [Item((record,), kind, index)]
     if kind == "redundency":
         steps = plain_steps(numbered(rows(row, "original_process")))
-        meta = {"idx": own, "classification": PARTNER, "error_steps": []}
+        meta = {"idx": index, "classification": PARTNER, "error_steps": []}
         partner = replace(
             record,
-            id=f"{PARTNER}_{own}",
+            id=f"{PARTNER}_{index}",
             question=text(row, "original_question"),
             steps=steps,
             labels=(1.0,) * len(steps),
             first_error=-1,
             meta=meta,
         )
-        items.append(Item((partner,), PARTNER, own))
+        items.append(Item((partner,), PARTNER, index))
     return items
 
 

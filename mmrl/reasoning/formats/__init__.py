@@ -17,7 +17,7 @@ from mmrl.workdir import write_lines
 
 
 @register("formats", "records")
-def own(row: Mapping[str, Any], name: str) -> list[SolutionRecord]:
+def records_row(row: Mapping[str, Any], name: str) -> list[SolutionRecord]:
     """A row as `mmrl annotate` writes it (`mmrl.reasoning.records`)."""
     return [record_from_json(row, unlabelled=True)]
 

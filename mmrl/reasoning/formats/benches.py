@@ -68,21 +68,21 @@ def prmbench(row: Row, name: str) -> list[SolutionRecord]:
     Some published rows name steps beyond the last one; as in the official evaluation those are ignored, and kept in
     meta. Number prefixes `k. ` of the steps are removed. The id is `classification_idx`.
     """
-    kind, own = text(row, "classification"), text(row, "idx")
+    kind, index = text(row, "classification"), text(row, "idx")
     steps = numbered(rows(row, "modified_process"))
     errors = rows(row, "error_steps", int)
     labels = tuple(0.0 if i in errors else 1.0 for i in range(1, len(steps) + 1))
     if errors and (first_zero(labels) < 0 or min(errors) < 1):
         raise RowError(f"error_steps outside the steps: {errors} for {len(steps)} steps (1-based)")
     record = SolutionRecord(
-        f"{kind}_{own}",
+        f"{kind}_{index}",
         optional_text(row, "modified_question") or text(row, "question"),
         plain_steps(steps),
         answer=optional_text(row, "ground_truth"),
         labels=labels,
         first_error=first_zero(labels),
         source="prmbench",
-        meta={"idx": own, "classification": kind, "error_steps": errors},
+        meta={"idx": index, "classification": kind, "error_steps": errors},
     )
     return [record]
 

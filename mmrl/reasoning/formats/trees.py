@@ -73,8 +73,10 @@ def mm_prm_tree(row: Row, name: str) -> list[SolutionRecord]:
     """MM-PRM tree: nodes `partial_solution, mc_value, children`; the root adds question, answer, image_path, id."""
     meta = {"root_value": number(row.get("mc_value"), "mc_value")}
     paths = _paths([(_mm_node(child), child) for child in rows(row, "children", dict)], _mm_node)
-    own, question = row_id(row, name), text(row, "question")
-    return _records(own, question, paths, "mm_prm_tree", optional_text(row, "answer"), images(row, "image_path"), meta)
+    record_id, question = row_id(row, name), text(row, "question")
+    return _records(
+        record_id, question, paths, "mm_prm_tree", optional_text(row, "answer"), images(row, "image_path"), meta
+    )
 
 
 @register("formats", "math_aps_tree")
@@ -85,8 +87,8 @@ def math_aps_tree(row: Row, name: str) -> list[SolutionRecord]:
         raise RowError("no tree: 'reasoning_steps' is no node with text, mc_value, children")
     meta = {"root_value": number(root.get("mc_value"), "mc_value")}
     paths = _paths([(_aps_node(child), child) for child in rows(root, "children", dict)], _aps_node)
-    own, answer = row_id(row, name), optional_text(row, "final_answer")
-    return _records(own, text(row, "question"), paths, "math_aps_tree", answer, (), meta)
+    record_id, answer = row_id(row, name), optional_text(row, "final_answer")
+    return _records(record_id, text(row, "question"), paths, "math_aps_tree", answer, (), meta)
 
 
 @register("formats", "math_aps_flat")
@@ -108,8 +110,8 @@ def math_aps_flat(row: Row, name: str) -> list[SolutionRecord]:
     # Longest first, in the order of the list where lengths are equal; paths that end at one node of value 0 once.
     distinct = dict.fromkeys(leaves[prefix] for prefix in values if prefix in leaves)
     paths = sorted(distinct, key=len, reverse=True)
-    own, answer = row_id(row, name), optional_text(row, "final_answer")
-    return _records(own, question, paths, "math_aps_flat", answer, (), meta)
+    record_id, answer = row_id(row, name), optional_text(row, "final_answer")
+    return _records(record_id, question, paths, "math_aps_flat", answer, (), meta)
 
 
 def _paths(children: Sequence[tuple[Node, Row]], read: Any) -> Iterator[list[Node]]:
@@ -155,13 +157,13 @@ def _steps(path: Sequence[str], values: dict[str, float]) -> tuple[Node, ...]:
 
 
 def _records(
-    own: str, question: str, paths: Any, source: str, answer: str | None, pictures: tuple[str, ...], meta: Row
+    record_id: str, question: str, paths: Any, source: str, answer: str | None, pictures: tuple[str, ...], meta: Row
 ) -> list[SolutionRecord]:
     records = []
     for i, path in enumerate(paths):
         texts, values, counts = zip(*path, strict=True)
         record = SolutionRecord(
-            f"{own}#{i}",
+            f"{record_id}#{i}",
             question,
             plain_steps(texts),
             images=pictures,
