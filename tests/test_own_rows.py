@@ -47,6 +47,7 @@ def test_an_estimator_and_the_reading_it_needs(tiny_model, folder):
     told = metrics(folder)
     assert told["policy/grad_norm"] > 0 and told["reading/my_rows:brightest/tags.brightest"] > told["reward/mean"]
     del tree["readings"]
+    tree["run"]["output"] = str(folder / "refused")
     with pytest.raises(ValueError, match="'my_rows:above' reads tags.brightest, which nothing in this recipe writes"):
         run_verb("train", write(folder, tree))
     with pytest.raises(ValueError, match=r"unknown key .*scal=2 \(did you mean scale\?\)"):
