@@ -79,7 +79,7 @@ def save_lora(model: Any, folder: Path, pipeline: Any, denoisers: Sequence[str])
         return
     weights, config = lora_weights(model), model.peft_config["default"].to_dict()
     for name in denoisers:
-        prefix = "" if len(denoisers) == 1 else f"networks.{name}."
+        prefix = _prefix(name, denoisers)
         layers = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         _write(layers, config, folder if not prefix else folder / name, pipeline, name)
 
@@ -98,16 +98,30 @@ def _write(layers: dict[str, Tensor], config: dict[str, Any], folder: Path, pipe
     save(folder, **options)
 
 
-def load_lora(model: Any, source: str | Path, pipeline: Any) -> None:
-    """Read a LoRA in diffusers' format into the LoRA of a PEFT model.
+def load_lora(model: Any, source: str | Path, pipeline: Any, denoisers: Sequence[str]) -> None:
+    """Read a LoRA in diffusers' format, or as PEFT saved it, into the LoRA of a PEFT model.
 
+    Args:
+        source: a folder, file or hub name; of several denoisers a folder with one of each name, as `save_lora` writes.
     Raises:
         ValueError: it has layers that the model's LoRA lacks, or lacks some, or is of another rank.
     """
-    read = type(pipeline).lora_state_dict(str(source), local_files_only=Path(source).exists())
-    read = read[0] if isinstance(read, tuple) else read
-    theirs = {k.partition(".")[2]: v for k, v in read.items() if k.partition(".")[0] in ("unet", "transformer")}
-    _set_lora(model, theirs, source)
+    weights: dict[str, Tensor] = {}
+    for name in denoisers:
+        prefix = _prefix(name, denoisers)
+        place = Path(source) / name if prefix else source
+        read = type(pipeline).lora_state_dict(str(place), local_files_only=Path(place).exists())
+        layers = read[0] if isinstance(read, tuple) else read
+        for key, weight in layers.items():
+            part, _, layer = key.partition(".")
+            if part in ("unet", "transformer"):
+                weights[prefix + layer] = weight
+    _set_lora(model, weights, source)
+
+
+def _prefix(name: str, denoisers: Sequence[str]) -> str:
+    """Before the names of a denoiser's layers: several are one module, `Experts`."""
+    return "" if len(denoisers) == 1 else f"networks.{name}."
 
 
 def load_peft_lora(model: Any, folder: str | Path) -> None:

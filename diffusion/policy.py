@@ -126,9 +126,11 @@ class DiffusionPolicy:
             offload_encoders: keep the text encoders on the CPU but while they read prompts.
             gradient_checkpointing: less memory, one more forward pass in the update.
             lora_rank: 0 trains all weights; above 0 trains LoRA, and the reference for the KL is the model with the
-                LoRA off, so that no second copy is kept. lora_alpha: by default twice the rank.
+                LoRA off, or as it came with `lora_start`, so that no second copy of the model is kept.
+                lora_alpha: by default twice the rank.
             lora_targets: ends of module names or "all-linear"; null is the attention projections.
-            lora_start: a folder, file or hub name of a LoRA in diffusers' format to go on from.
+            lora_start: a LoRA to go on from, in diffusers' or PEFT's format: a folder, file or hub name, such as
+                RUN/model/lora; rank, alpha and targets as it has them.
             sampling: fields of `SamplingConfig`.
 
         Raises:
@@ -152,8 +154,8 @@ class DiffusionPolicy:
             if (Path(lora_start) / "adapter_config.json").is_file():
                 load_peft_lora(policy.model, lora_start)
             else:
-                formats = require("policy.lora_start", LoraFormats, policy.adapter).lora_formats
-                load_lora(policy.model, lora_start, formats)
+                pipeline = require("policy.lora_start", LoraFormats, policy.adapter)
+                load_lora(policy.model, lora_start, pipeline.lora_formats, pipeline.denoisers)
         return policy
 
     def add_lora(self, rank: int, alpha: float | None = None, targets: Sequence[str] | str | None = None) -> None:
@@ -509,7 +511,7 @@ class DiffusionPolicy:
         self.model = merged(self._bare)
 
     def save(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The model in diffusers' (or, with LoRA, PEFT's) format. Its weights are never sharded: see `build`."""
+        """The model in diffusers' format, with LoRA the LoRA alone. Its weights are never sharded: see `build`."""
         self.adapter.save(self._bare, Path(folder))
 
     @torch.no_grad()

@@ -301,7 +301,7 @@ class ActionLogProbs:
     logp: log-probability under the current policy (differentiable).
     kl: exact divergence from the reference per action (differentiable), when the policy knows a closed form.
     ref_logp: log-probability under the reference.
-    entropy: entropy of the action distribution (differentiable).
+    entropy: entropy of the action distribution, to look at; without gradient where the policy gives it of tokens.
     extra: name -> (A,) float32, further numbers that this policy gives of an action; a row of `loss_rules` names
         those that it needs.
     """

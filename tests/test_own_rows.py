@@ -111,4 +111,8 @@ def test_a_loss_of_steps_and_a_format_in_a_recipe(folder):
     run_verb("train", write(folder, tree))
     assert metrics(folder)["data/labelled_steps"] == 8 and metrics(folder)["policy/grad_norm"] > 0
     with pytest.raises(ValueError, match=r"unknown key loss.pow=1 \(did you mean power\?\)"):
-        run_verb("train", write(folder, tree | {"loss": {"name": "my_rows:sharp", "pow": 1}}), f"run.output={folder / 'other'}")
+        run_verb(
+            "train",
+            write(folder, tree | {"loss": {"name": "my_rows:sharp", "pow": 1}}),
+            f"run.output={folder / 'other'}",
+        )

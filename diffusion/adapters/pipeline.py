@@ -22,7 +22,10 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 class LoraFormats(Protocol):
     """An adapter that knows a pipeline class with diffusers' formats of LoRA."""
 
-    lora_formats: Any  # a pipeline with `lora_state_dict` and `save_lora_weights`
+    # a pipeline with `lora_state_dict` and `save_lora_weights`
+    lora_formats: Any
+    # names of the networks that have a LoRA, as the pipeline's components are called
+    denoisers: list[str]
 
 
 class PipelineAdapter:

@@ -30,7 +30,7 @@ def export_model(source: Path, out: Path, *, merge: bool = False) -> Path:
         raise ConfigError(f"{out} exists already; name a new folder")
     run = _run_of(source)
     if source == run:
-        source = run / "model" if (run / "model").is_dir() else _newest(run)
+        source = _latest(run)
     # the run itself is not touched: no lock is taken, and nothing is written below it
     config = load_config(run / "config.yaml", [f"run.output={out.parent / '.export'}", "run.trackers=[]"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,8 +62,11 @@ def _run_of(source: Path) -> Path:
     )
 
 
-def _newest(run: Path) -> Path:
-    newest = Checkpoints(run / "checkpoints").newest()
+def _latest(run: Path) -> Path:
+    """model/ of a run that has ended; of one that goes on, maybe after it had ended before, its newest checkpoint."""
+    model, newest = run / "model", Checkpoints(run / "checkpoints").newest()
+    if model.is_dir() and (newest is None or newest.stat().st_mtime <= model.stat().st_mtime):
+        return model
     if newest is None:
         raise ConfigError(f"{run} has neither a model nor a checkpoint yet")
     return newest

@@ -134,6 +134,24 @@ def test_lora_by_names_everywhere_and_from_a_start(family_folder, tmp_path):
         policy("sd3", folder, **options)
 
 
+def test_a_lora_of_two_experts_goes_on_and_is_merged(family_folder, tmp_path):
+    folder = family_folder("wan22")
+    first = policy("wan22", folder, lora_rank=2)
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    first.save(tmp_path / "first")
+    again = policy("wan22", folder, lora_rank=2, lora_start=str(tmp_path / "first" / "lora"))
+    want = run_adapter(first.adapter, first.model).latents
+    assert gap(run_adapter(again.adapter, again.model).latents, want) == 0
+    again.merge_adapter()
+    again.save(tmp_path / "whole")
+    whole = policy("wan22", tmp_path / "whole")
+    assert gap(run_adapter(whole.adapter).latents, want) < 1e-5
+    assert gap(run_adapter(policy("wan22", folder).adapter).latents, want) > 1e-3
+
+
 def test_half_precision_and_checkpoints_of_gradients(family_folder):
     folder = family_folder("sd3")
     exact = policy("sd3", folder, lora_rank=2)

@@ -131,8 +131,9 @@ def test_targets_and_ranks_that_do_not_fit_are_refused(runs):
         add_lora(load_model(family_folder("text")), LoraOptions(2, targets=["qkv"]))
     with pytest.raises(ValueError, match="set lora_rank"):
         LoraOptions(alpha=2.0)
-    with pytest.raises(ValueError, match="has rank 4 and trains on"):
-        load_adapter(load_model(family_folder("text")), folder / "sft" / "model", 8)
+    for named in (LoraOptions(8), LoraOptions(4, alpha=2.0), LoraOptions(4, targets="all-linear")):
+        with pytest.raises(ValueError, match="has rank 4 and trains on with its own alpha and layers"):
+            load_adapter(load_model(family_folder("text")), folder / "sft" / "model", named)
     with pytest.raises(ValueError, match="lora_rank=4 trains the language model alone"):
         VisionPolicy.build(model=str(folder / "sft" / "model"), train_vision=True)
 

@@ -126,7 +126,7 @@ def trainable_model(
     for weight in image_parameters(hf):
         weight.requires_grad_(train_vision)
     if saved:
-        hf = load_adapter(hf, folder, lora.rank)
+        hf = load_adapter(hf, folder, lora)
     elif lora.rank:
         hf = add_lora(hf, lora)
     if gradient_checkpointing:

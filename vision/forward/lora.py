@@ -85,19 +85,22 @@ def add_lora(hf: Any, options: LoraOptions) -> Any:
     )
 
 
-def load_adapter(hf: Any, folder: str | Path, rank: int = 0) -> Any:
+def load_adapter(hf: Any, folder: str | Path, named: LoraOptions | None = None) -> Any:
     """A PEFT model with the adapter in a folder, which trains on.
 
     Args:
-        rank: that a recipe names beside it, 0 = none.
+        named: a LoRA that the recipe names beside it.
     Raises:
-        ValueError: the adapter has another rank.
+        ValueError: the adapter has another rank, alpha or other targets.
     """
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
-    if rank not in (0, config.r):
-        raise ValueError(f"lora_rank={rank}: the adapter in {folder} has rank {config.r} and trains on; leave it out")
+    if named is not None and named.rank and (named.rank, named.alpha, named.targets) != (config.r, None, None):
+        raise ValueError(
+            f"lora_rank={named.rank}: the adapter in {folder} has rank {config.r} and trains on with its own alpha "
+            "and layers; leave lora_rank, lora_alpha and lora_targets out"
+        )
     # written by another trainer, it may have dropout: see `add_lora`
     config.lora_dropout = 0.0
     return PeftModel.from_pretrained(hf, str(folder), config=config, is_trainable=True)

@@ -197,6 +197,8 @@ def _finish(config: AnnotateConfig, job: AnnotationJob, report: dict[str, Any]) 
     kind_of = job.task.step_kind if isinstance(job.task, StepClassifier) else None
     changes = kind_of is not None or config.refine is not None or config.inject is not None
     if changes and report["records"]:
+        # killed from here on, the records are not yet what the recipe asks for: no report says that they are
+        report_file.unlink(missing_ok=True)
         records, _ = read_records(file, unlabelled=True)
         if kind_of is not None:
             records = [_with_kinds(record, kind_of) for record in records]
