@@ -12,7 +12,7 @@ from mmrl.config import ConfigError, load_config
 from mmrl.recipe import PolicyConfig, TrainingConfig
 from mmrl.registry import find
 from mmrl.trainers import trainer_of
-from mmrl.trainers.checkpoint import Checkpoints
+from mmrl.trainers.checkpoint import Checkpoints, damage
 from mmrl.workdir import publish
 
 
@@ -20,20 +20,19 @@ def export_model(source: Path, out: Path, *, merge: bool = False) -> Path:
     """Write the model of a run into a new folder, in the format that its ecosystem reads; returns what it came from.
 
     Args:
-        source: a run folder (its model/, or its newest checkpoint where the run has not ended), RUN/checkpoints/000040
-            or a model folder of a run, such as RUN/model or RUN/best/000040/model.
+        source: a run folder (its model/, or its newest checkpoint where the run has not ended), RUN/best,
+            RUN/checkpoints/000040, or a model folder of a run, such as RUN/model or RUN/best/000040/model.
         merge: with LoRA, add the adapter to the weights of its base, so that nothing else is needed to load it.
     Raises:
-        ConfigError: nothing of a run is there, or `out` exists already.
+        ConfigError: `source` is no model or sound checkpoint of a run, or `out` exists already.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
     run = _run_of(source)
-    if source == run:
-        source = _latest(run)
-    # the run itself is not touched: no lock is taken, and nothing is written below it
-    config = load_config(run / "config.yaml", [f"run.output={out.parent / '.export'}", "run.trackers=[]"])
+    source = _model_or_checkpoint(source, run)
     with tempfile.TemporaryDirectory() as scratch:
+        # the run itself is not touched: no lock is taken, and nothing is written below it
+        config = load_config(run / "config.yaml", [f"run.output={scratch}/run", "run.trackers=[]"])
         model = source
         if _is_checkpoint(source):
             model = Path(scratch) / "model"
@@ -72,8 +71,32 @@ def _latest(run: Path) -> Path:
     return newest
 
 
+def _model_or_checkpoint(source: Path, run: Path) -> Path:
+    """The model folder or sound checkpoint that a path in a run means.
+
+    Raises:
+        ConfigError: the path holds neither.
+    """
+    place = source.absolute()
+    inside = place.relative_to(run.absolute()).parts
+    if not inside:
+        return _latest(run)
+    if len(inside) == 1 and inside[0] in ("checkpoints", "best") and (newest := Checkpoints(place).newest()):
+        return newest / "model" if inside[0] == "best" else newest
+    if inside[0] == "best" and (source / "model").is_dir():
+        return source / "model"
+    if _is_checkpoint(source):
+        fault = damage(source)
+        if fault:
+            raise ConfigError(f"{source} is no sound checkpoint ({fault}); name another one")
+        return source
+    if place.name == "model" and place.is_dir():
+        return source
+    raise ConfigError(f"{source} is neither a model nor a checkpoint of {run}")
+
+
 def _is_checkpoint(folder: Path) -> bool:
-    return folder.parent.name == "checkpoints"
+    return folder.absolute().parent.name == "checkpoints"
 
 
 def _component(config: TrainingConfig, model: Path) -> Any:

@@ -1,12 +1,14 @@
 """A LoRA result goes on: imitation with LoRA, branch GRPO on its adapter, annotation and search with that, export."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import family_folder
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verbs import run_verb
 from vision_tiny import vision_recipe
@@ -106,6 +108,43 @@ def test_a_checkpoint_is_exported_at_any_time(runs, tmp_path):
         run_verb("export", tmp_path, tmp_path / "o")
 
 
+def test_what_a_path_in_a_run_means(runs, tmp_path, monkeypatch):
+    folder, _ = runs
+    checkpoints = folder / "grpo" / "checkpoints"
+    newest = sorted(checkpoints.iterdir())[-1]
+    monkeypatch.chdir(checkpoints)
+    for place in (newest.name, checkpoints):
+        out = tmp_path / f"of-{Path(place).name}"
+        run_verb("export", place, out)
+        saved, exported = (load_file(at / "adapter_model.safetensors") for at in (folder / "grpo" / "model", out))
+        assert all(torch.equal(saved[name], exported[name]) for name in saved)
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    best = tmp_path / "run" / "best" / "000004"
+    shutil.copytree(folder / "grpo" / "model", best / "model")
+    shutil.copy(folder / "grpo" / "config.yaml", tmp_path / "run")
+    run_verb("export", best, tmp_path / "best")
+    assert (tmp_path / "best" / "adapter_config.json").is_file()
+    with pytest.raises(ValueError, match="samples is neither a model nor a checkpoint"):
+        run_verb("export", folder / "grpo" / "samples", tmp_path / "no")
+    shutil.copytree(newest, tmp_path / "run" / "checkpoints" / newest.name)
+    (tmp_path / "run" / "checkpoints" / newest.name / "state.json").unlink()
+    with pytest.raises(ValueError, match="no sound checkpoint .state.json is missing"):
+        run_verb("export", tmp_path / "run" / "checkpoints" / newest.name, tmp_path / "no")
+
+
+def test_an_adapter_names_its_base_for_every_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(family_folder("text").parent)
+    VisionPolicy.build(model="text", lora_rank=2).save(tmp_path / "first")
+    # an adapter of another program may name it by a relative path
+    file = tmp_path / "first" / "adapter_config.json"
+    written = json.loads(file.read_text())
+    assert written["base_model_name_or_path"] == str(family_folder("text"))
+    file.write_text(json.dumps(written | {"base_model_name_or_path": "text"}))
+    VisionPolicy.build(model=str(tmp_path / "first")).save(tmp_path / "second")
+    monkeypatch.chdir(tmp_path)
+    load_model(tmp_path / "second")
+
+
 def test_a_model_without_an_adapter_is_not_merged(tmp_path):
     trained(text_recipe(tmp_path, "full", run={"iterations": 1}))
     with pytest.raises(ValueError, match="no adapter to merge"):
@@ -154,8 +193,6 @@ def test_annotation_and_search_take_an_adapter(runs, tmp_path):
 
 
 def test_a_base_that_is_gone_is_said_to_be(runs, tmp_path):
-    import shutil
-
     folder, _ = runs
     shutil.copytree(folder / "sft" / "model", tmp_path / "m")
     file = tmp_path / "m" / "adapter_config.json"

@@ -103,6 +103,8 @@ def load_adapter(hf: Any, folder: str | Path, named: LoraOptions | None = None) 
         )
     # written by another trainer, it may have dropout: see `add_lora`
     config.lora_dropout = 0.0
+    # the same base, by a path that may be absolute now
+    config.base_model_name_or_path = hf.config.name_or_path
     return PeftModel.from_pretrained(hf, str(folder), config=config, is_trainable=True)
 
 

@@ -51,6 +51,9 @@ def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = "sdpa"
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     folder = adapter_base(folder) or folder
     config = _config(folder)
+    if Path(folder).is_dir():
+        # an adapter names its base so, wherever the program that loads it may run
+        folder = Path(folder).absolute()
     kind = AutoModelForImageTextToText if is_vision(config) else AutoModelForCausalLM
     model = kind.from_pretrained(
         str(folder), config=config, dtype=DTYPES[dtype], attn_implementation=attn, **_local(folder)
