@@ -229,14 +229,20 @@ def discard(path: Path) -> None:
     _remove(gone)
 
 
+def recover(path: Path) -> None:
+    """Bring back a folder that a process was killed over while it put a new one in its place."""
+    old = _beside(path, _OLD)
+    if old.exists() and not path.exists():
+        old.rename(path)
+
+
 def tidy(folder: Path) -> None:
     """Finish what a killed process left in a folder: what it was writing or removing goes, what it had moved aside for
     a new one that is not there comes back."""
     for left_over in folder.glob(".*"):
-        name = left_over.stem[1:]
-        if left_over.suffix == _OLD and not (folder / name).exists():
-            left_over.rename(folder / name)
-        elif left_over.suffix in (_PART, _OLD, _GONE):
+        if left_over.suffix == _OLD:
+            recover(folder / left_over.stem[1:])
+        if left_over.exists() and left_over.suffix in (_PART, _OLD, _GONE):
             _remove(left_over)
 
 

@@ -29,12 +29,13 @@ def preflight(config: TrainingConfig, components: Sequence[tuple[str, str, Compo
 
 
 def check_folder(config: TrainingConfig) -> None:
-    """Refuse a run folder that a run of this recipe could not use.
+    """Refuse a run folder that a run of this recipe could not use; of several processes the loop does, for all of them.
 
     Raises:
         ConfigError: it holds a run, cannot be written, or another process has it.
     """
-    if os.environ.get("RANK", "0") == "0":  # the first process makes the folder, maybe while another is still here
+    # An error of one process here would leave the others waiting for it.
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         RunFolder(config.run.output).check(config)
 
 

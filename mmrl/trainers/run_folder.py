@@ -14,7 +14,7 @@ from mmrl.config import ConfigError
 from mmrl.jsonl import read_metrics
 from mmrl.recipe import TrainingConfig
 from mmrl.trainers.checkpoint import Checkpoints
-from mmrl.workdir import WorkDir, append, tidy, write_json, write_lines
+from mmrl.workdir import WorkDir, append, recover, write_json, write_lines
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class RunFolder(WorkDir):
             ConfigError: it holds a run and `run.resume` is off, or that run had another recipe.
         """
         self._check_run(config)
-        # a model/ that was being replaced when the process was killed comes back
-        tidy(self.root)
+        recover(self.root / "model")
         self.identify("config.yaml", config.model_dump(mode="json"), *_IDENTITY)
         now, record = environment(), self.root / "environment.json"
         if record.exists():

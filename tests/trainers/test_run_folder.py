@@ -201,6 +201,16 @@ def test_a_place_that_can_be_no_folder_is_told(tiny_model, tmp_path, output, mes
     assert "nothing can be written into" in done.stderr
 
 
+def test_a_model_that_was_being_replaced_comes_back(tmp_path):
+    """Killed between the two renames that a folder needs."""
+    tree = parse_config({"trainer": "branch_grpo", "policy": {"name": "diffusion"}, "task": {"name": "digits"}, "plan": {0: 2},
+                         "run": {"output": str(tmp_path / "r"), "resume": True}})  # fmt: skip
+    (tmp_path / "r" / ".model.old").mkdir(parents=True)
+    (tmp_path / "r" / ".model.old" / "weights").write_text("1")
+    RunFolder(tmp_path / "r").open(tree)
+    assert (tmp_path / "r" / "model" / "weights").read_text() == "1" and not (tmp_path / "r" / ".model.old").exists()
+
+
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
