@@ -29,7 +29,7 @@ def preflight(config: TrainingConfig, components: Sequence[tuple[str, str, Compo
 
 
 def check_folder(config: TrainingConfig) -> None:
-    """Refuse a run folder that a run of this recipe could not use; of several processes the loop does, for all of them.
+    """Refuse a run folder that a run of this recipe could not use; of several processes the loop does it for all.
 
     Raises:
         ConfigError: it holds a run, cannot be written, or another process has it.
