@@ -106,6 +106,8 @@ def load_lora(model: Any, source: str | Path, pipeline: Any, denoisers: Sequence
     Raises:
         ValueError: it has layers that the model's LoRA lacks, or lacks some, or is of another rank.
     """
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
     weights: dict[str, Tensor] = {}
     for name in denoisers:
         prefix = _prefix(name, denoisers)
@@ -114,6 +116,9 @@ def load_lora(model: Any, source: str | Path, pipeline: Any, denoisers: Sequence
         layers = read[0] if isinstance(read, tuple) else read
         for key, weight in layers.items():
             part, _, layer = key.partition(".")
+            if part == "unet":
+                # its layers have names of an older kind on disk
+                ((layer, weight),) = convert_unet_state_dict_to_peft({layer: weight}).items()
             if part in ("unet", "transformer"):
                 weights[prefix + layer] = weight
     _set_lora(model, weights, source)

@@ -417,6 +417,20 @@ def test_prompt_files_that_cannot_be_used(tmp_path):
         trainer_of(parse_config(tree))
 
 
+def test_a_saved_lora_goes_on(folder, tmp_path):
+    first = DiffusionPolicy.build(str(folder), lora_rank=2)
+    with torch.no_grad():
+        for weight in lora_parameters(first):
+            weight.normal_(0.0, 0.1)
+    first.save(tmp_path)
+    again = DiffusionPolicy.build(str(folder), lora_rank=2, lora_start=str(tmp_path / "lora"))
+    assert all(map(torch.equal, lora_parameters(first), lora_parameters(again)))
+
+
+def lora_parameters(policy):
+    return [weight for name, weight in policy.model.named_parameters() if "lora_" in name]
+
+
 # ---- training ------------------------------------------------------------------------------------------------
 
 
