@@ -27,6 +27,7 @@ from mmrl.workdir import publish
 
 if TYPE_CHECKING:
     from mmrl.trainers.base import PolicyTrainer
+    from mmrl.trainers.loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +223,12 @@ class BestModel(Monitor):
         mode: which values are better.
         min_delta: a value that is better by no more than this is no improvement.
     """
+
+    def setup(self, loop: Loop) -> None:
+        """Refuse a second one, whose models would take the place of the first one's."""
+        metrics = [callback.metric for callback in loop.callbacks if isinstance(callback, BestModel)]
+        if len(metrics) > 1:
+            raise ConfigError(f"callbacks: best_model is there for {' and '.join(metrics)}; a run keeps one")
 
     def on_value(self, trainer: Trainer, value: float, better: bool) -> None:
         """Export the model, in the place of the one before."""

@@ -236,6 +236,12 @@ def test_ranks_stop_together_at_the_word_of_the_first(tmp_path):
 # ---- best model, EMA ------------------------------------------------------------------------------------------------
 
 
+def test_two_best_models_are_refused(tmp_path):
+    both = [{"name": "best_model", "metric": metric} for metric in ("eval/reward", "reward/mean")]
+    with pytest.raises(ConfigError, match="there for eval/reward and reward/mean; a run keeps one"):
+        trainer_of(parse_config(recipe(tmp_path, *both)))
+
+
 def test_the_best_model_is_kept_as_it_was_evaluated(tmp_path):
     """The averaged weights; the last model is another."""
 
