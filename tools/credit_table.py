@@ -35,6 +35,7 @@ MODALITIES = ("text", "picture", "conversation", "diffusion")
 # Options that a row needs and that have no default.
 REQUIRED: dict[str, dict[str, Any]] = {
     "clip": {"eta": 0.5},
+    "overlong": {"limit": 8, "buffer": 4},
     "mix": {"dense": 0.5},
     "mixed_grained": {"page": 0.5},
     "attribution": {"weights": [1.0]},

@@ -336,7 +336,7 @@ def reinforced(args: argparse.Namespace, folder: Path, model: Path, seed: int, t
             return rollout
 
         def evaluate(self, iteration: int) -> dict[str, float]:
-            samples = self.policy.generate(self.task.eval_prompts, seed=EVAL_SEED)
+            samples = self.policy.generate(self.run.task.eval_prompts, seed=EVAL_SEED)
             for s, right in zip(samples, ShapesAnswer()(samples), strict=True):
                 steps = float(len(split_steps(s.output)))
                 greedy.append({"iteration": iteration, "id": s.prompt.id, "steps": steps, "right": right})

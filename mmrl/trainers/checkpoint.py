@@ -179,9 +179,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     shared: set[int] = set()
     for name, state in _states(model, optimizer):
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.data_ptr() not in shared:
+            if not isinstance(value, Tensor):
+                continue
+            # Tables of 8-bit optimizers are one tensor for all parameters. A sharded tensor has no address of its own.
+            place = value.data_ptr() if type(value) is Tensor and value.numel() else id(value)
+            if place not in shared:
                 tensors[f"{name}/{key}"] = value
-                shared |= {value.data_ptr()} if value.numel() else set()
+                shared.add(place)
     return tensors
 
 
