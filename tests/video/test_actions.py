@@ -687,7 +687,7 @@ def own_result():
         RuntimeError("out of order"),
         SystemError("deep inside"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_a_manipulation_that_fails_or_returns_nonsense_costs_its_turn_alone(own_result, value):
     own_result["value"] = value
