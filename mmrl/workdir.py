@@ -64,9 +64,13 @@ class WorkDir:
                 f"another process writes into {self.root}; wait until it has ended, or name another folder"
             ) from None
         except OSError as error:
-            reason = "it is a file" if self.root.is_file() else error.strerror
-            raise ConfigError(f"nothing can be written into {self.root}: {reason}; name another folder") from error
+            raise self.unwritable(error) from error
         return token
+
+    def unwritable(self, error: OSError) -> ConfigError:
+        """The error for a folder that the operating system refuses."""
+        reason = "it is a file" if self.root.is_file() else error.strerror
+        return ConfigError(f"nothing can be written into {self.root}: {reason}; name another folder")
 
     def shows(self, token: str) -> bool:
         """True once this process reads the token that the first one wrote; network disks may take a while."""

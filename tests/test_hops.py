@@ -10,7 +10,7 @@ import yaml
 from mmrl import cli
 from mmrl.losses.policy import clipped_surrogate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {
     "trainer": "branch_grpo",
     "task": "walks:WalkTask",
@@ -46,7 +46,8 @@ def walk(tmp_path_factory):
     packages = [ROOT / name for name in ("mmrl", "vision", "video", "diffusion")]
     places = []
     for frame in reversed(stacks[0]):
-        file = Path(frame.f_code.co_filename)
+        # a module may have been found by way of another folder, such as tests/..
+        file = Path(frame.f_code.co_filename).resolve()
         if any(file.is_relative_to(package) for package in packages):
             places.append((str(file.relative_to(ROOT)), frame.f_code.co_qualname))
     return places

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,21 @@ class RunFolder(WorkDir):
         self.checkpoints = Checkpoints(root / "checkpoints")
 
     def check(self, config: TrainingConfig) -> None:
-        """Refuse what `open` would refuse, before a model is loaded; alone on the first process, as `open`.
+        """Refuse what `open` would refuse, before a model is loaded; nothing stays that was not there.
 
         Raises:
             ConfigError: as `open`, or the folder cannot be written, or another process has it.
         """
-        with self.owned():
-            self._check_run(config)
+        if self.root.exists():
+            with self.owned():
+                self._check_run(config)
+            return
+        parent = next(folder for folder in self.root.absolute().parents if folder.exists())
+        try:
+            with tempfile.TemporaryDirectory(dir=parent):
+                pass
+        except OSError as error:
+            raise self.unwritable(error) from error
 
     def open(self, config: TrainingConfig) -> None:
         """Create the folder, or check that it holds the same run.

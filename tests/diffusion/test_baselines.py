@@ -461,7 +461,8 @@ def test_a_policy_that_cannot_be_asked_about_noise_is_refused_before_it_is_made(
 
 def test_a_reward_without_gradient_is_refused_before_a_model_is_loaded(tiny_model, tmp_path):
     tree = small(tiny_model, tmp_path, "refl") | {"rewards": [{"name": "tiny:constant", "timeout_s": 0}]}
-    tree["policy"]["model"] = str(tmp_path / "not there")
+    # a folder without a model: whoever loads it raises another error
+    tree["policy"]["model"] = str(tmp_path)
     with pytest.raises(ComponentError, match="'tiny:constant': sample loss 'refl' needs the protocol Differentiable"):
         SampleLossTrainer(parse_config(tree, model=SampleLossConfig))
 
