@@ -161,19 +161,18 @@ def nft(
     leaves, advantage = _advantages(rollout)
     share = nft_share(advantage)
     terms = []
-    for level, noise in _noised(policy, rollout, leaves, key, levels):
-        for p in _chunks(len(leaves), policy.max_batch):
-            rows = _NoisedSamples.of(policy, rollout, leaves[p], level, noise[p])
-            with torch.no_grad():  # by the weights that drew the samples
-                old, _ = rows.predict()
-            terms.append(Term(len(p), partial(_nft_term, rows, old, share[p], b, beta)))
+    for p, rows in _noised_parts(policy, rollout, leaves, key, levels):
+        # by the weights that drew the samples
+        with torch.no_grad():
+            old, _ = rows.predict()
+        terms.append(Term(len(p), partial(_nft_term, rows, old, share[p], b, beta)))
     return terms
 
 
 def _nft_term(rows: _NoisedSamples, old: Tensor, share: Tensor, b: float, beta: float) -> Tensor:
     x0_hat, _ = rows.predict()
     loss = nft_loss(x0_hat, old, rows.x0.to(x0_hat), share.to(x0_hat), b=b)
-    return loss if beta == 0 else loss + beta * drift(x0_hat, rows.predict(reference=True)[0], rows.level)
+    return rows.near_reference(loss, x0_hat, beta)
 
 
 @register(
@@ -201,18 +200,15 @@ def awm(
     """
     leaves, advantage = _advantages(rollout)
     terms = []
-    for level, noise in _noised(policy, rollout, leaves, key, levels):
-        for p in _chunks(len(leaves), policy.max_batch):
-            rows = _NoisedSamples.of(policy, rollout, leaves[p], level, noise[p])
-            old = rows.old_error()  # by the weights that drew the samples
-            terms.append(Term(len(p), partial(_awm_term, rows, old, advantage[p], clip, beta)))
+    for p, rows in _noised_parts(policy, rollout, leaves, key, levels):
+        terms.append(Term(len(p), partial(_awm_term, rows, rows.old_error(), advantage[p], clip, beta)))
     return terms
 
 
 def _awm_term(rows: _NoisedSamples, old: Tensor, advantage: Tensor, clip: float, beta: float) -> Tensor:
     x0_hat, eps_hat = rows.predict()
     loss = awm_loss(rows.error(x0_hat, eps_hat), old, advantage, clip=clip)
-    return loss if beta == 0 else loss + beta * drift(x0_hat, rows.predict(reference=True)[0], rows.level)
+    return rows.near_reference(loss, x0_hat, beta)
 
 
 @register(
@@ -241,13 +237,9 @@ def dgpo(
     `policy.max_batch`.
     """
     leaves, advantage = _advantages(rollout)
-    owner = rollout.tree.group[leaves]
     terms = []
-    for level, noise in _noised(policy, rollout, leaves, key, levels, shared=True):
-        for p in _whole_prompts(owner, policy.max_batch):
-            rows = _NoisedSamples.of(policy, rollout, leaves[p], level, noise[p])
-            old = rows.old_error()
-            terms.append(Term(len(p), partial(_dgpo_term, rows, old, advantage[p], dpo_beta, clip, beta)))
+    for p, rows in _noised_parts(policy, rollout, leaves, key, levels, whole_prompts=True, shared=True):
+        terms.append(Term(len(p), partial(_dgpo_term, rows, rows.old_error(), advantage[p], dpo_beta, clip, beta)))
     return terms
 
 
@@ -285,20 +277,17 @@ def crd(
     parted: a group may exceed `policy.max_batch`.
     """
     leaves, advantage = _advantages(rollout)
-    owner, share = rollout.tree.group[leaves], nft_share(advantage)
+    share = nft_share(advantage)
     terms = []
-    for level, noise in _noised(policy, rollout, leaves, key, levels):
-        for p in _whole_prompts(owner, policy.max_batch):
-            rows = _NoisedSamples.of(policy, rollout, leaves[p], level, noise[p])
-            old = rows.old_error(scaled=True)
-            terms.append(Term(len(p), partial(_crd_term, rows, old, share[p], crd_beta, beta)))
+    for p, rows in _noised_parts(policy, rollout, leaves, key, levels, whole_prompts=True):
+        terms.append(Term(len(p), partial(_crd_term, rows, rows.old_error(scaled=True), share[p], crd_beta, beta)))
     return terms
 
 
 def _crd_term(rows: _NoisedSamples, old: Tensor, share: Tensor, crd_beta: float, beta: float) -> Tensor:
     x0_hat, eps_hat = rows.predict()
     loss = crd_loss(rows.error(x0_hat, eps_hat, scaled=True), old, share, rows.own, beta=crd_beta)
-    return loss if beta == 0 else loss + beta * drift(x0_hat, rows.predict(reference=True)[0], rows.level)
+    return rows.near_reference(loss, x0_hat, beta)
 
 
 # --- shared ------------------------------------------------------------------------------------------------------
@@ -338,6 +327,12 @@ class _NoisedSamples:
         measure = scaled_prediction_error if scaled else prediction_error
         return measure(x0_hat, eps_hat, self.x0.to(x0_hat), self.eps.to(x0_hat), self.level)
 
+    def near_reference(self, loss: Tensor, x0_hat: Tensor, beta: float) -> Tensor:
+        """The loss and `beta` times the distance of a clean estimate to that of the initial weights."""
+        if beta == 0:
+            return loss
+        return loss + beta * drift(x0_hat, self.predict(reference=True)[0], self.level)
+
     @torch.no_grad()
     def old_error(self, *, scaled: bool = False) -> Tensor:
         """(N,) error of the present weights, when terms are made those that drew the samples; without gradient."""
@@ -368,6 +363,29 @@ def _whole_prompts(owner: Tensor, size: int) -> list[Tensor]:
 def _chunks(rows: int, size: int) -> list[Tensor]:
     """0 .. rows - 1 in runs of at most `size`; none for 0 rows."""
     return list(torch.arange(rows).split(size)) if rows else []
+
+
+def _noised_parts(
+    policy: NoisePredictor,
+    rollout: Rollout,
+    leaves: Tensor,
+    key: Key,
+    count: int,
+    *,
+    whole_prompts: bool = False,
+    shared: bool = False,
+) -> Iterator[tuple[Tensor, _NoisedSamples]]:
+    """Every sample at `count` random levels, in parts that one network call takes: (rows of `leaves`, the samples).
+
+    whole_prompts: a prompt's samples are never parted. shared: see `_noised`.
+    """
+    if whole_prompts:
+        parts = _whole_prompts(rollout.tree.group[leaves], policy.max_batch)
+    else:
+        parts = _chunks(len(leaves), policy.max_batch)
+    for level, noise in _noised(policy, rollout, leaves, key, count, shared=shared):
+        for part in parts:
+            yield part, _NoisedSamples.of(policy, rollout, leaves[part], level, noise[part])
 
 
 def _noised(
