@@ -32,7 +32,9 @@ def export_model(source: Path, out: Path, *, merge: bool = False) -> Path:
     source = _model_or_checkpoint(source, run)
     with tempfile.TemporaryDirectory() as scratch:
         # the run itself is not touched: no lock is taken, and nothing is written below it
-        config = load_config(run / "config.yaml", [f"run.output={scratch}/run", "run.trackers=[]"])
+        # and one process exports what any number of them trained
+        here = [f"run.output={scratch}/run", "run.trackers=[]", "run.processes=null"]
+        config = load_config(run / "config.yaml", here)
         model = source
         if _is_checkpoint(source):
             model = Path(scratch) / "model"

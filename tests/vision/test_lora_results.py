@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from families import family_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,6 +144,16 @@ def test_an_adapter_names_its_base_for_every_working_folder(tmp_path, monkeypatc
     VisionPolicy.build(model=str(tmp_path / "first")).save(tmp_path / "second")
     monkeypatch.chdir(tmp_path)
     load_model(tmp_path / "second")
+
+
+def test_one_process_exports_what_several_trained(runs, tmp_path):
+    folder, _ = runs
+    run = shutil.copytree(folder / "grpo", tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["run"]["processes"] = 8
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    run_verb("export", run / "checkpoints", tmp_path / "m")
+    assert (tmp_path / "m" / "adapter_config.json").is_file()
 
 
 def test_a_model_without_an_adapter_is_not_merged(tmp_path):
